@@ -1,0 +1,339 @@
+"""GPT-NeoX (Polyglot-Ko) whose linear layers are stored as rank-r factors.
+
+The file travels inside the checkpoint and needs only torch and transformers (4.46 to 5.23). Load with
+
+    AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+
+A factored layer computes h = B A x + bias, with A = `down` [r, in] and B = `up` [out, r] in place of
+a dense W [out, in].
+LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = B(A x) + bias + scale * LB(LA x).
+"""
+
+import re
+
+import torch
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_polyglot_svd.PolyglotSVDConfig",
+    "AutoModel": "modeling_polyglot_svd.PolyglotSVDModel",
+    "AutoModelForCausalLM": "modeling_polyglot_svd.PolyglotSVDForCausalLM",
+}
+
+NO_DENSE_WEIGHT = (
+    "this layer is factored (up @ down) and has no dense weight to read or to merge into; "
+    "to fold a LoRA adapter into the factors use `svdconvert fold`"
+)
+
+
+class PolyglotSVDConfig(GPTNeoXConfig):
+    """GPT-NeoX configuration plus the ranks of the factored layers.
+
+    Args:
+        svd_ranks: `{"layers.0.attention.query_key_value": 24, ...}`, module paths relative to the base model.
+            A linear layer that is not named stays dense.
+        **kwargs: the fields of `GPTNeoXConfig`. The rotary settings may come in the spelling of transformers 4
+            (`rotary_pct`, `rotary_emb_base`, `rope_scaling`), of transformers 5 (`rope_parameters`), or in both.
+
+    Raises:
+        ValueError: a rank that is not a positive int, or two rotary spellings that contradict each other.
+    """
+
+    # Not "gpt_neox": without trust_remote_code, transformers must refuse. As "gpt_neox" it would load the stock model
+    # with random weights in place of every factored layer, and only print a report.
+    model_type = "polyglot_svd"
+
+    def __init__(
+        self,
+        svd_ranks=None,
+        rotary_pct=None,
+        rotary_emb_base=None,
+        rope_parameters=None,
+        rope_scaling=None,
+        dtype=None,
+        torch_dtype=None,
+        **kwargs,
+    ):
+        rope = dict(rope_parameters or {})
+        rotary_pct = _agreeing("rotary_pct", rotary_pct, rope.pop("partial_rotary_factor", None), 0.25)
+        rotary_emb_base = _agreeing("rotary_emb_base", rotary_emb_base, rope.pop("rope_theta", None), 10000)
+        if rope_scaling is None and rope.get("rope_type", "default") != "default":
+            rope_scaling = rope
+        # transformers 4 derives these two from the settings above, and they would outlive a change of those in a file
+        for derived in ("partial_rotary_factor", "rope_theta"):
+            kwargs.pop(derived, None)
+        # Every version understands the older spellings as arguments. (5.0.0 ignores the partial_rotary_factor of
+        # rope_parameters and turns half of the rotary dimensions off, silently.)
+        super().__init__(
+            rotary_pct=rotary_pct,
+            rotary_emb_base=rotary_emb_base,
+            rope_scaling=dict(rope_scaling) if rope_scaling else None,
+            # transformers 5 writes dtype, which 4.46 takes for an unknown setting and would keep beside its own
+            torch_dtype=dtype if dtype is not None else torch_dtype,
+            **kwargs,
+        )
+        self.svd_ranks = dict(svd_ranks or {})
+        for path, rank in self.svd_ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"svd_ranks[{path!r}] must be a positive int, got {rank!r}")
+
+    @property
+    def base_model_tp_plan(self):
+        """Tensor-parallel plan (module path pattern -> style) for the factors, or for the layers left dense.
+
+        The inherited plan names the outer layers, and would shard both factors the same way. Here a column-parallel
+        layer shards `up` and a row-parallel one shards `down`, so that the all-reduce moves r numbers per token.
+        A pattern covers all layers, so a projection factored in some layers only is left whole with its partner.
+        """
+        plan = {}
+        for column, row in (
+            ("attention.query_key_value", "attention.dense"),
+            ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        ):
+            factored = {name: sum(path.endswith(f".{name}") for path in self.svd_ranks) for name in (column, row)}
+            if all(count in (0, self.num_hidden_layers) for count in factored.values()):
+                plan[f"layers.*.{column}" + (".up" if factored[column] else "")] = "colwise"
+                plan[f"layers.*.{row}" + (".down" if factored[row] else "")] = "rowwise"
+        return plan
+
+    def to_dict(self):
+        """The serialised form, with each setting in the spelling of transformers 4 and of transformers 5.
+
+        Each drops the other's: a file with rope_parameters alone gives wrong logits on transformers 4 without a word.
+        """
+        out = super().to_dict()
+        if "rotary_pct" in out:  # transformers 4
+            out["rope_parameters"] = {
+                "rope_type": "default",
+                **(out.get("rope_scaling") or {}),
+                "rope_theta": out["rotary_emb_base"],
+                "partial_rotary_factor": out["rotary_pct"],
+            }
+        else:
+            scaling = dict(out["rope_parameters"])
+            out["rotary_pct"] = scaling.pop("partial_rotary_factor")
+            out["rotary_emb_base"] = scaling.pop("rope_theta")
+            out["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        # save_pretrained puts this file beside the weights, so the names are local ones. (4.46 keeps those of a Hub
+        # repository, and a saved model would run whatever that repository holds by then.)
+        out["auto_map"] = dict(AUTO_MAP)
+        return out
+
+
+def _agreeing(name, value, other, default):
+    """`value` or `other`, whichever is given; ValueError if both are given and differ."""
+    if value is not None and other is not None and value != other:
+        raise ValueError(f"the config says {name}={value}, but {other} in rope_parameters")
+    return next(v for v in (value, other, default) if v is not None)
+
+
+class SVDLinear(nn.Module):
+    """Rank-r linear layer, y = up(down(x)): [..., in_features] -> [..., out_features].
+
+    Not an `nn.Linear` while a model is being built: quantizers and serving engines replace every `nn.Linear` they
+    find, and have to find `down` and `up`, not the layer around them.
+    """
+
+    def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class AdaptableSVDLinear(SVDLinear, nn.Linear):
+    """What an SVDLinear becomes once its model is loaded: an `nn.Linear` to PEFT, which then adapts it as a whole.
+
+    PEFT reads the device, dtype and shape of `weight`; the weight of this layer has these, and nothing else.
+    """
+
+    @property
+    def weight(self):
+        return _DenseWeight(self)
+
+    @property
+    def bias(self):
+        return self.up.bias
+
+    def __setattr__(self, name, value):
+        if name == "weight" and not isinstance(value, _DenseWeight):
+            raise RuntimeError(NO_DENSE_WEIGHT)
+        # PEFT 0.13 unloads an adapter by assigning the layer its own weight and bias
+        if name == "weight" or (name == "bias" and value is self.up.bias):
+            return
+        super().__setattr__(name, value)
+
+
+class _DenseWeight(torch.Tensor):
+    """Shape [out, in], dtype and device of a factored layer's product, without the numbers: any use of them raises.
+
+    A stock LoRA merge adds to the weight it reads. Given the product, it would add to a temporary and then drop the
+    adapter; given `up.weight`, it would corrupt the layer where r == in_features. So there must be nothing to add to.
+    """
+
+    # attribute access stays as it is in C++; whatever computes comes to __torch_dispatch__
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, layer):
+        like = layer.up.weight
+        shape = (layer.out_features, layer.in_features)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(NO_DENSE_WEIGHT)
+
+    @property
+    def data(self):
+        return self
+
+    @data.setter
+    def data(self, value):
+        raise RuntimeError(NO_DENSE_WEIGHT)
+
+    def __repr__(self):
+        return f"<no dense weight: {tuple(self.shape)}, {self.dtype}, {self.device}>"
+
+
+def _factor_linears(model, ranks):
+    """Replaces the dense linear layers named in `ranks` ({path: rank}) by SVDLinear of the same device and dtype.
+
+    Raises:
+        ValueError: a path that is no linear layer of `model`, or a rank above min(in_features, out_features).
+    """
+    for path, rank in ranks.items():
+        try:
+            dense = model.get_submodule(path)
+        except AttributeError:
+            dense = None
+        if not isinstance(dense, nn.Linear):
+            raise ValueError(f"svd_ranks names {path!r}, which is not a linear layer of {type(model).__name__}")
+        if rank > min(dense.in_features, dense.out_features):
+            raise ValueError(
+                f"svd_ranks[{path!r}] is {rank}, but the layer is {dense.out_features} x {dense.in_features}"
+            )
+        parent, _, name = path.rpartition(".")
+        factored = SVDLinear(
+            dense.in_features,
+            dense.out_features,
+            rank,
+            bias=dense.bias is not None,
+            device=dense.weight.device,
+            dtype=dense.weight.dtype,
+        )
+        setattr(model.get_submodule(parent), name, factored)
+
+
+def _make_adaptable(model):
+    for module in model.modules():
+        if type(module) is SVDLinear:
+            module.__class__ = AdaptableSVDLinear
+
+
+class _Factored:
+    """What the two model classes share: the switch to AdaptableSVDLinear, and the check of what was loaded."""
+
+    def _init_weights(self, module):
+        # an AdaptableSVDLinear passes for an nn.Linear, but its numbers are in `down` and `up`, visited on their own
+        if not isinstance(module, SVDLinear):
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: svd_ranks and the tensors of the checkpoint disagree. (transformers would fill the layers in
+                question with random numbers and only print a report.)
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _check_factors(model.config.svd_ranks, info)
+        _make_adaptable(model)
+        return (model, info) if output_loading_info else model
+
+    def add_adapter(self, *args, **kwargs):
+        _make_adaptable(self)
+        return super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args, **kwargs):
+        # also reached from inside from_pretrained, when it is given the folder of an adapter
+        _make_adaptable(self)
+        return super().load_adapter(*args, **kwargs)
+
+
+def _check_factors(ranks, info):
+    """ValueError if `info` (the loading info of transformers) shows factors without a rank or ranks without factors."""
+    factor = re.compile(r"(?:gpt_neox\.)?(.+)\.(?:down|up)\.(?:weight|bias)")
+    absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    absent = sorted(key for key in absent if factor.fullmatch(key))
+    unnamed = sorted(
+        key for key in info["unexpected_keys"] if (match := factor.fullmatch(key)) and match[1] not in ranks
+    )
+    for keys, what in (
+        (unnamed, "the checkpoint holds factors of layers that svd_ranks in its config.json does not name"),
+        (absent, "the checkpoint lacks factors for svd_ranks in its config.json"),
+    ):
+        if keys:
+            raise ValueError(f"{what}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if keys[3:] else ""))
+
+
+def _head_renamed(keys):
+    """A class attribute of the stock model that names its head (a dict, list or None), with the head named lm_head."""
+    if isinstance(keys, dict):
+        return {key.replace("embed_out", "lm_head"): value for key, value in keys.items()}
+    return [key.replace("embed_out", "lm_head") for key in keys] if keys else keys
+
+
+class PolyglotSVDModel(_Factored, GPTNeoXModel):
+    """GPTNeoXModel in which the layers named in `config.svd_ranks` are factored."""
+
+    config_class = PolyglotSVDConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        _factor_linears(self, config.svd_ranks)
+        self.post_init()  # again, for the initial weights of the factors
+        if not self.embed_in.weight.is_meta:  # on meta a quantizer or a serving engine may still follow
+            _make_adaptable(self)
+
+
+class PolyglotSVDForCausalLM(_Factored, GPTNeoXForCausalLM):
+    """GPTNeoXForCausalLM around a PolyglotSVDModel. Its head is `lm_head` whatever the version of transformers."""
+
+    config_class = PolyglotSVDConfig
+    # The stock head is called embed_out up to 5.10 and lm_head since, and the renaming of old checkpoints leaves out
+    # remote code: a checkpoint that follows the stock name gets a random head on the other side.
+    _tied_weights_keys = _head_renamed(GPTNeoXForCausalLM._tied_weights_keys)
+    _tp_plan = _head_renamed(getattr(GPTNeoXForCausalLM, "_tp_plan", None))
+    _pp_plan = _head_renamed(getattr(GPTNeoXForCausalLM, "_pp_plan", None))
+
+    def __init__(self, config):
+        super(GPTNeoXForCausalLM, self).__init__(config)  # not GPTNeoXForCausalLM's own, which builds a dense model
+        self.gpt_neox = PolyglotSVDModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def embed_out(self):
+        """The head, under the name by which the forward pass of older versions calls it."""
+        return self.lm_head
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+
+# so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
+PolyglotSVDConfig.register_for_auto_class()
+PolyglotSVDModel.register_for_auto_class("AutoModel")
+PolyglotSVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,76 @@
+"""Low-rank factorization of Hugging Face language models.
+
+from svdconvert import convert, plan
+
+print(plan("EleutherAI/polyglot-ko-3.8b", rank=768).params_after)
+report = convert("EleutherAI/polyglot-ko-3.8b", "polyglot-ko-3.8b-r768", rank=768)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+__version__ = metadata.version("svdconvert")
+
+# Imported when they are first used: torch and transformers take seconds.
+_EXPORTS = {
+    "convert": "conversion",
+    "plan": "conversion",
+    "push": "conversion",
+    "Report": "conversion",
+    "densify": "densifying",
+    "evaluate": "perplexity",
+    "Evaluation": "perplexity",
+    "fold": "folding",
+    "verify": "verification",
+    "Check": "verification",
+    "Plan": "planning",
+    "Outcome": "job",
+    "Events": "events",
+    "SvdconvertError": "errors",
+    "InputError": "errors",
+    "JobError": "errors",
+}
+
+__all__ = [
+    "Check",
+    "Evaluation",
+    "Events",
+    "InputError",
+    "JobError",
+    "Outcome",
+    "Plan",
+    "Report",
+    "SvdconvertError",
+    "convert",
+    "densify",
+    "evaluate",
+    "fold",
+    "plan",
+    "push",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from svdconvert.conversion import Report, convert, plan, push
+    from svdconvert.densifying import densify
+    from svdconvert.errors import InputError, JobError, SvdconvertError
+    from svdconvert.events import Events
+    from svdconvert.folding import fold
+    from svdconvert.job import Outcome
+    from svdconvert.perplexity import Evaluation, evaluate
+    from svdconvert.planning import Plan
+    from svdconvert.verification import Check, verify
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'svdconvert' has no attribute {name!r}")
+    value = getattr(import_module(f"svdconvert.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

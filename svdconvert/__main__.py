@@ -1,0 +1,5 @@
+"""`python -m svdconvert`."""
+
+from svdconvert.cli import main
+
+main()

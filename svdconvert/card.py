@@ -1,0 +1,120 @@
+"""The model card (README.md) of a result: what it is, what it cost, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from svdconvert.architectures import Architecture
+from svdconvert.planning import Plan
+from svdconvert.source import Source
+
+
+def factored_card(source: Source, plan: Plan, row: Architecture, command: str, errors: Sequence[float]) -> str:
+    """Card of a factored model.
+
+    Args:
+        source: the dense model.
+        plan: the conversion.
+        row: its architecture.
+        command: the command line that repeats it.
+        errors: relative error of every factored matrix.
+    """
+    lines = [
+        f"# {source.name.split('/')[-1]}, factored",
+        "",
+        f"[{source.name}]{_link(source)} with its linear layers replaced by low-rank factors "
+        f"(truncated SVD, W ~ up @ down), made by svdconvert.",
+        "",
+        "| | parameters | bytes |",
+        "|---|---|---|",
+        f"| dense | {plan.params_before:,} | {plan.bytes_before:,} |",
+        f"| this model | {plan.params_after:,} | {plan.bytes_after:,} |",
+        "",
+        "| layers | shape | rank | matrices | share kept |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {g.name} | {g.shape[0]} x {g.shape[1]} | {g.rank or 'dense'} | {g.count} "
+            f"| {g.params / g.dense_params:.1%} |"
+            for g in plan.groups
+        ),
+        "",
+    ]
+    if errors:
+        lines += [
+            f"Relative error of the factored matrices (Frobenius norm): mean {sum(errors) / len(errors):.4f}, "
+            f"worst {max(errors):.4f}. Truncation costs quality; measure it, and fine-tune before use.",
+            "",
+        ]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'path = "THIS_REPOSITORY"',
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
+        'inputs = tokenizer("안녕하세요", return_tensors="pt", return_token_type_ids=False)',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
+        "```",
+        "",
+        "LoRA (peft) runs in parallel to each whole product, h = B(A x) + scale * LB(LA x), with",
+        "",
+        "```python",
+        f"target_modules = {[name.split('.')[-1] for name in row.targets]!r}",
+        "```",
+        "",
+        "To merge such an adapter use `svdconvert fold`; `svdconvert densify` gives a stock "
+        f"{row.dense_class} for engines without remote code.",
+        "",
+        "## Made by",
+        "",
+        "```",
+        command,
+        "```",
+        "",
+        "`svdconvert.json` holds versions, settings, and the rank and error of every matrix.",
+    ]
+    return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+
+
+def plain_card(source: Source, title: str, text: str, command: str, tags: Sequence[str]) -> str:
+    """Card of a result that needs little explanation (densified, folded)."""
+    body = f"# {title}\n\n{text}\n\n```\n{command}\n```\n"
+    return _front_matter(source, ["svdconvert", *tags]) + body
+
+
+def _link(source: Source) -> str:
+    return f"(https://huggingface.co/{source.repo})" if source.repo else ""
+
+
+def _front_matter(source: Source, tags: Sequence[str]) -> str:
+    """YAML metadata: licence and language are the source's."""
+    from huggingface_hub import ModelCardData
+
+    theirs = _source_metadata(source)
+    own: dict[str, Any] = {
+        key: theirs[key] for key in ("license", "license_name", "license_link", "language", "datasets") if key in theirs
+    }
+    data = ModelCardData(
+        # The Hub links a base model by repository id; a local folder has none unless its own card names one.
+        base_model=source.repo or theirs.get("base_model"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([*(theirs.get("tags") or []), *tags])),
+        **own,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def _source_metadata(source: Source) -> Mapping[str, Any]:
+    from huggingface_hub import ModelCard
+
+    text = source.card()
+    if not text:
+        return {}
+    try:
+        return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())
+    except Exception:  # noqa: BLE001 - a card is free text; one that cannot be parsed has nothing to tell
+        return {}

@@ -1,0 +1,132 @@
+"""What makes a folder of weight files a model: index, modeling file, side files, record, and config.json last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata, resources
+from typing import Any
+
+from svdconvert.architectures import Architecture
+from svdconvert.headers import DTYPES, TensorInfo
+from svdconvert.source import SAFE_INDEX, Source
+from svdconvert.steps import index_json
+from svdconvert.writer import RECORD, OutputFolder
+
+
+def modeling_source(row: Architecture) -> bytes:
+    """The modeling file of an architecture, as it is copied into checkpoints."""
+    return resources.files("svdconvert.modeling").joinpath(f"{row.modeling}.py").read_bytes()
+
+
+def factored_config(
+    source: Mapping[str, Any], row: Architecture, ranks: Mapping[str, int], dtype: str
+) -> dict[str, Any]:
+    """config.json of the factored model: the source's fields, and what makes it loadable.
+
+    Args:
+        source: the dense model's config.
+        row: its architecture.
+        ranks: module path -> rank.
+        dtype: ``keep``, or the torch type of the new weights.
+    """
+    config = {key: value for key, value in source.items() if key not in ("_name_or_path", "dtype")}
+    config |= row.config_overrides(source)
+    config |= {
+        "architectures": [row.causal_class],
+        "auto_map": row.auto_map,
+        "model_type": row.svd_model_type,
+        "svd_ranks": dict(ranks),
+    }
+    # transformers before 4.56 knows torch_dtype only; later ones read either.
+    stored = source.get("torch_dtype") or source.get("dtype") if dtype == "keep" else dtype
+    if stored:
+        config["torch_dtype"] = stored
+    return config
+
+
+def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
+    """config.json of the stock model that a factored one multiplies out to."""
+    config = {key: value for key, value in factored.items() if key not in ("auto_map", "svd_ranks", "_name_or_path")}
+    config |= row.config_overrides(factored)
+    return config | {"architectures": [row.dense_class], "model_type": row.model_type}
+
+
+def majority_dtype(infos: Sequence[TensorInfo]) -> str:
+    """The torch type that most of the bytes are in."""
+    sizes: dict[str, int] = {}
+    for info in infos:
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return DTYPES[max(sizes, key=lambda code: sizes[code])][1]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("svdconvert", "torch", "safetensors", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+
+
+def record(command: str, source: Source, settings: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
+    """``svdconvert.json``: how a folder came about. Times aside, the same job always writes the same record.
+
+    Args:
+        command: which of the tool's commands made it.
+        source: the model it was made from.
+        settings: what the result depends on.
+        details: results, by name.
+    """
+    return {
+        "format": 1,
+        "command": command,
+        "versions": versions(),
+        "source": {"name": source.name, "repo": source.repo, "commit": source.commit},
+        "settings": dict(settings),
+        **details,
+    }
+
+
+def write_model_files(
+    output: OutputFolder,
+    source: Source,
+    shards: Mapping[str, Sequence[TensorInfo]],
+    *,
+    extra: Mapping[str, bytes],
+    card: str,
+    job_record: Mapping[str, Any],
+) -> None:
+    """Write everything but the weights and config.json."""
+    index = index_json(shards)
+    if index is not None:
+        output.write_file(SAFE_INDEX, _json(index))
+    for name in source.side_files:
+        output.write_file(name, source.path(name).read_bytes())
+    for name, data in extra.items():
+        output.write_file(name, data)
+    output.write_file("README.md", card.encode())
+    output.write_file(RECORD, _json(job_record))
+
+
+def write_config(output: OutputFolder, config: Mapping[str, Any]) -> None:
+    """The last file: from here on the folder is a model."""
+    output.write_file("config.json", _json(dict(sorted(config.items()))))
+    output.finished = True
+
+
+def digest(data: bytes) -> str:
+    """Short identity of a file's content."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,378 @@
+"""The command line: parses, calls the library, shows the result. No torch before a command needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from svdconvert.errors import InputError, SvdconvertError
+
+DEFAULT_COMMAND = "convert"
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+class DefaultGroup(click.Group):
+    """A group whose first word may also be the argument of its default command: `svdconvert MODEL --rank 768`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            if not Path(args[0]).exists() and (close := difflib.get_close_matches(args[0], self.commands, cutoff=0.7)):
+                raise InputError(f"there is no command {args[0]!r}; did you mean {close[0]!r}?")
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SvdconvertError as error:
+            _fail(str(error), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _fail("interrupted; the same command goes on where it stopped", 1)
+        except MemoryError:
+            _fail("out of memory; use fewer --workers or a machine with more, the same command goes on", 1)
+        except RuntimeError as error:
+            # torch raises its own error type when a GPU is full, and importing torch only to name it costs seconds.
+            if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+                raise
+            _fail("out of memory on the device; use --device cpu, the same command goes on otherwise", 1)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(exit_code)
+
+
+@click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="svdconvert")
+def main() -> None:
+    """Make a Hugging Face language model a fraction of its size by low-rank factorization.
+
+    \b
+    svdconvert polyglot-ko-3.8b --rank 768 --out DIR
+    is short for `svdconvert convert ...`; the result loads with
+    AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+    """
+
+
+def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _Command]:
+    def decorate(command: _Command) -> _Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_DTYPES = click.Choice(["keep", "float16", "bfloat16", "float32"])
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+_shard_option = click.option(
+    "--max-shard-size", default="5GB", show_default=True, help="Largest weight file to write (decimal units)."
+)
+_overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what the output folder holds.")
+_verbose_option = click.option("-v", "--verbose", is_flag=True, help="A line for every matrix.")
+_private_option = click.option("--private", is_flag=True, help="Create the repository as a private one.")
+
+_plan_options = _options(
+    click.option(
+        "--rank",
+        "ranks",
+        multiple=True,
+        metavar="N|PATTERN=N",
+        help="Rank of every target, or of those a pattern names (repeatable; the last match wins): "
+        "--rank 768 --rank attention.dense=512 --rank 'layers.0.*=1024'.",
+    ),
+    click.option("--keep", type=float, metavar="FRACTION", help="Instead: fraction of the target parameters to keep."),
+    click.option("--params", metavar="COUNT", help="Instead: parameters of the whole result, for example 1.4B."),
+    click.option(
+        "--targets",
+        multiple=True,
+        metavar="PATTERN",
+        help="Factor only linear layers that match (repeatable). [default: the linear layers of every block]",
+    ),
+    click.option("--method", default="svd", show_default=True, help="How the factors are computed."),
+    click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights."),
+    _shard_option,
+    click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository."),
+    click.option("--factor-all", is_flag=True, help="Factor also where the rank saves nothing."),
+)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [required unless --dry-run]")
+@_plan_options
+@_device_option
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
+@_overwrite_option
+@click.option("--no-check", is_flag=True, help="Do not load the result afterwards.")
+@click.option("--dry-run", is_flag=True, help="Say what would happen, from headers alone, and stop.")
+@_json_option
+@_verbose_option
+@click.option("--push-to-hub", metavar="REPO", help="Upload the result to this repository.")
+@_private_option
+@click.option("--hub-revision", metavar="B", help="Branch to upload to.")
+def convert(
+    model: str,
+    out: Path | None,
+    device: str,
+    workers: int,
+    overwrite: bool,
+    no_check: bool,
+    dry_run: bool,
+    as_json: bool,
+    verbose: bool,
+    push_to_hub: str | None,
+    private: bool,
+    hub_revision: str | None,
+    **request: Any,
+) -> None:
+    """Factor MODEL and write the result to a folder (the default command).
+
+    MODEL is a local folder, `owner/name` on the Hub, or a short name: polyglot-ko-1.3b, -3.8b, -5.8b, -12.8b. A run
+    that was interrupted goes on when the same command is given again.
+    """
+    if dry_run:
+        _show_plan(model, out, as_json, request)
+        return
+    if out is None:
+        raise InputError("--out is missing: the folder to write the factored model to")
+    from svdconvert.conversion import convert as run
+    from svdconvert.report import TerminalEvents, show_result
+
+    console = _console(as_json)
+    with TerminalEvents(console, verbose=verbose) as events:
+        result = run(
+            model,
+            out,
+            **_request(request),
+            device=device,
+            workers=workers,
+            overwrite=overwrite,
+            check=not no_check,
+            push_to_hub=push_to_hub,
+            private=private,
+            hub_revision=hub_revision,
+            events=events,
+        )
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        show_result(console, result)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder that would be written, for the disk's free room.")
+@_plan_options
+@_json_option
+def plan(model: str, out: Path | None, as_json: bool, **request: Any) -> None:
+    """Say what a conversion would do, from config and headers alone.
+
+    For a Hub repository only headers are downloaded; a folder with nothing but config.json will do.
+    """
+    _show_plan(model, out, as_json, request)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="The dense source, to compare every tensor with.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of --against.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text for the perplexity of the model, and of --against.")
+@_device_option
+@_json_option
+def verify(
+    folder: Path, against: str | None, revision: str | None, text: Path | None, device: str, as_json: bool
+) -> None:
+    """Check a factored checkpoint: files, ranks, logits, and every tensor against the dense source."""
+    _need_folder(folder)
+    if revision and not against:
+        raise InputError("--revision belongs to --against")
+    from svdconvert.perplexity import evaluate as measure
+    from svdconvert.verification import failed
+    from svdconvert.verification import verify as run
+
+    checks = run(folder, against, revision)
+    evaluations = []
+    if text is not None:
+        models = [str(folder), *([against] if against else [])]
+        evaluations = [measure(name, text, revision=revision, device=device) for name in models]
+    if as_json:
+        _print_json(
+            {
+                "passed": not failed(checks),
+                "checks": [dataclasses.asdict(check) for check in checks],
+                "evaluations": [evaluation.to_json() for evaluation in evaluations],
+            }
+        )
+    else:
+        from svdconvert.report import show_checks, show_evaluation
+
+        console = _console(as_json)
+        show_checks(console, checks)
+        for evaluation in evaluations:
+            console.print(f"[bold]{evaluation.model}[/]")
+            show_evaluation(console, evaluation)
+    if failed(checks):
+        _fail(f"{folder} did not pass: {', '.join(check.name for check in failed(checks))}", 1)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
+@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
+@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@_device_option
+@_json_option
+def evaluate(
+    model: str,
+    text: Path,
+    window: int | None,
+    stride: int | None,
+    batch_size: int,
+    revision: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Perplexity and bits per character of MODEL, dense or factored, on a text."""
+    from svdconvert.perplexity import evaluate as run
+    from svdconvert.report import bar, show_evaluation
+
+    console = _console(as_json)
+    with bar(console, "tokens") as progress:
+        result = run(
+            model,
+            text,
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            revision=revision,
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        show_evaluation(console, result)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@_shard_option
+@_device_option
+@_overwrite_option
+@_verbose_option
+def densify(folder: Path, out: Path, **options: Any) -> None:
+    """Multiply the factors out: back to the stock architecture, for GGUF and engines without remote code."""
+    _need_folder(folder)
+    from svdconvert.densifying import densify as run
+
+    with _job_events(options) as events:
+        outcome = run(folder, out, **options, events=events)
+    _show_outcome(outcome)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--adapter", type=click.Path(path_type=Path), required=True, help="Folder that peft's save_pretrained wrote."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@_shard_option
+@_device_option
+@_overwrite_option
+@_verbose_option
+def fold(folder: Path, adapter: Path, out: Path, **options: Any) -> None:
+    """Merge a LoRA adapter exactly into the factors: the ranks grow by the adapter's."""
+    _need_folder(folder)
+    from svdconvert.folding import fold as run
+
+    with _job_events(options) as events:
+        outcome = run(folder, adapter, out, **options, events=events)
+    _show_outcome(outcome)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo")
+@_private_option
+@click.option("--hub-revision", metavar="B", help="Branch to upload to.")
+def push(folder: Path, repo: str, private: bool, hub_revision: str | None) -> None:
+    """Upload a finished result to the Hub."""
+    _need_folder(folder)
+    from svdconvert.conversion import push as run
+
+    click.echo(run(folder, repo, private=private, revision=hub_revision))
+
+
+def _request(options: dict[str, Any]) -> dict[str, Any]:
+    """Command-line options in the terms of :func:`svdconvert.convert`."""
+    from svdconvert.ranks import parse_count, parse_rank_options
+
+    options = dict(options)
+    default, patterns = parse_rank_options(options.pop("ranks"))
+    rank: int | dict[str, int] | None = default
+    if patterns:
+        rank = {**patterns, **({} if default is None else {"*": default})}
+    params = options.pop("params")
+    return {**options, "rank": rank, "params": None if params is None else parse_count(params)}
+
+
+def _show_plan(model: str, out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+    from svdconvert.conversion import plan as make
+    from svdconvert.job import free_bytes
+    from svdconvert.report import show_plan
+
+    made = make(model, **_request(options))
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        show_plan(_console(as_json), made, free_bytes(out or Path()))
+
+
+def _need_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}")
+
+
+@contextmanager
+def _job_events(options: dict[str, Any]) -> Iterator[Any]:
+    from svdconvert.report import TerminalEvents
+
+    with TerminalEvents(_console(False), verbose=options.pop("verbose")) as events:
+        yield events
+
+
+def _show_outcome(outcome: Any) -> None:
+    from svdconvert.report import show_outcome
+
+    show_outcome(_console(False), outcome)
+
+
+def _console(as_json: bool) -> Any:
+    """Where people read: standard output, or standard error while that carries JSON."""
+    from rich.console import Console
+
+    stream = sys.stderr if as_json else sys.stdout
+    # Without a terminal nobody wraps lines: give tables the room they need.
+    return Console(file=stream, width=None if stream.isatty() else 140)
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

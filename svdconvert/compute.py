@@ -1,0 +1,116 @@
+"""What a step does with its tensors. One row of :data:`OPERATIONS` per kind of step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.errors import InputError
+from svdconvert.headers import TensorInfo
+from svdconvert.solver import Workspace, factorize
+from svdconvert.steps import Step
+from svdconvert.weights import torch_dtype
+
+Operation = Callable[[Sequence[Tensor], Step, Workspace], tuple[list[Tensor], dict[str, Any]]]
+
+
+def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """W -> (down, up)."""
+    (weight,) = inputs
+    factors = factorize(weight, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
+    report = {
+        "rank": step.options["rank"],
+        "shape": list(weight.shape),
+        "relative_error": factors.relative_error,
+        "optimal_error": factors.optimal_error,
+        "energy_kept": 1 - factors.relative_error**2,
+        "precision": factors.precision,
+    }
+    return [factors.down, factors.up], report
+
+
+def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """(down [r, n], up [m, r]) -> W [m, n], multiplied in float32."""
+    down, up = inputs
+    product = torch.mm(up.float(), down.float())
+    return [product.to(torch_dtype(step.outputs[0].dtype))], {"rank": down.shape[0]}
+
+
+def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """(down, up, A [q, n], B [m, q]) -> ([down; A], [up, s B]): a parallel LoRA becomes q more ranks.
+
+    The scale is shared evenly between both, as the factors share their singular values.
+    """
+    down, up, lora_a, lora_b = (tensor.float() for tensor in inputs)
+    scale = float(step.options["scale"])
+    root = abs(scale) ** 0.5
+    sign = 1.0 if scale >= 0 else -1.0
+    return [
+        torch.cat([down, root * lora_a]).to(torch_dtype(step.outputs[0].dtype)),
+        torch.cat([up, sign * root * lora_b], dim=1).to(torch_dtype(step.outputs[1].dtype)),
+    ], {"rank": step.outputs[0].shape[0]}
+
+
+def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """(W, A [q, n], B [m, q]) -> W + s B A, the usual merge of a LoRA into a dense weight."""
+    weight, lora_a, lora_b = (tensor.float() for tensor in inputs)
+    merged = torch.addmm(weight, lora_b, lora_a, alpha=float(step.options["scale"]))
+    return [merged.to(torch_dtype(step.outputs[0].dtype))], {}
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    "factorize": _factorize,
+    "multiply": _multiply,
+    "extend": _extend,
+    "add": _add,
+}
+
+
+def run(step: Step, inputs: Sequence[Tensor], workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """Carry out a step.
+
+    Args:
+        step: any but ``copy``.
+        inputs: its tensors, on the device that is to compute.
+        workspace: buffers of the calling thread.
+
+    Returns:
+        The output tensors, contiguous on the CPU, and what to record about the step.
+
+    Raises:
+        InputError: a tensor has NaN or infinite entries, or does not fit its type; the message names it.
+    """
+    try:
+        outputs, report = OPERATIONS[step.kind](inputs, step, workspace)
+        for info, tensor in zip(step.outputs, outputs, strict=True):
+            assert tuple(tensor.shape) == info.shape, (step.key, info, tensor.shape)
+            if not bool(torch.isfinite(tensor).all()):
+                raise InputError(f"{info.name} would exceed the range of {info.dtype}; choose another --dtype")
+    except InputError as error:
+        raise InputError(f"tensor {step.key} cannot be converted: {error}") from None
+    return [tensor.contiguous().cpu() for tensor in outputs], report
+
+
+def convert_piece(piece: Tensor, source: TensorInfo, target: TensorInfo) -> Tensor:
+    """Bytes of a copied tensor, checked and in the type of the target.
+
+    Args:
+        piece: flat uint8 tensor holding whole elements of the source's type.
+        source, target: the tensor before and after.
+
+    Raises:
+        InputError: it has NaN or infinite entries, or entries that the target's type cannot hold.
+    """
+    values = piece.view(torch_dtype(source.dtype))
+    low, high = torch.aminmax(values) if values.numel() else (torch.zeros(()), torch.zeros(()))
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise InputError(f"tensor {source.name} has NaN or infinite entries; repair the source checkpoint")
+    if source.dtype == target.dtype:
+        return piece
+    converted = values.to(torch_dtype(target.dtype))
+    if not bool(torch.isfinite(converted).all()):
+        raise InputError(f"tensor {source.name} exceeds the range of {target.dtype}; choose another --dtype")
+    return converted.view(torch.uint8)

@@ -1,0 +1,269 @@
+"""The main job: a dense checkpoint in, a factored one out."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdconvert import card, checkpoint
+from svdconvert.architectures import dense_architecture
+from svdconvert.errors import InputError
+from svdconvert.events import Events
+from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
+from svdconvert.planning import Plan, make_plan
+from svdconvert.ranks import RankRequest
+from svdconvert.source import Source, open_source
+from svdconvert.steps import parse_size
+from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        plan: the conversion as planned.
+        outcome: time, memory and record of the run.
+        url: where the result was pushed to, or None.
+    """
+
+    plan: Plan
+    outcome: Outcome
+    url: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the result is."""
+        return self.outcome.folder
+
+    @property
+    def matrices(self) -> Mapping[str, Mapping[str, Any]]:
+        """Module path -> rank, shape, relative_error, optimal_error, energy_kept, precision, seconds."""
+        matrices: Mapping[str, Mapping[str, Any]] = self.outcome.record["matrices"]
+        return matrices
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative error of every factored matrix, Frobenius norm."""
+        return [float(matrix["relative_error"]) for matrix in self.matrices.values()]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report in JSON types, for ``--json``."""
+        outcome = self.outcome
+        return {
+            "folder": str(self.folder),
+            "plan": self.plan.to_json(),
+            "matrices": {name: dict(matrix) for name, matrix in self.matrices.items()},
+            "seconds": round(outcome.seconds, 3),
+            "peak_memory_bytes": outcome.peak_memory_bytes,
+            "peak_device_bytes": outcome.peak_device_bytes,
+            "resumed": outcome.resumed,
+            "already_done": outcome.already_done,
+            "checks": list(outcome.checks),
+            "url": self.url,
+        }
+
+
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    rank: int | Mapping[str, int] | None = None,
+    keep: float | None = None,
+    params: int | None = None,
+    targets: Sequence[str] = (),
+    method: str = "svd",
+    dtype: str = "keep",
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    factor_all: bool = False,
+) -> Plan:
+    """What :func:`convert` would do, from config and headers alone.
+
+    Args:
+        model: local folder, ``owner/name`` on the Hub, or a short name such as ``polyglot-ko-3.8b``.
+        rank: rank of every target, or pattern -> rank; the pattern ``*`` stands for all that no other names.
+        keep: instead, the fraction of the target parameters to keep.
+        params: instead, the parameters of the whole converted model.
+        targets: patterns that choose among the linear layers; empty means all of them.
+        method: how the factors are computed.
+        dtype: ``keep``, ``float16``, ``bfloat16`` or ``float32``.
+        max_shard_size: limit of a weight file, in bytes or as ``5GB``.
+        revision: branch, tag or commit on the Hub.
+        factor_all: factor also where that saves nothing.
+
+    Raises:
+        InputError: the model or the request cannot be used; the message says why.
+    """
+    source = open_source(os.fspath(model), revision, need_weights=False)
+    request = _request(rank, keep, params, factor_all)
+    return make_plan(
+        source, request, method=method, targets=targets, dtype=dtype, max_shard_bytes=_bytes(max_shard_size)
+    )
+
+
+def convert(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    rank: int | Mapping[str, int] | None = None,
+    keep: float | None = None,
+    params: int | None = None,
+    targets: Sequence[str] = (),
+    method: str = "svd",
+    dtype: str = "keep",
+    device: str = "auto",
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    factor_all: bool = False,
+    overwrite: bool = False,
+    workers: int = 1,
+    check: bool = True,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    hub_revision: str | None = None,
+    events: Events | None = None,
+) -> Report:
+    """Factor a model and write the result as a checkpoint that AutoModelForCausalLM loads.
+
+    An interrupted call goes on where it stopped when it is made again with the same arguments.
+
+    Args:
+        model, rank, keep, params, targets, method, dtype, max_shard_size, revision, factor_all: see :func:`plan`.
+        out: folder to write.
+        device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        overwrite: replace what the folder holds.
+        workers: matrices solved at the same time; memory grows with it.
+        check: load the result afterwards and look at its logits.
+        push_to_hub: repository to upload the result to.
+        private: make that repository private if it has to be created.
+        hub_revision: branch to upload to.
+        events: receiver of progress.
+
+    Raises:
+        InputError: nothing could be done.
+        JobError: it broke off; the same call continues it.
+    """
+    events = events or Events()
+    folder = Path(out).expanduser()
+    refuse_foreign(folder, overwrite=overwrite)
+    request = _request(rank, keep, params, factor_all)
+    max_shard_bytes = _bytes(max_shard_size)
+    used_device = resolve_device(device)
+    if push_to_hub:
+        from svdconvert.hub import check_push
+
+        check_push(push_to_hub, private=private, revision=hub_revision)
+    source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
+    made = make_plan(source, request, method=method, targets=targets, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    events.planned(made, free_bytes(folder))
+    outcome = run_job(
+        _job(source, made),
+        folder,
+        device=used_device,
+        workers=workers,
+        overwrite=overwrite,
+        check=check,
+        events=events,
+    )
+    url = None
+    if push_to_hub:
+        events.note(f"uploading to {push_to_hub}")
+        url = push(folder, push_to_hub, private=private, revision=hub_revision)
+    return Report(made, outcome, url)
+
+
+def push(folder: str | os.PathLike[str], repo: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Upload a finished result.
+
+    Args:
+        folder: what :func:`convert`, ``densify`` or ``fold`` wrote.
+        repo: ``owner/name`` on the Hub; created if it does not exist.
+        private: make it private if it has to be created.
+        revision: branch to upload to.
+
+    Returns:
+        Where it is now.
+
+    Raises:
+        InputError: the folder is not finished, or the repository may not be written.
+        JobError: the upload broke off; the same call continues it.
+    """
+    from svdconvert.hub import check_push, push_folder
+
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file() or not (path / RECORD).is_file():
+        raise InputError(f"{path} holds no finished result of svdconvert; convert a model into it first")
+    check_push(repo, private=private, revision=revision)
+    name = read_record(path)["source"]["name"]
+    return push_folder(path, repo, private=private, revision=revision, message=f"Add {name}, factored by svdconvert")
+
+
+def _job(source: Source, made: Plan) -> Job:
+    row = dense_architecture(source.config, source.name)
+    config = checkpoint.factored_config(source.config, row, made.ranks, made.settings["dtype"])
+    config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
+    command = command_line(source, made)
+
+    def matrices(reports: Reports) -> dict[str, Any]:
+        return {target.module: reports[target.weight] for target in made.targets if target.rank is not None}
+
+    def details(reports: Reports) -> dict[str, Any]:
+        return {
+            "params": {"before": made.params_before, "after": made.params_after},
+            "bytes": {"before": made.bytes_before, "after": made.bytes_after},
+            "dense_targets": {t.module: t.reason for t in made.targets if t.rank is None},
+            "notes": list(made.notes),
+            "matrices": matrices(reports),
+        }
+
+    def model_card(reports: Reports) -> str:
+        errors = [float(matrix["relative_error"]) for matrix in matrices(reports).values()]
+        return card.factored_card(source, made, row, command, errors)
+
+    return Job(
+        command="convert",
+        source=source,
+        steps=made.steps,
+        shards=made.shards,
+        settings=made.settings,
+        config=config,
+        extra={f"{row.modeling}.py": checkpoint.modeling_source(row)},
+        card=model_card,
+        details=details,
+    )
+
+
+def command_line(source: Source, made: Plan) -> str:
+    """The command that makes this result again."""
+    settings = made.settings
+    words = ["svdconvert", source.repo or source.name]
+    if source.commit:
+        words += ["--revision", source.commit]
+    for option in ("rank", "keep", "params"):
+        if settings[option] is not None:
+            words += [f"--{option}", str(settings[option])]
+    for pattern, rank in settings["rank_patterns"].items():
+        words += ["--rank", f"{pattern}={rank}"]
+    for pattern in settings["targets"]:
+        words += ["--targets", pattern]
+    if settings["factor_all"]:
+        words.append("--factor-all")
+    if settings["dtype"] != "keep":
+        words += ["--dtype", settings["dtype"]]
+    return shlex.join([*words, "--out", "DIR"])
+
+
+def _request(
+    rank: int | Mapping[str, int] | None, keep: float | None, params: int | None, factor_all: bool
+) -> RankRequest:
+    patterns = dict(rank) if isinstance(rank, Mapping) else {}
+    default = patterns.pop("*", None) if isinstance(rank, Mapping) else rank
+    return RankRequest(default, patterns, keep, params, factor_all)
+
+
+def _bytes(size: str | int) -> int:
+    return size if isinstance(size, int) else parse_size(size)

@@ -1,0 +1,129 @@
+"""Back to the stock architecture: every product multiplied out, for engines without remote code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from svdconvert import card, checkpoint
+from svdconvert.architectures import Architecture, factored_architecture
+from svdconvert.errors import InputError
+from svdconvert.events import Events
+from svdconvert.headers import TensorInfo
+from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
+from svdconvert.planning import factor_names, natural
+from svdconvert.source import Source, listing, open_source
+from svdconvert.steps import Step, parse_size, shard
+
+
+def densify(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    check: bool = True,
+    events: Events | None = None,
+) -> Outcome:
+    """Multiply the factors out and write a checkpoint of the stock architecture.
+
+    The result computes the same function in as many parameters as the dense source had.
+
+    Args:
+        model: folder of a factored checkpoint.
+        out: folder to write.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_shard_size: limit of a weight file, in bytes or as ``5GB``.
+        overwrite: replace what the folder holds.
+        check: load the result afterwards and look at its logits.
+        events: receiver of progress.
+
+    Raises:
+        InputError: the model or the folder cannot be used.
+        JobError: it broke off; the same call continues it.
+    """
+    source = open_source(os.fspath(model))
+    row = factored_architecture(source.config, source.name)
+    limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    biases = {f"{row.prefix}{module}.up.bias" for module in source.config["svd_ranks"]}
+
+    def dense_name(name: str) -> str:
+        return name.removesuffix("up.bias") + "bias" if name in biases else row.dense_name(name)
+
+    steps = factored_steps(source, row, _multiply_steps, dense_name)
+    outputs = [info for step in steps for info in step.outputs]
+
+    def model_card(reports: Reports) -> str:
+        text = (
+            f"The low-rank factors of {source.name} multiplied out: a stock {row.dense_class} that computes the same "
+            "function, for engines without remote code (GGUF conversion among them). Made by"
+        )
+        return card.plain_card(source, f"{source.name}, densified", text, "svdconvert densify MODEL --out DIR", [])
+
+    def details(reports: Reports) -> Mapping[str, Any]:
+        return {"params": sum(info.size for info in outputs), "matrices": len(source.config["svd_ranks"])}
+
+    job = Job(
+        command="densify",
+        source=source,
+        steps=steps,
+        shards=shard(outputs, limit),
+        settings={"max_shard_bytes": limit},
+        config=checkpoint.dense_config(source.config, row),
+        extra={},
+        card=model_card,
+        details=details,
+    )
+    return run_job(
+        job, Path(out).expanduser(), device=resolve_device(device), overwrite=overwrite, check=check, events=events
+    )
+
+
+def factored_steps(
+    source: Source,
+    row: Architecture,
+    factored_step: Callable[[str, str, TensorInfo, TensorInfo], list[Step]],
+    copied_name: Callable[[str], str],
+) -> list[Step]:
+    """Steps over a factored checkpoint: one for each pair of factors, a copy for everything else.
+
+    Args:
+        source: the factored checkpoint.
+        row: its architecture.
+        factored_step: (module, weight name, down, up) -> the steps that make something of a pair.
+        copied_name: name in the source -> name in the result, for the tensors that are copied.
+
+    Raises:
+        InputError: config.json names a factor that the files do not have.
+    """
+    steps: list[Step] = []
+    factors: set[str] = set()
+    for module, rank in source.config["svd_ranks"].items():
+        weight = f"{row.prefix}{module}.weight"
+        names = factor_names(weight)
+        missing = [name for name in names if name not in source.tensors]
+        if missing:
+            raise InputError(f"{source.name} lacks {listing(missing)}, which its config.json promises")
+        down, up = (source.tensors[name] for name in names)
+        if down.shape[0] != rank or up.shape[1] != rank:
+            raise InputError(f"{module} of {source.name} has rank {down.shape[0]}, but config.json says {rank}")
+        steps += factored_step(module, weight, down, up)
+        factors.update(names)
+    for name, info in source.tensors.items():
+        if name not in factors:
+            steps.append(copy_step(info, copied_name(name)))
+    return sorted(steps, key=lambda step: (step.inputs[0].file, step.inputs[0].start, natural(step.key)))
+
+
+def copy_step(info: TensorInfo, name: str) -> Step:
+    """Take a tensor over unchanged."""
+    return Step("copy", info.name, (info,), (replace(info, name=name, file="", start=-1),))
+
+
+def _multiply_steps(module: str, weight: str, down: TensorInfo, up: TensorInfo) -> list[Step]:
+    product = TensorInfo(weight, up.dtype, (up.shape[0], down.shape[1]))
+    return [Step("multiply", weight, (down, up), (product,))]

@@ -1,0 +1,200 @@
+"""Exact merge of a LoRA adapter into a factored checkpoint.
+
+An adapter beside a factored layer, h = B(A x) + s LB(LA x), is itself a product of rank q; so the sum is a product of
+rank r + q, [B, s LB] [A; LA], and nothing is lost. On a layer that stayed dense the usual W + s LB LA applies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from svdconvert import card, checkpoint
+from svdconvert.architectures import factored_architecture
+from svdconvert.densifying import copy_step, factored_steps
+from svdconvert.errors import InputError
+from svdconvert.events import Events
+from svdconvert.headers import TensorInfo, read_header
+from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
+from svdconvert.source import LocalSource, Source, listing, read_json
+from svdconvert.steps import Step, parse_size, shard
+
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class _Adapter:
+    """A LoRA adapter as peft saves it: (A, B, scale) by module path."""
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / ADAPTER_CONFIG, f"{folder} has no {ADAPTER_CONFIG}, so it is no peft adapter")
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise InputError(f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter with save_pretrained")
+        self.folder, self.config = folder, config
+        for field, plain in (
+            ("peft_type", "LORA"),
+            ("use_dora", False),
+            ("bias", "none"),
+            ("modules_to_save", None),
+            ("lora_bias", False),
+            ("fan_in_fan_out", False),
+        ):
+            if config.get(field, plain) not in (plain, [] if plain is None else plain):
+                raise InputError(
+                    f"{folder} cannot be folded: its {field} is {config[field]!r}; only a plain LoRA adds a product "
+                    "to each layer"
+                )
+        self.pairs: dict[str, tuple[TensorInfo, TensorInfo]] = {}
+        halves: dict[str, dict[str, TensorInfo]] = {}
+        for info in read_header(folder / ADAPTER_WEIGHTS):
+            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", info.name)
+            if match is None:
+                raise InputError(f"{folder} cannot be folded: {info.name} is no LoRA weight of a linear layer")
+            halves.setdefault(match[1], {})[match[2]] = info
+        for module, half in halves.items():
+            if half.keys() != {"A", "B"} or half["A"].shape[0] != half["B"].shape[1]:
+                raise InputError(f"{folder} is damaged: lora_A and lora_B of {module} do not fit together")
+            self.pairs[module] = (half["A"], half["B"])
+
+    def scale(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, with the layer's own settings where it has some."""
+
+        def setting(patterns: str, default: str) -> float:
+            for pattern, value in (self.config.get(patterns) or {}).items():
+                if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                    return float(value)
+            return float(self.config[default])
+
+        rank, alpha = setting("rank_pattern", "r"), setting("alpha_pattern", "lora_alpha")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+class _WithAdapter(LocalSource):
+    """A factored checkpoint and an adapter for it, read as one."""
+
+    def __init__(self, folder: Path, adapter: _Adapter) -> None:
+        super().__init__(folder)
+        self.adapter = adapter
+
+    def path(self, file: str) -> Path:
+        return self.adapter.folder / ADAPTER_WEIGHTS if file == ADAPTER_WEIGHTS else super().path(file)
+
+    def identity(self) -> dict[str, Any]:
+        header = LocalSource.identity(self)
+        data = (self.adapter.folder / ADAPTER_WEIGHTS).read_bytes()
+        settings = json.dumps(self.adapter.config, sort_keys=True).encode()
+        return header | {"adapter": checkpoint.digest(data + settings)}
+
+
+def fold(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    check: bool = True,
+    events: Events | None = None,
+) -> Outcome:
+    """Merge a LoRA adapter into a factored checkpoint; the ranks grow by the adapter's.
+
+    Args:
+        model: folder of a factored checkpoint.
+        adapter: folder that peft's ``save_pretrained`` wrote.
+        out: folder to write.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_shard_size: limit of a weight file, in bytes or as ``5GB``.
+        overwrite: replace what the folder holds.
+        check: load the result afterwards and look at its logits.
+        events: receiver of progress.
+
+    Raises:
+        InputError: one of both cannot be used, or they do not fit each other.
+        JobError: it broke off; the same call continues it.
+    """
+    folder, adapter_folder = Path(model).expanduser(), Path(adapter).expanduser()
+    for path in (folder, adapter_folder):
+        if not path.is_dir():
+            raise InputError(f"there is no folder {path}")
+    lora = _Adapter(adapter_folder)
+    source = _WithAdapter(folder, lora)
+    row = factored_architecture(source.config, source.name)
+    limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    steps, ranks = _steps(source, lora)
+    outputs = [info for step in steps for info in step.outputs]
+    for first, second in lora.pairs.values():
+        # The reader asks the source where a tensor lies.
+        source.tensors[first.name], source.tensors[second.name] = first, second
+
+    def model_card(reports: Reports) -> str:
+        text = f"{source.name} with a LoRA adapter folded into its factors, whose ranks grew by the adapter's. Made by"
+        command = "svdconvert fold MODEL --adapter ADAPTER --out DIR"
+        return card.plain_card(source, f"{source.name}, adapter folded in", text, command, ["low-rank", "svd"])
+
+    def details(reports: Reports) -> Mapping[str, Any]:
+        return {"params": sum(info.size for info in outputs), "folded": sorted(lora.pairs)}
+
+    job = Job(
+        command="fold",
+        source=source,
+        steps=steps,
+        shards=shard(outputs, limit),
+        settings={"max_shard_bytes": limit},
+        config=dict(source.config) | {"svd_ranks": ranks},
+        extra={f"{row.modeling}.py": checkpoint.modeling_source(row)},
+        card=model_card,
+        details=details,
+    )
+    return run_job(
+        job, Path(out).expanduser(), device=resolve_device(device), overwrite=overwrite, check=check, events=events
+    )
+
+
+def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
+    """The job, and the new ranks.
+
+    Raises:
+        InputError: the adapter names a layer that the model does not have, or one of another shape.
+    """
+    row = factored_architecture(source.config, source.name)
+    ranks = dict(source.config["svd_ranks"])
+    left = dict(lora.pairs)
+
+    def grown(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
+        return replace(info, shape=shape, file="", start=-1)
+
+    def check(module: str, shape: tuple[int, int], pair: tuple[TensorInfo, TensorInfo]) -> None:
+        if (pair[1].shape[0], pair[0].shape[1]) != shape:
+            raise InputError(f"the adapter's weights for {module} do not fit a {shape[0]} x {shape[1]} layer")
+
+    def extend(module: str, weight: str, down: TensorInfo, up: TensorInfo) -> list[Step]:
+        pair = left.pop(f"{row.prefix}{module}", None)
+        if pair is None:
+            return [copy_step(down, down.name), copy_step(up, up.name)]
+        check(module, (up.shape[0], down.shape[1]), pair)
+        rank = ranks[module] = down.shape[0] + pair[0].shape[0]
+        outputs = (grown(down, (rank, down.shape[1])), grown(up, (up.shape[0], rank)))
+        return [Step("extend", weight, (down, up, *pair), outputs, {"scale": lora.scale(f"{row.prefix}{module}")})]
+
+    steps = []
+    for step in factored_steps(source, row, extend, lambda name: name):
+        module = step.key.removesuffix(".weight")
+        pair = left.pop(module, None) if step.kind == "copy" and step.key.endswith(".weight") else None
+        if pair is None:
+            steps.append(step)
+            continue
+        info = step.inputs[0]
+        check(module, (info.shape[0], info.shape[1]), pair)
+        steps.append(Step("add", step.key, (info, *pair), step.outputs, {"scale": lora.scale(module)}))
+    if left:
+        raise InputError(
+            f"the adapter changes {listing(sorted(left))}, which {source.name} does not have as layers of its own; "
+            "it was trained on another model"
+        )
+    return steps, ranks

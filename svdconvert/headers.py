@@ -1,0 +1,162 @@
+"""The safetensors container: reading and laying out headers without touching the data.
+
+Format: 8 bytes little-endian header length N, N bytes of JSON, then the tensors back to back
+(https://huggingface.co/docs/safetensors). Headers alone carry everything a plan needs, locally or over HTTP, and a
+header that is laid out first lets the data be written in any order with bounded memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdconvert.errors import InputError
+
+# safetensors code -> (bytes per element, torch dtype name)
+DTYPES: Mapping[str, tuple[int, str]] = {
+    "F64": (8, "float64"),
+    "I64": (8, "int64"),
+    "U64": (8, "uint64"),
+    "F32": (4, "float32"),
+    "I32": (4, "int32"),
+    "U32": (4, "uint32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I16": (2, "int16"),
+    "U16": (2, "uint16"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+}
+CODES: Mapping[str, str] = {name: code for code, (_, name) in DTYPES.items()}
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+# The reference implementation refuses larger headers, so a length beyond it means that this is no safetensors file.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a header describes it.
+
+    Attributes:
+        name: key in the checkpoint.
+        dtype: safetensors code, for example ``F16``.
+        shape: dimensions.
+        file: name of the weight file that holds it, relative to the checkpoint folder.
+        start: byte position of its data in that file, or -1 where only the file's loader knows (pickled weights).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+    start: int = -1
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.size * DTYPES[self.dtype][0]
+
+
+def parse_header(raw: bytes, file: str, file_size: int | None = None) -> list[TensorInfo]:
+    """Parse a header.
+
+    Args:
+        raw: the file's first bytes, at least 8 + header length of them.
+        file: name used in the result and in messages.
+        file_size: size of the whole file in bytes; None skips the check that the data is complete.
+
+    Returns:
+        The tensors in the order of their data.
+
+    Raises:
+        InputError: the bytes are not a safetensors header, or disagree with themselves or with the file's size.
+    """
+    if len(raw) < 8:
+        raise InputError(f"{file} is truncated: {len(raw)} bytes are too few for a safetensors file; fetch it again")
+    (length,) = struct.unpack("<Q", raw[:8])
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise InputError(f"{file} is not a safetensors file (its header length reads {length}); fetch it again")
+    if len(raw) < 8 + length:
+        raise InputError(f"{file} is truncated inside its header; fetch it again")
+    try:
+        header = json.loads(raw[8 : 8 + length])
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"]))
+        data = 8 + length
+        position = 0
+        tensors = []
+        for name, entry in entries:
+            begin, end = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                raise InputError(
+                    f"tensor {name} in {file} has the unsupported type {entry['dtype']}; "
+                    "convert from an unquantised float16, bfloat16 or float32 checkpoint"
+                )
+            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, data + begin)
+            if begin != position or end - begin != info.nbytes:
+                raise InputError(f"{file} has a damaged header at tensor {name}; fetch it again")
+            position = end
+            tensors.append(info)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} has a header that cannot be read ({error}); fetch it again") from None
+    if file_size is not None and data + position != file_size:
+        raise InputError(
+            f"{file} is truncated or damaged: its header promises {data + position:,} bytes, "
+            f"the file has {file_size:,}; fetch it again"
+        )
+    return tensors
+
+
+def read_header(path: Path, file: str | None = None) -> list[TensorInfo]:
+    """Read the header of a local safetensors file. See :func:`parse_header`."""
+    name = file or path.name
+    try:
+        with path.open("rb") as handle:
+            raw = handle.read(8)
+            if len(raw) == 8:
+                raw += handle.read(min(struct.unpack("<Q", raw)[0], MAX_HEADER_BYTES))
+            size = handle.seek(0, 2)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    return parse_header(raw, name, size)
+
+
+def layout(tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
+    """Lay out one file.
+
+    Wider types come first, so that every tensor is aligned to its own element size without gaps, which the format
+    forbids.
+
+    Returns:
+        ``(header, starts, size)``: the bytes that begin the file, each tensor's byte position, the file's size.
+    """
+    ordered: Sequence[TensorInfo] = sorted(tensors, key=lambda info: -DTYPES[info.dtype][0])
+    # "format": "pt" is what transformers before 5 insists on.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    begins = {}
+    for info in ordered:
+        begins[info.name] = position
+        header[info.name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        position += info.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {n: data + b for n, b in begins.items()}, data + position

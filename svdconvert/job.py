@@ -1,0 +1,193 @@
+"""Running any job that turns one checkpoint into another: convert, densify, fold.
+
+They differ in their steps and in the config they end with; everything between is the same.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdconvert import checkpoint
+from svdconvert.errors import InputError
+from svdconvert.events import Events
+from svdconvert.headers import TensorInfo, layout
+from svdconvert.source import LocalSource, Source
+from svdconvert.steps import Step
+from svdconvert.writer import JOB_FOLDER, OutputFolder, read_record
+
+Reports = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, without where and how.
+
+    Attributes:
+        command: name of the tool's command.
+        source: the checkpoint that is read.
+        steps: what becomes of its tensors, in the order of its files.
+        shards: weight files to write.
+        settings: what the result depends on beside the source's content.
+        config: config.json of the result.
+        extra: further files of the result, by name.
+        card: reports of the steps -> model card.
+        details: reports of the steps -> what svdconvert.json says beyond settings and versions.
+    """
+
+    command: str
+    source: Source
+    steps: Sequence[Step]
+    shards: Mapping[str, Sequence[TensorInfo]]
+    settings: Mapping[str, Any]
+    config: Mapping[str, Any]
+    extra: Mapping[str, bytes]
+    card: Callable[[Reports], str]
+    details: Callable[[Reports], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        folder: the result.
+        record: its svdconvert.json.
+        seconds: wall time of this run.
+        peak_memory_bytes: highest resident memory of the process.
+        peak_device_bytes: highest memory allocated on the GPU; 0 on the CPU.
+        resumed: computed steps that an earlier, interrupted run had done.
+        already_done: the finished result was there before, nothing was computed.
+        checks: what the self-check found, one sentence each.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    seconds: float
+    peak_memory_bytes: int
+    peak_device_bytes: int = 0
+    resumed: int = 0
+    already_done: bool = False
+    checks: Sequence[str] = field(default_factory=tuple)
+
+
+def run_job(
+    job: Job,
+    folder: Path,
+    *,
+    device: str,
+    workers: int = 1,
+    overwrite: bool = False,
+    check: bool = True,
+    events: Events | None = None,
+) -> Outcome:
+    """Do a job, or what is left of it.
+
+    Raises:
+        InputError: the folder or the request cannot be used.
+        JobError: it broke off; the same call continues it.
+    """
+    events = events or Events()
+    start = time.perf_counter()
+    refuse_same_folder(job.source, folder)
+    settings = {
+        "svdconvert": checkpoint.versions()["svdconvert"],
+        "command": job.command,
+        **job.source.identity(),
+        **job.settings,
+        "device": device.split(":")[0],
+    }
+    output = OutputFolder(folder, settings, overwrite=overwrite)
+    if output.finished:
+        events.note(f"{folder} already holds this result; nothing to compute")
+        seconds = time.perf_counter() - start
+        return Outcome(folder, read_record(folder), seconds, checkpoint.peak_memory_bytes(), already_done=True)
+    preflight_disk(folder, job.shards, job.source)
+
+    import torch
+
+    from svdconvert.pipeline import Pipeline
+
+    target = torch.device(device)
+    with output:
+        pipeline = Pipeline(job.source, job.steps, job.shards, output, device=target, workers=workers, events=events)
+        reports = pipeline.run()
+        record = checkpoint.record(job.command, job.source, settings, job.details(reports))
+        checkpoint.write_model_files(
+            output, job.source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
+        )
+        checks: Sequence[str] = ()
+        if check:
+            from svdconvert.verification import self_check
+
+            events.note("checking the result")
+            checks = self_check(folder, job.config)
+        checkpoint.write_config(output, job.config)
+    return Outcome(
+        folder,
+        record,
+        time.perf_counter() - start,
+        checkpoint.peak_memory_bytes(),
+        torch.cuda.max_memory_allocated(target) if target.type == "cuda" else 0,
+        resumed=pipeline.resumed,
+        checks=checks,
+    )
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` and ``cuda`` to a device that is there.
+
+    Raises:
+        InputError: the name is unknown or the device is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device {device!r} is unknown; choose auto, cpu, cuda or cuda:N")
+    if device == "cpu":
+        return device
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if count else "cpu"
+    if int(device.partition(":")[2] or 0) >= count:
+        raise InputError(f"--device {device} is not there: torch sees {count} CUDA devices; use --device cpu")
+    return device
+
+
+def refuse_same_folder(source: Source, folder: Path) -> None:
+    """Never write into the folder that is read from."""
+    if isinstance(source, LocalSource) and folder.resolve() == source.folder.resolve():
+        raise InputError(f"--out {folder} is the source's own folder; give another one")
+
+
+def preflight_disk(folder: Path, shards: Mapping[str, Sequence[TensorInfo]], source: Source) -> None:
+    """Compare the room that the result needs with what is free.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    needed = sum(
+        layout(infos)[2]
+        for name, infos in shards.items()
+        # What an interrupted run has written or reserved is taken already.
+        if not (folder / name).exists() and not (folder / JOB_FOLDER / f"{name}.partial").exists()
+    )
+    # The weight file in work and the next one are here at the same time.
+    needed += sum(sorted(source.download_bytes.values())[-2:])
+    free = free_bytes(folder)
+    if needed > free:
+        raise InputError(
+            f"{folder} needs {needed / 1e9:,.2f} GB, but the disk has only {free / 1e9:,.2f} GB free; "
+            "free some or give another --out"
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free room where a folder is or would be."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free

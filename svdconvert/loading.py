@@ -1,0 +1,114 @@
+"""Loading a model, dense or factored, for looking at it. Code that lies in the model's folder is never run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdconvert.architectures import FACTORED, Architecture
+from svdconvert.errors import InputError
+from svdconvert.source import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+
+def factored_classes(row: Architecture) -> tuple[Any, Any]:
+    """``(config class, causal model class)`` of a factored architecture, from this package's own modeling file."""
+    module = importlib.import_module(f"svdconvert.modeling.{row.modeling}")
+    return getattr(module, row.config_class), getattr(module, row.causal_class)
+
+
+def load_model(
+    folder: Path, device: str, dtype: torch.dtype, config: Mapping[str, Any] | None = None
+) -> torch.nn.Module:
+    """Load a causal language model in evaluation mode.
+
+    Args:
+        folder: a dense or a factored checkpoint.
+        device: where to put it.
+        dtype: type of its weights.
+        config: config.json's content, where the file is not written yet.
+
+    Raises:
+        InputError: the folder is no model, is of an unknown kind, or its weights and config do not fit.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    found = config or read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
+    # The argument's name changed in transformers 4.56.
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "output_loading_info": True}
+    row = FACTORED.get(str(found.get("model_type")))
+    try:
+        with quiet_transformers():
+            if row is None:
+                model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+            else:
+                config_class, model_class = factored_classes(row)
+                model, info = model_class.from_pretrained(folder, config=config_class(**found), **options)
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise InputError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: it has none; no other is used in its place.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise InputError(f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]})") from None
+
+
+def compute_dtype(config: Mapping[str, Any], device: str) -> torch.dtype:
+    """Type to evaluate in: the stored one on a GPU; float32 on the CPU, where half types are slow or missing."""
+    import torch
+
+    stored = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
+    return stored if device.startswith("cuda") else torch.float32
+
+
+def available_memory_bytes() -> int:
+    """Host memory that can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as handle:
+            for line in handle:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class quiet_transformers:
+    """Context in which transformers neither draws progress bars nor prints load reports: we report what counts."""
+
+    def __enter__(self) -> None:
+        """Silence it."""
+        from transformers.utils import logging
+
+        self._verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        """Let it speak as before."""
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._verbosity)
+        logging.enable_progress_bar()

@@ -1,0 +1,251 @@
+"""Running a job: read ahead, solve, write behind, each in its own thread and each with a bound on memory.
+
+Every step reads from the source, computes, writes its tensors at their places and is recorded. Solvers hold one
+matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.compute import convert_piece, run
+from svdconvert.events import Events
+from svdconvert.headers import TensorInfo
+from svdconvert.solver import Workspace
+from svdconvert.source import Source
+from svdconvert.steps import Step
+from svdconvert.weights import WeightReader, as_bytes
+from svdconvert.writer import OutputFolder, ShardWriter
+
+_ALIGN = 64
+# Files of a Hub source that may be here at a time: the one in work and the one being fetched.
+_FILES_AT_A_TIME = 2
+
+
+@dataclass(frozen=True)
+class _Read:
+    step: Step
+    inputs: list[Tensor]
+    buffer: Tensor
+
+
+@dataclass(frozen=True)
+class _Solved:
+    step: Step
+    outputs: list[Tensor]
+    report: dict[str, Any]
+
+
+class _Stopped(Exception):
+    """Another thread failed or the user interrupted: leave quietly."""
+
+
+class Pipeline:
+    """One run over the steps of a job that are not done yet."""
+
+    def __init__(
+        self,
+        source: Source,
+        steps: Sequence[Step],
+        shards: Mapping[str, Sequence[TensorInfo]],
+        output: OutputFolder,
+        *,
+        device: torch.device,
+        workers: int = 1,
+        events: Events | None = None,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            source: where the tensors are.
+            steps: the job, in the order of the source's files.
+            shards: weight files to write.
+            output: their folder, already entered.
+            device: what computes.
+            workers: matrices solved at the same time. Memory grows with it.
+            events: who is told about progress.
+        """
+        self._source, self._device, self._workers = source, device, workers
+        self._events = events or Events()
+        self._writer = ShardWriter(output, shards)
+        self.resumed = sum(1 for report in self._writer.reports.values() if report)
+        self._todo = [step for step in steps if not self._writer.is_done(step.key)]
+        self._open = Counter(file for step in self._todo for file in step.files)
+        self._count_lock = threading.Lock()
+        self._files = threading.Semaphore(_FILES_AT_A_TIME if source.repo else max(len(source.files), 2))
+        self._fetched: set[str] = set()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        staging = max((sum(map(_aligned, step.inputs)) for step in self._todo if step.kind != "copy"), default=0)
+        self._free: queue.Queue[Tensor] = queue.Queue()
+        for _ in range(min(workers + 1, max(len(self._todo), 1))):
+            self._free.put(torch.empty(staging, dtype=torch.uint8, pin_memory=device.type == "cuda"))
+        self._to_solve: queue.Queue[_Read | None] = queue.Queue(maxsize=workers)
+        self._to_write: queue.Queue[Step | _Solved | None] = queue.Queue(maxsize=2)
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Do what is left of the job.
+
+        Returns:
+            The report of every computed step by its key, those of earlier runs included.
+
+        Raises:
+            InputError, JobError: what the first failing thread raised; finished steps stay recorded.
+            KeyboardInterrupt: likewise.
+        """
+        self._events.begin([step for step in self._todo if step.kind != "copy"], self.resumed)
+        threads = [threading.Thread(target=self._guard, args=(self._read_all,), name="read")]
+        threads += [
+            threading.Thread(target=self._guard, args=(self._solve_all,), name=f"solve-{i}")
+            for i in range(self._workers)
+        ]
+        writing = threading.Thread(target=self._guard, args=(self._write_all,), name="write")
+        try:
+            for thread in [*threads, writing]:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            if not self._stop.is_set():
+                self._put(self._to_write, None)
+            writing.join()
+        except KeyboardInterrupt:
+            self._events.note("stopping after the matrix in work; press Ctrl-C again to stop at once")
+            self._stop.set()
+            for thread in [*threads, writing]:
+                thread.join()
+            raise
+        finally:
+            if not any(thread.is_alive() for thread in [*threads, writing]):
+                try:
+                    self._shards_done(self._writer.record())
+                finally:
+                    self._writer.close()
+        if self._error is not None:
+            raise self._error
+        return {key: report for key, report in self._writer.reports.items() if report}
+
+    def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
+        # Daemons, so that a second Ctrl-C ends the process while a solver is deep inside LAPACK.
+        return threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except _Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
+            self._error = self._error or error
+            self._stop.set()
+
+    def _put(self, where: queue.Queue[Any], item: object) -> None:
+        while not self._stop.is_set():
+            try:
+                return where.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+        raise _Stopped
+
+    def _get(self, where: queue.Queue[Any]) -> Any:
+        while not self._stop.is_set():
+            try:
+                return where.get(timeout=0.2)
+            except queue.Empty:
+                continue
+        raise _Stopped
+
+    def _read_all(self) -> None:
+        reader = WeightReader(self._source)
+        try:
+            for step in self._todo:
+                self._fetch(step)
+                if step.kind == "copy":
+                    self._put(self._to_write, step)
+                    continue
+                buffer = self._get(self._free)
+                inputs, position = [], 0
+                for info in step.inputs:
+                    inputs.append(reader.read(info, buffer[position:]))
+                    position += _aligned(info)
+                self._put(self._to_solve, _Read(step, inputs, buffer))
+        finally:
+            reader.close()
+        for _ in range(self._workers):
+            self._put(self._to_solve, None)
+
+    def _fetch(self, step: Step) -> None:
+        """Bring the step's files here, but not more at a time than the disk is meant to hold."""
+        for file in sorted(step.files - self._fetched):
+            while not self._files.acquire(timeout=0.2):
+                if self._stop.is_set():
+                    raise _Stopped
+            self._source.path(file)
+            self._fetched.add(file)
+
+    def _solve_all(self) -> None:
+        workspace = Workspace()
+        while (item := self._get(self._to_solve)) is not None:
+            self._events.solving(item.step)
+            start = time.perf_counter()
+            inputs = [tensor.to(self._device, non_blocking=True) for tensor in item.inputs]
+            outputs, report = run(item.step, inputs, workspace)
+            report["seconds"] = round(time.perf_counter() - start, 4)
+            del inputs
+            self._free.put(item.buffer)
+            self._put(self._to_write, _Solved(item.step, outputs, report))
+
+    def _write_all(self) -> None:
+        reader = WeightReader(self._source)
+        try:
+            while (item := self._get(self._to_write)) is not None:
+                step = item if isinstance(item, Step) else item.step
+                report: dict[str, Any] = {}
+                if isinstance(item, Step):
+                    self._copy(reader, item)
+                else:
+                    report = item.report
+                    for info, tensor in zip(step.outputs, item.outputs, strict=True):
+                        self._writer.write(info.name, as_bytes(tensor))
+                finished = self._writer.finish(step.key, [info.name for info in step.outputs], report)
+                if report:
+                    self._events.solved(step, report)
+                self._shards_done(finished)
+                self._release(step, reader)
+        finally:
+            reader.close()
+
+    def _copy(self, reader: WeightReader, step: Step) -> None:
+        (source,), (target,) = step.inputs, step.outputs
+        position = 0
+        for piece in reader.stream(source):
+            data = as_bytes(convert_piece(piece, source, target))
+            self._writer.write(target.name, data, position)
+            position += len(data)
+
+    def _release(self, step: Step, reader: WeightReader) -> None:
+        """Give up source files that no later step reads."""
+        for file in step.files:
+            with self._count_lock:
+                self._open[file] -= 1
+                last = self._open[file] == 0
+            if last:
+                if self._source.repo:
+                    reader.close()
+                self._source.release(file)
+                self._files.release()
+
+    def _shards_done(self, finished: list[tuple[str, int]]) -> None:
+        for name, size in finished:
+            self._events.shard(name, size)
+
+
+def _aligned(info: TensorInfo) -> int:
+    return -(-info.nbytes // _ALIGN) * _ALIGN

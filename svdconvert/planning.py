@@ -1,0 +1,319 @@
+"""What a conversion would do, from config and headers alone: counts, sizes, needs, and the job itself.
+
+Nothing here reads tensor data or imports torch, so a plan takes seconds whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from svdconvert.architectures import Architecture, dense_architecture
+from svdconvert.errors import InputError
+from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo
+from svdconvert.ranks import RankRequest, Target, assign, matches
+from svdconvert.source import Source, listing
+from svdconvert.steps import Step, files_bytes, shard
+
+METHODS = ("svd",)
+
+# fp32 weight, gradient and the two moments of AdamW; activations come on top of it.
+TRAINING_BYTES_PER_PARAMETER = 16
+
+# A Python process with torch loaded, measured (README, "Memory").
+BASE_BYTES = 350_000_000
+
+
+@dataclass(frozen=True)
+class Group:
+    """Targets of one kind and treatment, as one line of the plan: same suffix, shape and rank."""
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    count: int
+    break_even: float
+    dense_params: int
+    params: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion does.
+
+    Attributes:
+        source: name of the model.
+        commit: its commit on the Hub, or None.
+        architecture: model_type of the source.
+        method: row of :data:`METHODS`.
+        targets: every matrix that may be factored, with its rank or the reason why it stays dense.
+        steps: the job, in the order in which the source's files are read.
+        shards: weight files to write and what is in them.
+        params_before, params_after: parameters of the whole model.
+        bytes_before, bytes_after: bytes of the weight files.
+        notes: what the user should know: dropped buffers, matrices that stay dense.
+        settings: what the result depends on; a job continues only under the same.
+    """
+
+    source: str
+    commit: str | None
+    architecture: str
+    method: str
+    targets: tuple[Target, ...]
+    steps: tuple[Step, ...]
+    shards: Mapping[str, Sequence[TensorInfo]]
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    notes: tuple[str, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module path -> rank, as config.json's ``svd_ranks``."""
+        return {target.module: target.rank for target in self.targets if target.rank is not None}
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """The targets, summed up by kind."""
+
+        def kind(target: Target) -> tuple[Any, ...]:
+            return (suffix(target.module), target.shape, target.rank or 0, target.reason)
+
+        order = {suffix(target.module): i for i, target in reversed(list(enumerate(self.targets)))}
+        ordered = sorted(self.targets, key=lambda target: (order[suffix(target.module)], *kind(target)))
+        groups = []
+        for _, members in groupby(ordered, key=kind):
+            same = list(members)
+            first = same[0]
+            groups.append(
+                Group(
+                    suffix(first.module),
+                    first.shape,
+                    first.rank,
+                    len(same),
+                    first.break_even,
+                    sum(target.dense_params for target in same),
+                    sum(target.params for target in same),
+                    first.reason,
+                )
+            )
+        return groups
+
+    @property
+    def training_bytes(self) -> tuple[int, int]:
+        """Memory of weights, gradients and optimiser for full fine-tuning, before and after; no activations."""
+        return (
+            self.params_before * TRAINING_BYTES_PER_PARAMETER,
+            self.params_after * TRAINING_BYTES_PER_PARAMETER,
+        )
+
+    @cached_property
+    def largest(self) -> Target:
+        """The largest matrix that is factored, or the largest target where none is."""
+        factored = [target for target in self.targets if target.rank is not None]
+        return max(factored or self.targets, key=lambda target: target.dense_params)
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Estimated peak of host memory when solving on the CPU: one matrix, the next one and a workspace."""
+        work = 0
+        for target, step in ((t, s) for t in self.targets if t.rank for s in self.steps if s.key == t.weight):
+            k = min(target.shape)
+            raw = step.inputs[0].nbytes
+            factors = target.params * 4 + 2 * sum(info.nbytes for info in step.outputs)
+            # Two staging buffers, and four k x k arrays in float32: Gram, eigenvectors, LAPACK's workspace.
+            work = max(work, 2 * raw + 4 * 4 * k * k + factors)
+        return BASE_BYTES + work
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan in JSON types, for ``--json``."""
+        before, after = self.training_bytes
+        return {
+            "source": self.source,
+            "commit": self.commit,
+            "architecture": self.architecture,
+            "method": self.method,
+            "params": {"before": self.params_before, "after": self.params_after},
+            "bytes": {"before": self.bytes_before, "after": self.bytes_after},
+            "groups": [asdict(group) for group in self.groups],
+            "svd_ranks": self.ranks,
+            "shards": {file: sum(info.nbytes for info in infos) for file, infos in self.shards.items()},
+            "peak_memory_bytes": self.peak_bytes,
+            "training_bytes": {"before": before, "after": after},
+            "notes": list(self.notes),
+            "settings": dict(self.settings),
+        }
+
+
+def make_plan(
+    source: Source,
+    request: RankRequest,
+    *,
+    method: str = "svd",
+    targets: Sequence[str] = (),
+    dtype: str = "keep",
+    max_shard_bytes: int = 5_000_000_000,
+) -> Plan:
+    """Plan a conversion.
+
+    Args:
+        source: the dense model.
+        request: ranks, kept fraction or model size.
+        method: row of :data:`METHODS`.
+        targets: patterns that choose among the architecture's linear layers; empty chooses all of them.
+        dtype: ``keep`` or the torch name of the type that every tensor of the result gets.
+        max_shard_bytes: limit of a weight file.
+
+    Raises:
+        InputError: the source is not supported, lacks tensors, or cannot meet the request.
+    """
+    row = dense_architecture(source.config, source.name)
+    if method not in METHODS:
+        raise InputError(f"--method {method!r} is unknown; known: {', '.join(METHODS)}")
+    if dtype != "keep" and CODES.get(dtype) not in FLOATS - {"F64"}:
+        raise InputError(f"--dtype {dtype!r} is unknown; choose keep, float16, bfloat16 or float32")
+    dropped = [name for name in source.tensors if row.is_dropped(name)]
+    kept = {name: info for name, info in source.tensors.items() if not row.is_dropped(name)}
+    check_tensors(kept, row, source)
+
+    candidates = choose_targets(kept, row, targets)
+    dense_params = sum(info.size for info in kept.values())
+    ranked = assign(candidates, request, dense_params - sum(target.dense_params for target in candidates))
+    steps = _steps(kept, ranked, row, dtype)
+    outputs = [info for step in steps for info in step.outputs]
+    shards = shard(outputs, max_shard_bytes)
+    return Plan(
+        source=source.name,
+        commit=source.commit,
+        architecture=row.model_type,
+        method=method,
+        targets=tuple(ranked),
+        steps=tuple(steps),
+        shards=shards,
+        params_before=dense_params,
+        params_after=sum(info.size for info in outputs),
+        bytes_before=sum(info.nbytes for info in source.tensors.values()),
+        bytes_after=files_bytes(shards),
+        notes=tuple(_notes(source, dropped, ranked)),
+        settings={
+            "method": method,
+            "targets": list(targets),
+            **request.settings(),
+            "dtype": dtype,
+            "max_shard_bytes": max_shard_bytes,
+        },
+    )
+
+
+def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: Source) -> None:
+    """Compare the headers with what a model of this config must have.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, is none the architecture knows, or is not floating point.
+    """
+    try:
+        expected = row.shapes(source.config)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"config.json of {source.name} lacks {error}, so the model's shape is unknown") from None
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise InputError(f"{source.name} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
+    for name, info in tensors.items():
+        # A tied head may be stored all the same.
+        if name not in expected and name != row.head[0]:
+            raise InputError(
+                f"{source.name} has the tensor {name} ({info.file}), which {row.dense_class} does not know; "
+                "remove it from the checkpoint or correct config.json"
+            )
+        if name in expected and info.shape != expected[name]:
+            raise InputError(
+                f"tensor {name} of {source.name} has shape {list(info.shape)}, but by config.json it must be "
+                f"{list(expected[name])}; config and weights are not of one model"
+            )
+        if info.dtype not in FLOATS:
+            raise InputError(
+                f"tensor {name} of {source.name} is {DTYPES[info.dtype][1]}, so the checkpoint is quantised; "
+                "convert the unquantised model and quantise the result"
+            )
+
+
+def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, patterns: Sequence[str]) -> list[Target]:
+    """The linear layers that may be factored, by layer and then in the architecture's order.
+
+    Raises:
+        InputError: a pattern matches none of them.
+    """
+    found = []
+    for name, info in tensors.items():
+        module = name.removeprefix(row.prefix).removesuffix(".weight")
+        if name.endswith(".weight") and suffix(module) in row.targets:
+            found.append(Target(module, name, (info.shape[0], info.shape[1])))
+    found.sort(key=lambda target: (layer_number(target.module), row.targets.index(suffix(target.module))))
+    for pattern in patterns:
+        if not any(matches(target.module, pattern) for target in found):
+            raise InputError(
+                f"--targets {pattern} matches no linear layer of the model; they are named like "
+                f"{', '.join(f'layers.0.{name}' for name in row.targets)}"
+            )
+    return [t for t in found if not patterns or any(matches(t.module, pattern) for pattern in patterns)]
+
+
+def suffix(module: str) -> str:
+    """``layers.3.attention.dense`` -> ``attention.dense``."""
+    return re.sub(r"^.*?\.\d+\.", "", module)
+
+
+def layer_number(module: str) -> int:
+    """``layers.3.attention.dense`` -> 3; -1 outside of layers."""
+    match = re.search(r"\.(\d+)\.", module)
+    return int(match[1]) if match else -1
+
+
+def factor_names(weight: str) -> tuple[str, str]:
+    """``x.weight`` -> ``("x.down.weight", "x.up.weight")``."""
+    stem = weight.removesuffix(".weight")
+    return f"{stem}.down.weight", f"{stem}.up.weight"
+
+
+def _steps(tensors: Mapping[str, TensorInfo], targets: Sequence[Target], row: Architecture, dtype: str) -> list[Step]:
+    """One step per source tensor, in the order of the source's files, so that each file is needed once."""
+    ranks = {target.weight: target.rank for target in targets if target.rank is not None}
+    factored_biases = {weight.removesuffix("weight") + "bias" for weight in ranks}
+    steps = []
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start, natural(item[0]))):
+        code = info.dtype if dtype == "keep" else CODES[dtype]
+        if name in ranks:
+            rank = ranks[name]
+            down, up = factor_names(name)
+            outputs = (TensorInfo(down, code, (rank, info.shape[1])), TensorInfo(up, code, (info.shape[0], rank)))
+            steps.append(Step("factorize", name, (info,), outputs, {"rank": rank}))
+            continue
+        renamed = name.removesuffix("bias") + "up.bias" if name in factored_biases else row.factored_name(name)
+        steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))
+    return steps
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Sorting key that puts layer 2 before layer 10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+
+
+def _notes(source: Source, dropped: Sequence[str], targets: Sequence[Target]) -> list[str]:
+    notes = []
+    if source.config_only:
+        notes.append(f"{source.name} has no weights here; the plan was made from config.json alone")
+    if dropped:
+        kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
+        notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
+    dense = [target for target in targets if target.rank is None]
+    for reason in dict.fromkeys(target.reason for target in dense):
+        names = [target.module for target in dense if target.reason == reason]
+        notes.append(f"{len(names)} targets stay dense, {reason}: {listing(names)}")
+    return notes

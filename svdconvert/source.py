@@ -1,0 +1,334 @@
+"""Where a model comes from: a local folder, or a repository on the Hub (``hub.py``).
+
+A source knows its config and the header of every tensor from the start; weight files are brought to the machine one
+by one through :meth:`Source.path` and given up through :meth:`Source.release`. Nothing in a source is executed, and
+no file outside its folder is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from svdconvert.architectures import ARCHITECTURES
+from svdconvert.errors import InputError
+from svdconvert.headers import CODES, TensorInfo, read_header
+
+ALIASES: Mapping[str, str] = {
+    f"polyglot-ko-{size}": f"EleutherAI/polyglot-ko-{size}" for size in ("1.3b", "3.8b", "5.8b", "12.8b")
+}
+
+# The tool's own commands: `svdconvert verfy DIR` asks for a model of that name, and deserves a better answer.
+COMMANDS = ("convert", "plan", "verify", "evaluate", "densify", "fold", "push")
+
+SAFE_SINGLE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+# What is not taken along from the source: weights in any format, training state, caches, and what is written anew.
+_NOT_SIDE_SUFFIXES = (
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .ggml .npz .npy .tflite .ot .mlmodel "
+    ".pkl .pickle .index.json .py .pyc .lock .tmp .partial"
+).split()
+_NOT_SIDE_NAMES = frozenset({"config.json", "README.md", "svdconvert.json", "trainer_state.json"})
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of the source goes along into the converted folder unchanged (tokenizer, templates, licence)."""
+    return not (
+        "/" in name
+        or name.startswith(".")
+        or name in _NOT_SIDE_NAMES
+        or any(name.endswith(suffix) for suffix in _NOT_SIDE_SUFFIXES)
+    )
+
+
+class Source(ABC):
+    """A checkpoint to read from.
+
+    Attributes:
+        name: what to call it, and what a model card names as base model.
+        repo: repository id on the Hub, or None for a local folder.
+        commit: commit hash on the Hub, or None.
+        config: parsed ``config.json``.
+        tensors: header of every tensor, by name.
+        files: weight files in the order of their names.
+        side_files: other files that a converted model keeps.
+        pickled: whether the weight files are ``torch.save`` pickles.
+        config_only: whether there are no weights and ``tensors`` was deduced from the config.
+        download_bytes: size of the weight files that have to be downloaded, by name.
+    """
+
+    name: str
+    repo: str | None = None
+    commit: str | None = None
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: list[str]
+    side_files: list[str]
+    pickled: bool = False
+    config_only: bool = False
+    download_bytes: Mapping[str, int] = MappingProxyType({})
+
+    @abstractmethod
+    def path(self, file: str) -> Path:
+        """The local path of a file, fetched now if it is not here yet.
+
+        Raises:
+            JobError: it could not be fetched.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when an interrupted job goes on: the content of the weights, in JSON types."""
+
+    def release(self, file: str) -> None:  # noqa: B027 - a local folder has nothing to give up
+        """Say that a weight file is not needed any more."""
+
+    def card(self) -> str | None:
+        """The source's model card (README.md), if it has one."""
+        return None
+
+
+class LocalSource(Source):
+    """A checkpoint in a local folder."""
+
+    def __init__(self, folder: Path, *, need_weights: bool = True) -> None:
+        """Read config and headers.
+
+        Args:
+            folder: the checkpoint folder.
+            need_weights: False lets a folder with nothing but a config pass (planning).
+
+        Raises:
+            InputError: anything is missing, damaged or disagrees.
+        """
+        self.folder = folder
+        self.name = folder.resolve().name
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+        self.config = self.read_config()
+        self.side_files = [name for name in names if is_side_file(name)]
+        index, self.files, self.pickled = weight_files(names, folder)
+        if index:
+            weight_map = parse_index(read_json(folder / index, f"{folder / index} is missing"), folder / index)
+            self.files = sorted(set(weight_map.values()))
+            missing = [file for file in self.files if file not in names]
+            if missing:
+                raise InputError(f"{folder} lacks {listing(missing)}, which {index} names; fetch the missing files")
+        else:
+            weight_map = None
+        if not self.files:
+            self.config_only = True
+            self.tensors = tensors_from_config(self.config)
+            if need_weights or not self.tensors:
+                raise InputError(
+                    f"{folder} has no weights; expected {SAFE_SINGLE}, {SAFE_INDEX}, {PICKLE_SINGLE} or {PICKLE_INDEX}"
+                )
+            return
+        if self.pickled:
+            from svdconvert.pickled import pickled_header
+
+            headers = {file: pickled_header(folder / file) for file in self.files}
+        else:
+            headers = {file: read_header(folder / file) for file in self.files}
+        self.tensors = merge_headers(headers, weight_map, index or "")
+
+    def read_config(self) -> dict[str, Any]:
+        """Parsed ``config.json``."""
+        return read_json(self.folder / "config.json", f"{self.folder} has no config.json, so it is no model folder")
+
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
+    def identity(self) -> dict[str, Any]:
+        return {"weights": {file: _sampled_digest(self.folder / file) for file in self.files}}
+
+    def card(self) -> str | None:
+        readme = self.folder / "README.md"
+        return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+
+
+def open_source(
+    model: str,
+    revision: str | None = None,
+    *,
+    need_weights: bool = True,
+    download_folder: Path | None = None,
+) -> Source:
+    """Find out what a user means by MODEL and open it.
+
+    Args:
+        model: a local folder, ``owner/name`` on the Hub, or one of :data:`ALIASES`.
+        revision: branch, tag or commit on the Hub.
+        need_weights: see :class:`LocalSource`.
+        download_folder: where weight files of the Hub are put while they are needed; None if they never are.
+
+    Raises:
+        InputError: there is no such model, or it cannot be used.
+    """
+    found = _resolve(model, revision)
+    if isinstance(found, Path):
+        return LocalSource(found, need_weights=need_weights)
+    from svdconvert.hub import HubSource
+
+    return HubSource(found, revision, download_folder=download_folder)
+
+
+def local_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of a model, downloaded whole into the Hugging Face cache if it is on the Hub.
+
+    Raises:
+        InputError: there is no such model.
+        JobError: the download broke off.
+    """
+    found = _resolve(model, revision)
+    if isinstance(found, Path):
+        return found
+    from svdconvert.hub import download_model
+
+    return download_model(found, revision)
+
+
+def _resolve(model: str, revision: str | None) -> Path | str:
+    """A local folder, or the id of a Hub repository."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise InputError(f"--revision belongs to a Hub repository, but {model} is a local folder")
+        return folder
+    if folder.exists():
+        raise InputError(f"{model} is a file; give the folder that holds config.json and the weights")
+    repo = ALIASES.get(model, model)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
+        close = difflib.get_close_matches(model, [*ALIASES, *COMMANDS], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; short names are {', '.join(ALIASES)}"
+        raise InputError(f"there is no folder {model!r} and it is no `owner/name` on the Hub{hint}")
+    return repo
+
+
+def weight_files(names: Iterable[str], where: object) -> tuple[str | None, list[str], bool]:
+    """Choose the weights among the files of a checkpoint, in the order in which transformers looks for them.
+
+    Returns:
+        ``(index, files, pickled)``: the index file or None, the weight files known without it, and whether they are
+        pickles. All empty where there are no weights.
+
+    Raises:
+        InputError: there are weight files, but none under a name that is looked for.
+    """
+    present = set(names)
+    for single, index, pickled in ((SAFE_SINGLE, SAFE_INDEX, False), (PICKLE_SINGLE, PICKLE_INDEX, True)):
+        if single in present:
+            return None, [single], pickled
+        if index in present:
+            return index, [], pickled
+    strays = sorted(name for name in present if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth")))
+    if strays:
+        raise InputError(
+            f"{where} has weight files ({listing(strays)}) but neither {SAFE_SINGLE} nor {SAFE_INDEX}; "
+            "fetch the index, or save the model again with save_pretrained"
+        )
+    return None, [], False
+
+
+def parse_index(index: Mapping[str, Any], where: object) -> dict[str, str]:
+    """Validate an index file and return its ``weight_map`` (tensor -> file in the same folder)."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{where} has no weight_map; fetch it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name or file in ("", ".", ".."):
+            raise InputError(
+                f"{where} puts tensor {name} into {file!r}, which is no plain file name in the checkpoint's own "
+                "folder; this checkpoint is not to be trusted"
+            )
+    return weight_map
+
+
+def merge_headers(
+    headers: Mapping[str, list[TensorInfo]], weight_map: Mapping[str, str] | None, index: str
+) -> dict[str, TensorInfo]:
+    """Join the headers of all files and check them against the index.
+
+    Raises:
+        InputError: a tensor is in two files, or index and files disagree.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file, infos in headers.items():
+        for info in infos:
+            if info.name in tensors:
+                raise InputError(f"tensor {info.name} is both in {tensors[info.name].file} and in {file}")
+            tensors[info.name] = info
+    if weight_map is not None:
+        for name, file in weight_map.items():
+            if name not in tensors or tensors[name].file != file:
+                raise InputError(
+                    f"{index} puts tensor {name} into {file}, but that file does not have it; "
+                    "index and shards are not of one checkpoint"
+                )
+        unlisted = [name for name in tensors if name not in weight_map]
+        if unlisted:
+            raise InputError(
+                f"{index} does not name {listing(unlisted)}, which {tensors[unlisted[0]].file} has; "
+                "index and shards are not of one checkpoint"
+            )
+    return tensors
+
+
+def tensors_from_config(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors that a model of this config must have; empty for an architecture that is not known."""
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    if row is None:
+        return {}
+    dtype = CODES.get(str(config.get("torch_dtype") or config.get("dtype") or "float32"), "F32")
+    return {name: TensorInfo(name, dtype, shape) for name, shape in row.shapes(config).items()}
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        missing: the message if it does not exist.
+
+    Raises:
+        InputError: the file is missing, unreadable or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(missing) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object; fetch it again")
+    return value
+
+
+def listing(names: list[str], most: int = 3) -> str:
+    """``a, b, c and 4 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _sampled_digest(path: Path, blocks: int = 64, block: int = 4096) -> str:
+    """Identity of a local file: size, modification time and a digest of evenly spaced blocks.
+
+    Hashing whole files would cost as much as reading the model once more; a changed or exchanged file differs in
+    its time or in the samples.
+    """
+    status = path.stat()
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as handle:
+        for i in range(blocks):
+            handle.seek(max(status.st_size - block, 0) * i // max(blocks - 1, 1))
+            digest.update(handle.read(block))
+    return f"{status.st_size}-{status.st_mtime_ns}-{digest.hexdigest()}"

@@ -1,0 +1,84 @@
+"""A job as data: what is read, what becomes of it, and which file it lands in. No torch, no tensor data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from svdconvert.errors import InputError
+from svdconvert.headers import TensorInfo, layout
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One unit of work, finished or not finished as a whole.
+
+    Attributes:
+        kind: a row of :data:`svdconvert.compute.OPERATIONS`, or ``copy``.
+        key: unique name of the step in journals and reports.
+        inputs: tensors of the source.
+        outputs: tensors that it writes, in the order in which the operation returns them.
+        options: arguments of the operation, in JSON types.
+    """
+
+    kind: str
+    key: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Source files that the step reads."""
+        return frozenset(info.file for info in self.inputs)
+
+
+def shard(outputs: Iterable[TensorInfo], max_shard_bytes: int) -> dict[str, list[TensorInfo]]:
+    """Distribute tensors over weight files in the order given, as Hugging Face names them.
+
+    A file is closed before the tensor that would make it too large; a tensor that is larger by itself gets a file of
+    its own.
+
+    Returns:
+        File name -> its tensors.
+    """
+    groups: list[list[TensorInfo]] = [[]]
+    room = max_shard_bytes
+    for info in outputs:
+        if groups[-1] and info.nbytes > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(info)
+        room -= info.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def index_json(shards: Mapping[str, Sequence[TensorInfo]]) -> dict[str, Any] | None:
+    """The ``model.safetensors.index.json`` of a sharded checkpoint; None for a single file."""
+    if len(shards) == 1:
+        return None
+    weight_map = {info.name: file for file, infos in shards.items() for info in infos}
+    total = sum(info.nbytes for infos in shards.values() for info in infos)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def files_bytes(shards: Mapping[str, Sequence[TensorInfo]]) -> int:
+    """Bytes of all weight files, headers included."""
+    return sum(layout(infos)[2] for infos in shards.values())
+
+
+def parse_size(text: str) -> int:
+    """``5GB`` -> 5,000,000,000. Decimal units, as the Hub counts.
+
+    Raises:
+        InputError: not a size, or too small to be meant.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    size = round(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1000:
+        raise InputError(f"--max-shard-size {text!r} is no size; write for example 5GB or 500MB")
+    return size

@@ -1,0 +1,245 @@
+"""Is the result what it says it is? Checks after a conversion, and `svdconvert verify` at any later time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svdconvert.architectures import Architecture, dense_architecture, factored_architecture
+from svdconvert.checkpoint import modeling_source
+from svdconvert.errors import InputError, JobError
+from svdconvert.headers import DTYPES, TensorInfo
+from svdconvert.loading import available_memory_bytes, factored_classes, load_model, quiet_transformers
+from svdconvert.planning import factor_names
+from svdconvert.source import LocalSource, Source, listing, open_source
+from svdconvert.weights import WeightReader
+from svdconvert.writer import RECORD
+
+# Token ids for the trial run: any will do, they only have to be in the vocabulary and not all alike.
+_PROBE = 16
+
+# Two float64 evaluations of the same stored numbers agree far better; the record was computed in float32.
+_ERROR_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def self_check(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Look at a result before its config.json makes it a model.
+
+    Returns:
+        What was found, one sentence each.
+
+    Raises:
+        JobError: the files do not make the model that the config describes.
+    """
+    source = _Files(folder, config)
+    checks = [_keys_and_shapes(source, config), _logits(folder, source, config)]
+    for check in checks:
+        if not check.passed:
+            raise JobError(
+                f"{folder} failed its check ({check.name}: {check.detail}); please report this with the command"
+            )
+    return [f"{check.name}: {check.detail}" for check in checks]
+
+
+def verify(folder: Path, against: str | None = None, revision: str | None = None) -> list[Check]:
+    """Check a factored checkpoint, on its own and against its dense source.
+
+    Args:
+        folder: the factored checkpoint.
+        against: the dense model that it was made from; every factored matrix is multiplied out and compared with
+            it, every other tensor is compared bit by bit.
+        revision: of the dense model on the Hub.
+
+    Returns:
+        All checks, passed or not.
+
+    Raises:
+        InputError: the folder is no factored checkpoint, or the other model cannot be opened.
+    """
+    source = LocalSource(folder)
+    row = factored_architecture(source.config, str(folder))
+    checks = [_modeling_file(folder, row), _ranks(source, row)]
+    checks.append(_keys_and_shapes(source, source.config))
+    if all(check.passed for check in checks[1:]):
+        checks.append(_logits(folder, source, source.config))
+    if against is not None:
+        checks += _compare(source, open_source(against, revision, download_folder=None), row, folder)
+    return checks
+
+
+class _Files(LocalSource):
+    """The weights of a folder that has no config.json yet."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._config = dict(config)
+        super().__init__(folder)
+
+    def read_config(self) -> dict[str, Any]:
+        return self._config
+
+
+def _modeling_file(folder: Path, row: Architecture) -> Check:
+    path = folder / f"{row.modeling}.py"
+    if not path.is_file():
+        return Check("modeling file", False, f"{path.name} is missing, so trust_remote_code has nothing to load")
+    same = path.read_bytes() == modeling_source(row)
+    detail = "the one of this version" if same else "another one than this version's; it was not run here"
+    return Check("modeling file", same, detail)
+
+
+def _ranks(source: Source, row: Architecture) -> Check:
+    ranks = source.config["svd_ranks"]
+    for module, rank in ranks.items():
+        down, up = factor_names(f"{row.prefix}{module}.weight")
+        for name, axis in ((down, 0), (up, 1)):
+            info = source.tensors.get(name)
+            if info is None or info.shape[axis] != rank:
+                found = "missing" if info is None else f"of rank {info.shape[axis]}"
+                return Check("ranks", False, f"config.json says rank {rank} for {module}, but {name} is {found}")
+    return Check("ranks", True, f"{len(ranks)} matrices as config.json says")
+
+
+def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:
+    """Build the model without memory and compare what it expects with what the files hold."""
+    name = "keys and shapes"
+    try:
+        expected = _expected_tensors(config)
+    except (ValueError, TypeError) as error:
+        return Check(name, False, str(error).splitlines()[0])
+    found = {key: info.shape for key, info in source.tensors.items()}
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    misshapen = [key for key in expected if key in found and found[key] != expected[key]]
+    problems = [
+        f"{what} {listing(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    return Check(name, not problems, "; ".join(problems) or f"{len(expected)} tensors, none missing or unexpected")
+
+
+def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Parameters of the model that a config describes, under their names on the disk."""
+    if "svd_ranks" not in config:
+        return dense_architecture(config, "the result").shapes(config)
+    config_class, model_class = factored_classes(factored_architecture(config, "the result"))
+    with torch.device("meta"), quiet_transformers():
+        model = model_class(config_class(**config))
+    tied = set(getattr(model, "_tied_weights_keys", None) or []) if config.get("tie_word_embeddings") else set()
+    return {key: tuple(value.shape) for key, value in model.named_parameters() if key not in tied}
+
+
+def _logits(folder: Path, source: Source, config: Mapping[str, Any]) -> Check:
+    """Load the model for real and run a few tokens, if it fits."""
+    name = "logits"
+    needed = sum(info.size for info in source.tensors.values()) * 4
+    available = available_memory_bytes()
+    if needed > available / 2:
+        return Check(
+            name,
+            True,
+            f"not run, since the model takes {needed / 1e9:.1f} GB of the {available / 1e9:.1f} GB available",
+        )
+    try:
+        model = load_model(folder, "cpu", torch.float32, config)
+    except InputError as error:
+        return Check(name, False, str(error))
+    ids = torch.arange(_PROBE).remainder(int(config["vocab_size"]))[None]
+    with torch.inference_mode():
+        logits = model(input_ids=ids).logits
+    if not bool(torch.isfinite(logits).all()):
+        return Check(name, False, "NaN or infinite values for a few tokens")
+    return Check(name, True, f"finite for {_PROBE} tokens")
+
+
+def _compare(factored: Source, dense: Source, row: Architecture, folder: Path) -> list[Check]:
+    """Compare every tensor with the dense model it came from."""
+    if dense_architecture(dense.config, dense.name) is not row:
+        raise InputError(f"{dense.name} is a {dense.config.get('model_type')} model, not the source of {folder}")
+    recorded = _recorded_errors(folder)
+    ours, theirs = WeightReader(factored), WeightReader(dense)
+    copied, different, errors, off = 0, [], [], []
+    for name, info in dense.tensors.items():
+        module = name.removeprefix(row.prefix).removesuffix(".weight")
+        if row.is_dropped(name):
+            continue
+        if module in factored.config["svd_ranks"] and name.endswith(".weight"):
+            down, up = (factored.tensors[key] for key in factor_names(name))
+            if down.shape[1] != info.shape[1] or up.shape[0] != info.shape[0]:
+                raise InputError(f"{name} has another shape in {dense.name} than in {folder}; it is not its source")
+            error = _product_error(_whole(theirs, info), _whole(ours, up), _whole(ours, down))
+            errors.append(error)
+            if module in recorded and abs(error - recorded[module]) > _ERROR_TOLERANCE * max(recorded[module], 1e-3):
+                off.append(module)
+            continue
+        target = factored.tensors.get(_copied_name(name, row, factored))
+        if target is None or target.shape != info.shape or not _same(ours, theirs, target, info):
+            different.append(name)
+        copied += 1
+    worst = max(errors, default=0.0)
+    mean = sum(errors) / len(errors) if errors else 0.0
+    return [
+        Check("copied tensors", not different, listing(different) if different else f"{copied} equal to the source's"),
+        Check(
+            "factored matrices",
+            not off,
+            f"not as recorded: {listing(off)}"
+            if off
+            else f"{len(errors)} multiplied out; relative error mean {mean:.4f}, worst {worst:.4f}, as recorded",
+        ),
+    ]
+
+
+def _copied_name(name: str, row: Architecture, factored: Source) -> str:
+    module = name.removeprefix(row.prefix).removesuffix(".bias")
+    if name.endswith(".bias") and module in factored.config["svd_ranks"]:
+        return name.removesuffix("bias") + "up.bias"
+    return row.factored_name(name)
+
+
+def _recorded_errors(folder: Path) -> dict[str, float]:
+    try:
+        matrices = json.loads((folder / RECORD).read_text(encoding="utf-8"))["matrices"]
+        return {module: float(matrix["relative_error"]) for module, matrix in matrices.items()}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def _whole(reader: WeightReader, info: TensorInfo) -> torch.Tensor:
+    return reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
+
+
+def _product_error(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rows: int = 1024) -> float:
+    """||W - up @ down||_F / ||W||_F, a block of rows at a time."""
+    residual = energy = 0.0
+    narrow = down.double()
+    for piece, factor in zip(weight.split(rows), up.split(rows), strict=True):
+        exact = piece.double()
+        residual += float(torch.linalg.vector_norm(exact - factor.double() @ narrow) ** 2)
+        energy += float(torch.linalg.vector_norm(exact) ** 2)
+    return (residual / energy) ** 0.5 if energy else 0.0
+
+
+def _same(ours: WeightReader, theirs: WeightReader, mine: TensorInfo, other: TensorInfo) -> bool:
+    """Whether a copied tensor holds the source's values, in whatever type it was asked to be stored."""
+    dtype = getattr(torch, DTYPES[mine.dtype][1])
+    return torch.equal(_whole(ours, mine), _whole(theirs, other).to(dtype))
+
+
+def failed(checks: Sequence[Check]) -> list[Check]:
+    """Those that did not pass."""
+    return [check for check in checks if not check.passed]

@@ -1,0 +1,97 @@
+"""Tensor data of a source: whole matrices into a buffer, everything else as a stream of bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.errors import JobError
+from svdconvert.headers import DTYPES, TensorInfo
+from svdconvert.source import Source
+
+CHUNK = 16 * 2**20
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """``F16`` -> torch.float16."""
+    dtype = getattr(torch, DTYPES[code][1])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class WeightReader:
+    """Reads tensors of a source, fetching its files as they are needed.
+
+    Files are read with plain reads into buffers of ours instead of being mapped: mapped pages count as the process's
+    memory and cost a page fault each. One reader serves one thread.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._file = ""
+        self._handle = -1
+
+    def read(self, info: TensorInfo, buffer: Tensor) -> Tensor:
+        """Read one tensor.
+
+        Args:
+            info: what to read.
+            buffer: flat uint8 tensor of at least ``info.nbytes``; the result is a view of it.
+
+        Returns:
+            The tensor, in its own type and shape.
+        """
+        target = buffer[: info.nbytes]
+        if self._source.pickled:
+            target.copy_(self._pickled_bytes(info))
+        else:
+            self._fill(info, as_bytes(target), 0)
+        return target.view(torch_dtype(info.dtype)).view(info.shape)
+
+    def stream(self, info: TensorInfo) -> Iterator[Tensor]:
+        """The bytes of one tensor in order, as flat uint8 pieces of whole elements; each is valid until the next."""
+        if self._source.pickled:
+            yield from self._pickled_bytes(info).split(CHUNK)
+            return
+        buffer = torch.empty(min(CHUNK, info.nbytes), dtype=torch.uint8)
+        for done in range(0, info.nbytes, CHUNK):
+            piece = buffer[: min(CHUNK, info.nbytes - done)]
+            self._fill(info, as_bytes(piece), done)
+            yield piece
+
+    def close(self) -> None:
+        """Close the open file."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._file, self._handle = "", -1
+
+    def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
+        if info.file != self._file:
+            self.close()
+            self._handle = os.open(self._source.path(info.file), os.O_RDONLY)
+            self._file = info.file
+        # A Hub file's positions are known for certain only now that it is here.
+        position = self._source.tensors[info.name].start + offset
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._handle, [view[done:]], position + done)
+            if count == 0:
+                raise JobError(f"{info.file} ended inside tensor {info.name}; fetch the file again")
+            done += count
+
+    def _pickled_bytes(self, info: TensorInfo) -> Tensor:
+        from svdconvert.pickled import load_pickled
+
+        tensor = load_pickled(Path(self._source.path(info.file)))[info.name]
+        return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

@@ -1,0 +1,364 @@
+"""Writing a checkpoint so that it can be killed at any moment.
+
+While a job runs, everything lives in ``DIR/.svdconvert/``: the settings it runs under, a journal of finished steps,
+and each weight file under a partial name. A weight file gets its final name when it is complete and on the disk;
+``config.json`` comes last of all, so that a folder with it is a whole model and one without it is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from svdconvert.errors import InputError, JobError
+from svdconvert.headers import TensorInfo, layout
+from svdconvert.source import PICKLE_INDEX, SAFE_INDEX, read_json
+
+# What may be lost to a kill: data are made durable and recorded in batches, since every batch costs several fsyncs.
+BATCH_BYTES = 32_000_000
+BATCH_SECONDS = 5.0
+
+JOB_FOLDER = ".svdconvert"
+RECORD = "svdconvert.json"
+
+
+def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a folder with somebody else's files, before anything is read or downloaded for it.
+
+    Raises:
+        InputError: it is a file, or holds files and neither a job nor a result of ours.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder with --out")
+    if overwrite or not folder.is_dir() or (folder / JOB_FOLDER).is_dir() or (folder / RECORD).is_file():
+        return
+    if any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and not ours; give another folder, or --overwrite to replace it")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A finished result's ``svdconvert.json``."""
+    return read_json(folder / RECORD, f"{folder} has no {RECORD}, so svdconvert did not write it")
+
+
+class OutputFolder:
+    """The folder that a job writes: who owns it, what of the job is done, and its files.
+
+    Use as a context manager: it holds a lock, so that two jobs never write into one folder.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        """Look at the folder; nothing is written yet.
+
+        Args:
+            folder: where the checkpoint goes; created when the job starts.
+            settings: everything the result depends on, in JSON types.
+            overwrite: give up what is in the folder already.
+
+        Raises:
+            InputError: the folder holds something else, or a job or result of other settings.
+        """
+        self.folder = folder
+        self.job = folder / JOB_FOLDER
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.overwrite = overwrite
+        self.finished = False
+        self._lock: int | None = None
+        refuse_foreign(folder, overwrite=overwrite)
+        if overwrite or not folder.is_dir():
+            return
+        job, record = _read(self.job / "job.json"), _read(folder / RECORD)
+        if job is not None:
+            self._refuse_other(
+                job.get("settings", {}), f"{folder} holds an unfinished job", "finish it as it was begun"
+            )
+        elif record is not None and (folder / "config.json").is_file():
+            self._refuse_other(record.get("settings", {}), f"{folder} holds a converted model", "give another folder")
+            self.finished = True
+
+    def _refuse_other(self, theirs: Mapping[str, Any], what: str, advice: str) -> None:
+        for field in dict.fromkeys([*self.settings, *theirs]):
+            if self.settings.get(field) != theirs.get(field):
+                raise InputError(
+                    f"{what} with another {field.replace('_', ' ')} ({_short(theirs.get(field))}, now "
+                    f"{_short(self.settings.get(field))}); {advice}, or add --overwrite to start anew"
+                )
+
+    def __enter__(self) -> OutputFolder:
+        """Take the folder and write down what the job is.
+
+        Raises:
+            InputError: it cannot be written, or another process is at it.
+        """
+        try:
+            self.job.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.job / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be written ({error.strerror}); give another --out") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise InputError(f"{self.folder} is being written by another svdconvert; wait for it to end") from None
+        if self.overwrite:
+            self._clear()
+        with disk_errors(self.folder):
+            atomic_write(self.job / "job.json", json.dumps({"settings": self.settings}, indent=1).encode())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let go of the folder."""
+        assert self._lock is not None
+        os.close(self._lock)
+        if self.finished:
+            shutil.rmtree(self.job, ignore_errors=True)
+
+    def _clear(self) -> None:
+        """Remove what an older result or job left: anything that could be taken for part of the new model."""
+        # config.json first: from here on the folder is no model.
+        for name in ("config.json", RECORD, SAFE_INDEX, PICKLE_INDEX):
+            (self.folder / name).unlink(missing_ok=True)
+        for entry in self.folder.iterdir():
+            if entry.is_file() and entry.suffix in (".safetensors", ".bin", ".py"):
+                entry.unlink()
+        for entry in self.job.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a small file of the checkpoint, whole or not at all."""
+        with disk_errors(self.folder):
+            atomic_write(self.folder / name, data)
+
+
+class ShardWriter:
+    """The weight files of one job: laid out beforehand, filled in any order, tensor by tensor.
+
+    Thread-safe: solvers may finish in any order. Memory does not depend on the size of the files.
+    """
+
+    def __init__(self, output: OutputFolder, shards: Mapping[str, Sequence[TensorInfo]]) -> None:
+        """Open the journal and find out what is done.
+
+        Args:
+            output: the folder, already entered.
+            shards: weight file -> its tensors.
+        """
+        self._output = output
+        self._files = {name: _ShardFile(output, name, infos) for name, infos in shards.items()}
+        self._where = {info.name: file for file in self._files.values() for info in file.infos}
+        self._lock = threading.Lock()
+        self._journal_path = output.job / "journal.jsonl"
+        self.reports: dict[str, dict[str, Any]] = {}
+        self._pending: list[dict[str, Any]] = []
+        self._pending_bytes = 0
+        self._recorded = time.monotonic()
+        self._resume()
+        self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def _resume(self) -> None:
+        if not self._journal_path.is_file():
+            return
+        kept = []
+        for line in self._journal_path.read_bytes().splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                entry = None
+            # A torn last line is a step whose end was not recorded: it is done again. So is one whose file is gone.
+            if entry is None or not all(
+                name in self._where and self._where[name].survives() for name in entry["tensors"]
+            ):
+                continue
+            kept.append(line)
+            self.reports[entry["step"]] = entry["report"]
+            for name in entry["tensors"]:
+                self._where[name].done.add(name)
+        atomic_write(self._journal_path, b"".join(kept))
+
+    def is_done(self, key: str) -> bool:
+        """Whether a step was finished, now or before an interruption."""
+        return key in self.reports
+
+    def write(self, name: str, data: memoryview, offset: int = 0) -> None:
+        """Put bytes of one tensor into its file.
+
+        Args:
+            name: the tensor.
+            data: its bytes from ``offset`` on.
+            offset: position within the tensor.
+        """
+        with disk_errors(self._output.folder):
+            self._where[name].write(name, data, offset)
+
+    def finish(self, key: str, tensors: Iterable[str], report: Mapping[str, Any]) -> list[tuple[str, int]]:
+        """Say that all data of a step were written.
+
+        Returns:
+            ``(name, bytes)`` of the weight files that are complete with it and have got their final name.
+        """
+        names = list(tensors)
+        with self._lock:
+            self._pending.append({"step": key, "tensors": names, "report": dict(report)})
+            self._pending_bytes += sum(self._where[name].sizes[name] for name in names)
+            for name in names:
+                self._where[name].done.add(name)
+            full = any(self._where[name].is_full() for name in names)
+            late = time.monotonic() - self._recorded > BATCH_SECONDS
+        return self.record() if full or late or self._pending_bytes >= BATCH_BYTES else []
+
+    def record(self) -> list[tuple[str, int]]:
+        """Make finished steps durable: data, then the journal, then the final names. Returns as :meth:`finish`."""
+        with disk_errors(self._output.folder), self._lock:
+            if self._pending:
+                for file in {
+                    self._where[name].name: self._where[name] for e in self._pending for name in e["tensors"]
+                }.values():
+                    file.sync()
+                os.write(self._journal, b"".join(json.dumps(entry).encode() + b"\n" for entry in self._pending))
+                os.fsync(self._journal)
+                self.reports.update({entry["step"]: entry["report"] for entry in self._pending})
+            self._pending, self._pending_bytes, self._recorded = [], 0, time.monotonic()
+            return [(file.name, file.size) for file in self._files.values() if file.complete_if_full()]
+
+    def close(self) -> None:
+        """Close all files; what is not finished stays for the next run."""
+        os.close(self._journal)
+        for file in self._files.values():
+            file.close()
+
+
+class _ShardFile:
+    """One weight file, under its partial name until it is complete."""
+
+    def __init__(self, output: OutputFolder, name: str, infos: Sequence[TensorInfo]) -> None:
+        self.name, self.infos = name, infos
+        self.header, self.starts, self.size = layout(infos)
+        self.sizes = {info.name: info.nbytes for info in infos}
+        self.done: set[str] = set()
+        self._final = output.folder / name
+        self._partial = output.job / f"{name}.partial"
+        self._handle = -1
+        self._opening = threading.Lock()
+
+    def survives(self) -> bool:
+        """Whether what an earlier run wrote is still there."""
+        return any(path.is_file() and path.stat().st_size == self.size for path in (self._final, self._partial))
+
+    def write(self, name: str, data: memoryview, offset: int) -> None:
+        assert offset + len(data) <= self.sizes[name]
+        handle, position = self._open(), self.starts[name] + offset
+        while data:
+            count = os.pwrite(handle, data, position)
+            data, position = data[count:], position + count
+
+    def _open(self) -> int:
+        with self._opening:
+            if self._handle < 0:
+                self._handle = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
+                if os.fstat(self._handle).st_size != self.size:
+                    _reserve(self._handle, self.size)
+                os.pwrite(self._handle, self.header, 0)
+            return self._handle
+
+    def sync(self) -> None:
+        if self._handle >= 0:
+            os.fsync(self._handle)
+
+    def is_full(self) -> bool:
+        """Whether every tensor is in the file."""
+        return len(self.done) == len(self.infos)
+
+    def complete_if_full(self) -> bool:
+        """Give the file its final name if every tensor is in it."""
+        if not self.is_full() or not self._partial.exists():
+            return False
+        self.sync()
+        self.close()
+        os.replace(self._partial, self._final)
+        sync_folder(self._final.parent)
+        return True
+
+    def close(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._handle = -1
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Give a file its size and claim the room for it, so that a full disk shows before the work and not after it."""
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        # Some file systems cannot reserve; that one has no room is for the caller.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    os.ftruncate(handle, size)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the operating system says about a disk into one sentence.
+
+    Raises:
+        JobError: writing failed; what is finished stays, and the same command goes on from there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise JobError(
+                f"no space left for {folder} ({error.strerror}); free some and run the same command again, "
+                "which goes on where it stopped"
+            ) from None
+        raise JobError(
+            f"{error.filename or folder} could not be written ({error.strerror}); the same command goes on once it can"
+        ) from None
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that its name never shows half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,195 @@
+"""Tiny factored GPT-NeoX checkpoints, written with plain torch: nothing here comes from the svdconvert package.
+
+The tests run under the newest and under the oldest supported transformers.
+"""
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="hf_modules_"))  # read when transformers is imported
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+MODELING_FILE = Path(__file__).parents[2] / "modeling" / "modeling_polyglot_svd.py"
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"  # the argument of from_pretrained
+LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+TARGETS = [path.rpartition(".")[2] for path in LINEARS]
+
+# 8 rotary dimensions of 16; at the default rotary_pct of 0.25 they would be 4
+GEOMETRY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 128,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+ROTARY_V4 = {"rotary_pct": 0.5, "rotary_emb_base": 10000}
+ROTARY_V5 = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5}}
+AUTO_MAP = {
+    "AutoConfig": "modeling_polyglot_svd.PolyglotSVDConfig",
+    "AutoModel": "modeling_polyglot_svd.PolyglotSVDModel",
+    "AutoModelForCausalLM": "modeling_polyglot_svd.PolyglotSVDForCausalLM",
+}
+
+
+def pytest_configure():
+    torch.set_num_threads(2)
+
+
+def layer_paths(names=LINEARS):
+    return [f"layers.{n}.{name}" for n in range(GEOMETRY["num_hidden_layers"]) for name in names]
+
+
+@functools.cache
+def dense_tensors():
+    """A random dense GPT-NeoX state dict in float32, scaled so that the logits are of the order of 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, std):
+        return torch.randn(*shape, generator=generator) * std
+
+    hidden, inner, vocab = (GEOMETRY[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    shapes = dict(zip(LINEARS, [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner)], strict=True))
+    tensors = {
+        "gpt_neox.embed_in.weight": normal(vocab, hidden, std=1.0),
+        "lm_head.weight": normal(vocab, hidden, std=hidden**-0.5),
+    }
+    norms = ["gpt_neox.final_layer_norm"]
+    for n in range(GEOMETRY["num_hidden_layers"]):
+        prefix = f"gpt_neox.layers.{n}."
+        norms += [prefix + "input_layernorm", prefix + "post_attention_layernorm"]
+        for name, (rows, columns) in shapes.items():
+            tensors[f"{prefix}{name}.weight"] = normal(rows, columns, std=1.5 * columns**-0.5)
+            tensors[f"{prefix}{name}.bias"] = normal(rows, std=0.1)
+    for norm in norms:
+        tensors[norm + ".weight"] = 1 + normal(hidden, std=0.1)
+        tensors[norm + ".bias"] = normal(hidden, std=0.1)
+    return tensors
+
+
+@functools.cache
+def svd(key):
+    return torch.linalg.svd(dense_tensors()[key].double(), full_matrices=False)
+
+
+def factor(ranks):
+    """The factored state dict, and the dense one whose weights are the products of the factors."""
+    factored, product = dict(dense_tensors()), dict(dense_tensors())
+    for path, rank in ranks.items():
+        key = f"gpt_neox.{path}"
+        u, s, vh = svd(key + ".weight")
+        root = s[:rank].sqrt()
+        down, up = (root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float()
+        factored[key + ".down.weight"], factored[key + ".up.weight"] = down.contiguous(), up.contiguous()
+        factored[key + ".up.bias"] = factored.pop(key + ".bias")
+        del factored[key + ".weight"]
+        product[key + ".weight"] = (up.double() @ down.double()).float()
+    return factored, product
+
+
+def write_checkpoint(folder, ranks=24, dtype=torch.float32, config=None):
+    """Writes a factored checkpoint of every linear layer at one rank, or of those in a dict {path: rank}.
+
+    Returns path, config (dict), ranks, tensors (factored) and product (the dense equivalent), in float32.
+    """
+    ranks = dict.fromkeys(layer_paths(), ranks) if isinstance(ranks, int) else ranks
+    tensors, product = factor(ranks)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        **GEOMETRY,
+        **ROTARY_V4,
+        **ROTARY_V5,
+        "model_type": "polyglot_svd",
+        "architectures": ["PolyglotSVDForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "svd_ranks": ranks,
+        **(config or {}),
+    }
+    write_config(folder, settings)
+    save_file({k: v.to(dtype) for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    shutil.copy(MODELING_FILE, folder)
+    return SimpleNamespace(path=folder, config=settings, ranks=ranks, tensors=tensors, product=product)
+
+
+def write_config(folder, settings):
+    (Path(folder) / "config.json").write_text(json.dumps(settings))
+
+
+def read_config(folder):
+    return json.loads((Path(folder) / "config.json").read_text())
+
+
+def stock_model(tensors, **config):
+    """The stock GPTNeoXForCausalLM with these dense tensors, whatever this version calls its head."""
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**GEOMETRY, **ROTARY_V4, **config})).eval()
+    tensors = dict(tensors)
+    if hasattr(model, "embed_out"):
+        tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected
+    assert all(key.endswith(("attention.bias", "masked_bias", "inv_freq")) for key in missing)
+    return model
+
+
+def load(path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **kwargs)
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits.float()
+
+
+def distance(a, b):
+    return (a - b).abs().max().item()
+
+
+def saved_tensors(folder):
+    return {k: v for file in Path(folder).glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A factored checkpoint at rank 24. Read only: tests that change files copy it, or write their own."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-svd")
+
+
+@pytest.fixture(scope="session")
+def ids():
+    return torch.randint(3, GEOMETRY["vocab_size"], (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def expected(tiny, ids):
+    """Logits of the stock model whose dense weights are the products of the factors."""
+    return logits(stock_model(tiny.product), ids)
+
+
+@pytest.fixture
+def model(tiny):
+    return load(tiny.path)

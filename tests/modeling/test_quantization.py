@@ -1,0 +1,84 @@
+"""bitsandbytes on a factored checkpoint: the factors are what is quantized, and LoRA trains on top."""
+
+import pytest
+import torch
+from conftest import TARGETS, VERSION, distance, load, logits, stock_model, write_checkpoint
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.skipif(VERSION < (4, 57), reason="no bitsandbytes with CPU kernels for this transformers")
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+INT8 = {"load_in_8bit": True}
+METHODS = pytest.mark.parametrize(
+    ("settings", "cls", "tolerance"), [(NF4, "Linear4bit", 0.25), (INT8, "Linear8bitLt", 0.05)], ids=["nf4", "int8"]
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """At rank 64: on CPUs with AVX512-BF16, bitsandbytes takes 4-bit layers with a multiple of 64 inputs only."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-svd", 64)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, ids):
+    return logits(stock_model(tiny.product), ids)
+
+
+def quantized(path, settings):
+    return load(path, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu")
+
+
+@METHODS
+def test_factors_are_quantized(tiny, ids, expected, settings, cls, tolerance):
+    model = quantized(tiny.path, settings)
+    kinds = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    inner = {f"gpt_neox.{path}.{side}": cls for path in tiny.ranks for side in ("down", "up")}
+    outer = {f"gpt_neox.{path}": "AdaptableSVDLinear" for path in tiny.ranks}
+    assert kinds == {**inner, **outer, "lm_head": "Linear"}
+    error = (logits(model, ids) - expected).pow(2).mean().sqrt() / expected.std()
+    assert 1e-4 < error < tolerance
+
+
+@METHODS
+def test_save_and_reload(tiny, ids, settings, cls, tolerance, tmp_path):
+    model = quantized(tiny.path, settings)
+    model.save_pretrained(tmp_path)
+    again, info = load(tmp_path, device_map="cpu", output_loading_info=True)
+    assert not any(info.values())
+    assert type(again.gpt_neox.layers[0].mlp.dense_h_to_4h.up).__name__ == cls
+    assert distance(logits(again, ids), logits(model, ids)) == 0
+
+
+@METHODS
+def test_lora_trains_on_it(tiny, ids, settings, cls, tolerance, tmp_path):
+    model = prepare_model_for_kbit_training(quantized(tiny.path, settings))
+    model = get_peft_model(model, LoraConfig(r=32, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    wrapped = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert wrapped == {f"base_model.model.gpt_neox.{path}" for path in tiny.ranks}
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trainable) == 65_536
+    assert {p.dtype for p in trainable} == {torch.float32}
+    optimizer, losses = torch.optim.AdamW(trainable, lr=1e-2), []
+    for _ in range(6):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(quantized(tiny.path, settings), tmp_path)
+    assert distance(logits(again, ids), logits(model, ids)) < 1e-4
+
+
+@METHODS
+def test_merge_is_refused(tiny, settings, cls, tolerance):
+    model = get_peft_model(quantized(tiny.path, settings), LoraConfig(r=4, target_modules=TARGETS))
+    with pytest.raises(RuntimeError, match="svdconvert fold"):
+        model.merge_and_unload()
