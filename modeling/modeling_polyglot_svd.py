@@ -272,8 +272,8 @@ class _Factored:
 def _check_factors(ranks, info):
     """ValueError if `info` (the loading info of transformers) shows factors without a rank or ranks without factors."""
     factor = re.compile(r"(?:gpt_neox\.)?(.+)\.(?:down|up)\.(?:weight|bias)")
-    absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    absent = sorted(key for key in absent if factor.fullmatch(key))
+    mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # 4.57 gives names only
+    absent = sorted(key for key in {*info["missing_keys"], *mismatched} if factor.fullmatch(key))
     unnamed = sorted(
         key for key in info["unexpected_keys"] if (match := factor.fullmatch(key)) and match[1] not in ranks
     )

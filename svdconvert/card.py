@@ -53,7 +53,7 @@ def factored_card(source: Source, plan: Plan, row: Architecture, command: str, e
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'path = "THIS_REPOSITORY"',
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
         "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
         'inputs = tokenizer("안녕하세요", return_tensors="pt", return_token_type_ids=False)',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",

@@ -104,6 +104,8 @@ def run_job(
     }
     output = OutputFolder(folder, settings, overwrite=overwrite)
     if output.finished:
+        # A kill between config.json and the end may have left something.
+        output.clean_up()
         events.note(f"{folder} already holds this result; nothing to compute")
         seconds = time.perf_counter() - start
         return Outcome(folder, read_record(folder), seconds, checkpoint.peak_memory_bytes(), already_done=True)

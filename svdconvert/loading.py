@@ -38,7 +38,7 @@ def load_model(
         InputError: the folder is no model, is of an unknown kind, or its weights and config do not fit.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     found = config or read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
     # The argument's name changed in transformers 4.56.
@@ -48,6 +48,9 @@ def load_model(
     try:
         with quiet_transformers():
             if row is None:
+                if config is not None:
+                    settings = {key: value for key, value in config.items() if key != "model_type"}
+                    options["config"] = AutoConfig.for_model(config["model_type"], **settings)
                 model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
             else:
                 config_class, model_class = factored_classes(row)

@@ -103,12 +103,9 @@ class Pipeline:
             KeyboardInterrupt: likewise.
         """
         self._events.begin([step for step in self._todo if step.kind != "copy"], self.resumed)
-        threads = [threading.Thread(target=self._guard, args=(self._read_all,), name="read")]
-        threads += [
-            threading.Thread(target=self._guard, args=(self._solve_all,), name=f"solve-{i}")
-            for i in range(self._workers)
-        ]
-        writing = threading.Thread(target=self._guard, args=(self._write_all,), name="write")
+        threads = [self._thread(self._read_all, "read")]
+        threads += [self._thread(self._solve_all, f"solve-{i}") for i in range(self._workers)]
+        writing = self._thread(self._write_all, "write")
         try:
             for thread in [*threads, writing]:
                 thread.start()

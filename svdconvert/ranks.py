@@ -7,6 +7,7 @@ rank would not make it smaller stays dense.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -193,10 +194,12 @@ def _uniform(targets: Sequence[Target], keep: float) -> list[Target]:
 
 def _fraction_for(targets: Sequence[Target], params: int, untouched: int) -> float:
     dense = sum(target.dense_params for target in targets)
-    least = untouched + sum(sum(target.shape) for target in targets)
+    # A uniform fraction is as small as it can be when the matrix that suffers most is left with rank 1.
+    share = max(sum(target.shape) / target.dense_params for target in targets)
+    least = untouched + math.ceil(share * dense)
     if not least <= params < untouched + dense:
         raise InputError(
-            f"--params {params:,} cannot be met: the targets allow from {least:,} (rank 1) "
+            f"--params {params:,} cannot be met: the targets allow from {least:,} (no matrix below rank 1) "
             f"to {untouched + dense:,} (dense) parameters"
         )
     return (params - untouched) / dense

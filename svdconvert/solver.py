@@ -89,31 +89,30 @@ def factorize(weight: Tensor, rank: int, dtype: torch.dtype, workspace: Workspac
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise InputError(f"rank {rank} is impossible for a {m} x {n} matrix")
-    scale = _power_of_two_scale(weight)
-    values, basis, precision = _leading_eigenvectors(weight, rank, scale, work)
+    scaled = _Scaled(weight, _scale(weight), work)
+    values, basis, precision = _leading_eigenvectors(scaled, rank)
     kept, total = values[-rank:].clamp_min(0).flip(0), float(values.clamp_min(0).sum())
     tail = float(values[:-rank].clamp_min(0).sum()) if rank < min(m, n) else 0.0
 
-    # W * scale = sum sigma u v^T; each factor gets sqrt(sigma / scale) of it.
-    root = (kept.sqrt() / scale).sqrt().to(basis.dtype)
-    small = (basis[:, -rank:].flip(1) * root).to(dtype)
-    other, pseudo_inverse = _least_squares_partner(weight, small, work)
-    large = other.to(dtype)
-    if not bool(torch.isfinite(large).all()) or not bool(torch.isfinite(small).all()):
-        raise InputError(f"its factors exceed the range of {str(dtype)[6:]}; choose --dtype bfloat16 or float32")
-    error = _stored_error(weight, small, large, other, total / scale**2, work)
-    del pseudo_inverse
+    # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
+    half = math.sqrt(scaled.scale)
+    small = (basis[:, -rank:].flip(1) * kept.sqrt().sqrt().to(basis.dtype) / half).to(dtype)
+    _refuse_overflow(small)
+    lifted = small.to(basis.dtype) * half
+    other = _least_squares_partner(scaled, lifted)
+    large = (other / half).to(dtype)
+    _refuse_overflow(large)
     tall = m >= n
     return Factors(
         down=small.T.contiguous() if tall else large,
         up=large if tall else small,
-        relative_error=error,
+        relative_error=_stored_error(scaled, lifted, large.to(other.dtype) * half, other, total),
         optimal_error=math.sqrt(tail / total) if total > 0 else 0.0,
         precision=precision,
     )
 
 
-def _power_of_two_scale(weight: Tensor) -> float:
+def _scale(weight: Tensor) -> float:
     """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
     low, high = torch.aminmax(weight)  # NaN wins in both
     largest = max(abs(float(low)), abs(float(high)))
@@ -121,106 +120,122 @@ def _power_of_two_scale(weight: Tensor) -> float:
         raise InputError("it has NaN or infinite entries")
     if largest == 0 or 2**-12 <= largest <= 2**12:
         return 1.0
-    return 2.0 ** -math.floor(math.log2(largest))
+    return 4.0 ** -math.floor(math.log2(largest) / 2)
 
 
-def _leading_eigenvectors(weight: Tensor, rank: int, scale: float, work: Workspace) -> tuple[Tensor, Tensor, str]:
-    """Eigenvalues (ascending, float64) and eigenvectors (columns) of the smaller Gram matrix of W * scale."""
+def _refuse_overflow(factor: Tensor) -> None:
+    if not bool(torch.isfinite(factor).all()):
+        raise InputError(f"its factors exceed the range of {str(factor.dtype)[6:]}; choose --dtype bfloat16 or float32")
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """A matrix times a power of four, brought to a working type piece by piece."""
+
+    weight: Tensor
+    scale: float
+    work: Workspace
+
+    @property
+    def tall(self) -> bool:
+        return self.weight.shape[0] >= self.weight.shape[1]
+
+    def panels(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces along the longer side: [p, n] if tall, [m, p] if wide. Each is valid until the next."""
+        length = max(self.weight.shape)
+        for start in range(0, length, PANEL):
+            part = slice(start, min(start + PANEL, length))
+            piece = self.weight[part] if self.tall else self.weight[:, part]
+            if piece.dtype != dtype or self.scale != 1:
+                buffer = self.work.take("panel", tuple(piece.shape), dtype, piece.device)
+                piece = buffer.copy_(piece)
+                if self.scale != 1:
+                    piece.mul_(self.scale)
+            yield part, piece
+
+
+def _leading_eigenvectors(matrix: _Scaled, rank: int) -> tuple[Tensor, Tensor, str]:
+    """Eigenvalues (ascending, float64) and eigenvectors (columns) of the smaller Gram matrix."""
     for dtype in (torch.float32, torch.float64):
-        gram = _gram(weight, scale, dtype, work)
+        gram = _gram(matrix, dtype)
         k = gram.shape[0]
         values = torch.empty(k, dtype=dtype, device=gram.device)
-        vectors = work.take("eigenvectors", (k, k), dtype, gram.device).T  # LAPACK writes columns
+        vectors = matrix.work.take("eigenvectors", (k, k), dtype, gram.device).T  # LAPACK writes columns
         torch.linalg.eigh(gram, UPLO="L", out=(values, vectors))
-        values = values.double().cpu()
+        values = values.double()
         largest, smallest = float(values[-1]), float(values[-rank])
         if largest <= FLOAT32_EIGENVALUE_RATIO * smallest or largest == 0:
             break
-    return values.to(vectors.device), vectors, str(vectors.dtype)[6:]
+    return values, vectors, str(vectors.dtype)[6:]
 
 
-def _panels(weight: Tensor, dtype: torch.dtype, work: Workspace, name: str = "panel") -> Iterator[tuple[slice, Tensor]]:
-    """The matrix in pieces along its longer side, each in the working type: [p, n] if tall, [m, p] if wide."""
-    m, n = weight.shape
-    for start in range(0, max(m, n), PANEL):
-        part = slice(start, min(start + PANEL, max(m, n)))
-        piece = weight[part] if m >= n else weight[:, part]
-        if piece.dtype == dtype:
-            yield part, piece
-        else:
-            yield part, work.take(name, tuple(piece.shape), dtype, weight.device).copy_(piece)
-
-
-def _gram(weight: Tensor, scale: float, dtype: torch.dtype, work: Workspace) -> Tensor:
-    """Lower triangle of (scale W)^T (scale W), or of W W^T where that is smaller: [k, k].
+def _gram(matrix: _Scaled, dtype: torch.dtype) -> Tensor:
+    """Lower triangle of W^T W, or of W W^T where that is smaller: [k, k].
 
     Computed in block columns from the diagonal down, which spares 7/16 of the arithmetic of the full product.
     """
-    m, n = weight.shape
-    k = min(m, n)
-    gram = work.take("gram", (k, k), dtype, weight.device).zero_()
+    k = min(matrix.weight.shape)
+    gram = matrix.work.take("gram", (k, k), dtype, matrix.weight.device).zero_()
     width = max(k // 8, 256)
-    for _, piece in _panels(weight, dtype, work):
-        rows = piece if m >= n else piece.T  # [p, k]
+    for _, piece in matrix.panels(dtype):
+        rows = piece if matrix.tall else piece.T  # [p, k]
         for start in range(0, k, width):
             stop = min(start + width, k)
-            gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop], alpha=scale * scale)
+            gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
     return gram
 
 
-def _least_squares_partner(weight: Tensor, small: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+def _least_squares_partner(matrix: _Scaled, small: Tensor) -> Tensor:
     """The factor that goes best with a given one.
 
     Args:
-        weight: [m, n].
+        matrix: W, [m, n].
         small: [k, r], the factor on the smaller side (of n if tall, of m if wide), already rounded.
 
     Returns:
-        ``other``, [m, r] if tall with W ~ other small^T, [r, n] if wide with W ~ small other; and the pseudo-inverse
-        of ``small``, [r, k]. Columns of zeros in ``small`` give zeros.
+        [m, r] if tall, for W ~ other small^T; [r, n] if wide, for W ~ small other. Columns of zeros in ``small`` give
+        zeros.
     """
-    m, n = weight.shape
-    dtype = torch.float64 if small.dtype == torch.float64 else torch.float32
-    basis = small.to(dtype)
-    norms = torch.linalg.vector_norm(basis, dim=0)
-    inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(dtype).tiny), 0)
-    unit = basis * inverse
+    m, n = matrix.weight.shape
+    norms = torch.linalg.vector_norm(small, dim=0)
+    inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(small.dtype).tiny), 0)
+    unit = small * inverse
     overlap = unit.T @ unit  # the identity but for the rounding of `small`
     overlap.diagonal().copy_(torch.where(norms > 0, overlap.diagonal(), 1))
-    pseudo_inverse = torch.cholesky_solve(unit.T, torch.linalg.cholesky(overlap)) * inverse[:, None]
+    root, failed = torch.linalg.cholesky_ex(overlap)
+    if int(failed):  # rounding made columns of a rank-deficient matrix dependent
+        pseudo_inverse = (torch.linalg.pinv(overlap, hermitian=True) @ unit.T) * inverse[:, None]
+    else:
+        pseudo_inverse = torch.cholesky_solve(unit.T, root) * inverse[:, None]
     rank = small.shape[1]
-    other = torch.empty((m, rank) if m >= n else (rank, n), dtype=dtype, device=weight.device)
-    for part, piece in _panels(weight, dtype, work):
-        if m >= n:
+    other = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=small.dtype, device=small.device)
+    for part, piece in matrix.panels(small.dtype):
+        if matrix.tall:
             torch.mm(piece, pseudo_inverse.T, out=other[part])
         else:
             other[:, part] = pseudo_inverse @ piece
-    return other, pseudo_inverse
+    return other
 
 
-def _stored_error(weight: Tensor, small: Tensor, large: Tensor, other: Tensor, energy: float, work: Workspace) -> float:
+def _stored_error(matrix: _Scaled, small: Tensor, large: Tensor, other: Tensor, energy: float) -> float:
     """Relative Frobenius error of the rounded factors.
 
     ``other`` solves the normal equations, so the residual is orthogonal to ``small`` and the squared error is the
-    energy of W, minus what the product captures, plus what rounding ``other`` adds.
+    energy of W, minus what the product captures, plus what rounding ``other`` to ``large`` adds.
     """
     if energy == 0:
         return 0.0
-    tall = weight.shape[0] >= weight.shape[1]
-    basis = small.to(other.dtype)
-    gram = basis.T @ basis
+    tall = matrix.tall
+    gram = small.T @ small
 
     def product_energy(factor: Tensor) -> float:
-        return float(((factor @ gram) * factor).double().sum() if tall else ((gram @ factor) * factor).double().sum())
+        return float((((factor @ gram) if tall else (gram @ factor)) * factor).sum(dtype=torch.float64))
 
-    captured = product_energy(other)
-    rounding = product_energy(large.to(other.dtype) - other) if large.dtype != other.dtype else 0.0
-    squared = (energy - captured + rounding) / energy
+    squared = (energy - product_energy(other) + product_energy(large - other)) / energy
     if squared < CANCELLATION:
         residual = 0.0
-        exact = large.to(other.dtype)
-        for part, piece in _panels(weight, other.dtype, work):
-            product = exact[part] @ basis.T if tall else basis @ exact[:, part]
-            residual += float(torch.linalg.vector_norm(piece - product).double() ** 2)
+        for part, piece in matrix.panels(small.dtype):
+            product = large[part] @ small.T if tall else small @ large[:, part]
+            residual += float(torch.linalg.vector_norm(piece - product)) ** 2
         squared = residual / energy
     return math.sqrt(max(squared, 0.0))

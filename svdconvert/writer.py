@@ -120,7 +120,14 @@ class OutputFolder:
         assert self._lock is not None
         os.close(self._lock)
         if self.finished:
-            shutil.rmtree(self.job, ignore_errors=True)
+            self.clean_up()
+
+    def clean_up(self) -> None:
+        """Remove what only an unfinished job needs."""
+        # job.json first: without it, whatever a kill leaves of the rest is no job any more.
+        with contextlib.suppress(OSError):
+            (self.job / "job.json").unlink()
+        shutil.rmtree(self.job, ignore_errors=True)
 
     def _clear(self) -> None:
         """Remove what an older result or job left: anything that could be taken for part of the new model."""

@@ -476,10 +476,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self, data: bytes, headers: dict[str, str]) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.record.range or "")
-        if not wanted:
+        if not self.record.range:
             self._send(200, data, headers)
             return
-        start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        start, end = (int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)) if wanted else (0, -1)
         if start > end:
             self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             return

@@ -251,7 +251,7 @@ def test_gated(hub: HubServer, checkpoint: dict[str, bytes], monkeypatch: pytest
         log_in(monkeypatch, token)
         with pytest.raises(InputError) as caught:
             HubSource(REPO, download_folder=None)
-        message(caught, "gated", f"{hub.url}/{REPO}", "hf auth login")
+        message(caught, "gated", f"accept its conditions at {hub.url}/{REPO}", "hf auth login")
     hub.users[STRANGER_TOKEN]["granted"].add(REPO)
     assert HubSource(REPO, download_folder=None).files == SHARDS
 
@@ -404,6 +404,13 @@ def test_incomplete_repository(hub: HubServer, checkpoint: dict[str, bytes], dro
     message(caught, REPO, words)
 
 
+def test_weights_in_subfolders_are_other_models(hub: HubServer, checkpoint: dict[str, bytes]) -> None:
+    hub.add(REPO, {**SMALL_FILES, "unet/model.safetensors": checkpoint[SHARDS[0]]})
+    with pytest.raises(InputError) as caught:
+        HubSource(REPO, download_folder=None)
+    message(caught, f"{REPO} has no weights")
+
+
 def test_config_is_no_json(hub: HubServer, checkpoint: dict[str, bytes]) -> None:
     hub.add(REPO, {**checkpoint, "config.json": b"<html>"})
     with pytest.raises(InputError) as caught:
@@ -448,8 +455,12 @@ def test_release_keeps_the_other_shard(hub: HubServer, checkpoint: dict[str, byt
     source.release(SHARDS[0])
     assert not first.exists()
     assert second.read_bytes() == checkpoint[SHARDS[1]]
+    # What the client noted about the second one spares the next run its download.
+    assert list(folder.rglob(f"{SHARDS[1]}.metadata"))
+    (folder / "tokenizer.json").write_bytes(b"not ours")
     source.release("tokenizer.json")
     assert second.exists()
+    assert (folder / "tokenizer.json").exists()
 
 
 def test_finished_download_is_found_again(hub: HubServer, checkpoint: dict[str, bytes], folder: Path) -> None:
@@ -545,6 +556,24 @@ def test_cut_always_ends(
     assert not (folder / SHARDS[0]).exists()
     hub.faults.clear()
     assert HubSource(REPO, download_folder=folder).path(SHARDS[0]).read_bytes() == checkpoint[SHARDS[0]]
+
+
+def test_retries_are_ours_too(
+    hub: HubServer, checkpoint: dict[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older clients give up at the first broken connection."""
+    hub.add(REPO, checkpoint)
+    source = HubSource(REPO, download_folder=folder)
+    tries = []
+
+    def broken(*args: object, **kwargs: object) -> str:
+        tries.append(1)
+        raise ConnectionResetError("peer")
+
+    monkeypatch.setattr(HfApi, "hf_hub_download", broken)
+    with pytest.raises(JobError):
+        source.path(SHARDS[0])
+    assert len(tries) == 3
 
 
 def test_disk_full(hub: HubServer, checkpoint: dict[str, bytes], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from conftest import (
     GEOMETRY,
     ROTARY_V4,
     TARGETS,
+    VERSION,
     dense_tensors,
     distance,
     load,
@@ -21,6 +22,8 @@ from peft import __version__ as peft_version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+# transformers 5.0.0 with PEFT 0.18 leaves an adapter it loads unfilled, on stock GPT-NeoX too
+LOADS_ADAPTERS = pytest.mark.skipif(VERSION == (5, 0), reason="load_adapter of transformers 5.0 does not work")
 PEFT = tuple(int(part) for part in peft_version.split(".")[:2])
 RANK, ALPHA = 32, 48
 
@@ -102,7 +105,7 @@ def test_dropout_is_in_front_of_the_adapter_alone(model, ids):
     [
         lambda folder, base: PeftModel.from_pretrained(load(base), folder),
         lambda folder, base: AutoPeftModelForCausalLM.from_pretrained(folder, trust_remote_code=True),
-        lambda folder, base: load(folder),
+        pytest.param(lambda folder, base: load(folder), marks=LOADS_ADAPTERS),
     ],
     ids=["PeftModel", "AutoPeftModelForCausalLM", "AutoModelForCausalLM"],
 )
@@ -126,6 +129,7 @@ def test_unload(adapted, ids, expected):
     assert distance(logits(base, ids), expected) < 2e-5
 
 
+@LOADS_ADAPTERS
 def test_add_adapter_of_transformers(model, ids, expected, tiny, tmp_path):
     model.add_adapter(lora_config())
     reference = logits(stock_model(with_deltas(tiny.product, fill(model), tiny.ranks)), ids)

@@ -99,7 +99,8 @@ def test_tensor_parallel(tiny, ids, expected, tmp_path):
     assert result["local"][layer + "query_key_value.up.weight"] == (96, 24)
     assert result["local"][layer + "dense.down.weight"] == (24, 32)
     assert not {layer + "query_key_value.down.weight", layer + "dense.up.weight"} & result["local"].keys()
-    assert result["local"]["lm_head.weight"] == (48, 64)
+    if VERSION >= (5, 15):  # 5.0 leaves the plan of the head out, for the stock model too
+        assert result["local"]["lm_head.weight"] == (48, 64)
     assert distance(result["logits"], expected) < 2e-5
     stock = stock_model(tiny.product)
     tokens = stock.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=2)

@@ -1,0 +1,41 @@
+"""Fixtures for the whole suite. Nothing here reaches the network, and nothing outside tmp folders is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "tiny_polyglot"
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random GPT-NeoX: one float16 safetensors file, no legacy buffers. Read only."""
+    from checkpoints import write_checkpoint
+
+    return write_checkpoint(tmp_path_factory.mktemp("dense") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def factored(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``dense`` at rank 16. Read only."""
+    from svdconvert import convert
+
+    folder = tmp_path_factory.mktemp("factored") / "tiny-r16"
+    convert(dense, folder, rank=16, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a checkpoint into this test's folder; arguments as of ``write_checkpoint``."""
+    from checkpoints import write_checkpoint
+
+    return lambda *args, **kwargs: write_checkpoint(tmp_path / "model", *args, **kwargs)

@@ -1,0 +1,891 @@
+"""Everything that is refused: one sentence, the right exit code, and nothing left that could be taken for a model."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import HIDDEN, read_config, read_weights, write_checkpoint
+from hub_server import ALWAYS, HubServer, use_hub
+from safetensors.torch import load_file, save_file
+
+from svdconvert.cli import main
+
+DENSE_LAYER = "gpt_neox.layers.1.attention.dense.weight"
+EMBEDDING = "gpt_neox.embed_in.weight"
+NORM = "gpt_neox.layers.2.input_layernorm.bias"
+Run = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command line as the program does; gives exit code, standard output and standard error."""
+
+    def call(*args: object) -> SimpleNamespace:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code or 0, out=out, err=err)
+
+    return call
+
+
+def assert_refused(result: SimpleNamespace, *words: object, code: int = 2, usage: bool = False) -> None:
+    """Exit code and exactly one sentence that says what is wrong; a wrong option's own value comes with the usage."""
+    assert "Traceback" not in result.out + result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.err
+    if not usage:
+        assert result.err == lines[0] + "\n"
+    assert result.code == code, result.err
+    for word in words:
+        assert str(word) in lines[0], (word, lines[0])
+
+
+def assert_no_model(out: Path) -> None:
+    """Nothing has its final name."""
+    if out.is_dir():
+        found = [p.name for p in out.iterdir() if p.suffix in (".safetensors", ".bin", ".json", ".py", ".md")]
+        assert not found
+
+
+# --- the source
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("sharded") / "model", shards=3)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    value = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return edit
+
+
+def put(name: str, value: float) -> Callable[[Path], None]:
+    """One entry of one tensor."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[3] = value
+
+    return edit_tensors(change)
+
+
+def edit_index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        change(index["weight_map"])
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return edit
+
+
+def weights(data: bytes) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(data)
+
+    return write
+
+
+def cut(keep: Callable[[int], int]) -> Callable[[Path], None]:
+    def truncate(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        os.truncate(path, keep(path.stat().st_size))
+
+    return truncate
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    def unlink(folder: Path) -> None:
+        for path in list(folder.glob(pattern)):
+            path.unlink()
+
+    return unlink
+
+
+def pickled(value: object, **options: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(value, folder / "pytorch_model.bin", **options)
+
+    return write
+
+
+SINGLE_FILE_FAULTS = {
+    "unknown architecture": (edit_config(model_type="llama"), "'llama'", "supported: gpt_neox"),
+    "no architecture": (edit_config(model_type=None), "model_type None", "supported: gpt_neox"),
+    "quantised config": (
+        edit_config(quantization_config={"quant_method": "bitsandbytes"}),
+        "already quantised (bitsandbytes)",
+    ),
+    "int8 weights": (
+        edit_tensors(lambda t: t.update({DENSE_LAYER: torch.ones(HIDDEN, HIDDEN, dtype=torch.int8)})),
+        DENSE_LAYER,
+        "int8",
+        "quantised",
+    ),
+    "ranks in a dense config": (edit_config(svd_ranks={}), "already factored"),
+    "no config": (remove("config.json"), "config.json"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{'a': 1}"), "config.json", "JSON"),
+    "config is no object": (lambda f: (f / "config.json").write_text("[]"), "config.json", "JSON object"),
+    "config is not UTF-8": (lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'), "config.json"),
+    "config without sizes": (edit_config(hidden_size=None), "config.json", "hidden_size"),
+    "config of odd types": (edit_config(num_hidden_layers="three"), "config.json"),
+    "no weights": (remove("model.safetensors"), "has no weights", "model.safetensors"),
+    "no known weight file": (
+        lambda f: (f / "model.safetensors").rename(f / "model.gguf"),
+        "model.gguf",
+        "model.safetensors.index.json",
+    ),
+    "empty weights": (weights(b""), "model.safetensors", "truncated"),
+    "a web page": (weights(b"<!DOCTYPE html><html>" * 9), "model.safetensors", "not a safetensors file"),
+    "header of nonsense": (weights(b"\x08" + bytes(7) + b"nonsense"), "model.safetensors", "header"),
+    "cut data": (cut(lambda size: size - 1), "model.safetensors", "truncated"),
+    "cut header": (cut(lambda size: 100), "model.safetensors", "truncated"),
+    "extra data": (cut(lambda size: size + 1), "model.safetensors", "damaged"),
+    "other model's config": (edit_config(hidden_size=128), EMBEDDING, "[160, 64]", "[160, 128]"),
+    "fewer layers than the config": (edit_config(num_hidden_layers=4), "lacks", "layers.3."),
+    "more layers than the config": (edit_config(num_hidden_layers=2), "layers.2.", "does not know"),
+    "missing tensor": (edit_tensors(lambda t: t.pop(NORM)), "lacks", NORM),
+    "NaN in a matrix": (put(DENSE_LAYER, float("nan")), DENSE_LAYER, "NaN"),
+    "infinity in a matrix": (put(DENSE_LAYER, float("inf")), DENSE_LAYER, "infinite"),
+    "NaN in a copied tensor": (put(EMBEDDING, float("nan")), EMBEDDING, "NaN"),
+    "infinity in a copied tensor": (put(NORM, float("-inf")), NORM, "infinite"),
+    "pickle of a list": (pickled([torch.ones(2)]), "pytorch_model.bin", "dictionary of tensors"),
+    "pickle of other things": (pickled({"step": 3}), "pytorch_model.bin", "dictionary of tensors"),
+    "pickle of odd keys": (pickled({1: torch.ones(2)}), "pytorch_model.bin", "dictionary of tensors"),
+    "pickle of a complex model": (pickled({"x": torch.ones(2, dtype=torch.complex64)}), "x", "complex64"),
+    "pickle before torch 1.6": (
+        pickled({"x": torch.ones(2)}, _use_new_zipfile_serialization=False),
+        "pytorch_model.bin",
+        "before 1.6",
+    ),
+    "pickle of nothing": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pytorch_model.bin",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", SINGLE_FILE_FAULTS)
+def test_faulty_source(fault: str, dense: Path, run: Run, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(dense, model)
+    damage, *words = SINGLE_FILE_FAULTS[fault]
+    damage(model)
+    before = sorted(model.iterdir())
+    assert_refused(run(model, "--rank", 16, "--device", "cpu", "--out", out), *words)
+    assert_no_model(out)
+    assert sorted(model.iterdir()) == before
+
+
+FIRST, SECOND = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
+
+
+def swap_files(folder: Path) -> None:
+    (folder / FIRST).rename(folder / "x")
+    (folder / SECOND).rename(folder / FIRST)
+    (folder / "x").rename(folder / SECOND)
+
+
+def duplicate_tensor(folder: Path) -> None:
+    first, second = load_file(folder / FIRST), load_file(folder / SECOND)
+    name = next(iter(first))
+    save_file(second | {name: first[name].clone()}, folder / SECOND, metadata={"format": "pt"})
+
+
+SHARDED_FAULTS = {
+    "missing shard": (remove(SECOND), SECOND, "fetch the missing"),
+    "index names a tensor that no file has": (
+        edit_index(lambda m: m.update({"gpt_neox.extra.weight": FIRST})),
+        "gpt_neox.extra.weight",
+        FIRST,
+    ),
+    "index leaves out a tensor": (edit_index(lambda m: m.pop(EMBEDDING)), "does not name", EMBEDDING),
+    "index and files mixed up": (swap_files, "does not have it"),
+    "tensor in two files": (duplicate_tensor, "both in", FIRST, SECOND),
+    "path upwards": (edit_index(lambda m: m.update({EMBEDDING: f"../outside/{FIRST}"})), "../outside", "not to be"),
+    "path into a folder": (edit_index(lambda m: m.update({EMBEDDING: f"sub/{FIRST}"})), "sub/", "not to be"),
+    "file is no text": (edit_index(lambda m: m.update({EMBEDDING: 3})), "not to be trusted"),
+    "empty index": (edit_index(lambda m: m.clear()), "weight_map"),
+    "index is no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json", "JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", SHARDED_FAULTS)
+def test_faulty_sharded_source(fault: str, sharded: Path, run: Run, tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(sharded, model)
+    # What the paths out of the folder lead to is there and whole: only the path is wrong.
+    shutil.copytree(sharded, tmp_path / "outside")
+    shutil.copytree(sharded, model / "sub")
+    damage, *words = SHARDED_FAULTS[fault]
+    damage(model)
+    assert_refused(run(model, "--rank", 16, "--device", "cpu", "--out", out), *words)
+    assert not out.exists()
+
+
+def test_absolute_path_in_the_index(sharded: Path, run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(sharded, model)
+    edit_index(lambda m: m.update({EMBEDDING: str(sharded / FIRST)}))(model)
+    assert_refused(run(model, "--rank", 16, "--out", tmp_path / "out"), sharded / FIRST, "not to be trusted")
+
+
+class Touches:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
+@pytest.mark.parametrize("command", ["convert", "plan"])
+def test_a_malicious_pickle_is_not_run(form: str, command: str, dense: Path, run: Run, tmp_path: Path) -> None:
+    model, out, trace = tmp_path / "model", tmp_path / "out", tmp_path / "it-ran"
+    shutil.copytree(dense, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    content = {"gpt_neox.embed_in.weight": torch.ones(2), "x": Touches(trace)}
+    if form == "bare":
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Touches(trace)}))
+    else:
+        torch.save(content, model / "pytorch_model.bin", _use_new_zipfile_serialization=form == "zip")
+    result = run(command, model, "--rank", 16, "--out", out)
+    assert not trace.exists()
+    assert_refused(result, "pytorch_model.bin", *(["foreign code"] if form == "zip" else []))
+    assert not out.exists()
+    # The trap works: only weights_only keeps it shut.
+    with io.BytesIO(pickle.dumps(Touches(trace))) as data:
+        pickle.load(data)
+    assert trace.exists()
+
+
+def test_already_factored(factored: Path, run: Run, tmp_path: Path) -> None:
+    result = run(factored, "--rank", 8, "--out", tmp_path / "out")
+    assert_refused(result, "already factored", "svdconvert densify")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["no-such-folder", "./no/such/folder", "/no/such/folder", "polyglot-ko-1.3"])
+def test_no_such_model(model: str, run: Run, tmp_path: Path) -> None:
+    result = run(model, "--rank", 16, "--out", tmp_path / "out")
+    assert_refused(result, model, "no folder", "polyglot-ko-1.3b")
+
+
+def test_model_is_a_file(dense: Path, run: Run, tmp_path: Path) -> None:
+    result = run(dense / "model.safetensors", "--rank", 16, "--out", tmp_path / "out")
+    assert_refused(result, "is a file", "folder that holds config.json")
+
+
+def test_revision_of_a_local_folder(dense: Path, run: Run, tmp_path: Path) -> None:
+    assert_refused(run(dense, "--rank", 16, "--revision", "main", "--out", tmp_path / "out"), "--revision")
+
+
+# --- the request
+
+REQUESTS = {
+    "rank 0": (["--rank", 0], "rank 0", "least is 1"),
+    "rank -1": (["--rank", -1], "rank -1", "least is 1"),
+    "rank 0 by pattern": (["--rank", 8, "--rank", "attention.dense=0"], "rank 0", "attention.dense"),
+    "rank too large": (["--rank", 65], "rank 65 is larger than layers.0.attention", "highest is 64"),
+    "rank too large by pattern": (["--rank", 8, "--rank", "attention.dense=65"], "rank 65", "64 x 64"),
+    "rank abc": (["--rank", "abc"], "'abc'", "PATTERN=NUMBER"),
+    "rank 1.5": (["--rank", "1.5"], "'1.5'"),
+    "rank of nothing": (["--rank", "=8"], "'=8'"),
+    "rank without number": (["--rank", "attention.dense="], "'attention.dense='"),
+    "two ranks": (["--rank", 8, "--rank", 9], "--rank was given twice", "8 and 9"),
+    "rank and keep": (["--rank", 8, "--keep", 0.5], "exactly one of --rank, --keep and --params"),
+    "keep and params": (["--keep", 0.5, "--params", "100K"], "exactly one of"),
+    "no rank at all": ([], "exactly one of --rank, --keep and --params"),
+    "pattern without match": (["--rank", 8, "--rank", "mlp.nothing=4"], "mlp.nothing=4 matches no target", "layers.0."),
+    "targets without match": (["--rank", 8, "--targets", "lm_head"], "--targets lm_head matches no", "attention.dense"),
+    "rank pattern outside of the targets": (
+        ["--rank", 8, "--targets", "mlp.*", "--rank", "attention.dense=4"],
+        "attention.dense=4 matches no target",
+    ),
+    "keep 0": (["--keep", 0], "--keep 0 must lie between 0 and 1"),
+    "keep 1": (["--keep", 1], "--keep 1 must lie between"),
+    "keep 1.5": (["--keep", 1.5], "--keep 1.5 must lie between"),
+    "keep -0.5": (["--keep", -0.5], "--keep -0.5 must lie between"),
+    "keep nan": (["--keep", "nan"], "--keep nan must lie between"),
+    "keep next to nothing": (["--keep", 0.001], "leaves no rank", "keep at least"),
+    "params too few": (["--params", 1000], "--params 1,000 cannot be met"),
+    "params too many": (["--params", "1B"], "--params 1,000,000,000 cannot be met"),
+    "params nonsense": (["--params", "many"], "'many'", "1.4B"),
+    "params negative": (["--params", "-5"], "'-5'"),
+    "method": (["--rank", 8, "--method", "magic"], "--method 'magic' is unknown; known: svd"),
+    "shard size": (["--rank", 8, "--max-shard-size", "lots"], "--max-shard-size 'lots'", "5GB"),
+    "shard size 0": (["--rank", 8, "--max-shard-size", "0"], "--max-shard-size '0'"),
+    "shard size -5GB": (["--rank", 8, "--max-shard-size", "-5GB"], "--max-shard-size '-5GB'"),
+    "shard size in bits": (["--rank", 8, "--max-shard-size", "5Gb/s"], "--max-shard-size '5Gb/s'"),
+}
+RUNS = {
+    "device": (["--rank", 8, "--device", "tpu"], "--device 'tpu' is unknown"),
+    "device number": (["--rank", 8, "--device", "cuda:99"], "--device cuda:99 is not there", "--device cpu"),
+}
+USAGE = {
+    "dtype": (["--rank", 8, "--dtype", "int8"], "--dtype", "int8", "bfloat16"),
+    "keep": (["--keep", "half"], "--keep", "half"),
+    "unknown option": (["--rank", 8, "--rnak", 8], "--rnak"),
+}
+
+
+@pytest.mark.parametrize("case", [*REQUESTS, *RUNS])
+def test_impossible_request(case: str, dense: Path, run: Run, tmp_path: Path) -> None:
+    options, *words = (REQUESTS | RUNS)[case]
+    assert_refused(run(dense, *options, "--out", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_impossible_request_to_plan(case: str, dense: Path, run: Run) -> None:
+    """A plan refuses what the conversion would."""
+    options, *words = REQUESTS[case]
+    assert_refused(run("plan", dense, *options), *words)
+
+
+@pytest.mark.parametrize("case", USAGE)
+def test_wrong_usage(case: str, dense: Path, run: Run, tmp_path: Path) -> None:
+    options, *words = USAGE[case]
+    assert_refused(run(dense, *options, "--out", tmp_path / "out"), *words, usage=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers(dense: Path, run: Run, tmp_path: Path) -> None:
+    assert_refused(run(dense, "--rank", 8, "--workers", 0, "--out", tmp_path / "out"), "--workers", usage=True)
+
+
+def test_no_out(dense: Path, run: Run) -> None:
+    assert_refused(run(dense, "--rank", 8), "--out is missing")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu(dense: Path, run: Run, tmp_path: Path) -> None:
+    result = run(dense, "--rank", 8, "--device", "cuda", "--out", tmp_path / "out")
+    assert_refused(result, "--device cuda is not there", "use --device cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(DENSE_LAYER, 1e12), (EMBEDDING, 1e6), (NORM, -1e6)], ids=["target", "embedding", "norm"]
+)
+def test_float16_cannot_hold_it(name: str, value: float, fresh: Callable[..., Path], run: Run, tmp_path: Path) -> None:
+    from checkpoints import random_tensors
+
+    tensors = random_tensors(dtype=torch.float32)
+    tensors[name].view(-1)[3] = value
+    model, out = fresh(tensors, config={"torch_dtype": "float32"}), tmp_path / "out"
+    result = run(model, "--rank", 16, "--device", "cpu", "--dtype", "float16", "--out", out)
+    assert_refused(result, name, "F16", "--dtype")
+    assert_no_model(out)
+    # The same numbers are no problem where they fit.
+    assert run(model, "--rank", 16, "--device", "cpu", "--dtype", "bfloat16", "--out", tmp_path / "wide").code == 0
+
+
+# --- the output folder
+
+
+def test_out_is_a_file(dense: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("mine")
+    for options in ([], ["--overwrite"]):
+        assert_refused(run(dense, "--rank", 16, *options, "--out", out), out, "is a file")
+    assert out.read_text() == "mine"
+
+
+def test_out_is_somebody_elses(dense: Path, factored: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model-00001-of-00002.safetensors").write_text("mine")
+    (out / "config.json").write_text("{}")
+    args = [dense, "--rank", 16, "--device", "cpu", "--out", out]
+    assert_refused(run(*args), out, "not empty and not ours", "--overwrite")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model-00001-of-00002.safetensors"]
+    assert run(*args, "--overwrite").code == 0
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    assert (out / "model.safetensors").read_bytes() == (factored / "model.safetensors").read_bytes()
+    assert read_config(out) == read_config(factored)
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+@pytest.mark.parametrize("link", [False, True])
+def test_out_is_the_source(options: list[str], link: bool, dense: Path, run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    out = tmp_path / "link" if link else model
+    if link:
+        out.symlink_to(model)
+    assert_refused(run(model, "--rank", 16, *options, "--out", out), "give another", "folder" if options else "")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+@pytest.mark.parametrize("where", ["under a file", "in /proc"])
+def test_out_cannot_be_written(where: str, dense: Path, run: Run, tmp_path: Path) -> None:
+    """Permissions do not bind root, these places do."""
+    (tmp_path / "file").touch()
+    out = Path("/proc/no-such-folder") if where == "in /proc" else tmp_path / "file" / "out"
+    assert_refused(run(dense, "--rank", 16, "--device", "cpu", "--out", out), out, "give another --out")
+
+
+def test_no_space_to_begin_with(dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    result = run(dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out")
+    assert_refused(result, tmp_path / "out", "needs", "0.00 GB free")
+    assert not (tmp_path / "out").exists()
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, call: str, room: int) -> None:
+    """Let a system call fail for want of space after so many bytes."""
+    real = getattr(os, call)
+    left = [room]
+
+    def limited(handle: int, *args: Any) -> Any:
+        left[0] -= args[1] if call == "posix_fallocate" else len(args[0])
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle, *args)
+
+    monkeypatch.setattr(os, call, limited)
+
+
+@pytest.mark.parametrize(
+    ("call", "room"), [("pwrite", 0), ("pwrite", 40_000), ("pwrite", 90_000), ("posix_fallocate", 120_000), ("write", 0)]
+)
+def test_disk_is_full_half_way(
+    call: str, room: int, dense: Path, factored: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    args = [dense, "--rank", 16, "--device", "cpu", "--out", out]
+    if call == "posix_fallocate":
+        args += ["--max-shard-size", "50KB"]
+    with monkeypatch.context() as patch:
+        fill_disk(patch, call, room)
+        result = run(*args)
+    assert_refused(result, "no space left", out, "run the same command again", code=1)
+    assert not (out / "config.json").exists()
+    if call != "posix_fallocate":
+        assert_no_model(out)
+    assert run(*args).code == 0
+    ours, theirs = read_weights(out), read_weights(factored)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_other_disk_errors(dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    args = [dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", broken)
+        assert_refused(run(*args), "could not be written", "Input/output error", "the same command", code=1)
+    assert_no_model(tmp_path / "out")
+    assert run(*args).code == 0
+
+
+def test_source_shrinks_while_it_is_read(dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network folder that drops out: said, and no traceback."""
+    monkeypatch.setattr(os, "preadv", lambda *args: 0)
+    result = run(dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out")
+    assert_refused(result, "model.safetensors", "ended inside tensor", code=1)
+    assert_no_model(tmp_path / "out")
+
+
+def test_source_cannot_be_read(dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    result = run(dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out")
+    assert_refused(result, "model.safetensors", "Input/output error", code=1)
+    assert_no_model(tmp_path / "out")
+
+
+def test_out_of_memory(dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdconvert import compute
+
+    def full(*args: object) -> None:
+        raise MemoryError
+
+    args = [dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setitem(compute.OPERATIONS, "factorize", full)
+        assert_refused(run(*args), "out of memory", "the same command goes on", code=1)
+    assert_no_model(tmp_path / "out")
+    assert run(*args).code == 0
+
+
+# --- the Hub
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer() as server:
+        use_hub(monkeypatch, server, tmp_path / "home")
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
+
+
+def test_unknown_repository(hub: HubServer, run: Run, tmp_path: Path) -> None:
+    result = run("owner/nothing", "--rank", 16, "--out", tmp_path / "out")
+    assert_refused(result, "owner/nothing does not exist", "hf auth login")
+    assert_no_model(tmp_path / "out")
+
+
+def test_unknown_revision(hub: HubServer, dense: Path, run: Run, tmp_path: Path) -> None:
+    hub.add("owner/tiny", dense)
+    result = run("owner/tiny", "--rank", 16, "--revision", "v9", "--out", tmp_path / "out")
+    assert_refused(result, "owner/tiny", "'v9'")
+
+
+def test_gated_repository(hub: HubServer, dense: Path, run: Run, tmp_path: Path) -> None:
+    hub.add("owner/tiny", dense, gated=True)
+    result = run("owner/tiny", "--rank", 16, "--out", tmp_path / "out")
+    assert_refused(result, "owner/tiny is gated", "accept its conditions", "HF_TOKEN")
+    assert_no_model(tmp_path / "out")
+
+
+def test_no_network(hub: HubServer, run: Run, tmp_path: Path) -> None:
+    hub.close()
+    result = run("owner/tiny", "--rank", 16, "--out", tmp_path / "out")
+    assert_refused(result, "the connection to http://127.0.0.1", "check the network")
+    assert_no_model(tmp_path / "out")
+
+
+def test_network_breaks_off_half_way(
+    hub: HubServer, dense: Path, factored: Path, run: Run, tmp_path: Path
+) -> None:
+    hub.add("owner/tiny", dense)
+    args = ["owner/tiny", "--rank", 16, "--device", "cpu", "--out", tmp_path / "out"]
+    # Headers come by range requests; the file itself is refused from then on.
+    assert run("plan", "owner/tiny", "--rank", 16).code == 0
+    served = len(hub.gets("model.safetensors"))
+    hub.cut("model.safetensors", after=100_000, times=ALWAYS)
+    assert_refused(run(*args), "model.safetensors", "the same command continues", code=1)
+    assert len(hub.gets("model.safetensors")) > served
+    assert_no_model(tmp_path / "out")
+    hub.faults.clear()
+    assert run(*args).code == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (factored / "model.safetensors").read_bytes()
+
+
+def test_push_is_refused_before_the_work(hub: HubServer, dense: Path, run: Run, tmp_path: Path) -> None:
+    """Hours of work for a repository that cannot be written would be a pity."""
+    args = [dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out"]
+    assert_refused(run(*args, "--push-to-hub", "owner/result"), "token")
+    assert_refused(run(*args, "--push-to-hub", "no name"), "no name")
+    assert not (tmp_path / "out").exists()
+
+
+def test_push_of_nothing(hub: HubServer, dense: Path, run: Run, tmp_path: Path) -> None:
+    assert_refused(run("push", dense, "owner/result"), "no finished result")
+    assert_refused(run("push", tmp_path / "nothing", "owner/result"), "no folder")
+
+
+# --- evaluate
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("a small text " * 20)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"", "is empty"), (b" \n\t\n", "is empty"), (b"caf\xe9", "is not UTF-8 text (byte 3)")]
+)
+def test_unusable_text(content: bytes, word: str, dense: Path, run: Run, text: Path) -> None:
+    text.write_bytes(content)
+    assert_refused(run("evaluate", dense, "--text", text), text, word)
+
+
+def test_missing_text(dense: Path, run: Run, tmp_path: Path) -> None:
+    assert_refused(run("evaluate", dense, "--text", tmp_path / "none"), tmp_path / "none", "cannot be read")
+    assert_refused(run("evaluate", dense, "--text", tmp_path), "cannot be read")
+    assert_refused(run("evaluate", dense), "--text", usage=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--window", 1], ["--window 1", "from 2 to 64"]),
+        (["--window", 0], ["--window 0"]),
+        (["--window", -8], ["--window -8"]),
+        (["--window", 65], ["--window 65", "from 2 to 64"]),
+        (["--window", 8, "--stride", 8], ["--stride 8", "between 1 and 7"]),
+        (["--window", 8, "--stride", 0], ["--stride 0"]),
+        (["--window", 8, "--stride", -1], ["--stride -1"]),
+        (["--device", "tpu"], ["--device 'tpu'"]),
+    ],
+)
+def test_impossible_window(options: list[object], words: list[str], dense: Path, run: Run, text: Path) -> None:
+    assert_refused(run("evaluate", dense, "--text", text, *options), *words)
+
+
+def test_model_without_tokenizer(fresh: Callable[..., Path], run: Run, text: Path) -> None:
+    model = fresh(tokenizer=False)
+    assert_refused(run("evaluate", model, "--text", text), model, "no usable tokenizer")
+
+
+def test_tokenizer_of_another_model(fresh: Callable[..., Path], run: Run, text: Path) -> None:
+    model = fresh(config={"vocab_size": 20})
+    assert_refused(run("evaluate", model, "--text", text), model, "tokenizer", "another model")
+
+
+def test_evaluate_half_a_model(dense: Path, run: Run, text: Path, tmp_path: Path) -> None:
+    """Missing weights would be filled with random numbers, and the perplexity be one of noise."""
+    model = tmp_path / "model"
+    shutil.copytree(dense, model)
+    edit_tensors(lambda tensors: tensors.pop(DENSE_LAYER))(model)
+    assert_refused(run("evaluate", model, "--text", text), model, "missing", "attention.dense.weight")
+    edit_json(model / "config.json", model_type="no-such-kind")
+    assert_refused(run("evaluate", model, "--text", text), model)
+    (model / "config.json").unlink()
+    assert_refused(run("evaluate", model, "--text", text), "config.json")
+
+
+# --- fold, densify
+
+
+def adapter(folder: Path, module: str = "gpt_neox.layers.0.attention.dense", **config: Any) -> Path:
+    """A LoRA adapter of rank 2 as peft writes it."""
+    folder.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["dense"]} | config
+    settings = {key: value for key, value in settings.items() if value is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    name = f"base_model.model.{module}"
+    pair = {f"{name}.lora_A.weight": torch.ones(2, HIDDEN), f"{name}.lora_B.weight": torch.ones(HIDDEN, 2)}
+    save_file(pair, folder / "adapter_model.safetensors")
+    return folder
+
+
+def edit_adapter(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return edit
+
+
+LORA = "base_model.model.gpt_neox.layers.0.attention.dense"
+ADAPTER_FAULTS = {
+    "no config": (remove("adapter_config.json"), "no adapter_config.json"),
+    "no weights": (remove("adapter_model.safetensors"), "no adapter_model.safetensors"),
+    "weights are none": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"<html>" * 9),
+        "adapter_model.safetensors",
+        "not a safetensors file",
+    ),
+    "half a pair": (edit_adapter(lambda t: t.pop(f"{LORA}.lora_B.weight")), "lora_A and lora_B", "attention.dense"),
+    "DoRA vector": (edit_adapter(lambda t: t.update({f"{LORA}.lora_magnitude_vector": torch.ones(2)})), "no LoRA"),
+    "pair of two ranks": (
+        edit_adapter(lambda t: t.update({f"{LORA}.lora_B.weight": torch.ones(HIDDEN, 3)})),
+        "do not fit together",
+    ),
+    "other width": (
+        edit_adapter(lambda t: t.update({f"{LORA}.lora_A.weight": torch.ones(2, 32)})),
+        "do not fit a 64 x 64 layer",
+    ),
+    "no rank": (lambda f: edit_json(f / "adapter_config.json", r=None), "adapter_config.json", "'r'"),
+    "no alpha": (lambda f: edit_json(f / "adapter_config.json", lora_alpha=None), "adapter_config.json", "lora_alpha"),
+    "odd rank": (lambda f: edit_json(f / "adapter_config.json", r=0), "adapter_config.json"),
+}
+
+
+@pytest.mark.parametrize("fault", ADAPTER_FAULTS)
+def test_faulty_adapter(fault: str, factored: Path, run: Run, tmp_path: Path) -> None:
+    damage, *words = ADAPTER_FAULTS[fault]
+    folder = adapter(tmp_path / "adapter")
+    damage(folder)
+    assert_refused(run("fold", factored, "--adapter", folder, "--out", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["embed_in"]}, "modules_to_save"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ],
+)
+def test_adapter_of_another_kind(config: dict[str, Any], word: str, factored: Path, run: Run, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", **config)
+    result = run("fold", factored, "--adapter", folder, "--out", tmp_path / "out")
+    assert_refused(result, folder, word, "only a plain LoRA")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["gpt_neox.layers.7.attention.dense", "model.layers.0.self_attn.q_proj"])
+def test_adapter_of_another_model(module: str, factored: Path, run: Run, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", module)
+    result = run("fold", factored, "--adapter", folder, "--out", tmp_path / "out")
+    assert_refused(result, module, "trained on another model")
+
+
+def test_fold_of_what_is_not_there(dense: Path, factored: Path, run: Run, tmp_path: Path) -> None:
+    folder, out = adapter(tmp_path / "adapter"), tmp_path / "out"
+    assert_refused(run("fold", tmp_path / "none", "--adapter", folder, "--out", out), tmp_path / "none", "no folder")
+    assert_refused(run("fold", factored, "--adapter", tmp_path / "none", "--out", out), tmp_path / "none", "no folder")
+    assert_refused(run("fold", dense, "--adapter", folder, "--out", out), "not a factored checkpoint")
+    assert_refused(run("fold", factored, "--adapter", folder), "--out", usage=True)
+    assert not out.exists()
+
+
+def test_fold_into_what_is_read(factored: Path, run: Run, tmp_path: Path) -> None:
+    """Neither the model nor the adapter is overwritten by what is made of them, even if that is asked for."""
+    model, folder = tmp_path / "model", adapter(tmp_path / "adapter")
+    shutil.copytree(factored, model)
+    for out in (model, folder):
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        result = run("fold", model, "--adapter", folder, "--out", out, "--overwrite", "--device", "cpu")
+        assert_refused(result, out, "give another")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_densify_of_other_folders(dense: Path, factored: Path, run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert_refused(run("densify", dense, "--out", out), "not a factored checkpoint")
+    assert_refused(run("densify", tmp_path / "none", "--out", out), "no folder")
+    assert_refused(run("densify", factored, "--out", factored, "--overwrite"), "own folder")
+    model = tmp_path / "model"
+    shutil.copytree(factored, model)
+    ranks = read_config(model)["svd_ranks"]
+    edit_json(model / "config.json", svd_ranks=ranks | {"layers.0.attention.dense": 15})
+    assert_refused(run("densify", model, "--out", out), "layers.0.attention.dense", "rank 16", "says 15")
+    edit_json(model / "config.json", svd_ranks=ranks | {"layers.9.attention.dense": 16})
+    assert_refused(run("densify", model, "--out", out), "lacks", "layers.9.attention.dense.down.weight")
+    assert not out.exists()
+
+
+# --- verify
+
+
+@pytest.fixture
+def damaged(factored: Path, tmp_path: Path) -> Path:
+    """A factored checkpoint to be damaged."""
+    return Path(shutil.copytree(factored, tmp_path / "damaged"))
+
+
+def test_verify_of_other_folders(dense: Path, factored: Path, run: Run, tmp_path: Path) -> None:
+    assert_refused(run("verify", dense), dense.name, "not a factored checkpoint")
+    assert_refused(run("verify", tmp_path / "none"), "no folder")
+    assert_refused(run("verify", tmp_path), "no config.json")
+    assert_refused(run("verify", factored, "--revision", "main"), "--revision belongs to --against")
+    assert_refused(run("verify", factored, "--against", tmp_path / "none"), tmp_path / "none")
+    assert_refused(run("verify", factored, "--against", factored), "already factored")
+
+
+def test_verify_finds_a_changed_rank(damaged: Path, run: Run) -> None:
+    ranks = read_config(damaged)["svd_ranks"]
+    edit_json(damaged / "config.json", svd_ranks=ranks | {"layers.1.mlp.dense_4h_to_h": 17})
+    result = run("verify", damaged)
+    assert_refused(result, damaged, "did not pass: ranks", code=1)
+    assert "config.json says rank 17 for layers.1.mlp.dense_4h_to_h" in result.out
+    report = run("verify", damaged, "--json")
+    assert report.code == 1
+    assert json.loads(report.out)["passed"] is False
+
+
+def test_verify_finds_a_forgotten_rank(damaged: Path, run: Run) -> None:
+    ranks = read_config(damaged)["svd_ranks"]
+    ranks.pop("layers.1.mlp.dense_4h_to_h")
+    edit_json(damaged / "config.json", svd_ranks=ranks)
+    result = run("verify", damaged)
+    assert_refused(result, "keys and shapes", code=1)
+    assert "layers.1.mlp.dense_4h_to_h" in result.out
+
+
+def flip(folder: Path, name: str, value: float) -> None:
+    """Change one number of one tensor in place."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name].view(-1)[5] += value
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "failing"),
+    [
+        ("gpt_neox.layers.1.attention.dense.up.weight", "factored matrices"),
+        ("gpt_neox.layers.1.attention.dense.down.weight", "factored matrices"),
+        ("gpt_neox.layers.1.attention.dense.up.bias", "copied tensors"),
+        ("gpt_neox.embed_in.weight", "copied tensors"),
+        ("lm_head.weight", "copied tensors"),
+    ],
+)
+def test_verify_finds_a_changed_number(name: str, failing: str, dense: Path, damaged: Path, run: Run) -> None:
+    flip(damaged, name, 0.25)
+    assert run("verify", damaged).code == 0, "on its own, the checkpoint looks like any other"
+    result = run("verify", damaged, "--against", dense)
+    assert_refused(result, f"did not pass: {failing}", code=1)
+    assert "layers.1.attention.dense" in result.out or name.split(".")[-2] in result.out or "embed_out" in result.out
+
+
+def test_verify_finds_truncated_weights(damaged: Path, run: Run) -> None:
+    cut(lambda size: size - 2)(damaged)
+    assert_refused(run("verify", damaged), "model.safetensors", "truncated")
+
+
+def test_verify_against_another_model(damaged: Path, fresh: Callable[..., Path], run: Run) -> None:
+    from checkpoints import random_tensors
+
+    other = fresh(random_tensors(seed=5))
+    result = run("verify", damaged, "--against", other)
+    assert_refused(result, "copied tensors, factored matrices", code=1)
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate", "densify"])
+def test_a_changed_modeling_file_is_not_run(command: str, damaged: Path, run: Run, text: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "it-ran"
+    file = damaged / "modeling_polyglot_svd.py"
+    file.write_text(f"open({str(trace)!r}, 'w')\n{file.read_text()}")
+    if command == "verify":
+        result = run("verify", damaged)
+        assert_refused(result, "modeling file", code=1)
+        assert "it was not run" in result.out
+    else:
+        options = ["--text", text] if command == "evaluate" else ["--out", tmp_path / "out"]
+        assert run(command, damaged, *options, "--device", "cpu").code == 0
+    assert not trace.exists()
+
+
+def test_verify_finds_a_missing_modeling_file(damaged: Path, run: Run) -> None:
+    (damaged / "modeling_polyglot_svd.py").unlink()
+    result = run("verify", damaged)
+    assert_refused(result, "did not pass: modeling file", code=1)
+    assert "modeling_polyglot_svd.py is missing" in result.out

@@ -1,0 +1,152 @@
+"""Plans: counts from config and headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import CONFIG, TARGETS, legacy_buffers, random_tensors, read_weights
+
+from svdconvert import InputError, plan
+from svdconvert.planning import factor_names, layer_number, natural, suffix
+from svdconvert.steps import index_json, parse_size
+
+POLYGLOT = {
+    # name: (hidden, layers, heads, rotary_pct, parameters on the model card or by its files)
+    "1.3b": (2048, 24, 16, 0.5, 1_331_810_304),
+    "3.8b": (3072, 32, 24, 0.5, 3_809_974_272),
+    "5.8b": (4096, 28, 16, 0.25, 5_885_059_072),
+    "12.8b": (5120, 40, 40, 0.5, 12_893_603_840),
+}
+
+
+def polyglot(folder: Path, name: str) -> Path:
+    hidden, layers, heads, rotary, _ = POLYGLOT[name]
+    geometry = {
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "rotary_pct": rotary,
+        "vocab_size": 30080,
+        "max_position_embeddings": 2048,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(CONFIG) | geometry))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "rank", "after"), [("1.3b", 512, 526_503_936), ("3.8b", 768, 1_394_055_168)])
+def test_published_sizes(tmp_path: Path, name: str, rank: int, after: int) -> None:
+    made = plan(polyglot(tmp_path / name, name), rank=rank)
+    assert made.params_before == POLYGLOT[name][4]
+    assert made.params_after == after
+    assert made.bytes_after == pytest.approx(2 * after, rel=1e-3)
+    assert made.training_bytes == (16 * POLYGLOT[name][4], 16 * after)
+
+
+@pytest.mark.parametrize("name", POLYGLOT)
+def test_dense_sizes_of_the_family(tmp_path: Path, name: str) -> None:
+    assert plan(polyglot(tmp_path / name, name), rank=64).params_before == POLYGLOT[name][4]
+
+
+def test_plan_of_weights_equals_the_plan_of_the_config(fresh: Callable[..., Path], tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    weights = fresh(shards=3, legacy=True)
+    (bare / "config.json").write_bytes((weights / "config.json").read_bytes())
+    one, two = plan(weights, rank=16), plan(bare, rank=16)
+    assert one.params_before == two.params_before == sum(t.numel() for t in random_tensors().values())
+    assert one.params_after == two.params_after
+    assert one.ranks == two.ranks
+    assert "config.json alone" in " ".join(two.notes)
+
+
+def test_counts_are_those_of_the_result(dense: Path, factored: Path) -> None:
+    made = plan(dense, rank=16)
+    tensors = read_weights(factored)
+    assert made.params_after == sum(tensor.numel() for tensor in tensors.values())
+    assert made.bytes_after == sum(file.stat().st_size for file in factored.glob("*.safetensors"))
+    assert list(made.ranks) == TARGETS
+
+
+def test_legacy_buffers_are_dropped_and_said(fresh: Callable[..., Path]) -> None:
+    made = plan(fresh(legacy=True), rank=16)
+    assert f"{len(legacy_buffers())} legacy buffers" in " ".join(made.notes)
+    names = {info.name for infos in made.shards.values() for info in infos}
+    assert not any("masked_bias" in name or "inv_freq" in name for name in names)
+    assert not any(name.endswith("attention.bias") for name in names)
+
+
+def test_dense_targets_are_said(dense: Path) -> None:
+    made = plan(dense, rank=40)
+    assert {suffix(module) for module in made.ranks} == {
+        "attention.query_key_value",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+    }
+    assert "rank 40 saves nothing (break-even 32.0)" in " ".join(made.notes)
+    assert len(plan(dense, rank=40, factor_all=True).ranks) == len(TARGETS)
+
+
+def test_targets(dense: Path) -> None:
+    made = plan(dense, rank=8, targets=["layers.1.*", "dense_h_to_4h"])
+    assert set(made.ranks) == {t for t in TARGETS if t.startswith("layers.1.") or t.endswith("dense_h_to_4h")}
+
+
+@pytest.mark.parametrize("limit", [20_000, 60_000, 1_000_000])
+def test_shards(dense: Path, limit: int) -> None:
+    made = plan(dense, rank=16, max_shard_size=limit)
+    names = [info.name for infos in made.shards.values() for info in infos]
+    assert len(names) == len(set(names))
+    for infos in made.shards.values():
+        assert sum(info.nbytes for info in infos) <= limit or len(infos) == 1
+    index = index_json(made.shards)
+    if len(made.shards) == 1:
+        assert list(made.shards) == ["model.safetensors"]
+        assert index is None
+    else:
+        assert list(made.shards)[0] == f"model-00001-of-{len(made.shards):05d}.safetensors"
+        assert index is not None
+        assert index["metadata"]["total_size"] == 2 * made.params_after
+        assert set(index["weight_map"]) == set(names)
+
+
+def test_groups_sum_to_the_model(dense: Path) -> None:
+    made = plan(dense, rank=40)
+    assert sum(group.count for group in made.groups) == len(TARGETS)
+    saved = sum(group.dense_params - group.params for group in made.groups)
+    assert made.params_before - made.params_after == saved
+    assert [group.name for group in made.groups][:2] == ["attention.query_key_value", "attention.dense"]
+
+
+def test_json(dense: Path) -> None:
+    made = json.loads(json.dumps(plan(dense, rank=16).to_json()))
+    assert made["params"]["after"] < made["params"]["before"]
+    assert made["svd_ranks"]["layers.0.attention.dense"] == 16
+
+
+def test_tied_head(fresh: Callable[..., Path]) -> None:
+    tensors = random_tensors()
+    head = tensors.pop("embed_out.weight")
+    made = plan(fresh(tensors, config={"tie_word_embeddings": True}), rank=16)
+    assert made.params_before == plan_of_untied(tensors) and head.numel()
+
+
+def plan_of_untied(tensors: dict) -> int:  # type: ignore[type-arg]
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_names() -> None:
+    assert factor_names("a.b.weight") == ("a.b.down.weight", "a.b.up.weight")
+    assert suffix("layers.12.mlp.dense_4h_to_h") == "mlp.dense_4h_to_h"
+    assert layer_number("layers.12.mlp.dense_4h_to_h") == 12
+    assert sorted(["l.10.x", "l.2.x"], key=natural) == ["l.2.x", "l.10.x"]
+
+
+@pytest.mark.parametrize("text", ["", "5", "x", "-1GB", "999", "1e9"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_size(text)

@@ -1,0 +1,99 @@
+"""Ranks: patterns, budgets, break-even."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svdconvert.errors import InputError
+from svdconvert.ranks import RankRequest, Target, assign, matches, parse_count, parse_rank_options
+
+SQUARE, TALL, WIDE = (
+    Target(f"layers.0.{name}", f"layers.0.{name}.weight", shape)
+    for name, shape in (("square", (64, 64)), ("tall", (256, 64)), ("wide", (64, 256)))
+)
+
+
+def ranks(targets: list[Target]) -> list[int | None]:
+    return [target.rank for target in targets]
+
+
+def test_later_patterns_win() -> None:
+    request = RankRequest(16, {"square": 8, "layers.0.*": 4, "tall": 12})
+    assert ranks(assign([SQUARE, TALL, WIDE], request, 0)) == [4, 12, 4]
+
+
+def test_without_a_default_the_rest_stays_dense() -> None:
+    targets = assign([SQUARE, TALL], RankRequest(None, {"tall": 12}), 0)
+    assert ranks(targets) == [None, 12]
+    assert "no --rank" in targets[0].reason
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"), [(31, [31, 31, 31]), (32, [None, 32, 32]), (51, [None, 51, 51]), (52, [None, None, None])]
+)
+def test_break_even(rank: int, expected: list[int | None]) -> None:
+    """64 x 64 saves below 32, 256 x 64 below 51.2."""
+    assert ranks(assign([SQUARE, TALL, WIDE], RankRequest(rank), 0)) == expected
+    assert ranks(assign([SQUARE, TALL, WIDE], RankRequest(rank, factor_all=True), 0)) == [rank] * 3
+
+
+@given(st.floats(0.05, 0.99))
+def test_keep_is_never_exceeded(keep: float) -> None:
+    targets = assign([SQUARE, TALL, WIDE], RankRequest(keep=keep), 0)
+    for target in targets:
+        assert target.rank is not None
+        assert target.params <= keep * target.dense_params + 1e-6 * target.dense_params
+        assert target.params + sum(target.shape) > keep * target.dense_params
+
+
+@given(st.integers(1000 + 36_864 // 32, 1000 + 64 * 64 + 2 * 64 * 256 - 1))
+def test_params_is_met_from_below(params: int) -> None:
+    targets = assign([SQUARE, TALL, WIDE], RankRequest(params=params), 1000)
+    total = 1000 + sum(target.params for target in targets)
+    assert total <= params
+    assert total > params - sum(sum(target.shape) for target in targets)
+
+
+@pytest.mark.parametrize("params", [100, 1000 + 36_864 // 32 - 1, 1000 + 64 * 64 + 2 * 64 * 256])
+def test_impossible_params(params: int) -> None:
+    with pytest.raises(InputError, match="cannot be met"):
+        assign([SQUARE, TALL, WIDE], RankRequest(params=params), 1000)
+
+
+@pytest.mark.parametrize(
+    ("module", "pattern", "expected"),
+    [
+        ("layers.3.attention.dense", "attention.dense", True),
+        ("layers.3.attention.dense", "dense", True),
+        ("layers.3.attention.dense", "layers.3.*", True),
+        ("layers.3.attention.dense", "*", True),
+        ("layers.13.attention.dense", "layers.3.*", False),
+        ("layers.3.mlp.dense_h_to_4h", "dense", False),
+        ("layers.3.mlp.dense_h_to_4h", "dense*", True),
+        ("layers.3.attention.dense", "tention.dense", False),
+    ],
+)
+def test_patterns(module: str, pattern: str, expected: bool) -> None:
+    assert matches(module, pattern) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1.4B", 1_400_000_000), ("500M", 500_000_000), ("1_000", 1000), ("12k", 12_000)]
+)
+def test_counts(text: str, expected: int) -> None:
+    assert parse_count(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "B", "1.4X", "-5", "nan"])
+def test_bad_counts(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_count(text)
+
+
+def test_rank_options() -> None:
+    assert parse_rank_options(["768", "a.b=3", "layers.0.*=4"]) == (768, {"a.b": 3, "layers.0.*": 4})
+    for bad in (["x"], ["=3"], ["a=b"], ["3", "4"], ["3.5"]):
+        with pytest.raises(InputError):
+            parse_rank_options(bad)

@@ -1,0 +1,159 @@
+"""Checks and perplexity against independent computations."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from svdconvert import convert, evaluate, verify
+from svdconvert.perplexity import negative_log_likelihood
+from svdconvert.verification import failed
+
+TEXT = "옛날 옛적에 호랑이가 살았다. Once upon a time there was a tiger.\n" * 6
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def copy(factored: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(factored, tmp_path / "copy"))
+
+
+def test_a_good_result_passes(factored: Path, dense: Path) -> None:
+    checks = verify(factored, str(dense))
+    assert not failed(checks)
+    assert [check.name for check in checks] == [
+        "modeling file",
+        "ranks",
+        "keys and shapes",
+        "logits",
+        "copied tensors",
+        "factored matrices",
+    ]
+
+
+def test_another_modeling_file_is_said_and_not_run(copy: Path, tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    with (copy / "modeling_polyglot_svd.py").open("a") as handle:
+        handle.write(f"\nopen({str(trap)!r}, 'w').close()\n")
+    assert [check.name for check in failed(verify(copy))] == ["modeling file"]
+    assert not trap.exists()
+
+
+def test_wrong_rank_in_the_config(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["svd_ranks"]["layers.1.attention.dense"] = 15
+    (copy / "config.json").write_text(json.dumps(config))
+    bad = failed(verify(copy))
+    assert {"ranks", "keys and shapes"} == {check.name for check in bad}
+    assert "layers.1.attention.dense" in bad[0].detail
+
+
+def edit(folder: Path, name: str) -> None:
+    """Change one number of one tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[3] += 0.5
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_changed_copy_is_found(copy: Path, dense: Path) -> None:
+    edit(copy, "gpt_neox.layers.2.attention.dense.up.bias")
+    bad = failed(verify(copy, str(dense)))
+    assert [check.name for check in bad] == ["copied tensors"]
+    assert "gpt_neox.layers.2.attention.dense.bias" in bad[0].detail
+
+
+def test_changed_factor_is_found(copy: Path, dense: Path) -> None:
+    edit(copy, "gpt_neox.layers.2.attention.dense.down.weight")
+    bad = failed(verify(copy, str(dense)))
+    assert [check.name for check in bad] == ["factored matrices"]
+    assert "layers.2.attention.dense" in bad[0].detail
+
+
+def test_non_finite_logits_are_found(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["lm_head.weight"][5] = math.nan
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert [check.name for check in failed(verify(copy))] == ["logits"]
+
+
+def test_another_dtype_is_compared_in_it(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "out", rank=16, device="cpu", dtype="bfloat16")
+    assert not failed(verify(tmp_path / "out", str(dense)))
+
+
+def by_hand(folder: Path, window: int, stride: int) -> tuple[float, int]:
+    """Every token predicted by its own forward pass over exactly the context that the window gives it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float().eval()
+    ids = [tokenizer.eos_token_id, *tokenizer(TEXT)["input_ids"]]
+    total, done, begin = 0.0, 0, 0
+    with torch.inference_mode():
+        while done < len(ids) - 1:
+            end = min(begin + window, len(ids) - 1)
+            begin = max(end - window, 0)
+            for position in range(done, end):
+                logits = model(torch.tensor([ids[begin : position + 1]])).logits[0, -1]
+                total -= float(logits.double().log_softmax(-1)[ids[position + 1]])
+            done, begin = end, begin + stride
+    return total, len(ids) - 1
+
+
+@pytest.mark.parametrize(("window", "stride"), [(64, 32), (32, 8), (50, 49), (16, 16 - 1)])
+def test_perplexity(window: int, stride: int, factored: Path, text: Path) -> None:
+    total, tokens = by_hand(factored, window, stride)
+    result = evaluate(factored, text, window=window, stride=stride, device="cpu", batch_size=3)
+    assert result.tokens == tokens
+    assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    assert result.bits_per_character == pytest.approx(total / math.log(2) / len(TEXT), rel=1e-4)
+    assert (result.window, result.stride, result.dtype) == (window, stride, "float32")
+
+
+def test_short_text(factored: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("a")
+    result = evaluate(factored, tmp_path / "short.txt", device="cpu")
+    assert result.tokens == 1
+    assert math.isfinite(result.perplexity)
+
+
+def test_batches_change_nothing(dense: Path, text: Path) -> None:
+    one, many = (evaluate(dense, text, window=32, batch_size=size, device="cpu") for size in (1, 64))
+    assert one.perplexity == pytest.approx(many.perplexity, rel=1e-6)
+
+
+def test_uniform_model_has_the_vocabulary_as_perplexity() -> None:
+    class Uniform(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.anchor = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 7)})
+
+    seen = []
+    total = negative_log_likelihood(
+        Uniform(), torch.arange(101) % 7, 10, 3, 4, lambda done, everything: seen.append((done, everything))
+    )
+    assert total == pytest.approx(100 * math.log(7), rel=1e-6)
+    assert seen[-1] == (100, 100)
+
+
+def test_tokenizer_of_another_model(dense: Path, text: Path, tmp_path: Path) -> None:
+    from svdconvert import InputError
+
+    folder = write_checkpoint(tmp_path / "small", config={"vocab_size": 50})
+    with pytest.raises(InputError, match="another model"):
+        evaluate(folder, text, device="cpu")
