@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from svdconvert.errors import InputError, SvdconvertError
+from svdconvert.errors import InputError, JobError, SvdconvertError
 
 DEFAULT_COMMAND = "convert"
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -25,18 +25,25 @@ class DefaultGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         if args and args[0] not in self.commands and args[0] not in own:
-            if not Path(args[0]).exists() and (close := difflib.get_close_matches(args[0], self.commands, cutoff=0.7)):
+            close = difflib.get_close_matches(args[0], self.commands, cutoff=0.7)
+            # While a shell completes a line, nothing in it is an error yet.
+            if close and not ctx.resilient_parsing and not Path(args[0]).exists():
                 raise InputError(f"there is no command {args[0]!r}; did you mean {close[0]!r}?")
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # click itself would say "Aborted!" and no more.
+            raise JobError("interrupted; the same command goes on where it stopped") from None
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().main(*args, **kwargs)
         except SvdconvertError as error:
             _fail(str(error), error.exit_code)
-        except (KeyboardInterrupt, click.Abort):
-            _fail("interrupted; the same command goes on where it stopped", 1)
         except MemoryError:
             _fail("out of memory; use fewer --workers or a machine with more, the same command goes on", 1)
         except RuntimeError as error:

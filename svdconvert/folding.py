@@ -49,6 +49,9 @@ class _Adapter:
                     f"{folder} cannot be folded: its {field} is {config[field]!r}; only a plain LoRA adds a product "
                     "to each layer"
                 )
+        for field, least in (("r", 1), ("lora_alpha", -math.inf)):
+            if not isinstance(config.get(field), (int, float)) or config[field] < least:
+                raise InputError(f"{folder / ADAPTER_CONFIG} has no usable {field!r} ({config.get(field)!r})")
         self.pairs: dict[str, tuple[TensorInfo, TensorInfo]] = {}
         halves: dict[str, dict[str, TensorInfo]] = {}
         for info in read_header(folder / ADAPTER_WEIGHTS):
@@ -122,6 +125,8 @@ def fold(
     for path in (folder, adapter_folder):
         if not path.is_dir():
             raise InputError(f"there is no folder {path}")
+    if Path(out).expanduser().resolve() == adapter_folder.resolve():
+        raise InputError(f"--out {out} is the adapter's own folder; give another one")
     lora = _Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
     row = factored_architecture(source.config, source.name)

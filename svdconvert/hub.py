@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi, constants, errors, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
+    disable_progress_bars,
     get_session,
     hf_raise_for_status,
     http_backoff,
@@ -257,7 +258,108 @@ def _endpoint() -> str:
 
 
 def _api() -> HfApi:
+    disable_progress_bars()  # they would run into the tool's own
     return HfApi(endpoint=_endpoint(), library_name="svdconvert")
+
+
+class _Checkout:
+    """The files of one commit of a repository, fetched when they are asked for.
+
+    Attributes:
+        where: how messages call it.
+        commit: the commit's hash.
+        sizes: bytes of every file outside subfolders.
+    """
+
+    commit: str
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        self.repo = repo
+        self.revision = revision
+        self.where = repo if revision is None else f"{repo} (revision {revision})"
+        self.api = _api()
+        self.sizes = self._cached_files() if constants.HF_HUB_OFFLINE else self._listed_files()
+
+    def _listed_files(self) -> dict[str, int]:
+        """Pin the commit and ask for its files, name -> bytes."""
+        with _told(InputError, self.repo, self.revision):
+            info = self.api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=_TIMEOUT)
+        if not info.sha:
+            raise InputError(f"{self.where} has no commit; upload a model to it first")
+        self.commit = info.sha
+        return {f.rfilename: f.size or 0 for f in info.siblings or () if "/" not in f.rfilename}
+
+    def _cached_files(self) -> dict[str, int]:
+        """Pin the commit and find its files in offline mode, name -> bytes."""
+        config = try_to_load_from_cache(self.repo, "config.json", revision=self.revision)
+        if not isinstance(config, str):
+            raise InputError(
+                f"HF_HUB_OFFLINE is set and {self.where} is not in the cache; "
+                f"unset it, or fetch the model with `hf download {self.repo}` while there is a network"
+            )
+        snapshot = Path(config).parent
+        self.commit = snapshot.name
+        self.where = f"the cached copy of {self.where} (HF_HUB_OFFLINE is set)"
+        return {entry.name: entry.stat().st_size for entry in snapshot.iterdir() if entry.is_file()}
+
+    def weights(self) -> tuple[list[str], bool, dict[str, str] | None, str]:
+        """Find the weight files.
+
+        Returns:
+            ``(files, pickled, weight_map, index)``: without an index the last two are None and empty.
+
+        Raises:
+            InputError: there are no weights, or the index is wrong or names files that are missing.
+        """
+        index, files, pickled = weight_files(self.sizes, self.where)
+        if index is None:
+            if not files:
+                raise InputError(f"{self.where} has no weights; give a repository that holds a model")
+            return files, pickled, None, ""
+        weight_map = parse_index(self.json(index, f"{self.where} has no {index}"), f"{index} of {self.where}")
+        files = sorted(set(weight_map.values()))
+        missing = [file for file in files if file not in self.sizes]
+        if missing:
+            raise InputError(
+                f"{self.where} lacks {listing(missing)}, which {index} names; "
+                "wait until its upload is complete, or give another revision"
+            )
+        return files, pickled, weight_map, index
+
+    def config(self) -> dict[str, Any]:
+        """Parsed ``config.json``."""
+        return self.json("config.json", f"{self.where} has no config.json, so it is no model")
+
+    def json(self, file: str, missing: str) -> dict[str, Any]:
+        """A JSON object; ``missing`` is the message if there is none."""
+        if file not in self.sizes:
+            raise InputError(missing)
+        return read_json(self.fetch(file, InputError), missing)
+
+    def cached(self, file: str) -> Path | None:
+        """A file of this commit in the Hugging Face cache."""
+        found = try_to_load_from_cache(self.repo, file, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def fetch(self, file: str, kind: type[SvdconvertError], folder: Path | None = None) -> Path:
+        """Bring a file here.
+
+        Args:
+            file: its name.
+            kind: error to raise.
+            folder: where to put it; None for the Hugging Face cache, where it is taken from in any case.
+        """
+        cached = self.cached(file)
+        if cached is not None:
+            return cached
+        with _told(kind, self.repo, self.revision, file):
+            return Path(
+                _retried(
+                    lambda: self.api.hf_hub_download(
+                        self.repo, file, revision=self.commit, local_dir=folder, etag_timeout=_TIMEOUT
+                    )
+                )
+            )
 
 
 class HubSource(Source):
@@ -284,19 +386,20 @@ class HubSource(Source):
             InputError: there is no such checkpoint, no access to it, or it cannot be used.
             JobError: pickled weights could not be downloaded.
         """
+        self._checkout = _Checkout(repo, revision)
         self.name = self.repo = repo
         self.revision = revision
+        self.commit = self._checkout.commit
         self.download_folder = download_folder
-        self._api = _api()
+        self._where = self._checkout.where
+        self._sizes = self._checkout.sizes
         self._local: dict[str, Path] = {}
+        self._in_flight: set[str] = set()
         self._headers: dict[str, list[TensorInfo]] = {}
-        self._where = repo if revision is None else f"{repo} (revision {revision})"
-        self.files = []
-        self._sizes = self._cached_files() if constants.HF_HUB_OFFLINE else self._listed_files()
-        self.config = self._json("config.json", f"{self._where} has no config.json, so it is no model")
+        self.config = self._checkout.config()
         self.side_files = sorted(name for name in self._sizes if is_side_file(name))
-        weight_map, index = self._choose_weights()
-        self.download_bytes = {file: self._sizes[file] for file in self.files if not self._cached(file)}
+        self.files, self.pickled, weight_map, index = self._checkout.weights()
+        self.download_bytes = {file: self._sizes[file] for file in self.files if not self._checkout.cached(file)}
         self._headers = self._pickled_headers() if self.pickled else self._safe_headers()
         self.tensors = merge_headers(self._headers, weight_map, index)
 
@@ -309,7 +412,11 @@ class HubSource(Source):
             JobError: it could not be fetched, or is not what its header on the Hub promised.
         """
         if file not in self._local:
-            path = self._fetch(file, JobError)
+            self._in_flight.add(file)
+            try:
+                path = self._checkout.fetch(file, JobError, self.download_folder if file in self.files else None)
+            finally:
+                self._in_flight.discard(file)
             if file in self._headers and not self.pickled:
                 self._verify(file, path)
             self._local[file] = path
@@ -324,7 +431,8 @@ class HubSource(Source):
         download = self.download_folder / _BOOKKEEPING / "download"
         for suffix in (".metadata", ".lock"):
             (download / f"{file}{suffix}").unlink(missing_ok=True)
-        if not any((self.download_folder / other).exists() for other in self.files):
+        # The next file may be on its way in another thread already.
+        if not self._in_flight and not any((self.download_folder / other).exists() for other in self.files):
             # Nothing is under way any more, so what is left are notes and fragments of broken transfers.
             shutil.rmtree(self.download_folder / _BOOKKEEPING, ignore_errors=True)
             with suppress(OSError):
@@ -337,77 +445,6 @@ class HubSource(Source):
         if "README.md" not in self._sizes:
             return None
         return self.path("README.md").read_text(encoding="utf-8", errors="replace")
-
-    def _listed_files(self) -> dict[str, int]:
-        """Pin the commit and ask for its files, name -> bytes."""
-        with _told(InputError, self.repo, self.revision):
-            info = self._api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=_TIMEOUT)
-        if not info.sha:
-            raise InputError(f"{self._where} has no commit; upload a model to it first")
-        self.commit = info.sha
-        return {f.rfilename: f.size or 0 for f in info.siblings or () if "/" not in f.rfilename}
-
-    def _cached_files(self) -> dict[str, int]:
-        """Pin the commit and find its files in offline mode, name -> bytes."""
-        config = try_to_load_from_cache(self.repo, "config.json", revision=self.revision)
-        if not isinstance(config, str):
-            raise InputError(
-                f"HF_HUB_OFFLINE is set and {self._where} is not in the cache; "
-                f"unset it, or fetch the model with `hf download {self.repo}` while there is a network"
-            )
-        snapshot = Path(config).parent
-        self.commit = snapshot.name
-        self._where = f"the cached copy of {self._where} (HF_HUB_OFFLINE is set)"
-        return {entry.name: entry.stat().st_size for entry in snapshot.iterdir() if entry.is_file()}
-
-    def _choose_weights(self) -> tuple[dict[str, str] | None, str]:
-        """Set ``files`` and ``pickled``.
-
-        Returns:
-            ``(weight_map, index)``: None and an empty name without an index.
-
-        Raises:
-            InputError: there are no weights, or the index is wrong or names files that are missing.
-        """
-        index, self.files, self.pickled = weight_files(self._sizes, self._where)
-        if index is None:
-            if not self.files:
-                raise InputError(f"{self._where} has no weights; give a repository that holds a model")
-            return None, ""
-        weight_map = parse_index(self._json(index, f"{self._where} has no {index}"), f"{index} of {self._where}")
-        self.files = sorted(set(weight_map.values()))
-        missing = [file for file in self.files if file not in self._sizes]
-        if missing:
-            raise InputError(
-                f"{self._where} lacks {listing(missing)}, which {index} names; "
-                "wait until its upload is complete, or give another revision"
-            )
-        return weight_map, index
-
-    def _json(self, file: str, missing: str) -> dict[str, Any]:
-        if file not in self._sizes:
-            raise InputError(missing)
-        return read_json(self._fetch(file, InputError), missing)
-
-    def _cached(self, file: str) -> Path | None:
-        """A file of this commit in the Hugging Face cache."""
-        found = try_to_load_from_cache(self.repo, file, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
-
-    def _fetch(self, file: str, kind: type[SvdconvertError]) -> Path:
-        """Bring a file here; weight files into the download folder, the others, which are small, into the cache."""
-        cached = self._cached(file)
-        if cached is not None:
-            return cached
-        folder = self.download_folder if file in self.files else None
-        with _told(kind, self.repo, self.revision, file):
-            return Path(
-                _retried(
-                    lambda: self._api.hf_hub_download(
-                        self.repo, file, revision=self.commit, local_dir=folder, etag_timeout=_TIMEOUT
-                    )
-                )
-            )
 
     def _verify(self, file: str, path: Path) -> None:
         """Check a local file against the header that was planned with."""
@@ -431,7 +468,7 @@ class HubSource(Source):
             return dict(zip(self.files, pool.map(self._safe_header, self.files), strict=True))
 
     def _safe_header(self, file: str) -> list[TensorInfo]:
-        cached = self._cached(file)
+        cached = self._checkout.cached(file)
         if cached is not None:
             try:
                 return read_header(cached, file)
@@ -443,7 +480,7 @@ class HubSource(Source):
 
     def _first_bytes(self, file: str) -> bytes:
         """At least the header of a safetensors file on the Hub, in one range request or two."""
-        url = hf_hub_url(self.repo, file, revision=self.commit, endpoint=self._api.endpoint)
+        url = hf_hub_url(self.repo, file, revision=self.commit, endpoint=self._checkout.api.endpoint)
         size = self._sizes[file]
         raw = self._range(url, 0, min(size, _HEADER_GUESS))
         if len(raw) >= 8:
@@ -505,6 +542,31 @@ class HubSource(Source):
                 f"{folder} has {free / 1e9:.1f} GB free, but the pickles of {self.repo} need {needed / 1e9:.1f} GB at "
                 "once; free some space, or choose a folder on another disk"
             )
+
+
+def download_model(repo: str, revision: str | None = None) -> Path:
+    """Download a model into the Hugging Face cache: its weights in one format, and all that belongs to them.
+
+    Args:
+        repo: ``owner/name``.
+        revision: branch, tag or commit; None for the default branch.
+
+    Returns:
+        The folder that holds it.
+
+    Raises:
+        InputError: there is no such model, or no access to it.
+        JobError: the download broke off.
+    """
+    checkout = _Checkout(repo, revision)
+    checkout.config()
+    files, _, _, index = checkout.weights()
+    wanted = [
+        n for n in checkout.sizes if is_side_file(n) or n.endswith(".py") or n in ("README.md", "svdconvert.json")
+    ]
+    for file in (*wanted, *filter(None, [index]), *files):
+        checkout.fetch(file, JobError)
+    return checkout.fetch("config.json", JobError).parent
 
 
 def check_push(repo: str, *, private: bool = False, revision: str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from svdconvert.source import read_json
 
 if TYPE_CHECKING:
     import torch
+
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def factored_classes(row: Architecture) -> tuple[Any, Any]:
@@ -71,6 +75,9 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    # transformers 5 makes up an empty tokenizer where there is none.
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise InputError(f"{folder} has no usable tokenizer (none of {', '.join(_VOCABULARIES)})")
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -107,11 +114,16 @@ class quiet_transformers:
 
         self._verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            # Where HF_HUB_DISABLE_PROGRESS_BARS is set, huggingface_hub warns that it decides.
+            warnings.simplefilter("ignore")
+            logging.disable_progress_bar()
 
     def __exit__(self, *exception: object) -> None:
         """Let it speak as before."""
         from transformers.utils import logging
 
         logging.set_verbosity(self._verbosity)
-        logging.enable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.enable_progress_bar()

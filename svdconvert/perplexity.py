@@ -86,8 +86,8 @@ def evaluate(
     folder = local_folder(os.fspath(model), revision)
     config = read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
     longest = int(config.get("max_position_embeddings", 1024))
-    window = window or min(1024, longest)
-    stride = stride or max(window // 2, 1)
+    window = min(1024, longest) if window is None else window
+    stride = max(window // 2, 1) if stride is None else stride
     if not 2 <= window <= longest:
         raise InputError(f"--window {window} is not possible; the model reads from 2 to {longest} tokens")
     if not 1 <= stride < window:

@@ -1,11 +1,17 @@
-"""Exact truncated SVD of one matrix, without ever computing a full SVD.
+"""The one problem behind every method: the best rank-r product in a pair of metrics.
 
-The r leading singular vectors of one side are the leading eigenvectors of the smaller Gram matrix, W^T W or W W^T;
-the other factor follows by least squares. By Eckart and Young (1936) the product is the best rank-r approximation in
-the Frobenius norm, and its error is the root of the sum of the squared singular values that were cut off.
+    minimise  tr( L (W - BA) R (W - BA)^T )        L: out x out,  R: in x in,  symmetric, >= 0
 
-Squaring halves the digits: in float32 the result is within 1e-6 of the optimum while sigma_1 / sigma_r stays below
-50; beyond that the Gram matrix and the eigen-decomposition are redone in float64, which holds to ratios of 1e8.
+With M = L^1/2 W R^1/2 and its singular values s, the least that rank r can reach is the sum of s_j^2 over j > r
+(Eckart and Young, 1936, for M). Neither a full SVD nor a root or inverse of a metric is needed. Say W is tall (wide
+is the mirror image) and P = W^T L W, its Gram matrix on the smaller side as the output metric sees it. With any root
+P = T T^T, the eigenvalues of T^T R T are the s_j^2, and with its eigenvectors Z the rows of A are the leading columns
+of T Z. B is the least-squares partner of A, W R A^T (A R A^T)^-1, which does not depend on L. Without R (plain SVD)
+the eigenvectors of P themselves are the rows of A. Both metrics may be singular.
+
+Squaring halves the digits. Without metrics, float32 stays within 1e-6 of the optimum while sigma_1 / sigma_r is below
+50; beyond that Gram matrix and eigen-decomposition are redone in float64, which holds to ratios of 1e8. With metrics,
+whose range is that of activations with outliers, everything is float64.
 """
 
 from __future__ import annotations
@@ -27,7 +33,10 @@ FLOAT32_EIGENVALUE_RATIO = 2.5e3
 PANEL = 1024
 
 # Below this squared relative error, total minus captured energy loses its digits; the residual is then formed.
-CANCELLATION = 1e-3
+CANCELLATION = {torch.float32: 1e-3, torch.float64: 1e-9}
+
+# Identity, the diagonal of a diagonal metric, or a symmetric positive semi-definite matrix.
+Metric = Tensor | None
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,9 @@ class Factors:
         down: [r, n], the first linear layer's weight.
         up: [m, r], the second one's.
         relative_error: ||W - up @ down||_F / ||W||_F of the factors as they are stored.
-        optimal_error: the same of the best rank-r approximation (Eckart-Young).
+        optimal_error: the relative error, in the metrics, of the best rank-r product.
+        metric_error: the relative error, in the metrics, of the factors as they are stored.
+        metric_loss: the square of the same, not relative: tr(L E R E^T) with E = W - up @ down.
         precision: ``float32`` or ``float64``, what the eigenproblem was solved in.
     """
 
@@ -46,7 +57,30 @@ class Factors:
     up: Tensor
     relative_error: float
     optimal_error: float
+    metric_error: float
+    metric_loss: float
     precision: str
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """What a truncation at any rank needs, computed once.
+
+    Attributes:
+        values: [k] float64, ascending: squared singular values of L^1/2 W R^1/2, k = min(m, n).
+        basis: [k, k], column j belongs to value j: a row of `down` if W is tall, a column of `up` if it is wide, up
+            to its length.
+        scale: power of four that the matrix was multiplied with; `values` and `basis` are of the scaled matrix.
+    """
+
+    values: Tensor
+    basis: Tensor
+    scale: float = 1.0
+
+    @property
+    def spectrum(self) -> Tensor:
+        """[k] float64, descending: the squared singular values of the matrix itself; their tails are losses."""
+        return self.values.clamp_min(0).flip(0) / self.scale**2
 
 
 @dataclass
@@ -68,19 +102,23 @@ class Workspace:
         return buffer[:need].view(dtype).view(shape)
 
 
-def factorize(weight: Tensor, rank: int, dtype: torch.dtype, workspace: Workspace | None = None) -> Factors:
+def factorize(
+    weight: Tensor,
+    rank: int,
+    dtype: torch.dtype,
+    workspace: Workspace | None = None,
+    left: Metric = None,
+    right: Metric = None,
+) -> Factors:
     """Best rank-r approximation of a matrix, as two balanced factors.
-
-    The singular values are shared evenly, W ~ (U sqrt(S)) (sqrt(S) V^T): both factors then have the same norm, which
-    keeps the intermediate activations within float16's range and the factors fit for 4-bit quantisation. The factor
-    on the smaller side is rounded to the storage type first, and the other one solves the least-squares problem for
-    the rounded one, so that its rounding is made good.
 
     Args:
         weight: [m, n], any floating type, on the device that is to do the work.
         rank: 1 <= rank <= min(m, n).
         dtype: storage type of the factors.
         workspace: buffers to reuse between calls.
+        left: metric on the outputs: [m, m], its diagonal [m], or None for the identity.
+        right: metric on the inputs: [n, n], its diagonal [n], or None.
 
     Raises:
         InputError: the matrix has NaN or infinite entries, or the factors do not fit the storage type.
@@ -89,27 +127,114 @@ def factorize(weight: Tensor, rank: int, dtype: torch.dtype, workspace: Workspac
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise InputError(f"rank {rank} is impossible for a {m} x {n} matrix")
-    scaled = _Scaled(weight, _scale(weight), work)
-    values, basis, precision = _leading_eigenvectors(scaled, rank)
-    kept, total = values[-rank:].clamp_min(0).flip(0), float(values.clamp_min(0).sum())
-    tail = float(values[:-rank].clamp_min(0).sum()) if rank < min(m, n) else 0.0
+    found = decompose(weight, work, left, right, rank=rank)
+    return truncate(weight, found, rank, dtype, work, left, right)
 
+
+def decompose(
+    weight: Tensor,
+    workspace: Workspace | None = None,
+    left: Metric = None,
+    right: Metric = None,
+    *,
+    rank: int | None = None,
+) -> Decomposition:
+    """Squared singular values of L^1/2 W R^1/2 and the directions that go with them.
+
+    Args:
+        weight, left, right: see :func:`factorize`.
+        workspace: its buffers hold the result until it is used again.
+        rank: the highest rank that will be asked for; decides on float64 for plain SVD. None means all.
+
+    Raises:
+        InputError: the matrix has NaN or infinite entries.
+    """
+    work = workspace or Workspace()
+    if left is None and right is None:
+        matrix = _Scaled(weight, _scale(weight), work)
+        for dtype in (torch.float32, torch.float64):
+            values, vectors = _eigenvectors(_gram(matrix, None, dtype), work)
+            smallest = float(values[-(rank or values.numel())])
+            if float(values[-1]) <= FLOAT32_EIGENVALUE_RATIO * smallest or float(values[-1]) == 0:
+                break
+        return Decomposition(values, vectors, matrix.scale)
+    _scale(weight)  # refuses what is not finite; float64 needs no scaling
+    matrix = _Scaled(weight, 1.0, work)
+    outer, inner = (left, right) if matrix.tall else (right, left)
+    gram = _gram(matrix, outer, torch.float64)
+    if inner is None:
+        return Decomposition(*_eigenvectors(gram, work))
+    root = _root(gram)
+    weighted = root.T @ _apply(inner, root)
+    values, vectors = _eigenvectors(weighted, work)
+    return Decomposition(values, root @ vectors)
+
+
+def truncate(
+    weight: Tensor,
+    found: Decomposition,
+    rank: int,
+    dtype: torch.dtype,
+    workspace: Workspace | None = None,
+    left: Metric = None,
+    right: Metric = None,
+) -> Factors:
+    """The factors of a decomposition at one rank.
+
+    Every component is shared evenly between both factors, which keeps the intermediate activations within float16's
+    range and the factors fit for 4-bit quantisation; without metrics this is (U sqrt(S)) (sqrt(S) V^T). The factor on
+    the smaller side is rounded to the storage type first, and the other one solves the least-squares problem for the
+    rounded one, so that its rounding is made good.
+
+    Args:
+        weight, rank, dtype, workspace, left, right: see :func:`factorize`.
+        found: what :func:`decompose` made of the same matrix and metrics.
+
+    Raises:
+        InputError: the factors do not fit the storage type.
+    """
+    work = workspace or Workspace()
+    matrix = _Scaled(weight, found.scale, work)
+    outer, inner = (left, right) if matrix.tall else (right, left)
+    values = found.values.clamp_min(0)
+    total = float(values.sum())
+    tail = float(values[:-rank].sum()) if rank < values.numel() else 0.0
+
+    basis = found.basis[:, -rank:].flip(1)
+    if left is None and right is None:  # orthonormal, and the partner's columns will have length sigma
+        lengths = values[-rank:].flip(0).sqrt().to(basis.dtype)
+    else:
+        partner = _least_squares_partner(matrix, basis, inner)
+        lengths = torch.linalg.vector_norm(partner, dim=0 if matrix.tall else 1)
+        lengths = lengths / torch.linalg.vector_norm(basis, dim=0).clamp_min(torch.finfo(basis.dtype).tiny)
+        del partner
     # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
-    half = math.sqrt(scaled.scale)
-    small = (basis[:, -rank:].flip(1) * kept.sqrt().sqrt().to(basis.dtype) / half).to(dtype)
+    half = math.sqrt(matrix.scale)
+    small = (basis * lengths.sqrt() / half).to(dtype)
     _refuse_overflow(small)
     lifted = small.to(basis.dtype) * half
-    other = _least_squares_partner(scaled, lifted)
+    other = _least_squares_partner(matrix, lifted, inner)
     large = (other / half).to(dtype)
     _refuse_overflow(large)
-    tall = m >= n
+    stored = large.to(other.dtype) * half
+    loss = _metric_loss(matrix, lifted, stored, other, total, outer, inner)
+    plain = loss
+    energy = total
+    if left is not None or right is not None:
+        plain, energy = _residual(matrix, lifted, stored)
     return Factors(
-        down=small.T.contiguous() if tall else large,
-        up=large if tall else small,
-        relative_error=_stored_error(scaled, lifted, large.to(other.dtype) * half, other, total),
-        optimal_error=math.sqrt(tail / total) if total > 0 else 0.0,
-        precision=precision,
+        down=small.T.contiguous() if matrix.tall else large,
+        up=large if matrix.tall else small,
+        relative_error=_relative(plain, energy),
+        optimal_error=_relative(tail, total),
+        metric_error=_relative(loss, total),
+        metric_loss=loss / matrix.scale**2,
+        precision=str(basis.dtype)[6:],
     )
+
+
+def _relative(squared: float, total: float) -> float:
+    return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
 
 def _scale(weight: Tensor) -> float:
@@ -154,88 +279,125 @@ class _Scaled:
             yield part, piece
 
 
-def _leading_eigenvectors(matrix: _Scaled, rank: int) -> tuple[Tensor, Tensor, str]:
-    """Eigenvalues (ascending, float64) and eigenvectors (columns) of the smaller Gram matrix."""
-    for dtype in (torch.float32, torch.float64):
-        gram = _gram(matrix, dtype)
-        k = gram.shape[0]
-        values = torch.empty(k, dtype=dtype, device=gram.device)
-        vectors = matrix.work.take("eigenvectors", (k, k), dtype, gram.device).T  # LAPACK writes columns
-        torch.linalg.eigh(gram, UPLO="L", out=(values, vectors))
-        values = values.double()
-        largest, smallest = float(values[-1]), float(values[-rank])
-        if largest <= FLOAT32_EIGENVALUE_RATIO * smallest or largest == 0:
-            break
-    return values, vectors, str(vectors.dtype)[6:]
+def _eigenvectors(gram: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending, float64) and eigenvectors (columns) of a symmetric matrix given by its lower half."""
+    k = gram.shape[0]
+    values = torch.empty(k, dtype=gram.dtype, device=gram.device)
+    vectors = work.take("eigenvectors", (k, k), gram.dtype, gram.device).T  # LAPACK writes columns
+    torch.linalg.eigh(gram, UPLO="L", out=(values, vectors))
+    return values.double(), vectors
 
 
-def _gram(matrix: _Scaled, dtype: torch.dtype) -> Tensor:
-    """Lower triangle of W^T W, or of W W^T where that is smaller: [k, k].
+def _gram(matrix: _Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
+    """Lower triangle of W^T L W if W is tall, of W R W^T if it is wide: [k, k].
 
-    Computed in block columns from the diagonal down, which spares 7/16 of the arithmetic of the full product.
+    Args:
+        matrix: W.
+        outer: the metric on the longer side.
+        dtype: working type.
     """
     k = min(matrix.weight.shape)
     gram = matrix.work.take("gram", (k, k), dtype, matrix.weight.device).zero_()
+    if outer is not None and outer.dim() == 2:
+        whole = matrix.weight.to(dtype)
+        for part, piece in matrix.panels(dtype):
+            block = outer[part].to(dtype)
+            if matrix.tall:
+                gram.addmm_(piece.T, block @ whole)
+            else:
+                gram.addmm_(whole @ block.T, piece.T)
+        return gram
+    # Block columns from the diagonal down spare 7/16 of the arithmetic of the full product.
     width = max(k // 8, 256)
-    for _, piece in matrix.panels(dtype):
+    for part, piece in matrix.panels(dtype):
         rows = piece if matrix.tall else piece.T  # [p, k]
+        if outer is not None:
+            rows = rows * outer[part].to(dtype).sqrt()[:, None]
         for start in range(0, k, width):
             stop = min(start + width, k)
             gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
     return gram
 
 
-def _least_squares_partner(matrix: _Scaled, small: Tensor) -> Tensor:
-    """The factor that goes best with a given one.
+def _root(gram: Tensor) -> Tensor:
+    """T with T T^T = P, for P given by its lower half: Cholesky, or by eigenvectors where P is singular."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if not int(failed):
+        return factor.tril()
+    values, vectors = torch.linalg.eigh(gram, UPLO="L")
+    return vectors * values.clamp_min(0).sqrt()
+
+
+def _apply(metric: Metric, columns: Tensor) -> Tensor:
+    """Metric times [k, r]."""
+    if metric is None:
+        return columns
+    metric = metric.to(columns.dtype)
+    return metric @ columns if metric.dim() == 2 else metric[:, None] * columns
+
+
+def _least_squares_partner(matrix: _Scaled, small: Tensor, inner: Metric) -> Tensor:
+    """The factor that goes best with a given one; it depends on the metric of the given one's side alone.
 
     Args:
         matrix: W, [m, n].
-        small: [k, r], the factor on the smaller side (of n if tall, of m if wide), already rounded.
+        small: [k, r], the factor on the smaller side (of n if tall, of m if wide).
+        inner: the metric on the smaller side.
 
     Returns:
-        [m, r] if tall, for W ~ other small^T; [r, n] if wide, for W ~ small other. Columns of zeros in ``small`` give
-        zeros.
+        [m, r] if tall, for W ~ other small^T; [r, n] if wide, for W ~ small other. Columns of ``small`` that the
+        metric does not see give zeros.
     """
     m, n = matrix.weight.shape
-    norms = torch.linalg.vector_norm(small, dim=0)
+    weighted = _apply(inner, small)
+    norms = (small * weighted).sum(dim=0).clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(small.dtype).tiny), 0)
-    unit = small * inverse
-    overlap = unit.T @ unit  # the identity but for the rounding of `small`
+    # Near the identity: without metrics but for the rounding of `small`, with metrics likewise.
+    overlap = (small * inverse).T @ (weighted * inverse)
     overlap.diagonal().copy_(torch.where(norms > 0, overlap.diagonal(), 1))
     root, failed = torch.linalg.cholesky_ex(overlap)
     if int(failed):  # rounding made columns of a rank-deficient matrix dependent
-        pseudo_inverse = (torch.linalg.pinv(overlap, hermitian=True) @ unit.T) * inverse[:, None]
+        solved = torch.linalg.pinv(overlap, hermitian=True) @ (weighted * inverse).T
     else:
-        pseudo_inverse = torch.cholesky_solve(unit.T, root) * inverse[:, None]
+        solved = torch.cholesky_solve((weighted * inverse).T, root)
+    solved = solved * inverse[:, None]
     rank = small.shape[1]
     other = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=small.dtype, device=small.device)
     for part, piece in matrix.panels(small.dtype):
         if matrix.tall:
-            torch.mm(piece, pseudo_inverse.T, out=other[part])
+            torch.mm(piece, solved.T, out=other[part])
         else:
-            other[:, part] = pseudo_inverse @ piece
+            other[:, part] = solved @ piece
     return other
 
 
-def _stored_error(matrix: _Scaled, small: Tensor, large: Tensor, other: Tensor, energy: float) -> float:
-    """Relative Frobenius error of the rounded factors.
+def _metric_loss(
+    matrix: _Scaled, small: Tensor, large: Tensor, other: Tensor, total: float, outer: Metric, inner: Metric
+) -> float:
+    """tr(L E R E^T) of the rounded factors.
 
-    ``other`` solves the normal equations, so the residual is orthogonal to ``small`` and the squared error is the
-    energy of W, minus what the product captures, plus what rounding ``other`` to ``large`` adds.
+    ``other`` solves the normal equations, so the residual is orthogonal to ``small``, and the loss is that of W,
+    minus what the product captures, plus what rounding ``other`` to ``large`` adds.
     """
-    if energy == 0:
+    if total == 0:
         return 0.0
-    tall = matrix.tall
-    gram = small.T @ small
+    gram = small.T @ _apply(inner, small)
 
-    def product_energy(factor: Tensor) -> float:
-        return float((((factor @ gram) if tall else (gram @ factor)) * factor).sum(dtype=torch.float64))
+    def of_product(factor: Tensor) -> float:
+        columns = factor if matrix.tall else factor.T
+        return float(((columns @ gram) * _apply(outer, columns)).sum(dtype=torch.float64))
 
-    squared = (energy - product_energy(other) + product_energy(large - other)) / energy
-    if squared < CANCELLATION:
-        residual = 0.0
-        for part, piece in matrix.panels(small.dtype):
-            product = large[part] @ small.T if tall else small @ large[:, part]
-            residual += float(torch.linalg.vector_norm(piece - product)) ** 2
-        squared = residual / energy
-    return math.sqrt(max(squared, 0.0))
+    loss = total - of_product(other) + of_product(large - other)
+    if outer is None and inner is None and loss < CANCELLATION[small.dtype] * total:
+        return _residual(matrix, small, large)[0]
+    return max(loss, 0.0)
+
+
+def _residual(matrix: _Scaled, small: Tensor, large: Tensor) -> tuple[float, float]:
+    """``(||W - product||^2, ||W||^2)`` in the Frobenius norm, formed explicitly."""
+    residual = energy = 0.0
+    for part, piece in matrix.panels(small.dtype):
+        product = large[part] @ small.T if matrix.tall else small @ large[:, part]
+        residual += float(torch.linalg.vector_norm(piece - product)) ** 2
+        energy += float(torch.linalg.vector_norm(piece)) ** 2
+    return residual, energy

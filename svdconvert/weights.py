@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,16 @@ class WeightReader:
     def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
         if info.file != self._file:
             self.close()
-            self._handle = os.open(self._source.path(info.file), os.O_RDONLY)
+            path = self._source.path(info.file)
+            with _read_errors(info.file):
+                self._handle = os.open(path, os.O_RDONLY)
             self._file = info.file
         # A Hub file's positions are known for certain only now that it is here.
         position = self._source.tensors[info.name].start + offset
         done = 0
         while done < len(view):
-            count = os.preadv(self._handle, [view[done:]], position + done)
+            with _read_errors(info.file):
+                count = os.preadv(self._handle, [view[done:]], position + done)
             if count == 0:
                 raise JobError(f"{info.file} ended inside tensor {info.name}; fetch the file again")
             done += count
@@ -89,6 +93,14 @@ class WeightReader:
 
         tensor = load_pickled(Path(self._source.path(info.file)))[info.name]
         return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+@contextmanager
+def _read_errors(file: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise JobError(f"{file} cannot be read ({error.strerror}); the same command goes on once it can") from None
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -340,9 +340,10 @@ class _Handler(BaseHTTPRequestHandler):
         limit = len(body)
         if self.fault and self.fault.after is not None and self.command == "GET":
             limit = min(limit, self.fault.after)
+        # Before the write, since the client may be done with the answer before this thread goes on.
+        self.record.sent = limit
         self.wfile.write(body[:limit])
         self.wfile.flush()
-        self.record.sent = limit
         if limit < len(body):
             raise _Cut
 

@@ -20,8 +20,8 @@ from safetensors.numpy import save
 
 from svdconvert.errors import InputError, JobError
 from svdconvert.headers import TensorInfo, read_header
-from svdconvert.hub import HubSource, check_push, push_folder
-from svdconvert.source import open_source
+from svdconvert.hub import HubSource, check_push, download_model, push_folder
+from svdconvert.source import local_folder, open_source
 
 from hub_server import ALWAYS, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer, use_hub  # isort: skip
 
@@ -228,11 +228,11 @@ def test_revision(hub: HubServer, checkpoint: dict[str, bytes]) -> None:
 def test_environment_variables_are_enough(hub: HubServer, checkpoint: dict[str, bytes], tmp_path: Path) -> None:
     """A fresh process, as the command line is one."""
     commit = hub.add(REPO, checkpoint, private=True)
-    log = "from svdconvert.source import open_source; s = open_source('owner/tiny'); print(s.commit, len(s.tensors))"
+    script = "from svdconvert.source import open_source; s = open_source('owner/tiny'); print(s.commit, len(s.tensors))"
     count = len(json.loads(checkpoint[INDEX])["weight_map"])
     # use_hub has set the variables in this process, and so in its children.
     done = subprocess.run(
-        [sys.executable, "-c", log],
+        [sys.executable, "-c", script],
         env={**os.environ, "HF_TOKEN": WRITE_TOKEN, "PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
         text=True,
@@ -643,6 +643,47 @@ def test_damaged_file_in_the_cache(hub: HubServer, checkpoint: dict[str, bytes],
         HubSource(REPO, download_folder=folder)
     message(caught, f"delete {path}")
     assert path.exists()
+
+
+# --- whole models
+
+
+def test_download_model(
+    hub: HubServer, checkpoint: dict[str, bytes], pickled: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Everything that belongs to the model, and its weights in one format only."""
+    model = {**checkpoint, "modeling_x.py": b"pass\n", "svdconvert.json": b"{}"}
+    other = {"pytorch_model.bin": pickled["pytorch_model.bin"], "onnx/model.onnx": b"x", "optimizer.pt": b"x"}
+    hub.add(REPO, {"config.json": b"{}"})
+    commit = hub.add(REPO, {**model, **other}, branch="v1")
+    path = local_folder(REPO, "v1")
+    assert path == cached(tmp_path, commit, "config.json").parent
+    assert {entry.name: entry.read_bytes() for entry in path.iterdir()} == model
+    assert local_folder(str(path)) == path
+    sent = hub.sent(SHARDS[0])
+    assert download_model(REPO, "v1") == path
+    assert hub.sent(SHARDS[0]) == sent
+
+
+def test_download_pickled_model(hub: HubServer, pickled: dict[str, bytes]) -> None:
+    hub.add(REPO, pickled)
+    path = download_model(REPO)
+    assert (path / "pytorch_model.bin").read_bytes() == pickled["pytorch_model.bin"]
+
+
+def test_download_model_fails(hub: HubServer, checkpoint: dict[str, bytes]) -> None:
+    with pytest.raises(InputError) as caught:
+        download_model(REPO)
+    message(caught, f"{REPO} does not exist")
+    hub.add(REPO, checkpoint)
+    hub.cut(SHARDS[1], after=0, times=ALWAYS)
+    with pytest.raises(JobError) as caught:
+        download_model(REPO)
+    message(caught, "the same command continues")
+    hub.faults.clear()
+    sent = hub.sent(SHARDS[0])
+    assert (download_model(REPO) / SHARDS[1]).read_bytes() == checkpoint[SHARDS[1]]
+    assert hub.sent(SHARDS[0]) == sent
 
 
 # --- pickles

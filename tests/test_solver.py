@@ -119,7 +119,9 @@ def test_scale_does_not_matter(scale: float) -> None:
     weight = matrix(64, 48, power_law(48, 0.5)).float()
     scaled = weight * scale
     factors = factorize(scaled, 16, torch.float32)
-    assert excess(scaled.double() / scale, factors.down.double() / math.sqrt(scale), factors.up / math.sqrt(scale)) < 1e-5
+    assert (
+        excess(scaled.double() / scale, factors.down.double() / math.sqrt(scale), factors.up / math.sqrt(scale)) < 1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Benchmarks: run as modules from the repository's root, for example ``python -m tests.benchmarks.conversion``."""
