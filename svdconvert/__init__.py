@@ -25,6 +25,7 @@ _EXPORTS = {
     "fold": "folding",
     "verify": "verification",
     "Check": "verification",
+    "Calibration": "calibrating",
     "Plan": "planning",
     "Outcome": "job",
     "Events": "events",
@@ -34,6 +35,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "Calibration",
     "Check",
     "Evaluation",
     "Events",
@@ -53,6 +55,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from svdconvert.calibrating import Calibration
     from svdconvert.conversion import Report, convert, plan, push
     from svdconvert.densifying import densify
     from svdconvert.errors import InputError, JobError, SvdconvertError

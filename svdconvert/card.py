@@ -34,8 +34,7 @@ def factored_card(source: Source, plan: Plan, row: Architecture, command: str, e
         "| layers | shape | rank | matrices | share kept |",
         "|---|---|---|---|---|",
         *(
-            f"| {g.name} | {g.shape[0]} x {g.shape[1]} | {g.rank or 'dense'} | {g.count} "
-            f"| {g.params / g.dense_params:.1%} |"
+            f"| {g.name} | {g.shape[0]} x {g.shape[1]} | {g.rank} | {g.count} | {g.params / g.dense_params:.1%} |"
             for g in plan.groups
         ),
         "",

@@ -114,11 +114,45 @@ _plan_options = _options(
 )
 
 
+_calibration_options = _options(
+    click.option(
+        "--calib",
+        metavar="TEXT",
+        help="Text for data-aware methods: .txt, .jsonl or .parquet, a folder of them, or a dataset's name.",
+    ),
+    click.option("--calib-field", metavar="NAME", help="Field of a record that holds its text."),
+    click.option("--calib-samples", type=int, default=128, show_default=True, help="Sequences to read."),
+    click.option("--calib-length", type=int, help="Tokens in each.  [default: the model's longest, at most 2048]"),
+    click.option("--calib-batch-size", type=int, default=8, show_default=True, help="Sequences at a time."),
+    click.option(
+        "--labels",
+        type=click.Choice(["empirical", "sampled"]),
+        default="empirical",
+        show_default=True,
+        help="Gradients for the text's next token, or for one that the model itself predicts.",
+    ),
+    click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sequences."),
+    click.option(
+        "--allocation",
+        type=click.Choice(["uniform", "global"]),
+        help="Spend a budget evenly, or where it helps most.  [default: global for kfac, else uniform]",
+    ),
+    click.option("--alpha", type=float, help="Exponent of asvd.  [default: 0.5]"),
+    click.option("--shrinkage", type=float, help="Pull the metrics of whiten and kfac towards their diagonal, 0 to 1."),
+    click.option(
+        "--work",
+        type=click.Path(path_type=Path),
+        help="Folder that keeps statistics and decompositions for other runs.",
+    ),
+)
+
+
 @main.command()
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [required unless --dry-run]")
 @_plan_options
 @_device_option
+@_calibration_options
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
 @_overwrite_option
 @click.option("--no-check", is_flag=True, help="Do not load the result afterwards.")
@@ -132,6 +166,17 @@ def convert(
     model: str,
     out: Path | None,
     device: str,
+    calib: str | None,
+    calib_field: str | None,
+    calib_samples: int,
+    calib_length: int | None,
+    calib_batch_size: int,
+    labels: str,
+    seed: int,
+    allocation: str | None,
+    alpha: float | None,
+    shrinkage: float | None,
+    work: Path | None,
     workers: int,
     overwrite: bool,
     no_check: bool,
@@ -153,8 +198,13 @@ def convert(
         return
     if out is None:
         raise InputError("--out is missing: the folder to write the factored model to")
+    from svdconvert.calibrating import Calibration
     from svdconvert.conversion import convert as run
     from svdconvert.report import TerminalEvents, show_result
+
+    calibration = None
+    if calib is not None:
+        calibration = Calibration(calib, calib_field, calib_samples, calib_length, seed, calib_batch_size, labels)
 
     console = _console(as_json)
     with TerminalEvents(console, verbose=verbose) as events:
@@ -163,6 +213,11 @@ def convert(
             out,
             **_request(request),
             device=device,
+            calibration=calibration,
+            allocation=allocation,
+            alpha=alpha,
+            shrinkage=shrinkage,
+            work=work,
             workers=workers,
             overwrite=overwrite,
             check=not no_check,

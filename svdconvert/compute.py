@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
-from svdconvert.solver import Workspace, factorize
+from svdconvert.solver import Factors, Workspace, factorize, truncate
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
 
@@ -21,7 +22,27 @@ def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tu
     """W -> (down, up)."""
     (weight,) = inputs
     factors = factorize(weight, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
-    report = {
+    return [factors.down, factors.up], _factors_report(weight, step, factors)
+
+
+def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """W and its decomposition, computed beforehand -> (down, up)."""
+    from svdconvert.decomposing import load_decomposition
+
+    (weight,) = inputs
+    found, inner = load_decomposition(Path(step.options["decomposition"]), weight.device)
+    tall = weight.shape[0] >= weight.shape[1]
+    left, right = (None, inner) if tall else (inner, None)
+    rank = step.options["rank"]
+    factors = truncate(weight, found, rank, torch_dtype(step.outputs[0].dtype), workspace, left, right)
+    # What is cut off, in the method's own metrics; the metric on the longer side is not kept, so that what rounding
+    # adds there is not known.
+    lost = {"lost": float(found.spectrum[rank:].sum()), "whole": float(found.spectrum.sum())}
+    return [factors.down, factors.up], _factors_report(weight, step, factors) | lost
+
+
+def _factors_report(weight: Tensor, step: Step, factors: Factors) -> dict[str, Any]:
+    return {
         "rank": step.options["rank"],
         "shape": list(weight.shape),
         "relative_error": factors.relative_error,
@@ -29,7 +50,6 @@ def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tu
         "energy_kept": 1 - factors.relative_error**2,
         "precision": factors.precision,
     }
-    return [factors.down, factors.up], report
 
 
 def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -63,6 +83,7 @@ def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[li
 
 OPERATIONS: Mapping[str, Operation] = {
     "factorize": _factorize,
+    "truncate": _truncate,
     "multiply": _multiply,
     "extend": _extend,
     "add": _add,

@@ -5,20 +5,27 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svdconvert import card, checkpoint
+from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
+from svdconvert.calibrating import Calibration, provider
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
+from svdconvert.metrics import Method, method_named, method_options
 from svdconvert.planning import Plan, make_plan
-from svdconvert.ranks import RankRequest
+from svdconvert.ranks import RankRequest, Target
 from svdconvert.source import Source, open_source
 from svdconvert.steps import parse_size
 from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
+
+if TYPE_CHECKING:
+    from svdconvert.corpus import CalibrationTokens
+    from svdconvert.decomposing import Decompositions
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,11 @@ def convert(
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     factor_all: bool = False,
+    calibration: Calibration | None = None,
+    allocation: str | None = None,
+    alpha: float | None = None,
+    shrinkage: float | None = None,
+    work: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     workers: int = 1,
     check: bool = True,
@@ -135,6 +147,13 @@ def convert(
         model, rank, keep, params, targets, method, dtype, max_shard_size, revision, factor_all: see :func:`plan`.
         out: folder to write.
         device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        calibration: the text that a data-aware method looks at.
+        allocation: ``uniform``, every matrix as the request says, or ``global``, the same number of parameters where
+            they help most; by default what the method does best with.
+        alpha: exponent of asvd.
+        shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
+        work: folder that keeps statistics and decompositions, so that another rank or budget of the same model and
+            text starts from them; by default they live in the job's own folder and go with it.
         overwrite: replace what the folder holds.
         workers: matrices solved at the same time; memory grows with it.
         check: load the result afterwards and look at its logits.
@@ -152,16 +171,49 @@ def convert(
     refuse_foreign(folder, overwrite=overwrite)
     request = _request(rank, keep, params, factor_all)
     max_shard_bytes = _bytes(max_shard_size)
+    row = method_named(method)
+    options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
+    spread = _allocation(row, allocation, request)
+    if row.statistics and calibration is None:
+        raise InputError(f"--method {row.name} needs a text to look at: --calib FILE")
+    if not row.statistics and calibration is not None:
+        raise InputError(f"--calib means nothing to --method {row.name}, which looks at the weights alone")
     used_device = resolve_device(device)
     if push_to_hub:
         from svdconvert.hub import check_push
 
         check_push(push_to_hub, private=private, revision=hub_revision)
     source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
-    made = make_plan(source, request, method=method, targets=targets, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    events.planned(made, free_bytes(folder))
+    planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    made = make_plan(source, request, method=row.name, **planned)
+    settings = {**made.settings, "allocation": spread, **options}
+    tokens = None
+    if calibration is not None:
+        tokens = calibration.tokens(source)
+        settings |= calibration.key(tokens)
+    needs_decomposition = bool(row.statistics) or spread == "global"
+    if spread == "uniform":
+        events.planned(made, free_bytes(folder))
+
+    def prepare() -> Job:
+        nonlocal made
+        if needs_decomposition:
+            place = folder / JOB_FOLDER / "work" if work is None else Path(work).expanduser()
+            store = _decompositions(
+                source, made, row, options, settings, calibration, tokens, place, used_device, events
+            )
+            ranked = spend(made, request, store) if spread == "global" else made.targets
+            files = {target.module: str(store.path(target.module)) for target in ranked}
+            made = make_plan(source, request, method=row.name, ranked=ranked, decompositions=files, **planned)
+            if spread == "global":
+                events.planned(made, free_bytes(folder))
+        return _job(source, made, settings, row)
+
     outcome = run_job(
-        _job(source, made),
+        "convert",
+        source,
+        settings,
+        prepare,
         folder,
         device=used_device,
         workers=workers,
@@ -202,11 +254,92 @@ def push(folder: str | os.PathLike[str], repo: str, *, private: bool = False, re
     return push_folder(path, repo, private=private, revision=revision, message=f"Add {name}, factored by svdconvert")
 
 
-def _job(source: Source, made: Plan) -> Job:
+def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Target]:
+    """Ranks of a global budget: the parameters that the request's uniform ranks would take, spent where they help most.
+
+    Raises:
+        InputError: the budget is below what the least ranks cost.
+    """
+    targets = [replace(target, rank=None, reason="") for target in made.targets]
+    untouched = made.params_before - sum(target.dense_params for target in targets)
+    if request.params is not None:
+        budget = request.params - untouched
+    elif request.keep is not None:
+        budget = int(request.keep * sum(target.dense_params for target in targets))
+    else:
+        budget = sum(target.params for target in made.targets)
+    ranks = allocate(
+        targets,
+        [store.spectrum(target.module).numpy() for target in targets],
+        budget,
+        cost=lambda rank, shape: rank * sum(shape),
+    )
+    return [
+        replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
+        for target, rank in zip(targets, ranks, strict=True)
+    ]
+
+
+def _decompositions(
+    source: Source,
+    made: Plan,
+    method: Method,
+    options: Mapping[str, float],
+    settings: Mapping[str, Any],
+    calibration: Calibration | None,
+    tokens: CalibrationTokens | None,
+    folder: Path,
+    device: str,
+    events: Events,
+) -> Decompositions:
+    """All targets' decompositions, those that a folder has already and the rest computed now."""
+    import torch
+
+    from svdconvert.decomposing import Decompositions, decompose_targets
+
+    text = {} if calibration is None or tokens is None else calibration.key(tokens)
+    key = {
+        "svdconvert": checkpoint.versions()["svdconvert"],
+        **source.identity(),
+        "method": method.name,
+        **options,
+        **text,
+        "device": device.split(":")[0],
+    }
+    store = Decompositions(folder / "decompositions", key)
+    statistics = None
+    if calibration is not None and tokens is not None:
+        count = int(tokens.mask.sum())
+        events.note(f"calibration on {count:,} tokens of {calibration.text}")
+        widest = max(max(target.shape) for target in made.targets)
+        if count < widest:
+            events.note(
+                f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
+                "singular; more --calib-samples give better factors"
+            )
+        modules = [target.module for target in made.targets]
+        statistics = provider(source, tokens, calibration, method, modules, device, folder / "statistics", events)
+    decompose_targets(source, made.targets, method, options, store, statistics, torch.device(device), events)
+    return store
+
+
+def _allocation(method: Method, asked: str | None, request: RankRequest) -> str:
+    """``uniform`` or ``global``."""
+    if asked not in (None, "uniform", "global"):
+        raise InputError(f"--allocation {asked!r} is unknown; choose uniform or global")
+    if asked is None:
+        # Ranks that the user has chosen himself are his to keep.
+        return method.allocation if request.rank is None and not request.patterns else "uniform"
+    if asked == "global" and request.patterns:
+        raise InputError("--allocation global chooses the ranks itself; give --keep or --params, or one --rank")
+    return asked
+
+
+def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method) -> Job:
     row = dense_architecture(source.config, source.name)
     config = checkpoint.factored_config(source.config, row, made.ranks, made.settings["dtype"])
     config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
-    command = command_line(source, made)
+    command = command_line(source, made, settings)
 
     def matrices(reports: Reports) -> dict[str, Any]:
         return {target.module: reports[target.weight] for target in made.targets if target.rank is not None}
@@ -218,18 +351,22 @@ def _job(source: Source, made: Plan) -> Job:
             "dense_targets": {t.module: t.reason for t in made.targets if t.rank is None},
             "notes": list(made.notes),
             "matrices": matrices(reports),
+            **predicted(reports),
         }
+
+    def predicted(reports: Reports) -> dict[str, float]:
+        """Loss added by the truncation, in nats per token: half of what the second-order estimate sums up to."""
+        if not method.in_loss:
+            return {}
+        return {"predicted_loss": sum(float(matrix["lost"]) for matrix in matrices(reports).values()) / 2}
 
     def model_card(reports: Reports) -> str:
         errors = [float(matrix["relative_error"]) for matrix in matrices(reports).values()]
         return card.factored_card(source, made, row, command, errors)
 
     return Job(
-        command="convert",
-        source=source,
         steps=made.steps,
         shards=made.shards,
-        settings=made.settings,
         config=config,
         extra={f"{row.modeling}.py": checkpoint.modeling_source(row)},
         card=model_card,
@@ -237,9 +374,8 @@ def _job(source: Source, made: Plan) -> Job:
     )
 
 
-def command_line(source: Source, made: Plan) -> str:
+def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str:
     """The command that makes this result again."""
-    settings = made.settings
     words = ["svdconvert", source.repo or source.name]
     if source.commit:
         words += ["--revision", source.commit]
@@ -252,6 +388,12 @@ def command_line(source: Source, made: Plan) -> str:
         words += ["--targets", pattern]
     if settings["factor_all"]:
         words.append("--factor-all")
+    if made.method != "svd":
+        words += ["--method", made.method, "--calib", "TEXT", "--calib-samples", str(settings["samples"])]
+        words += ["--calib-length", str(settings["length"]), "--seed", str(settings["seed"])]
+    words += ["--allocation", "global"] if settings["allocation"] == "global" else []
+    for option in method_named(made.method).options:
+        words += [f"--{option}", f"{settings[option]:g}"]
     if settings["dtype"] != "keep":
         words += ["--dtype", settings["dtype"]]
     return shlex.join([*words, "--out", "DIR"])

@@ -68,18 +68,23 @@ def densify(
         return {"params": sum(info.size for info in outputs), "matrices": len(source.config["svd_ranks"])}
 
     job = Job(
-        command="densify",
-        source=source,
         steps=steps,
         shards=shard(outputs, limit),
-        settings={"max_shard_bytes": limit},
         config=checkpoint.dense_config(source.config, row),
         extra={},
         card=model_card,
         details=details,
     )
     return run_job(
-        job, Path(out).expanduser(), device=resolve_device(device), overwrite=overwrite, check=check, events=events
+        "densify",
+        source,
+        {"max_shard_bytes": limit},
+        lambda: job,
+        Path(out).expanduser(),
+        device=resolve_device(device),
+        overwrite=overwrite,
+        check=check,
+        events=events,
     )
 
 

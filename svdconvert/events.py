@@ -23,6 +23,9 @@ class Events:
     def solving(self, step: Step) -> None:
         """A matrix is being worked on."""
 
+    def decomposed(self, step: Step) -> None:
+        """The singular values and directions of a matrix are there; ranks come later."""
+
     def solved(self, step: Step, report: Mapping[str, Any]) -> None:
         """A matrix is done and written."""
 

@@ -146,18 +146,23 @@ def fold(
         return {"params": sum(info.size for info in outputs), "folded": sorted(lora.pairs)}
 
     job = Job(
-        command="fold",
-        source=source,
         steps=steps,
         shards=shard(outputs, limit),
-        settings={"max_shard_bytes": limit},
         config=dict(source.config) | {"svd_ranks": ranks},
         extra={f"{row.modeling}.py": checkpoint.modeling_source(row)},
         card=model_card,
         details=details,
     )
     return run_job(
-        job, Path(out).expanduser(), device=resolve_device(device), overwrite=overwrite, check=check, events=events
+        "fold",
+        source,
+        {"max_shard_bytes": limit},
+        lambda: job,
+        Path(out).expanduser(),
+        device=resolve_device(device),
+        overwrite=overwrite,
+        check=check,
+        events=events,
     )
 
 

@@ -29,22 +29,16 @@ class Job:
     """What is to be done, without where and how.
 
     Attributes:
-        command: name of the tool's command.
-        source: the checkpoint that is read.
         steps: what becomes of its tensors, in the order of its files.
         shards: weight files to write.
-        settings: what the result depends on beside the source's content.
         config: config.json of the result.
         extra: further files of the result, by name.
         card: reports of the steps -> model card.
         details: reports of the steps -> what svdconvert.json says beyond settings and versions.
     """
 
-    command: str
-    source: Source
     steps: Sequence[Step]
     shards: Mapping[str, Sequence[TensorInfo]]
-    settings: Mapping[str, Any]
     config: Mapping[str, Any]
     extra: Mapping[str, bytes]
     card: Callable[[Reports], str]
@@ -77,7 +71,10 @@ class Outcome:
 
 
 def run_job(
-    job: Job,
+    command: str,
+    source: Source,
+    settings: Mapping[str, Any],
+    prepare: Callable[[], Job],
     folder: Path,
     *,
     device: str,
@@ -88,28 +85,39 @@ def run_job(
 ) -> Outcome:
     """Do a job, or what is left of it.
 
+    Args:
+        command: name of the tool's command.
+        source: the checkpoint that is read.
+        settings: what the result depends on beside the source's content.
+        prepare: makes the job, once the folder is ours; what it has to compute for that is its own to keep.
+        folder: where the result goes.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        workers: matrices in work at the same time.
+        overwrite: replace what the folder holds.
+        check: load the result afterwards.
+        events: receiver of progress.
+
     Raises:
         InputError: the folder or the request cannot be used.
         JobError: it broke off; the same call continues it.
     """
     events = events or Events()
     start = time.perf_counter()
-    refuse_same_folder(job.source, folder)
-    settings = {
+    refuse_same_folder(source, folder)
+    everything = {
         "svdconvert": checkpoint.versions()["svdconvert"],
-        "command": job.command,
-        **job.source.identity(),
-        **job.settings,
+        "command": command,
+        **source.identity(),
+        **settings,
         "device": device.split(":")[0],
     }
-    output = OutputFolder(folder, settings, overwrite=overwrite)
+    output = OutputFolder(folder, everything, overwrite=overwrite)
     if output.finished:
         # A kill between config.json and the end may have left something.
         output.clean_up()
         events.note(f"{folder} already holds this result; nothing to compute")
         seconds = time.perf_counter() - start
         return Outcome(folder, read_record(folder), seconds, checkpoint.peak_memory_bytes(), already_done=True)
-    preflight_disk(folder, job.shards, job.source)
 
     import torch
 
@@ -117,11 +125,13 @@ def run_job(
 
     target = torch.device(device)
     with output:
-        pipeline = Pipeline(job.source, job.steps, job.shards, output, device=target, workers=workers, events=events)
+        job = prepare()
+        preflight_disk(folder, job.shards, source)
+        pipeline = Pipeline(source, job.steps, job.shards, output, device=target, workers=workers, events=events)
         reports = pipeline.run()
-        record = checkpoint.record(job.command, job.source, settings, job.details(reports))
+        record = checkpoint.record(command, source, everything, job.details(reports))
         checkpoint.write_model_files(
-            output, job.source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
+            output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
         )
         checks: Sequence[str] = ()
         if check:

@@ -9,17 +9,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from typing import Any
 
 from svdconvert.architectures import Architecture, dense_architecture
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo
+from svdconvert.metrics import method_named
 from svdconvert.ranks import RankRequest, Target, assign, matches
 from svdconvert.source import Source, listing
 from svdconvert.steps import Step, files_bytes, shard
-
-METHODS = ("svd",)
 
 # fp32 weight, gradient and the two moments of AdamW; activations come on top of it.
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -30,16 +28,36 @@ BASE_BYTES = 350_000_000
 
 @dataclass(frozen=True)
 class Group:
-    """Targets of one kind and treatment, as one line of the plan: same suffix, shape and rank."""
+    """Targets of one kind, as one line of the plan: same suffix and shape.
+
+    Attributes:
+        name: suffix of the module paths.
+        shape: ``(out, in)``.
+        count: number of matrices.
+        ranks: lowest and highest rank among those that are factored, or None where none is.
+        dense: how many stay dense.
+        break_even: the rank from which on nothing is saved.
+        dense_params, params: parameters of all of them, before and after.
+    """
 
     name: str
     shape: tuple[int, int]
-    rank: int | None
     count: int
+    ranks: tuple[int, int] | None
+    dense: int
     break_even: float
     dense_params: int
     params: int
-    reason: str
+
+    @property
+    def rank(self) -> str:
+        """The ranks in words: ``48``, ``42-49``, ``dense``, ``42-49, 1 dense``."""
+        if self.ranks is None:
+            return "dense"
+        lowest, highest = self.ranks
+        return (str(lowest) if lowest == highest else f"{lowest}-{highest}") + (
+            f", {self.dense} dense" if self.dense else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ class Plan:
         source: name of the model.
         commit: its commit on the Hub, or None.
         architecture: model_type of the source.
-        method: row of :data:`METHODS`.
+        method: row of :data:`svdconvert.metrics.METHODS`.
         targets: every matrix that may be factored, with its rank or the reason why it stays dense.
         steps: the job, in the order in which the source's files are read.
         shards: weight files to write and what is in them.
@@ -83,27 +101,23 @@ class Plan:
     def groups(self) -> list[Group]:
         """The targets, summed up by kind."""
 
-        def kind(target: Target) -> tuple[Any, ...]:
-            return (suffix(target.module), target.shape, target.rank or 0, target.reason)
-
-        order = {suffix(target.module): i for i, target in reversed(list(enumerate(self.targets)))}
-        ordered = sorted(self.targets, key=lambda target: (order[suffix(target.module)], *kind(target)))
         groups = []
-        for _, members in groupby(ordered, key=kind):
-            same = list(members)
-            first = same[0]
-            groups.append(
-                Group(
-                    suffix(first.module),
-                    first.shape,
-                    first.rank,
-                    len(same),
-                    first.break_even,
-                    sum(target.dense_params for target in same),
-                    sum(target.params for target in same),
-                    first.reason,
+        for name in dict.fromkeys(suffix(target.module) for target in self.targets):
+            for shape in dict.fromkeys(target.shape for target in self.targets if suffix(target.module) == name):
+                same = [t for t in self.targets if suffix(t.module) == name and t.shape == shape]
+                ranks = [t.rank for t in same if t.rank is not None]
+                groups.append(
+                    Group(
+                        name=name,
+                        shape=shape,
+                        count=len(same),
+                        ranks=(min(ranks), max(ranks)) if ranks else None,
+                        dense=len(same) - len(ranks),
+                        break_even=same[0].break_even,
+                        dense_params=sum(t.dense_params for t in same),
+                        params=sum(t.params for t in same),
+                    )
                 )
-            )
         return groups
 
     @property
@@ -160,23 +174,26 @@ def make_plan(
     targets: Sequence[str] = (),
     dtype: str = "keep",
     max_shard_bytes: int = 5_000_000_000,
+    ranked: Sequence[Target] | None = None,
+    decompositions: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan a conversion.
 
     Args:
         source: the dense model.
         request: ranks, kept fraction or model size.
-        method: row of :data:`METHODS`.
+        method: row of :data:`svdconvert.metrics.METHODS`.
         targets: patterns that choose among the architecture's linear layers; empty chooses all of them.
         dtype: ``keep`` or the torch name of the type that every tensor of the result gets.
         max_shard_bytes: limit of a weight file.
+        ranked: the targets with the ranks that a budget has given them; None for those that the request itself gives.
+        decompositions: module path -> file with its decomposition, where that was computed beforehand.
 
     Raises:
         InputError: the source is not supported, lacks tensors, or cannot meet the request.
     """
     row = dense_architecture(source.config, source.name)
-    if method not in METHODS:
-        raise InputError(f"--method {method!r} is unknown; known: {', '.join(METHODS)}")
+    method = method_named(method).name
     if dtype != "keep" and CODES.get(dtype) not in FLOATS - {"F64"}:
         raise InputError(f"--dtype {dtype!r} is unknown; choose keep, float16, bfloat16 or float32")
     dropped = [name for name in source.tensors if row.is_dropped(name)]
@@ -185,8 +202,9 @@ def make_plan(
 
     candidates = choose_targets(kept, row, targets)
     dense_params = sum(info.size for info in kept.values())
-    ranked = assign(candidates, request, dense_params - sum(target.dense_params for target in candidates))
-    steps = _steps(kept, ranked, row, dtype)
+    if ranked is None:
+        ranked = assign(candidates, request, dense_params - sum(target.dense_params for target in candidates))
+    steps = _steps(kept, ranked, row, dtype, decompositions or {})
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
     return Plan(
@@ -282,9 +300,16 @@ def factor_names(weight: str) -> tuple[str, str]:
     return f"{stem}.down.weight", f"{stem}.up.weight"
 
 
-def _steps(tensors: Mapping[str, TensorInfo], targets: Sequence[Target], row: Architecture, dtype: str) -> list[Step]:
+def _steps(
+    tensors: Mapping[str, TensorInfo],
+    targets: Sequence[Target],
+    row: Architecture,
+    dtype: str,
+    decompositions: Mapping[str, str],
+) -> list[Step]:
     """One step per source tensor, in the order of the source's files, so that each file is needed once."""
     ranks = {target.weight: target.rank for target in targets if target.rank is not None}
+    files = {target.weight: decompositions[target.module] for target in targets if target.module in decompositions}
     factored_biases = {weight.removesuffix("weight") + "bias" for weight in ranks}
     steps = []
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start, natural(item[0]))):
@@ -293,7 +318,10 @@ def _steps(tensors: Mapping[str, TensorInfo], targets: Sequence[Target], row: Ar
             rank = ranks[name]
             down, up = factor_names(name)
             outputs = (TensorInfo(down, code, (rank, info.shape[1])), TensorInfo(up, code, (info.shape[0], rank)))
-            steps.append(Step("factorize", name, (info,), outputs, {"rank": rank}))
+            if name in files:
+                steps.append(Step("truncate", name, (info,), outputs, {"rank": rank, "decomposition": files[name]}))
+            else:
+                steps.append(Step("factorize", name, (info,), outputs, {"rank": rank}))
             continue
         renamed = name.removesuffix("bias") + "up.bias" if name in factored_biases else row.factored_name(name)
         steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))

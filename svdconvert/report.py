@@ -49,7 +49,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
             group.name,
             f"{group.shape[0]} x {group.shape[1]}",
             str(group.count),
-            "dense" if group.rank is None else str(group.rank),
+            group.rank,
             f"{group.break_even:,.1f}",
             f"{group.dense_params:,} -> {group.params:,}",
             f"{group.params / group.dense_params:.1%}",
@@ -186,12 +186,15 @@ class TerminalEvents(Events):
     def begin(self, steps: Sequence[Step], done_before: int) -> None:
         if done_before:
             self.note(f"{done_before} matrices were done by an earlier run; going on with {len(steps)}")
-        self._progress.update(self._task, total=len(steps) + done_before, completed=done_before)
-        self._progress.start_task(self._task)
+        what = "decomposing" if any(step.kind == "decompose" for step in steps) else "factors"
+        self._progress.reset(self._task, description=what, total=len(steps) + done_before, completed=done_before)
         self._progress.start()
 
     def solving(self, step: Step) -> None:
         self._progress.update(self._task, current=step.key)
+
+    def decomposed(self, step: Step) -> None:
+        self._progress.advance(self._task)
 
     def solved(self, step: Step, report: Mapping[str, Any]) -> None:
         self._progress.advance(self._task)

@@ -28,6 +28,8 @@ BATCH_BYTES = 32_000_000
 BATCH_SECONDS = 5.0
 
 JOB_FOLDER = ".svdconvert"
+# Folders in it whose content is worth going on with: downloads, statistics, decompositions.
+WORK_FOLDERS = ("source", "work")
 RECORD = "svdconvert.json"
 
 
@@ -118,9 +120,19 @@ class OutputFolder:
     def __exit__(self, *exception: object) -> None:
         """Let go of the folder."""
         assert self._lock is not None
-        os.close(self._lock)
-        if self.finished:
+        if self.finished or not self._worth_keeping():
+            # A job that failed before anything was done must not bind the next command to its settings.
             self.clean_up()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # only if it is empty, as it was before
+        os.close(self._lock)
+
+    def _worth_keeping(self) -> bool:
+        """Whether there is anything that a continuation need not do again."""
+        journal = self.job / "journal.jsonl"
+        if journal.is_file() and journal.stat().st_size:
+            return True
+        return any((self.job / name).is_dir() and any((self.job / name).iterdir()) for name in WORK_FOLDERS)
 
     def clean_up(self) -> None:
         """Remove what only an unfinished job needs."""

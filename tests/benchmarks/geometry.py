@@ -177,7 +177,7 @@ class Weights:
             return torch.tensor(-torch.inf, dtype=torch.float16)  # -1e9 in float16
         if name.endswith("inv_freq"):
             return (10000 ** -(torch.arange(shape[0]) / shape[0])).half()
-        if name.endswith("layernorm.weight") or name.endswith("layer_norm.weight"):
+        if name.endswith(("layernorm.weight", "layer_norm.weight")):
             return (1 + 0.1 * torch.randn(shape, generator=generator)).half()
         if len(shape) == 1 or "embed" in name:
             return torch.randn(shape, generator=generator).mul_(0.02).half()
@@ -305,9 +305,7 @@ def main() -> None:
     parser.add_argument("--spectrum", choices=SPECTRA, default="llm")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    geometry = resized(
-        MODELS[options.model], hidden=options.hidden, layers=options.layers, vocab=options.vocab
-    )
+    geometry = resized(MODELS[options.model], hidden=options.hidden, layers=options.layers, vocab=options.vocab)
     start = time.perf_counter()
     need = sum(math.prod(shape) * 2 for _, _, shape in geometry.tensors())
     options.out.mkdir(parents=True, exist_ok=True)

@@ -124,7 +124,9 @@ def test_dtype_auto_follows_the_config_in_either_spelling(edited, key, argument,
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_low_cpu_mem_usage(tiny, ids, expected, low_cpu_mem_usage):
-    assert distance(logits(load(tiny.path, low_cpu_mem_usage=low_cpu_mem_usage), ids), expected) < 2e-5
+    model = load(tiny.path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert isinstance(model.gpt_neox.get_submodule(QKV), nn.Linear)
+    assert distance(logits(model, ids), expected) < 2e-5
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])

@@ -1,0 +1,981 @@
+"""Statistics of a model's linear layers on calibration text, collected block by block.
+
+For a linear layer y = W x + b, W [out, in], over all tokens that are not padding:
+
+* input Gram C = E[x x^T] [in, in] (SVD-LLM, arXiv:2403.07378; the A of K-FAC, arXiv:1503.05671),
+* output Gram G = E[g g^T] [out, out] (the G of K-FAC); g is the gradient with respect to y of the summed next-token
+  cross-entropy of the sequence, in nats,
+* mean absolute input E|x| [in] (ASVD, arXiv:2312.05821),
+* Fisher vector [in] (FWSVD, arXiv:2207.00112): the mean over sequences of (dL/dW_ij)^2, L the same sum over one
+  sequence, summed over the outputs i. The gradient of a batch would be squared after its samples had cancelled.
+
+Where gradients are needed, each block's input is kept on disk during one pass forward; then the head gives the
+gradient at the last block's output, and the blocks are run once more, backward, each with the gradient that the one
+above it left. Otherwise one pass forward is enough.
+
+Memory, with B sequences of T tokens in a batch, N in all, hidden size h and inner size f. On the device: the weights of
+one block, or of the embeddings, or of the head, in the type that is computed in; the Grams of one block in float64, in
+a GPT-NeoX block 8 (3 h^2 + f^2) bytes for C and 8 (11 h^2 + f^2) for G; :data:`ROWS` rows of a layer's input in
+float64; what one block's forward and backward passes hold for B T tokens; for the Fisher vector one matrix and its
+square; and :data:`LOGIT_BYTES` of logits, a few times over. On the host: the same Grams once more where the device is
+another, and a batch of activations. On disk: N T h numbers for each block where gradients are needed, for two blocks
+where they are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import svdconvert
+from svdconvert.blocks import ModelBlocks
+from svdconvert.corpus import CalibrationTokens
+from svdconvert.errors import InputError
+from svdconvert.events import Events
+from svdconvert.headers import CODES, TensorInfo, layout, read_header
+from svdconvert.job import free_bytes
+from svdconvert.planning import layer_number, suffix
+from svdconvert.source import Source, listing, read_json
+from svdconvert.weights import as_bytes, torch_dtype
+from svdconvert.writer import atomic_write, disk_errors, sync_folder
+
+LABELS = ("empirical", "sampled")
+
+# Upper triangles of Grams are added up in panels of so many columns, from so many rows at a time.
+PANEL, ROWS = 256, 2048
+
+# The head is applied to so many positions at a time as give logits of this size.
+LOGIT_BYTES = 2**26
+
+Progress = Callable[[str, int, int], None]
+_Blocks = Generator[tuple[int, dict[str, "ModuleStatistics"]], None, None]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which statistics to collect."""
+
+    input_gram: bool = False
+    output_gram: bool = False
+    input_abs: bool = False
+    fisher: bool = False
+
+    @property
+    def gradients(self) -> bool:
+        """Whether the loss has to be differentiated."""
+        return self.output_gram or self.fisher
+
+
+@dataclass(frozen=True)
+class ModuleStatistics:
+    """Statistics of one linear layer with ``in`` inputs and ``out`` outputs; None for those that were not asked for.
+
+    Attributes:
+        input_gram: E[x x^T], [in, in], float64, CPU. One object for layers that read the same input.
+        output_gram: E[g g^T], [out, out], float64, CPU.
+        input_abs: E|x|, [in], float64, CPU. One object for layers that read the same input.
+        fisher: [in], float64, CPU.
+        tokens: tokens that the means over tokens are over: all that are not padding, the last of a sequence included,
+            at which g is zero.
+        samples: sequences that the mean of ``fisher`` is over.
+    """
+
+    input_gram: Tensor | None
+    output_gram: Tensor | None
+    input_abs: Tensor | None
+    fisher: Tensor | None
+    tokens: int
+    samples: int
+
+
+STATISTICS = tuple(field.name for field in fields(Needs))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The model's loss on the calibration text, with the text's own labels.
+
+    Attributes:
+        nll: sum of -log p over the tokens that are predicted, in nats.
+        tokens: how many those are: all that are not padding, but the first of each sequence.
+    """
+
+    nll: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return math.exp(self.nll / self.tokens)
+
+
+def statistics(
+    source: Source,
+    tokens: CalibrationTokens,
+    needs: Needs,
+    modules: Sequence[str],
+    *,
+    work: Path,
+    device: str = "cpu",
+    batch_size: int = 4,
+    dtype: torch.dtype | None = None,
+    labels: str = "empirical",
+    seed: int = 0,
+    skip_blocks: Collection[int] = (),
+    events: Events | None = None,
+    progress: Progress | None = None,
+) -> StatisticsRun:
+    """Collect statistics, block by block.
+
+    What is between blocks lies in ``work``, so a run that was broken off goes on from its last finished block with the
+    same bits; files of another model, text or setting there are given up. They are removed when the run is through.
+
+    Args:
+        source: the dense model. Its files are read twice where gradients are needed, and not released.
+        tokens: what to calibrate with.
+        needs: what to collect.
+        modules: linear layers, as ``layers.3.attention.dense``.
+        work: folder for activations and gradients.
+        device: where blocks are run.
+        batch_size: sequences at a time; changes results by rounding only.
+        dtype: what blocks compute in, float32 by default: gradients of single tokens are below float16's range.
+        labels: ``empirical`` takes the text's own next tokens; ``sampled`` draws them from the model's distribution
+            (the true Fisher instead of the empirical one), each position by itself.
+        seed: of the drawing.
+        skip_blocks: blocks whose statistics are not needed any more.
+        events: told the loss.
+        progress: called with (phase, batches done, batches in all); phases are ``forward`` and ``backward``.
+
+    Returns:
+        An iterator over ``(block, {module: ModuleStatistics})``: from the first block to the last, or, where gradients
+        are needed, from the last to the first. A block's files are given up when the next one is asked for.
+
+    Raises:
+        InputError: a module does not exist, the tokens are not the model's, something is NaN or infinite, or the disk
+            is too small.
+        JobError: reading or writing failed; the same call goes on.
+    """
+    return StatisticsRun(
+        source,
+        tokens,
+        needs,
+        modules,
+        work=work,
+        device=device,
+        batch_size=batch_size,
+        dtype=dtype or torch.float32,
+        labels=labels,
+        seed=seed,
+        skip_blocks=skip_blocks,
+        events=events or Events(),
+        progress=progress or (lambda phase, done, total: None),
+    )
+
+
+class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
+    """What :func:`statistics` returns.
+
+    Attributes:
+        loss: the model's loss; known with the first block where gradients are needed, otherwise at the end. None where
+            there was nothing left to do.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokens: CalibrationTokens,
+        needs: Needs,
+        modules: Sequence[str],
+        *,
+        work: Path,
+        device: str,
+        batch_size: int,
+        dtype: torch.dtype,
+        labels: str,
+        seed: int,
+        skip_blocks: Collection[int],
+        events: Events,
+        progress: Progress,
+    ) -> None:
+        """Check everything that can be checked without weights. Arguments as of :func:`statistics`."""
+        if labels not in LABELS:
+            raise InputError(f"labels {labels!r} are unknown; choose {' or '.join(LABELS)}")
+        if batch_size < 1:
+            raise InputError(f"a batch of {batch_size} sequences is not possible; use at least 1")
+        self._blocks = ModelBlocks(source, device=device, dtype=dtype)
+        self._name, self._tokens, self._needs, self._labels, self._seed = source.name, tokens, needs, labels, seed
+        self._batches = [slice(i, i + batch_size) for i in range(0, tokens.ids.shape[0], batch_size)]
+        self._events, self._progress = events, progress
+        self._check_tokens()
+        self._modules = _by_block(self._blocks, modules)
+        self._todo = sorted(set(self._modules) - set(skip_blocks)) if needs != Needs() else []
+        key = {
+            "model": source.identity(),
+            "config": dict(source.config),
+            "tokens": tokens.digest,
+            "batch_size": batch_size,
+            "dtype": str(dtype),
+            "device": torch.device(device).type,
+            "labels": labels,
+            "seed": seed,
+            "code": [svdconvert.__version__, torch.__version__],
+        }
+        shape = (*tokens.ids.shape, self._blocks.hidden_size)
+        self._store = _Store(work / "activations", key, shape, dtype)
+        copies = self._blocks.count + 2 if needs.gradients else 2
+        self._store.check_room(copies)
+        self.loss: Loss | None = self._store.loss
+        self._generator = self._backward() if needs.gradients else self._forward()
+
+    def __next__(self) -> tuple[int, dict[str, ModuleStatistics]]:
+        return next(self._generator)
+
+    def close(self) -> None:
+        """Stop; what is finished stays for the next run."""
+        self._generator.close()
+
+    def _check_tokens(self) -> None:
+        blocks, ids = self._blocks, self._tokens.ids
+        if ids.numel() == 0 or not bool(self._tokens.mask[:, 1:].any()):
+            raise InputError("the calibration text has no token to predict; give more text")
+        if int(ids.max()) >= blocks.vocabulary or int(ids.min()) < 0:
+            raise InputError(
+                f"the calibration text has the token {int(ids.max())}, but {self._name} knows {blocks.vocabulary:,}; "
+                "the tokenizer belongs to another model"
+            )
+        if blocks.longest is not None and ids.shape[1] > blocks.longest:
+            raise InputError(
+                f"calibration sequences of {ids.shape[1]:,} tokens are too long; {self._name} reads up to "
+                f"{blocks.longest:,}"
+            )
+
+    def _forward(self) -> _Blocks:
+        """One pass; statistics of inputs alone."""
+        count = self._blocks.count
+        present = [i for i in range(count + 1) if self._store.has(f"hidden-{i}")]
+        if self._todo:
+            present = [i for i in present if i <= self._todo[0]]
+        elif self.loss is not None or not present:
+            return
+        start = max(present, default=0)
+        if not present:
+            self._embed()
+        for index in range(start, count):
+            collected = self._run_block(index, collect=index in self._todo)
+            if collected is not None:
+                yield index, collected
+            self._store.remove(f"hidden-{index}")
+        if self.loss is None:
+            self._run_head(gradient=False)
+        self._store.clear()
+
+    def _backward(self) -> _Blocks:
+        """A pass forward that keeps every block's input, the head, and a pass backward."""
+        if not self._todo:
+            return
+        lowest, count = self._todo[0], self._blocks.count
+        starts = [i for i in range(self._todo[-1] + 1, count + 1) if self._store.has(f"gradient-{i}")]
+        start = min(starts, default=count)
+        self._keep_hidden(range(lowest, start if starts else count + 1))
+        if not starts:
+            self._run_head(gradient=True)
+        self._store.remove(f"hidden-{count}")
+        for index in reversed(range(lowest, start)):
+            if index in self._todo or not self._store.has(f"gradient-{index}"):
+                collected = self._differentiate(index, collect=index in self._todo, pass_on=index > lowest)
+                if collected is not None:
+                    yield index, collected
+            self._store.remove(f"hidden-{index}")
+            self._store.remove(f"gradient-{index + 1}")
+        self._store.clear()
+
+    def _keep_hidden(self, needed: Sequence[int]) -> None:
+        """Have the inputs of these blocks on disk, computing those that are missing."""
+        for index in needed:
+            if self._store.has(f"hidden-{index}"):
+                continue
+            start = max((i for i in range(index) if self._store.has(f"hidden-{i}")), default=-1)
+            if start < 0:
+                self._embed()
+                start = 0
+            for i in range(start, index):
+                self._run_block(i, collect=False)
+                if i < needed[0]:
+                    self._store.remove(f"hidden-{i}")
+
+    def _embed(self) -> None:
+        with self._blocks.embeddings(), self._store.writing("hidden-0") as write, torch.no_grad():
+            for batch in self._batches:
+                hidden = self._blocks.embed(self._tokens.ids[batch], self._tokens.mask[batch])
+                self._check(hidden, "the embeddings give", batch)
+                write(hidden)
+
+    def _run_block(self, index: int, *, collect: bool) -> dict[str, ModuleStatistics] | None:
+        """hidden-i -> hidden-(i+1)."""
+        blocks, masks = self._blocks, self._tokens.mask
+        with (
+            blocks.block(index) as block,
+            self._store.writing(f"hidden-{index + 1}") as write,
+            torch.no_grad(),
+            self._collecting(block, index, collect) as collector,
+        ):
+            for number, batch in enumerate(self._batches):
+                collector.begin(masks[batch])
+                output = blocks.run(block, self._read(f"hidden-{index}", batch), masks[batch])
+                self._check(output, f"block {index} gives", batch)
+                write(output)
+                self._progress("forward", index * len(self._batches) + number + 1, blocks.count * len(self._batches))
+        return collector.result() if collect else None
+
+    def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics] | None:
+        """hidden-i, gradient-(i+1) -> gradient-i."""
+        blocks, masks = self._blocks, self._tokens.mask
+        with (
+            blocks.block(index) as block,
+            self._store.writing(f"gradient-{index}", dry=not pass_on) as write,
+            self._collecting(block, index, collect) as collector,
+        ):
+            for number, batch in enumerate(self._batches):
+                hidden = self._read(f"hidden-{index}", batch).requires_grad_()
+                collector.begin(masks[batch])
+                with torch.enable_grad():
+                    output = blocks.run(block, hidden, masks[batch])
+                torch.autograd.backward(output, self._read(f"gradient-{index + 1}", batch))
+                assert hidden.grad is not None
+                self._check(hidden.grad, f"block {index} gives", batch, "gradients")
+                write(hidden.grad)
+                done = (blocks.count - 1 - index) * len(self._batches) + number + 1
+                self._progress("backward", done, blocks.count * len(self._batches))
+        return collector.result() if collect else None
+
+    def _run_head(self, *, gradient: bool) -> None:
+        """hidden-L -> the loss, and gradient-L."""
+        name = f"hidden-{self._blocks.count}"
+        total, count = 0.0, 0
+        with (
+            self._blocks.head() as head,
+            self._store.writing(f"gradient-{self._blocks.count}", dry=not gradient) as write,
+        ):
+            for batch in self._batches:
+                hidden = self._read(name, batch)
+                nll, predicted, slope = self._head_batch(head, hidden, batch, gradient)
+                total, count = total + nll, count + predicted
+                self._check(slope, "the head gives", batch, "gradients")
+                write(slope)
+            self.loss = Loss(total, count)
+            self._store.loss = self.loss
+        self._events.note(
+            f"the model's perplexity on the calibration text is {self.loss.perplexity:,.2f} "
+            f"({self.loss.tokens:,} tokens predicted)"
+        )
+
+    def _head_batch(self, head: nn.Module, hidden: Tensor, batch: slice, gradient: bool) -> tuple[float, int, Tensor]:
+        """``(sum of -log p, tokens predicted, gradient with respect to hidden)`` of one batch."""
+        ids, mask = self._tokens.ids[batch], self._tokens.mask[batch]
+        # A position counts if it has a next token; the last of a sequence and padding have none.
+        has_next = torch.zeros_like(mask)
+        has_next[:, :-1] = mask[:, :-1] & mask[:, 1:]
+        rows = has_next.reshape(-1).nonzero().reshape(-1)
+        targets = torch.roll(ids, -1, dims=1).reshape(-1)[rows].to(hidden.device)
+        draws = self._draws(batch).reshape(-1)[rows].to(hidden.device) if self._labels == "sampled" else None
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        rows = rows.to(hidden.device)
+        slope = torch.zeros_like(flat)
+        total = 0.0
+        step = max(1, LOGIT_BYTES // (4 * self._blocks.vocabulary))
+        for part in torch.arange(rows.numel(), device=hidden.device).split(step):
+            inputs = flat[rows[part]].requires_grad_(gradient)
+            with torch.set_grad_enabled(gradient):
+                logits = head(inputs)
+                # Half types have neither the range nor the digits for a softmax over a vocabulary.
+                logits = logits if logits.dtype == torch.float64 else logits.float()
+            self._check(logits, "the head gives", batch)
+            with torch.no_grad():
+                losses = nn.functional.cross_entropy(logits, targets[part], reduction="none")
+                total += float(losses.double().sum())
+            if gradient:
+                wanted = targets[part] if draws is None else _draw(logits.detach(), draws[part])
+                with torch.enable_grad():
+                    loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+                (slope[rows[part]],) = torch.autograd.grad(loss, inputs)
+        return total, rows.numel(), slope.view(hidden.shape)
+
+    def _draws(self, batch: slice) -> Tensor:
+        """A uniform number for each position, the same whatever the batches are."""
+        generator = torch.Generator().manual_seed(self._seed)
+        return torch.rand(self._tokens.ids.shape, generator=generator, dtype=torch.float64)[batch]
+
+    def _read(self, name: str, batch: slice) -> Tensor:
+        return self._store.read(name, batch).to(self._blocks.device)
+
+    @contextmanager
+    def _collecting(self, block: nn.Module, index: int, collect: bool) -> Iterator[Collector]:
+        modules = {name: suffix(name) for name in self._modules.get(index, [])} if collect else {}
+        with Collector(block, modules, self._needs, self._blocks.device) as collector:
+            yield collector
+
+    def _check(self, tensor: Tensor, what: str, batch: slice, kind: str = "activations") -> None:
+        """Raise where something that counts is NaN or infinite, by name."""
+        if bool(torch.isfinite(tensor).all()):
+            return
+        type_hint = "" if self._blocks.dtype in (torch.float32, torch.float64) else " in float32"
+        raise InputError(
+            f"{what} NaN or infinite {kind} on the calibration text (sequences {batch.start} to "
+            f"{min(batch.stop, len(self._tokens.ids)) - 1}); check the source model{type_hint}"
+        )
+
+
+def _by_block(blocks: ModelBlocks, modules: Sequence[str]) -> dict[int, list[str]]:
+    """Modules by block, in the order given.
+
+    Raises:
+        InputError: one is no linear layer of a block.
+    """
+    found: dict[int, list[str]] = {}
+    for name in dict.fromkeys(modules):
+        index = layer_number(name)
+        if not 0 <= index < blocks.count or not blocks.is_linear(index, suffix(name)):
+            raise InputError(f"{name} is no linear layer in a block of the model, so it cannot be calibrated")
+        found.setdefault(index, []).append(name)
+    return found
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One label per row of [n, vocabulary] logits, by inverting the distribution function at ``uniform`` [n]."""
+    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
+    # Rounding may leave the sum of all below 1.
+    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp_(
+        max=logits.shape[-1] - 1
+    )
+
+
+class GramSum:
+    """Sum of x x^T over rows, in float64.
+
+    Only the upper triangle is computed. On a CPU that makes products in float64 as cheap as plain ones in float32; on
+    a GPU, where float64 may be 64 times slower, products of at most :data:`ROWS` rows are taken in float32 and
+    summed in float64, which agrees with float64 throughout to 2e-7 of sqrt(C_ii C_jj).
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        """Begin with zero.
+
+        Args:
+            size: length of x.
+            device: where rows come from, and where the sum is kept.
+        """
+        self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self._exact = device.type == "cpu"
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows [n, size]."""
+        for part in rows.split(ROWS):
+            part = part.double() if self._exact or part.dtype == torch.float64 else part.float()
+            for begin in range(0, part.shape[1], PANEL):
+                panel, rest = part[:, begin : begin + PANEL].T, part[:, begin:]
+                target = self._sum[begin : begin + PANEL, begin:]
+                if part.dtype == torch.float64:
+                    target.addmm_(panel, rest)
+                else:
+                    target.add_(panel @ rest)
+
+    def mean(self, count: int) -> Tensor:
+        """The symmetric mean over ``count`` rows, on the CPU; ends the sum."""
+        mean = self._sum.cpu()
+        del self._sum
+        for begin in range(0, mean.shape[0], PANEL):
+            end = begin + PANEL
+            corner = mean[begin:end, begin:end]
+            corner.copy_(corner.triu() + corner.triu(1).T)
+            mean[end:, begin:end] = mean[begin:end, end:].T
+        return mean.div_(count)
+
+
+class Collector:
+    """Hooks on the linear layers of one block. Use as a context manager."""
+
+    def __init__(
+        self, block: nn.Module, modules: Mapping[str, str], needs: Needs, device: torch.device | None = None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            block: what will be run.
+            modules: name -> path within the block.
+            needs: what to collect; gradients need a backward pass for every forward one.
+            device: where the block is.
+        """
+        self._block, self._modules, self._needs = block, modules, needs
+        self._device = device or torch.device("cpu")
+        self._leaders: dict[str, str] = {}
+        self._input_grams: dict[str, GramSum] = {}
+        self._output_grams: dict[str, GramSum] = {}
+        self._abs: dict[str, Tensor] = {}
+        self._fisher: dict[str, Tensor] = {}
+        self._seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+        self._handles: list[Any] = []
+        self._mask = torch.zeros(0, 0, dtype=torch.bool)
+        self._full = True
+        self._tokens = self._samples = 0
+
+    def __enter__(self) -> Collector:
+        """Set the hooks."""
+        for name, path in self._modules.items():
+            self._handles.append(self._block.get_submodule(path).register_forward_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._seen = {}
+
+    def begin(self, mask: Tensor) -> None:
+        """Announce a batch.
+
+        Args:
+            mask: [batch, length], bool; False is padding.
+        """
+        self._mask, self._full = mask.to(self._device), bool(mask.all())
+        self._tokens += int(mask.sum())
+        self._samples += mask.shape[0]
+        self._seen = {}
+
+    def result(self) -> dict[str, ModuleStatistics]:
+        """The statistics of all batches; ends the collection.
+
+        Raises:
+            InputError: an input or gradient was NaN or infinite; the layer is named.
+        """
+        grams = {name: gram.mean(self._tokens) for name, gram in self._input_grams.items()}
+        absolutes = {name: (total / self._tokens).cpu() for name, total in self._abs.items()}
+        found = {}
+        for name in self._modules:
+            leader = self._leaders[name]
+            output = self._output_grams.pop(name, None)
+            fisher = self._fisher.get(name)
+            found[name] = ModuleStatistics(
+                input_gram=grams.get(leader),
+                output_gram=None if output is None else output.mean(self._tokens),
+                input_abs=absolutes.get(leader),
+                fisher=None if fisher is None else (fisher / self._samples).cpu(),
+                tokens=self._tokens,
+                samples=self._samples,
+            )
+            for kind, tensor in _tensors(found[name]).items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise InputError(
+                        f"{name} has NaN or infinite {'inputs' if kind.startswith('input') else 'gradients'} on the "
+                        "calibration text; check the source model"
+                    )
+        return found
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = args[0].detach()
+            assert x.shape[:2] == self._mask.shape, (name, x.shape)
+            # Layers that read one tensor share its statistics. The tensor is kept until the batch is over, so that
+            # no other can take its address; its version tells whether it was changed in between.
+            key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            leader, _ = self._seen.setdefault(key, (name, x))
+            known = self._leaders.setdefault(name, leader)
+            assert known == leader, f"{name} shared its input with {known} before, now with {leader}"
+            if leader == name:
+                self._add_input(name, x)
+            if self._needs.gradients:
+                output.register_hook(lambda gradient: self._add_gradient(name, x, gradient.detach()))
+
+        return hook
+
+    def _add_input(self, name: str, x: Tensor) -> None:
+        rows = self._rows(x)
+        if self._needs.input_gram:
+            if name not in self._input_grams:
+                self._input_grams[name] = GramSum(x.shape[-1], self._device)
+            self._input_grams[name].add(rows)
+        if self._needs.input_abs:
+            total = rows.abs().sum(dim=0, dtype=torch.float64)
+            self._abs[name] = self._abs[name] + total if name in self._abs else total
+
+    def _add_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        if self._needs.output_gram:
+            if name not in self._output_grams:
+                self._output_grams[name] = GramSum(gradient.shape[-1], self._device)
+            self._output_grams[name].add(self._rows(gradient))
+        if self._needs.fisher:
+            total = self._fisher.get(name)
+            if total is None:
+                total = self._fisher[name] = torch.zeros(x.shape[-1], dtype=torch.float64, device=self._device)
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            for sample, counted in enumerate(self._mask):
+                g, inputs = gradient[sample], x[sample]
+                if not self._full:
+                    g, inputs = g[counted], inputs[counted]
+                # dL/dW [out, in] of this sequence alone.
+                slope = g.to(wide).T @ inputs.to(wide)
+                total += slope.square_().sum(dim=0, dtype=torch.float64)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """[batch, length, n] -> [tokens that are not padding, n]."""
+        return tensor.reshape(-1, tensor.shape[-1]) if self._full else tensor[self._mask]
+
+
+class _Store:
+    """Activations and gradients at the boundaries of blocks, [N, length, hidden] each, in files.
+
+    Plain bytes, written from front to back and named when they are complete. Files of another key are given up.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._folder, self._shape, self._dtype = folder, shape, dtype
+        self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self._size = shape[0] * self._row_bytes
+        self._key = json.loads(json.dumps(key))
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            state = _json_or_none(folder / "state.json")
+            if state is None or state.get("key") != self._key:
+                self._remove_files()
+                state = {"key": self._key, "loss": None}
+                atomic_write(folder / "state.json", json.dumps(state).encode())
+        self._loss = state["loss"]
+
+    @property
+    def loss(self) -> Loss | None:
+        """What an earlier run found."""
+        return None if self._loss is None else Loss(**self._loss)
+
+    @loss.setter
+    def loss(self, loss: Loss) -> None:
+        self._loss = asdict(loss)
+        with disk_errors(self._folder):
+            atomic_write(self._folder / "state.json", json.dumps({"key": self._key, "loss": self._loss}).encode())
+
+    def check_room(self, copies: int) -> None:
+        """Compare what will be written with what is free.
+
+        Raises:
+            InputError: it does not fit.
+        """
+        there = len(list(self._folder.glob("*.bin")))
+        needed, free = max(copies - there, 0) * self._size, free_bytes(self._folder)
+        if needed > free:
+            raise InputError(
+                f"{self._folder} needs {needed / 1e9:,.2f} GB for activations, but the disk has only "
+                f"{free / 1e9:,.2f} GB free; use fewer or shorter sequences, or free some"
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether a file is complete."""
+        path = self._path(name)
+        return path.is_file() and path.stat().st_size == self._size
+
+    def read(self, name: str, batch: slice) -> Tensor:
+        """Sequences of a complete file: [batch, length, hidden]."""
+        begin, end, _ = batch.indices(self._shape[0])
+        rows = torch.empty((end - begin, *self._shape[1:]), dtype=self._dtype)
+        view, position = as_bytes(rows), begin * self._row_bytes
+        with disk_errors(self._folder), self._path(name).open("rb", buffering=0) as handle:
+            handle.seek(position)
+            while view:
+                count = handle.readinto(view)
+                if not count:
+                    raise OSError(0, "the file ended early", str(self._path(name)))
+                view = view[count:]
+        return rows
+
+    @contextmanager
+    def writing(self, name: str, *, dry: bool = False) -> Iterator[Callable[[Tensor], None]]:
+        """Write a file, sequence after sequence; it gets its name at the end. ``dry`` writes nothing."""
+        if dry:
+            yield lambda rows: None
+            return
+        partial = self._folder / f"{name}.partial"
+        with disk_errors(self._folder):
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+        def write(rows: Tensor) -> None:
+            view = as_bytes(rows.detach().to(device="cpu", dtype=self._dtype).contiguous())
+            with disk_errors(self._folder):
+                while view:
+                    view = view[os.write(handle, view) :]
+
+        try:
+            yield write
+            with disk_errors(self._folder):
+                os.fsync(handle)
+                os.replace(partial, self._path(name))
+                sync_folder(self._folder)
+        finally:
+            os.close(handle)
+
+    def remove(self, name: str) -> None:
+        """Give a file up."""
+        self._path(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Give all files up; the loss stays."""
+        with disk_errors(self._folder):
+            self._remove_files()
+
+    def _remove_files(self) -> None:
+        for path in [*self._folder.glob("*.bin"), *self._folder.glob("*.partial")]:
+            path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.bin"
+
+
+def statistics_key(
+    source: Source,
+    tokens: CalibrationTokens,
+    needs: Needs,
+    *,
+    labels: str = "empirical",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """What statistics depend on, in JSON types: the key of a :class:`StatisticsFolder`."""
+    return {
+        "model": model_key(source),
+        "tokenizer": tokens.tokenizer_digest,
+        "text": tokens.text_digest,
+        "tokens": tokens.digest,
+        "samples": tokens.ids.shape[0],
+        "length": tokens.ids.shape[1],
+        "packed": tokens.packed,
+        "seed": tokens.seed,
+        "labels": labels if needs.gradients else None,
+        "label_seed": seed if needs.gradients and labels == "sampled" else None,
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
+        "needs": asdict(needs),
+        "version": svdconvert.__version__,
+    }
+
+
+def model_key(source: Source) -> str:
+    """Digest of a model's config, headers and content.
+
+    A local file's time is left out, so that statistics are good for a copy of the model too.
+    """
+    identity = json.dumps(source.identity(), sort_keys=True)
+    identity = re.sub(r'"(\d+)-\d+-([0-9a-f]{32})"', r'"\1-\2"', identity)
+    tensors = [[info.name, info.dtype, list(info.shape)] for _, info in sorted(source.tensors.items())]
+    state = json.dumps([identity, dict(source.config), tensors], sort_keys=True)
+    return hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+
+
+_FIELDS: Mapping[str, str] = {
+    "model": "another model",
+    "tokenizer": "another tokenizer",
+    "text": "another calibration text",
+    "tokens": "another calibration text",
+    "version": "another version of svdconvert",
+}
+
+
+class StatisticsFolder:
+    """Statistics on disk: ``stats.json`` and a safetensors file per block.
+
+    A block counts as soon as ``stats.json`` names it, which is after its file is complete. A Gram that several layers
+    share is stored once, and read as one object.
+    """
+
+    def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None, *, create: bool = False) -> None:
+        """Open a folder.
+
+        Args:
+            folder: where the statistics are.
+            expected: fields of :func:`statistics_key` that must be as given; all of them with ``create``.
+            create: begin anew where there is nothing yet.
+
+        Raises:
+            InputError: there are no statistics, or they are of another model, text or setting; the field is named.
+        """
+        self.folder = folder
+        path = folder / "stats.json"
+        wanted: dict[str, Any] = json.loads(json.dumps(dict(expected or {})))
+        if create and not path.exists():
+            self._state: dict[str, Any] = {"key": wanted, "loss": None, "blocks": {}}
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+            return
+        self._state = read_json(path, f"{folder} has no stats.json, so it holds no statistics of svdconvert")
+        key = self._state.get("key")
+        if not isinstance(key, dict) or not isinstance(self._state.get("blocks"), dict):
+            raise InputError(f"{path} is damaged; give another folder and run `svdconvert calibrate` again")
+        for field, value in wanted.items():
+            if key.get(field) != value:
+                what = _FIELDS.get(field, f"another setting of {field.replace('_', ' ')}")
+                raise InputError(
+                    f"{folder} holds statistics of {what} ({_short(key.get(field))}, now {_short(value)}); "
+                    "give another folder, or run `svdconvert calibrate` for this model"
+                )
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the statistics depend on."""
+        return dict(self._state["key"])
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """Blocks that are complete."""
+        return frozenset(
+            int(index) for index, entry in self._state["blocks"].items() if (self.folder / entry["file"]).is_file()
+        )
+
+    @property
+    def modules(self) -> list[str]:
+        """Layers whose statistics are here."""
+        done = self.blocks
+        return [name for index in sorted(done) for name in self._state["blocks"][str(index)]["modules"]]
+
+    @property
+    def loss(self) -> Loss | None:
+        """The dense model's loss on the calibration text; None if it is not known yet."""
+        return None if self._state["loss"] is None else Loss(**self._state["loss"])
+
+    def set_loss(self, loss: Loss) -> None:
+        """Keep the loss."""
+        self._state["loss"] = asdict(loss)
+        self._write()
+
+    def save(self, index: int, found: Mapping[str, ModuleStatistics]) -> None:
+        """Store a block's statistics.
+
+        Raises:
+            JobError: they could not be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        modules: dict[str, Any] = {}
+        for module, entry in found.items():
+            modules[module] = {"tokens": entry.tokens, "samples": entry.samples}
+            for kind, tensor in _tensors(entry).items():
+                name = names.setdefault(id(tensor), f"{module}.{kind}")
+                tensors[name] = tensor
+                modules[module][kind] = name
+        file = f"block-{index:05d}.safetensors"
+        with disk_errors(self.folder):
+            _write_tensors(self.folder / file, tensors)
+        self._state["blocks"][str(index)] = {"file": file, "modules": modules}
+        self._write()
+
+    def load(self, modules: Sequence[str], kinds: Collection[str] | None = None) -> dict[str, ModuleStatistics]:
+        """Read statistics of layers of one block, so that shared Grams are read once.
+
+        Args:
+            modules: their names.
+            kinds: which of :data:`STATISTICS` to read, by default those that are here; others are None.
+
+        Raises:
+            InputError: a layer or kind is not here, or a file is damaged.
+        """
+        read: dict[str, Tensor] = {}
+        found = {}
+        for module in modules:
+            entry = self._state["blocks"].get(str(layer_number(module)), {})
+            record = entry.get("modules", {}).get(module)
+            if record is None:
+                raise InputError(f"{self.folder} has no statistics of {module}; run `svdconvert calibrate` again")
+            lacking = [kind for kind in kinds or () if kind not in record]
+            if lacking:
+                raise InputError(
+                    f"{self.folder} has no {listing(lacking).replace('_', ' ')} of {module}, which this method needs; "
+                    "run `svdconvert calibrate` for it"
+                )
+            values: dict[str, Tensor | None] = dict.fromkeys(STATISTICS)
+            for kind in STATISTICS if kinds is None else kinds:
+                if kind in record:
+                    if record[kind] not in read:
+                        read[record[kind]] = self._read(entry["file"], record[kind])
+                    values[kind] = read[record[kind]]
+            found[module] = ModuleStatistics(**values, tokens=record["tokens"], samples=record["samples"])
+        return found
+
+    def _read(self, file: str, name: str) -> Tensor:
+        path = self.folder / file
+        infos = {info.name: info for info in read_header(path)}
+        if name not in infos:
+            raise InputError(f"{path} lacks {name}; run `svdconvert calibrate` again")
+        info = infos[name]
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        view = as_bytes(tensor)
+        with path.open("rb", buffering=0) as handle:
+            handle.seek(info.start)
+            while view:
+                count = handle.readinto(view)
+                if not count:
+                    raise InputError(f"{path} ended inside {name}; run `svdconvert calibrate` again")
+                view = view[count:]
+        return tensor
+
+    def _write(self) -> None:
+        with disk_errors(self.folder):
+            atomic_write(self.folder / "stats.json", json.dumps(self._state, indent=1).encode())
+
+
+def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
+    """Store what a run yields, as it comes, and the loss.
+
+    Raises:
+        As :func:`statistics` and :meth:`StatisticsFolder.save`.
+    """
+    for index, found in run:
+        folder.save(index, found)
+    if run.loss is not None and folder.loss != run.loss:
+        folder.set_loss(run.loss)
+
+
+def _tensors(entry: ModuleStatistics) -> dict[str, Tensor]:
+    values = {kind: getattr(entry, kind) for kind in STATISTICS}
+    return {kind: tensor for kind, tensor in values.items() if tensor is not None}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file from the tensors' own memory; its name never shows half of it."""
+    infos = [
+        TensorInfo(name, CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    header, starts, size = layout(infos)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb", buffering=0) as handle:
+            handle.write(header)
+            for name in sorted(tensors, key=starts.__getitem__):
+                view = as_bytes(tensors[name].contiguous())
+                while view:
+                    view = view[handle.write(view) :]
+            assert handle.tell() == size
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _json_or_none(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

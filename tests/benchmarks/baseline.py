@@ -1,0 +1,58 @@
+"""What is compared with: the whole model in memory and a full SVD of every matrix, truncated afterwards.
+
+    python -m tests.benchmarks.baseline CHECKPOINT --rank 512 --layers 0 12
+
+This is how the common scripts do it: ``from_pretrained``, then ``torch.linalg.svd(weight.float(),
+full_matrices=False)`` per linear layer. Only the layers asked for are decomposed, one of them costing as much as any
+other. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+def factor_by_full_svd(weight: Any, rank: int) -> tuple[Any, Any]:
+    """W ~ up @ down with the singular values shared evenly, in float32."""
+    import torch
+
+    u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.baseline")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--layers", type=int, nargs="*", default=[0], help="layers to decompose")
+    options = parser.parse_args()
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(options.checkpoint, torch_dtype=torch.float16)
+    loading = time.perf_counter() - start
+    matrices: dict[str, dict[str, float]] = {}
+    for layer in options.layers:
+        for name, module in model.gpt_neox.layers[layer].named_modules():
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            wall, cpu = time.perf_counter(), time.process_time()
+            down, up = factor_by_full_svd(module.weight.detach(), options.rank)
+            down, up = down.half(), up.half()
+            matrices[f"layers.{layer}.{name}"] = {
+                "seconds": round(time.perf_counter() - wall, 4),
+                "cpu_seconds": round(time.process_time() - cpu, 4),
+            }
+    print(json.dumps({"loading_s": round(loading, 2), "threads": torch.get_num_threads(), "matrices": matrices}))
+
+
+if __name__ == "__main__":
+    main()

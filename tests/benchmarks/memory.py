@@ -1,0 +1,100 @@
+"""Peak memory against the number of layers and the size of the files: it must not grow with either.
+
+    python -m tests.benchmarks.memory --hidden 512 --layers 2 8 24
+
+Every conversion is a process of its own, without the self-check (which loads the result on purpose).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .conversion import convert
+from .measure import machine, machine_line, markdown_table, run, save
+
+# Of the files that are read and written when there are to be many.
+SMALL_FILE = 20_000_000
+# In bytes; a bound on the file size that no model here reaches.
+ONE_FILE = 100_000_000_000
+
+
+def peak(
+    scratch: Path, *, hidden: int, layers: int, source_bytes: int, output_bytes: int, vocab: int
+) -> dict[str, Any]:
+    """Convert a generated checkpoint and say what it took.
+
+    Args:
+        scratch: an empty folder.
+        hidden, layers, vocab: the model's size.
+        source_bytes, output_bytes: limits of the weight files read and written.
+    """
+    source = scratch / f"{hidden}-{layers}-{source_bytes}"
+    if not source.exists():
+        arguments = ["tests.benchmarks.geometry", "1.3b", "--out", str(source), "--shard-bytes", str(source_bytes)]
+        run([*arguments, "--hidden", str(hidden), "--layers", str(layers), "--vocab", str(vocab)])
+    options = ["--no-check", "--max-shard-size", str(output_bytes)]
+    measured = convert(source, scratch / "factored", hidden // 4, 1, 0, options)
+    return {
+        "hidden": hidden,
+        "layers": layers,
+        "source_files": len(list(source.glob("*.safetensors"))),
+        "max_output_file": output_bytes,
+        "weight_bytes": measured["weight_bytes"],
+        "peak_bytes": measured["peak_bytes"],
+    }
+
+
+def benchmark(hidden: int, layers: Sequence[int], vocab: int) -> dict[str, Any]:
+    """Every number of layers with one file and with many."""
+    runs = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for count in layers:
+            for limit in (ONE_FILE, SMALL_FILE):
+                runs.append(
+                    peak(
+                        Path(scratch),
+                        hidden=hidden,
+                        layers=count,
+                        source_bytes=limit,
+                        output_bytes=limit,
+                        vocab=vocab,
+                    )
+                )
+    return {"machine": machine(), "runs": runs}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One line per run."""
+    rows = [
+        [
+            str(run["layers"]),
+            str(run["source_files"]),
+            f"{run['weight_bytes'] / 1e6:,.1f}",
+            "one" if run["max_output_file"] == ONE_FILE else f"up to {run['max_output_file'] / 1e6:.0f} MB each",
+            f"{run['peak_bytes'] / 1e6:,.1f}",
+        ]
+        for run in result["runs"]
+    ]
+    heads = ["layers", "files read", "MB written", "files written", "peak MB"]
+    head = f"Peak memory, hidden size {result['runs'][0]['hidden']}, one worker, CPU"
+    return "\n".join([head, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.memory")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 24])
+    parser.add_argument("--vocab", type=int, default=4096)
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    options = parser.parse_args()
+    result = benchmark(options.hidden, options.layers, options.vocab)
+    save(options.out, "memory", result, markdown(result))
+
+
+if __name__ == "__main__":
+    main()
