@@ -250,9 +250,19 @@ def _skeleton(source: Source) -> Any:
         with quiet_transformers(), init_empty_weights(include_buffers=False):
             config = AutoConfig.for_model(source.config["model_type"], **settings)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise InputError(f"config.json of {source.name} cannot be used: {str(error).strip().splitlines()[0]}") from None
+    except (ValueError, TypeError, KeyError, RuntimeError, _config_error()) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"config.json of {source.name} cannot be used: {reason}") from None
     return model.eval()
+
+
+def _config_error() -> type[Exception]:
+    """What transformers 5 raises for a config that contradicts itself; before it was a ValueError."""
+    from huggingface_hub import errors
+
+    found = getattr(errors, "StrictDataclassError", ValueError)
+    assert issubclass(found, Exception)
+    return found
 
 
 def _move_buffers(module: nn.Module, device: torch.device) -> None:

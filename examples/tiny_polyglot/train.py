@@ -323,7 +323,7 @@ def train(work: Path, log: Path, model: GPTNeoXForCausalLM, steps: int, peak: fl
             partial.replace(checkpoint)
 
     with log.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, LOG_FIELDS)
+        writer = csv.DictWriter(file, LOG_FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

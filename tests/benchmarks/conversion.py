@@ -192,17 +192,18 @@ def markdown(result: dict[str, Any]) -> str:
     rows = []
     for name, row in result["summary"].items():
         if name == "full_svd":
-            label = f"full SVD in memory, extrapolated from {len(result['full_svd'])} x sampled layers"
+            label = "full SVD, whole model in memory (extrapolated)"
             seconds, cpu, peak = row["total_s"], row["svd_cpu_s"], row["peak_bytes"]
-            rows.append([label, f"{seconds:.0f}", f"{cpu:.0f}", "", f"{peak / 1e6:,.0f}", "", "", ""])
+            rows.append([label, f"{seconds:.0f}", f"{cpu:.0f}", "", f"{peak / 1e6:,.0f}", *[""] * 4])
             continue
         line = [f"svdconvert, {name}", *(f"{row[key]:.1f}" for key in ("wall_s", "cpu_s", "solver_s"))]
         line += [f"{row[key] / 1e6:,.0f}" for key in ("conversion_peak_bytes", "peak_bytes")]
-        line += [f"{row[key]:.1f}x" if key in row else "" for key in ("speed_ratio", "memory_ratio")]
+        line += [f"{row[key]:.1f}x" if key in row else "" for key in ("speed_ratio", "cpu_ratio", "memory_ratio")]
         rows.append(line)
-    heads = ["way", "wall s", "CPU s", "solver s", "peak MB", "peak MB with check", "faster", "less memory"]
+    heads = ["way", "wall s", "CPU s", "solver s", "peak MB", "with check", "wall", "CPU", "memory"]
     first = next(iter(result["conversions"].values()))[0]
     checks = "; ".join(first["checks"]) or "none asked for"
+    others = [f"{run['others']:.0%}" for runs in result["conversions"].values() for run in runs]
     title = f"polyglot-ko-{result['model']} geometry ({result['layers']} layers of {result['hidden']})"
     return "\n".join(
         [
@@ -215,6 +216,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"relative error mean {first['relative_error']['mean']:.4f}, worst {first['relative_error']['worst']:.4f}, "
             f"at most {first['excess_worst']:.1e} above the optimum; solved in {', '.join(first['precisions'])}.",
             f"Self-check: {checks}.",
+            "The last three columns are the full SVD's figure over ours. Share of the machine taken by other processes "
+            f"during the conversions: {', '.join(others)}.",
             machine_line(result["machine"]),
         ]
     )

@@ -163,6 +163,9 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": memory,
         "system": platform.system(),
+        "environment": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(("OMP_", "MKL_", "MALLOC_"))
+        },
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
     }
 
@@ -170,7 +173,9 @@ def machine() -> dict[str, Any]:
 def machine_line(found: Mapping[str, Any]) -> str:
     """The machine in a sentence for the head of a table."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    return f"{found['cpu']}, {found['cores']} cores, {found['memory_bytes'] / 2**30:.0f} GiB memory; {versions}."
+    environment = "".join(f", {name}={value}" for name, value in found["environment"].items())
+    memory = f"{found['memory_bytes'] / 2**30:.0f} GiB memory"
+    return f"{found['cpu']}, {found['cores']} cores, {memory}{environment}; {versions}."
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

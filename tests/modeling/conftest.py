@@ -56,7 +56,7 @@ AUTO_MAP = {
 
 
 def pytest_configure():
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two threads on matrices this small only wait for each other
 
 
 def layer_paths(names=LINEARS):

@@ -81,6 +81,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(VERSION < (5,), reason="native tensor parallelism on CPU is measured for transformers 5")
 def test_tensor_parallel(tiny, ids, expected, tmp_path):
     torch.save(ids, tmp_path / "ids.pt")

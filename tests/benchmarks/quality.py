@@ -1,0 +1,137 @@
+"""Methods, allocations and budgets on a trained model: held-out perplexity of each combination.
+
+    python -m tests.benchmarks.quality --out docs/quality
+
+By default on the bundled model. Every combination starts from one calibration (the decompositions are kept), is written
+as a real checkpoint, and is evaluated on text that neither training nor calibration has seen. Writes JSON and Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdconvert import Calibration, convert, evaluate
+from svdconvert.metrics import METHODS
+
+BUNDLED = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to compress."""
+
+    name: str
+    method: str
+    allocation: str
+
+
+ROWS = (
+    Row("svd, uniform", "svd", "uniform"),
+    Row("asvd, uniform", "asvd", "uniform"),
+    Row("fwsvd, uniform", "fwsvd", "uniform"),
+    Row("whiten, uniform (SVD-LLM)", "whiten", "uniform"),
+    Row("whiten, global", "whiten", "global"),
+    Row("kfac, uniform", "kfac", "uniform"),
+    Row("kfac, global", "kfac", "global"),
+)
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=BUNDLED / "model")
+    parser.add_argument("--calib", default=str(BUNDLED / "calibration.txt"))
+    parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--only", nargs="*", help="names of rows; default all")
+    parser.add_argument("--out", type=Path, required=True, help="file name without its ending")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        results = compare(options, Path(temporary))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    text = table(results)
+    options.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All rows at all budgets."""
+    calibration = Calibration(options.calib, samples=options.samples, length=options.length, batch_size=16)
+
+    def perplexity(path: Path) -> float:
+        return evaluate(path, options.text, window=options.window, batch_size=32, device="cpu").perplexity
+
+    dense = perplexity(options.model)
+    results: dict[str, Any] = {
+        "model": options.model.name,
+        "dense_perplexity": dense,
+        "calibration": {"samples": options.samples, "length": options.length},
+        "window": options.window,
+        "rows": [],
+    }
+    for row in ROWS:
+        if options.only and row.name not in options.only:
+            continue
+        for keep in options.keep:
+            out = folder / "out"
+            report = convert(
+                options.model,
+                out,
+                keep=keep,
+                method=row.method,
+                allocation=row.allocation,
+                calibration=calibration if METHODS[row.method].statistics else None,
+                work=folder / f"work-{row.method}",
+                device="cpu",
+                check=False,
+            )
+            found = perplexity(out)
+            results["rows"].append(
+                {
+                    "name": row.name,
+                    "keep": keep,
+                    "params": report.plan.params_after,
+                    "perplexity": found,
+                    "added": math.log(found / dense),
+                    "predicted": report.outcome.record.get("predicted_loss"),
+                }
+            )
+            print(row.name, keep, f"{found:.2f}", f"+{math.log(found / dense):.4f}", flush=True)
+            shutil.rmtree(out)
+    return results
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    keeps = list(dict.fromkeys(row["keep"] for row in results["rows"]))
+    lines = [
+        f"Dense perplexity {results['dense_perplexity']:.2f} (window {results['window']}); in each cell perplexity and "
+        "added log-perplexity.",
+        "",
+        "| | " + " | ".join(f"{keep:.0%} kept" for keep in keeps) + " |",
+        "|---" * (len(keeps) + 1) + "|",
+    ]
+    for name in dict.fromkeys(row["name"] for row in results["rows"]):
+        cells = {row["keep"]: row for row in results["rows"] if row["name"] == name}
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{cells[k]['perplexity']:.2f} (+{cells[k]['added']:.3f})" for k in keeps)
+            + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
