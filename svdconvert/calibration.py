@@ -52,7 +52,7 @@ from svdconvert.writer import atomic_write, disk_errors, sync_folder
 LABELS = ("empirical", "sampled")
 
 # Upper triangles of Grams are added up in panels of so many columns, from so many rows at a time.
-PANEL, ROWS = 256, 2048
+PANEL, ROWS = 256, 1024
 
 # The head is applied to so many positions at a time as give logits of this size.
 LOGIT_BYTES = 2**26
@@ -463,11 +463,13 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 class GramSum:
-    """Sum of x x^T over rows, in float64.
+    """Sum of x x^T over rows, products and sum in float64.
 
-    Only the upper triangle is computed. On a CPU that makes products in float64 as cheap as plain ones in float32; on
-    a GPU, where float64 may be 64 times slower, products of at most :data:`ROWS` rows are taken in float32 and
-    summed in float64, which agrees with float64 throughout to 2e-7 of sqrt(C_ii C_jj).
+    Products in float32 are not enough, even when they are summed in float64. Where a few tokens have several massive
+    channels (1e3 to 1e4 times the others, as the first token of a sequence has in many models), their rounding
+    drowns the small eigenvalues that a whitening lives on: at 1e4 the smallest come out wrong or negative, and a
+    truncation in that metric may lose several times what it has to. As only the upper triangle is computed, float64
+    takes no longer on a CPU than a plain product in float32.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -478,19 +480,14 @@ class GramSum:
             device: where rows come from, and where the sum is kept.
         """
         self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
-        self._exact = device.type == "cpu"
 
     def add(self, rows: Tensor) -> None:
         """Add rows [n, size]."""
         for part in rows.split(ROWS):
-            part = part.double() if self._exact or part.dtype == torch.float64 else part.float()
-            for begin in range(0, part.shape[1], PANEL):
-                panel, rest = part[:, begin : begin + PANEL].T, part[:, begin:]
-                target = self._sum[begin : begin + PANEL, begin:]
-                if part.dtype == torch.float64:
-                    target.addmm_(panel, rest)
-                else:
-                    target.add_(panel @ rest)
+            exact = part.double()
+            for begin in range(0, exact.shape[1], PANEL):
+                end = begin + PANEL
+                self._sum[begin:end, begin:].addmm_(exact[:, begin:end].T, exact[:, begin:])
 
     def mean(self, count: int) -> Tensor:
         """The symmetric mean over ``count`` rows, on the CPU; ends the sum."""

@@ -23,7 +23,7 @@ def modeling_source(row: Architecture) -> bytes:
 
 
 def factored_config(
-    source: Mapping[str, Any], row: Architecture, ranks: Mapping[str, int], dtype: str
+    source: Mapping[str, Any], row: Architecture, ranks: Mapping[str, int], dtype: str, layout: str
 ) -> dict[str, Any]:
     """config.json of the factored model: the source's fields, and what makes it loadable.
 
@@ -32,6 +32,7 @@ def factored_config(
         row: its architecture.
         ranks: module path -> rank.
         dtype: ``keep``, or the torch type of the new weights.
+        layout: how the products are stored.
     """
     config = {key: value for key, value in source.items() if key not in ("_name_or_path", "dtype")}
     config |= row.config_overrides(source)
@@ -40,6 +41,7 @@ def factored_config(
         "auto_map": row.auto_map,
         "model_type": row.svd_model_type,
         "svd_ranks": dict(ranks),
+        "svd_layout": layout,
     }
     # transformers before 4.56 knows torch_dtype only; later ones read either.
     stored = source.get("torch_dtype") or source.get("dtype") if dtype == "keep" else dtype
@@ -50,7 +52,11 @@ def factored_config(
 
 def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
     """config.json of the stock model that a factored one multiplies out to."""
-    config = {key: value for key, value in factored.items() if key not in ("auto_map", "svd_ranks", "_name_or_path")}
+    config = {
+        key: value
+        for key, value in factored.items()
+        if key not in ("auto_map", "svd_ranks", "svd_layout", "_name_or_path")
+    }
     config |= row.config_overrides(factored)
     return config | {"architectures": [row.dense_class], "model_type": row.model_type}
 

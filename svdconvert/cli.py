@@ -110,6 +110,13 @@ _plan_options = _options(
     click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights."),
     _shard_option,
     click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository."),
+    click.option(
+        "--layout",
+        type=click.Choice(["balanced", "pivoted"]),
+        default="balanced",
+        show_default=True,
+        help="Two factors, or rows of each matrix and the coefficients of the others: more rank for the same size.",
+    ),
     click.option("--factor-all", is_flag=True, help="Factor also where the rank saves nothing."),
 )
 

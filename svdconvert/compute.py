@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
+from svdconvert.pivoting import full_up, pivot, product, refit
 from svdconvert.solver import Factors, Workspace, factorize, truncate
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
@@ -19,14 +20,14 @@ Operation = Callable[[Sequence[Tensor], Step, Workspace], tuple[list[Tensor], di
 
 
 def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
-    """W -> (down, up)."""
+    """W -> the tensors of its layout."""
     (weight,) = inputs
-    factors = factorize(weight, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
-    return [factors.down, factors.up], _factors_report(weight, step, factors)
+    rank = step.options["rank"]
+    return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), right=None)
 
 
 def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
-    """W and its decomposition, computed beforehand -> (down, up)."""
+    """W and its decomposition, computed beforehand -> the tensors of its layout."""
     from svdconvert.decomposing import load_decomposition
 
     (weight,) = inputs
@@ -34,44 +35,74 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     tall = weight.shape[0] >= weight.shape[1]
     left, right = (None, inner) if tall else (inner, None)
     rank = step.options["rank"]
-    factors = truncate(weight, found, rank, torch_dtype(step.outputs[0].dtype), workspace, left, right)
+    tensors, report = _stored(
+        weight,
+        step,
+        lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right),
+        right if tall else _UNKNOWN,
+    )
     # What is cut off, in the method's own metrics; the metric on the longer side is not kept, so that what rounding
     # adds there is not known.
-    lost = {"lost": float(found.spectrum[rank:].sum()), "whole": float(found.spectrum.sum())}
-    return [factors.down, factors.up], _factors_report(weight, step, factors) | lost
+    spectrum = found.spectrum
+    return tensors, report | {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
 
 
-def _factors_report(weight: Tensor, step: Step, factors: Factors) -> dict[str, Any]:
-    return {
+# Stands for a metric that there is but that was not kept.
+_UNKNOWN = torch.empty(0)
+
+
+def _stored(
+    weight: Tensor, step: Step, solve: Callable[[torch.dtype], Factors], right: Tensor | None
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Factors in the layout that the step asks for, and their report."""
+    dtype = torch_dtype(step.outputs[0].dtype)
+    if step.options["layout"] == "balanced":
+        factors = solve(dtype)
+        tensors, error = [factors.down, factors.up], factors.relative_error
+    else:
+        factors = solve(torch.float64)
+        rows, coefficients, position = pivot(factors.up, factors.down, dtype)
+        if right is not _UNKNOWN:  # the rounding of the rows can be made good
+            coefficients = refit(weight, rows, position, right).to(dtype)
+        tensors, error = [rows, coefficients, position], _relative_error(weight, rows, coefficients, position)
+    return tensors, {
         "rank": step.options["rank"],
         "shape": list(weight.shape),
-        "relative_error": factors.relative_error,
+        "relative_error": error,
         "optimal_error": factors.optimal_error,
-        "energy_kept": 1 - factors.relative_error**2,
+        "energy_kept": 1 - error**2,
         "precision": factors.precision,
     }
 
 
+def _relative_error(weight: Tensor, rows: Tensor, coefficients: Tensor, position: Tensor) -> float:
+    exact = weight.double()
+    norm = float(torch.linalg.vector_norm(exact))
+    return float(torch.linalg.vector_norm(exact - product(rows, coefficients, position))) / norm if norm else 0.0
+
+
 def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
-    """(down [r, n], up [m, r]) -> W [m, n], multiplied in float32."""
-    down, up = inputs
-    product = torch.mm(up.float(), down.float())
-    return [product.to(torch_dtype(step.outputs[0].dtype))], {"rank": down.shape[0]}
+    """The tensors of a layout -> W [m, n], multiplied in float32, or float64 for the pivoted layout."""
+    down, up, *position = inputs
+    dense = product(down, up, position[0]) if position else up.float() @ down.float()
+    return [dense.to(torch_dtype(step.outputs[0].dtype))], {"rank": down.shape[0]}
 
 
 def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
-    """(down, up, A [q, n], B [m, q]) -> ([down; A], [up, s B]): a parallel LoRA becomes q more ranks.
+    """(tensors of a layout, A [q, n], B [m, q]) -> ([down; A], [up, s B]): a parallel LoRA becomes q more ranks.
 
     The scale is shared evenly between both, as the factors share their singular values.
     """
-    down, up, lora_a, lora_b = (tensor.float() for tensor in inputs)
+    down, up, *position, lora_a, lora_b = (t.float() if t.is_floating_point() else t for t in inputs)
     scale = float(step.options["scale"])
     root = abs(scale) ** 0.5
     sign = 1.0 if scale >= 0 else -1.0
-    return [
-        torch.cat([down, root * lora_a]).to(torch_dtype(step.outputs[0].dtype)),
-        torch.cat([up, sign * root * lora_b], dim=1).to(torch_dtype(step.outputs[1].dtype)),
-    ], {"rank": step.outputs[0].shape[0]}
+    dtype = torch_dtype(step.outputs[0].dtype)
+    if position:
+        up = full_up(up, position[0]).float()
+    wider, taller = torch.cat([down, root * lora_a]), torch.cat([up, sign * root * lora_b], dim=1)
+    tensors = list(pivot(taller, wider, dtype)) if position else [wider.to(dtype), taller.to(dtype)]
+    return tensors, {"rank": wider.shape[0]}
 
 
 def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:

@@ -16,6 +16,7 @@ from svdconvert.calibrating import Calibration, provider
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
+from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.metrics import Method, method_named, method_options
 from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest, Target
@@ -87,6 +88,7 @@ def plan(
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     factor_all: bool = False,
+    layout: str = DEFAULT.name,
 ) -> Plan:
     """What :func:`convert` would do, from config and headers alone.
 
@@ -96,11 +98,12 @@ def plan(
         keep: instead, the fraction of the target parameters to keep.
         params: instead, the parameters of the whole converted model.
         targets: patterns that choose among the linear layers; empty means all of them.
-        method: how the factors are computed.
+        method: row of :data:`svdconvert.metrics.METHODS`.
         dtype: ``keep``, ``float16``, ``bfloat16`` or ``float32``.
         max_shard_size: limit of a weight file, in bytes or as ``5GB``.
         revision: branch, tag or commit on the Hub.
         factor_all: factor also where that saves nothing.
+        layout: how the products are stored, see :func:`convert`.
 
     Raises:
         InputError: the model or the request cannot be used; the message says why.
@@ -108,7 +111,13 @@ def plan(
     source = open_source(os.fspath(model), revision, need_weights=False)
     request = _request(rank, keep, params, factor_all)
     return make_plan(
-        source, request, method=method, targets=targets, dtype=dtype, max_shard_bytes=_bytes(max_shard_size)
+        source,
+        request,
+        method=method,
+        targets=targets,
+        dtype=dtype,
+        layout=layout,
+        max_shard_bytes=_bytes(max_shard_size),
     )
 
 
@@ -130,6 +139,7 @@ def convert(
     allocation: str | None = None,
     alpha: float | None = None,
     shrinkage: float | None = None,
+    layout: str = DEFAULT.name,
     work: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     workers: int = 1,
@@ -152,6 +162,8 @@ def convert(
             they help most; by default what the method does best with.
         alpha: exponent of asvd.
         shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
+        layout: ``balanced``, two factors, or ``pivoted``, r rows of each matrix and the coefficients of the others,
+            which buys more rank for the same size.
         work: folder that keeps statistics and decompositions, so that another rank or budget of the same model and
             text starts from them; by default they live in the job's own folder and go with it.
         overwrite: replace what the folder holds.
@@ -184,7 +196,7 @@ def convert(
 
         check_push(push_to_hub, private=private, revision=hub_revision)
     source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
-    planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "layout": layout, "max_shard_bytes": max_shard_bytes}
     made = make_plan(source, request, method=row.name, **planned)
     settings = {**made.settings, "allocation": spread, **options}
     tokens = None
@@ -272,7 +284,7 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
         targets,
         [store.spectrum(target.module).numpy() for target in targets],
         budget,
-        cost=lambda rank, shape: rank * sum(shape),
+        cost=layout_named(made.settings["layout"]).cost,
     )
     return [
         replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
@@ -337,7 +349,7 @@ def _allocation(method: Method, asked: str | None, request: RankRequest) -> str:
 
 def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method) -> Job:
     row = dense_architecture(source.config, source.name)
-    config = checkpoint.factored_config(source.config, row, made.ranks, made.settings["dtype"])
+    config = checkpoint.factored_config(source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"])
     config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
     command = command_line(source, made, settings)
 
@@ -391,6 +403,7 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
     if made.method != "svd":
         words += ["--method", made.method, "--calib", "TEXT", "--calib-samples", str(settings["samples"])]
         words += ["--calib-length", str(settings["length"]), "--seed", str(settings["seed"])]
+    words += ["--layout", settings["layout"]] if settings["layout"] != DEFAULT.name else []
     words += ["--allocation", "global"] if settings["allocation"] == "global" else []
     for option in method_named(made.method).options:
         words += [f"--{option}", f"{settings[option]:g}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
-from svdconvert.planning import factor_names, natural
+from svdconvert.layouts import layout_of
+from svdconvert.planning import natural
 from svdconvert.source import Source, listing, open_source
 from svdconvert.steps import Step, parse_size, shard
 
@@ -49,10 +50,12 @@ def densify(
     source = open_source(os.fspath(model))
     row = factored_architecture(source.config, source.name)
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
-    biases = {f"{row.prefix}{module}.up.bias" for module in source.config["svd_ranks"]}
+    layout = layout_of(source.config)
+    dense_biases = (f"{row.prefix}{module}.bias" for module in source.config["svd_ranks"])
+    biases = {layout.bias_name(name): name for name in dense_biases}
 
     def dense_name(name: str) -> str:
-        return name.removesuffix("up.bias") + "bias" if name in biases else row.dense_name(name)
+        return biases.get(name) or row.dense_name(name)
 
     steps = factored_steps(source, row, _multiply_steps, dense_name)
     outputs = [info for step in steps for info in step.outputs]
@@ -91,7 +94,7 @@ def densify(
 def factored_steps(
     source: Source,
     row: Architecture,
-    factored_step: Callable[[str, str, TensorInfo, TensorInfo], list[Step]],
+    factored_step: Callable[[str, str, tuple[TensorInfo, ...]], list[Step]],
     copied_name: Callable[[str], str],
 ) -> list[Step]:
     """Steps over a factored checkpoint: one for each pair of factors, a copy for everything else.
@@ -99,24 +102,25 @@ def factored_steps(
     Args:
         source: the factored checkpoint.
         row: its architecture.
-        factored_step: (module, weight name, down, up) -> the steps that make something of a pair.
+        factored_step: (module, weight name, its tensors) -> the steps that make something of them.
         copied_name: name in the source -> name in the result, for the tensors that are copied.
 
     Raises:
         InputError: config.json names a factor that the files do not have.
     """
+    layout = layout_of(source.config)
     steps: list[Step] = []
     factors: set[str] = set()
     for module, rank in source.config["svd_ranks"].items():
         weight = f"{row.prefix}{module}.weight"
-        names = factor_names(weight)
+        names = layout.names(weight)
         missing = [name for name in names if name not in source.tensors]
         if missing:
             raise InputError(f"{source.name} lacks {listing(missing)}, which its config.json promises")
-        down, up = (source.tensors[name] for name in names)
-        if down.shape[0] != rank or up.shape[1] != rank:
-            raise InputError(f"{module} of {source.name} has rank {down.shape[0]}, but config.json says {rank}")
-        steps += factored_step(module, weight, down, up)
+        stored = tuple(source.tensors[name] for name in names)
+        if stored[0].shape[0] != rank or stored[1].shape[1] != rank:
+            raise InputError(f"{module} of {source.name} has rank {stored[0].shape[0]}, but config.json says {rank}")
+        steps += factored_step(module, weight, stored)
         factors.update(names)
     for name, info in source.tensors.items():
         if name not in factors:
@@ -129,6 +133,12 @@ def copy_step(info: TensorInfo, name: str) -> Step:
     return Step("copy", info.name, (info,), (replace(info, name=name, file="", start=-1),))
 
 
-def _multiply_steps(module: str, weight: str, down: TensorInfo, up: TensorInfo) -> list[Step]:
-    product = TensorInfo(weight, up.dtype, (up.shape[0], down.shape[1]))
-    return [Step("multiply", weight, (down, up), (product,))]
+def outer_shape(stored: Sequence[TensorInfo]) -> tuple[int, int]:
+    """``(out, in)`` of the dense matrix that stored tensors stand for."""
+    down, up, *position = stored
+    return (position[0].shape[0] if position else up.shape[0]), down.shape[1]
+
+
+def _multiply_steps(module: str, weight: str, stored: tuple[TensorInfo, ...]) -> list[Step]:
+    product = TensorInfo(weight, stored[0].dtype, outer_shape(stored))
+    return [Step("multiply", weight, stored, (product,))]

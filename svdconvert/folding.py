@@ -11,17 +11,17 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from svdconvert import card, checkpoint
 from svdconvert.architectures import factored_architecture
-from svdconvert.densifying import copy_step, factored_steps
+from svdconvert.densifying import copy_step, factored_steps, outer_shape
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, read_header
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
+from svdconvert.layouts import layout_of
 from svdconvert.source import LocalSource, Source, listing, read_json
 from svdconvert.steps import Step, parse_size, shard
 
@@ -175,22 +175,26 @@ def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
     row = factored_architecture(source.config, source.name)
     ranks = dict(source.config["svd_ranks"])
     left = dict(lora.pairs)
-
-    def grown(info: TensorInfo, shape: tuple[int, ...]) -> TensorInfo:
-        return replace(info, shape=shape, file="", start=-1)
+    layout = layout_of(source.config)
 
     def check(module: str, shape: tuple[int, int], pair: tuple[TensorInfo, TensorInfo]) -> None:
         if (pair[1].shape[0], pair[0].shape[1]) != shape:
             raise InputError(f"the adapter's weights for {module} do not fit a {shape[0]} x {shape[1]} layer")
 
-    def extend(module: str, weight: str, down: TensorInfo, up: TensorInfo) -> list[Step]:
+    def extend(module: str, weight: str, stored: tuple[TensorInfo, ...]) -> list[Step]:
         pair = left.pop(f"{row.prefix}{module}", None)
         if pair is None:
-            return [copy_step(down, down.name), copy_step(up, up.name)]
-        check(module, (up.shape[0], down.shape[1]), pair)
-        rank = ranks[module] = down.shape[0] + pair[0].shape[0]
-        outputs = (grown(down, (rank, down.shape[1])), grown(up, (up.shape[0], rank)))
-        return [Step("extend", weight, (down, up, *pair), outputs, {"scale": lora.scale(f"{row.prefix}{module}")})]
+            return [copy_step(info, info.name) for info in stored]
+        shape = outer_shape(stored)
+        check(module, shape, pair)
+        rank = ranks[module] = stored[0].shape[0] + pair[0].shape[0]
+        if rank > min(shape) or (layout.index and rank == shape[0]):
+            raise InputError(
+                f"folding would raise {module} to rank {rank}, more than a {shape[0]} x {shape[1]} matrix has; "
+                "run `svdconvert densify` and merge the adapter into the dense model"
+            )
+        outputs = layout.tensors(weight, rank, shape, stored[0].dtype)
+        return [Step("extend", weight, (*stored, *pair), outputs, {"scale": lora.scale(f"{row.prefix}{module}")})]
 
     steps = []
     for step in factored_steps(source, row, extend, lambda name: name):

@@ -14,6 +14,7 @@ from typing import Any
 from svdconvert.architectures import Architecture, dense_architecture
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo
+from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named
 from svdconvert.ranks import RankRequest, Target, assign, matches
 from svdconvert.source import Source, listing
@@ -176,6 +177,7 @@ def make_plan(
     max_shard_bytes: int = 5_000_000_000,
     ranked: Sequence[Target] | None = None,
     decompositions: Mapping[str, str] | None = None,
+    layout: str = DEFAULT.name,
 ) -> Plan:
     """Plan a conversion.
 
@@ -187,6 +189,7 @@ def make_plan(
         dtype: ``keep`` or the torch name of the type that every tensor of the result gets.
         max_shard_bytes: limit of a weight file.
         ranked: the targets with the ranks that a budget has given them; None for those that the request itself gives.
+        layout: row of :data:`svdconvert.layouts.LAYOUTS`.
         decompositions: module path -> file with its decomposition, where that was computed beforehand.
 
     Raises:
@@ -200,11 +203,12 @@ def make_plan(
     kept = {name: info for name, info in source.tensors.items() if not row.is_dropped(name)}
     check_tensors(kept, row, source)
 
-    candidates = choose_targets(kept, row, targets)
+    stored = layout_named(layout)
+    candidates = [replace(target, layout=stored) for target in choose_targets(kept, row, targets)]
     dense_params = sum(info.size for info in kept.values())
     if ranked is None:
         ranked = assign(candidates, request, dense_params - sum(target.dense_params for target in candidates))
-    steps = _steps(kept, ranked, row, dtype, decompositions or {})
+    steps = _steps(kept, ranked, row, dtype, decompositions or {}, stored)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
     return Plan(
@@ -216,7 +220,7 @@ def make_plan(
         steps=tuple(steps),
         shards=shards,
         params_before=dense_params,
-        params_after=sum(info.size for info in outputs),
+        params_after=sum(info.size for info in outputs if info.dtype in FLOATS),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
         notes=tuple(_notes(source, dropped, ranked)),
@@ -225,6 +229,7 @@ def make_plan(
             "targets": list(targets),
             **request.settings(),
             "dtype": dtype,
+            "layout": layout,
             "max_shard_bytes": max_shard_bytes,
         },
     )
@@ -294,18 +299,13 @@ def layer_number(module: str) -> int:
     return int(match[1]) if match else -1
 
 
-def factor_names(weight: str) -> tuple[str, str]:
-    """``x.weight`` -> ``("x.down.weight", "x.up.weight")``."""
-    stem = weight.removesuffix(".weight")
-    return f"{stem}.down.weight", f"{stem}.up.weight"
-
-
 def _steps(
     tensors: Mapping[str, TensorInfo],
     targets: Sequence[Target],
     row: Architecture,
     dtype: str,
     decompositions: Mapping[str, str],
+    layout: Layout,
 ) -> list[Step]:
     """One step per source tensor, in the order of the source's files, so that each file is needed once."""
     ranks = {target.weight: target.rank for target in targets if target.rank is not None}
@@ -316,14 +316,13 @@ def _steps(
         code = info.dtype if dtype == "keep" else CODES[dtype]
         if name in ranks:
             rank = ranks[name]
-            down, up = factor_names(name)
-            outputs = (TensorInfo(down, code, (rank, info.shape[1])), TensorInfo(up, code, (info.shape[0], rank)))
+            outputs = layout.tensors(name, rank, (info.shape[0], info.shape[1]), code)
+            arguments: dict[str, Any] = {"rank": rank, "layout": layout.name}
             if name in files:
-                steps.append(Step("truncate", name, (info,), outputs, {"rank": rank, "decomposition": files[name]}))
-            else:
-                steps.append(Step("factorize", name, (info,), outputs, {"rank": rank}))
+                arguments["decomposition"] = files[name]
+            steps.append(Step("truncate" if name in files else "factorize", name, (info,), outputs, arguments))
             continue
-        renamed = name.removesuffix("bias") + "up.bias" if name in factored_biases else row.factored_name(name)
+        renamed = layout.bias_name(name) if name in factored_biases else row.factored_name(name)
         steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))
     return steps
 

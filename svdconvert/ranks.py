@@ -1,7 +1,7 @@
 """From what the user asked for to one rank per matrix.
 
-A factored m x n matrix of rank r stores r(m + n) numbers, so it is smaller only while r(m + n) < m n. A target whose
-rank would not make it smaller stays dense.
+A factored m x n matrix of rank r stores r (m + n) numbers, or r (m + n - r) in the pivoted layout; it is smaller only
+while that is below m n. A target whose rank would not make it smaller stays dense.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svdconvert.errors import InputError
+from svdconvert.layouts import DEFAULT, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Target:
         shape: ``(out, in)``.
         rank: rank it is given, or None where it stays dense.
         reason: why it stays dense; empty otherwise.
+        layout: how its product is stored.
     """
 
     module: str
@@ -32,6 +34,7 @@ class Target:
     shape: tuple[int, int]
     rank: int | None = None
     reason: str = ""
+    layout: Layout = DEFAULT
 
     @property
     def dense_params(self) -> int:
@@ -41,12 +44,17 @@ class Target:
     @property
     def params(self) -> int:
         """Numbers stored for the weight, biases aside."""
-        return self.dense_params if self.rank is None else self.rank * sum(self.shape)
+        return self.dense_params if self.rank is None else self.layout.cost(self.rank, self.shape)
 
     @property
     def break_even(self) -> float:
-        """The rank from which on nothing is saved: m n / (m + n)."""
-        return self.dense_params / sum(self.shape)
+        """The rank from which on nothing is saved."""
+        return self.layout.break_even(self.shape)
+
+    @property
+    def least_share(self) -> float:
+        """Fraction of the dense parameters that rank 1 costs."""
+        return self.layout.cost(1, self.shape) / self.dense_params
 
 
 @dataclass(frozen=True)
@@ -179,14 +187,15 @@ def _fixed(targets: Sequence[Target], request: RankRequest) -> list[Target]:
 
 
 def _uniform(targets: Sequence[Target], keep: float) -> list[Target]:
-    """The same fraction of every matrix: r = floor(keep m n / (m + n))."""
+    """The same fraction of every matrix, rounded down to a whole rank."""
     result = []
     for target in targets:
-        rank = int(keep * target.dense_params / sum(target.shape) + 1e-9)
+        # The allowance is for fractions that came from a number of parameters and are a rounding below it.
+        rank = target.layout.highest_rank(target.shape, keep * target.dense_params + 1e-6)
         if rank < 1:
             raise InputError(
                 f"keeping {keep:.4g} of {target.module} ({target.shape[0]} x {target.shape[1]}) leaves no rank at all; "
-                f"keep at least {sum(target.shape) / target.dense_params:.3g}"
+                f"keep at least {target.least_share:.3g}"
             )
         result.append(replace(target, rank=rank))
     return result
@@ -195,7 +204,7 @@ def _uniform(targets: Sequence[Target], keep: float) -> list[Target]:
 def _fraction_for(targets: Sequence[Target], params: int, untouched: int) -> float:
     dense = sum(target.dense_params for target in targets)
     # A uniform fraction is as small as it can be when the matrix that suffers most is left with rank 1.
-    share = max(sum(target.shape) / target.dense_params for target in targets)
+    share = max(target.least_share for target in targets)
     least = untouched + math.ceil(share * dense)
     if not least <= params < untouched + dense:
         raise InputError(

@@ -165,7 +165,7 @@ def decompose(
     if inner is None:
         return Decomposition(*_eigenvectors(gram, work))
     root = _root(gram)
-    weighted = root.T @ _apply(inner, root)
+    weighted = root.T @ apply_metric(inner, root)
     values, vectors = _eigenvectors(weighted, work)
     return Decomposition(values, root @ vectors)
 
@@ -328,7 +328,7 @@ def _root(gram: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()
 
 
-def _apply(metric: Metric, columns: Tensor) -> Tensor:
+def apply_metric(metric: Metric, columns: Tensor) -> Tensor:
     """Metric times [k, r]."""
     if metric is None:
         return columns
@@ -349,7 +349,7 @@ def _least_squares_partner(matrix: _Scaled, small: Tensor, inner: Metric) -> Ten
         metric does not see give zeros.
     """
     m, n = matrix.weight.shape
-    weighted = _apply(inner, small)
+    weighted = apply_metric(inner, small)
     norms = (small * weighted).sum(dim=0).clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(small.dtype).tiny), 0)
     # Near the identity: without metrics but for the rounding of `small`, with metrics likewise.
@@ -381,11 +381,11 @@ def _metric_loss(
     """
     if total == 0:
         return 0.0
-    gram = small.T @ _apply(inner, small)
+    gram = small.T @ apply_metric(inner, small)
 
     def of_product(factor: Tensor) -> float:
         columns = factor if matrix.tall else factor.T
-        return float(((columns @ gram) * _apply(outer, columns)).sum(dtype=torch.float64))
+        return float(((columns @ gram) * apply_metric(outer, columns)).sum(dtype=torch.float64))
 
     loss = total - of_product(other) + of_product(large - other)
     if outer is None and inner is None and loss < CANCELLATION[small.dtype] * total:

@@ -12,10 +12,12 @@ import torch
 
 from svdconvert.architectures import Architecture, dense_architecture, factored_architecture
 from svdconvert.checkpoint import modeling_source
+from svdconvert.densifying import outer_shape
 from svdconvert.errors import InputError, JobError
 from svdconvert.headers import DTYPES, TensorInfo
+from svdconvert.layouts import layout_of
 from svdconvert.loading import available_memory_bytes, factored_classes, load_model, quiet_transformers
-from svdconvert.planning import factor_names
+from svdconvert.pivoting import full_up
 from svdconvert.source import LocalSource, Source, listing, open_source
 from svdconvert.weights import WeightReader
 from svdconvert.writer import RECORD
@@ -104,7 +106,9 @@ def _modeling_file(folder: Path, row: Architecture) -> Check:
 def _ranks(source: Source, row: Architecture) -> Check:
     ranks = source.config["svd_ranks"]
     for module, rank in ranks.items():
-        down, up = factor_names(f"{row.prefix}{module}.weight")
+        down, up, *position = layout_of(source.config).names(f"{row.prefix}{module}.weight")
+        if position and position[0] not in source.tensors:
+            return Check("ranks", False, f"{position[0]} is missing, so the order of the outputs is unknown")
         for name, axis in ((down, 0), (up, 1)):
             info = source.tensors.get(name)
             if info is None or info.shape[axis] != rank:
@@ -140,7 +144,7 @@ def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"), quiet_transformers():
         model = model_class(config_class(**config))
     tied = set(getattr(model, "_tied_weights_keys", None) or []) if config.get("tie_word_embeddings") else set()
-    return {key: tuple(value.shape) for key, value in model.named_parameters() if key not in tied}
+    return {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
 
 
 def _logits(folder: Path, source: Source, config: Mapping[str, Any]) -> Check:
@@ -172,16 +176,20 @@ def _compare(factored: Source, dense: Source, row: Architecture, folder: Path) -
         raise InputError(f"{dense.name} is a {dense.config.get('model_type')} model, not the source of {folder}")
     recorded = _recorded_errors(folder)
     ours, theirs = WeightReader(factored), WeightReader(dense)
+    layout = layout_of(factored.config)
     copied, different, errors, off = 0, [], [], []
     for name, info in dense.tensors.items():
         module = name.removeprefix(row.prefix).removesuffix(".weight")
         if row.is_dropped(name):
             continue
         if module in factored.config["svd_ranks"] and name.endswith(".weight"):
-            down, up = (factored.tensors[key] for key in factor_names(name))
-            if down.shape[1] != info.shape[1] or up.shape[0] != info.shape[0]:
+            stored = [factored.tensors[key] for key in layout.names(name)]
+            if outer_shape(stored) != info.shape:
                 raise InputError(f"{name} has another shape in {dense.name} than in {folder}; it is not its source")
-            error = _product_error(_whole(theirs, info), _whole(ours, up), _whole(ours, down))
+            down, up, *position = (_whole(ours, part) for part in stored)
+            if position:
+                up = full_up(up, position[0])
+            error = _product_error(_whole(theirs, info), up, down)
             errors.append(error)
             if module in recorded and abs(error - recorded[module]) > _ERROR_TOLERANCE * max(recorded[module], 1e-3):
                 off.append(module)
@@ -207,7 +215,7 @@ def _compare(factored: Source, dense: Source, row: Architecture, folder: Path) -
 def _copied_name(name: str, row: Architecture, factored: Source) -> str:
     module = name.removeprefix(row.prefix).removesuffix(".bias")
     if name.endswith(".bias") and module in factored.config["svd_ranks"]:
-        return name.removesuffix("bias") + "up.bias"
+        return layout_of(factored.config).bias_name(name)
     return row.factored_name(name)
 
 

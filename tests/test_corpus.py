@@ -154,9 +154,7 @@ class TestPlaces:
         assert read(tmp_path) == ["one", "two", "three"]
 
     def test_folder_without_text(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            InputError, match="has no calibration text; expected files that end in .txt, .jsonl, .parquet"
-        ):
+        with pytest.raises(InputError, match=r"has no calibration text; expected files that end in \.txt, \.jsonl"):
             read(tmp_path)
 
     @pytest.mark.parametrize("name", ["nothing.txt", "nothing.jsonl", "./nothing", "/nowhere/at/all"])

@@ -7,6 +7,7 @@ that every step is the real one.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -42,7 +43,8 @@ def main() -> None:
     dense, folder = HERE / "model", options.out / f"r{options.rank}"
 
     disable_progress_bar()
-    console = Console()
+    # Without a terminal nobody wraps lines: give tables the room they need.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     with TerminalEvents(console) as events:
         report = convert(dense, folder, rank=options.rank, device="cpu", events=events)
 

@@ -4,7 +4,9 @@
 
 This is how the common scripts do it: ``from_pretrained``, then ``torch.linalg.svd(weight.float(),
 full_matrices=False)`` per linear layer. Only the layers asked for are decomposed, one of them costing as much as any
-other. Prints JSON.
+other. All weights are read once all the same, since recent versions map the files instead of loading them, and what
+has not been touched yet would be missing from the peak memory. The factors of a whole run would come on top of it.
+Prints JSON.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ def main() -> None:
 
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(options.checkpoint, torch_dtype=torch.float16)
+    for parameter in model.parameters():
+        parameter.detach().max()
     loading = time.perf_counter() - start
     matrices: dict[str, dict[str, float]] = {}
     for layer in options.layers:

@@ -26,7 +26,8 @@ from .geometry import MODELS, SPECTRA, Geometry, resized
 from .measure import Measured, machine, machine_line, markdown_table, run, save
 
 RANKS = {"1.3b": 512, "3.8b": 768, "5.8b": 1024, "12.8b": 1280}
-CHECKING = "checking the result"
+# Said of every weight file when it is complete, so last of all before the self-check and what that imports.
+WROTE = "wrote model"
 
 
 def convert(source: Path, out: Path, rank: int, workers: int, threads: int, options: Sequence[str]) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def convert(source: Path, out: Path, rank: int, workers: int, threads: int, opti
     shutil.rmtree(out, ignore_errors=True)
     command = ["svdconvert", str(source), "--rank", str(rank), "--out", str(out), "--device", "cpu", "--json"]
     command += ["--workers", str(workers), *options]
-    measured = run(command, threads=threads, marks=[CHECKING])
+    measured = run(command, threads=threads, marks=[WROTE])
     report = json.loads(measured.output)
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     record = json.loads((out / "svdconvert.json").read_text())
@@ -54,8 +55,8 @@ def convert(source: Path, out: Path, rank: int, workers: int, threads: int, opti
         "threads": threads,
         "tool_seconds": report["seconds"],
         "tool_peak_bytes": report["peak_memory_bytes"],
-        # Up to the self-check, which loads the result for a trial run if the machine has the memory.
-        "conversion_peak_bytes": measured.marks.get(CHECKING) or measured.peak_bytes,
+        # Before the self-check, which loads the result for a trial run if the machine has the memory.
+        "conversion_peak_bytes": measured.marks.get(WROTE) or measured.peak_bytes,
         "solver_s": round(sum(matrix["seconds"] for matrix in matrices), 2),
         "solver_s_by_kind": _by_kind({name: m["seconds"] for name, m in record["matrices"].items()}),
         "precisions": sorted({matrix["precision"] for matrix in matrices}),

@@ -29,7 +29,7 @@ class Measured:
     Attributes:
         wall, cpu: seconds; ``cpu`` is user and system time of all threads, ``system`` the latter part of it.
         peak_bytes: highest resident memory.
-        marks: peak_bytes at the moment when a line with the given text appeared on standard error.
+        marks: peak_bytes at the moment when a line with the given text last appeared on standard error.
         read_bytes, written_bytes: passed through system calls, whether or not they reached the disk.
         load: one-minute load average of the machine when it began, and the share of the CPU time of the whole machine
             during the run that went to others.

@@ -1,0 +1,111 @@
+"""The pivoted layout: a product as rows of itself and the coefficients of the others.
+
+Any r independent rows of a rank-r matrix span all of them, so that W = P [I; T] W_rows with a permutation P (as in
+PIFA, Zhao et al., ICML 2025): r (m + n - r) numbers, and nothing lost but rounding. That grows with the entries of T;
+so the rows are chosen such that none of them is much above 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from svdconvert.solver import Metric, apply_metric
+
+# No coefficient is left above this. At 1 the choice would be a local maximum of the rows' volume; a little more saves
+# most of the exchanges.
+LARGEST_COEFFICIENT = 1.1
+
+
+def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewrite a product in the pivoted layout.
+
+    The rows are r outputs of nearly largest volume (Goreinov et al., "How to find a good submatrix", 2010): LU with
+    partial pivoting to begin with, then exchanges until every coefficient is small.
+
+    Args:
+        up: [m, r] of full column rank, m > r.
+        down: [r, n].
+        dtype: storage type.
+
+    Returns:
+        ``(rows [r, n], coefficients [m - r, r], position [m] int64)``: output i of the product is element
+        position[i] of [rows; coefficients @ rows].
+    """
+    exact, right = up.double(), down.double()
+    rank = exact.shape[1]
+    order = _independent_rows(exact)
+    coefficients = torch.linalg.solve(exact[order[:rank]], exact[order[rank:]], left=False)
+    _exchange(coefficients, order, rank)
+    chosen = exact[order[:rank]]
+    rows = (chosen @ right).to(dtype)
+    # The same coefficients from scratch: many exchanges would pile up rounding.
+    coefficients = torch.linalg.solve(chosen, exact[order[rank:]], left=False)
+    return rows, coefficients.to(dtype), torch.argsort(order)
+
+
+def refit(weight: Tensor, rows: Tensor, position: Tensor, right: Metric) -> Tensor:
+    """The coefficients that fit a matrix best, given the rows as they are stored.
+
+    Every output is a least-squares problem of its own, so that the metric on the outputs plays no part.
+
+    Args:
+        weight: [m, n], the matrix that is approximated.
+        rows: [r, n], rounded.
+        position: [m].
+        right: metric on the inputs.
+
+    Returns:
+        [m - r, r] float64.
+    """
+    exact = rows.double()
+    weighted = apply_metric(right, exact.T)  # [n, r]
+    others = weight[torch.argsort(position)[rows.shape[0] :]].double()
+    gram = exact @ weighted
+    scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
+    root, failed = torch.linalg.cholesky_ex(gram * scale[:, None] * scale)
+    products = (others @ weighted) * scale
+    if int(failed):
+        return (products @ torch.linalg.pinv(gram * scale[:, None] * scale, hermitian=True)) * scale
+    return torch.cholesky_solve(products.T, root).T * scale
+
+
+def product(rows: Tensor, coefficients: Tensor, position: Tensor) -> Tensor:
+    """The matrix that a pivoted triple stands for: [m, n] float64."""
+    exact = rows.double()
+    return torch.cat([exact, coefficients.double() @ exact])[position]
+
+
+def full_up(coefficients: Tensor, position: Tensor) -> Tensor:
+    """The coefficients of all outputs, those of the stored rows included: [m, r] float64."""
+    rank = coefficients.shape[1]
+    identity = torch.eye(rank, dtype=torch.float64, device=coefficients.device)
+    return torch.cat([identity, coefficients.double()])[position]
+
+
+def _independent_rows(matrix: Tensor) -> Tensor:
+    """The row order of an LU decomposition with partial pivoting: [m] int64."""
+    _, pivots = torch.linalg.lu_factor(matrix)
+    order = list(range(matrix.shape[0]))
+    for i, j in enumerate((pivots - 1).tolist()):
+        order[i], order[j] = order[j], order[i]
+    return torch.tensor(order, device=matrix.device)
+
+
+def _exchange(coefficients: Tensor, order: Tensor, rank: int) -> None:
+    """Exchange a chosen row against another while a coefficient exceeds the bound; both arguments are updated.
+
+    Every exchange multiplies the volume of the chosen rows by that coefficient, so that it ends.
+    """
+    while coefficients.numel():
+        i, j = divmod(int(coefficients.abs().argmax()), rank)
+        value = float(coefficients[i, j])
+        if abs(value) <= LARGEST_COEFFICIENT:
+            return
+        # Output i takes the place of chosen output j (Sherman-Morrison for the inverse).
+        row = coefficients[i].clone()
+        column = coefficients[:, j].clone()
+        row[j] -= 1
+        column[i] += 1
+        coefficients.addr_(column, row, alpha=-1 / value)
+        order[[j, rank + i]] = order[[rank + i, j]]
