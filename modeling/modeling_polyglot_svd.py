@@ -4,9 +4,13 @@ The file travels inside the checkpoint and needs only torch and transformers (4.
 
     AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
 
-A factored layer computes h = B A x + bias, with A = `down` [r, in] and B = `up` [out, r] in place of
-a dense W [out, in].
-LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = B(A x) + bias + scale * LB(LA x).
+In place of a dense W [out, in], a factored layer holds, as `svd_layout` in config.json says,
+
+balanced: `down` A [r, in] and `up` B [out, r], h = B A x + bias: r (in + out) numbers;
+pivoted: r rows of W in `down` R [r, in] and the coefficients of the others in `up` T [out - r, r], h = P [R x; T R x]
+    + bias with a permutation P: r (in + out - r) numbers.
+
+LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = W x + bias + scale * LB(LA x).
 """
 
 import re
@@ -22,22 +26,24 @@ AUTO_MAP = {
 }
 
 NO_DENSE_WEIGHT = (
-    "this layer is factored (up @ down) and has no dense weight to read or to merge into; "
+    "this layer is factored and has no dense weight to read or to merge into; "
     "to fold a LoRA adapter into the factors use `svdconvert fold`"
 )
 
 
 class PolyglotSVDConfig(GPTNeoXConfig):
-    """GPT-NeoX configuration plus the ranks of the factored layers.
+    """GPT-NeoX configuration plus the ranks of the factored layers and the way they are stored.
 
     Args:
         svd_ranks: `{"layers.0.attention.query_key_value": 24, ...}`, module paths relative to the base model.
             A linear layer that is not named stays dense.
+        svd_layout: "balanced" (SVDLinear) or "pivoted" (PivotedLinear), for all layers in svd_ranks.
         **kwargs: the fields of `GPTNeoXConfig`. The rotary settings may come in the spelling of transformers 4
             (`rotary_pct`, `rotary_emb_base`, `rope_scaling`), of transformers 5 (`rope_parameters`), or in both.
 
     Raises:
-        ValueError: a rank that is not a positive int, or two rotary spellings that contradict each other.
+        ValueError: a rank that is not a positive int, an unknown layout, or two rotary spellings that contradict each
+            other.
     """
 
     # Not "gpt_neox": without trust_remote_code, transformers must refuse. As "gpt_neox" it would load the stock model
@@ -47,6 +53,7 @@ class PolyglotSVDConfig(GPTNeoXConfig):
     def __init__(
         self,
         svd_ranks=None,
+        svd_layout="balanced",
         rotary_pct=None,
         rotary_emb_base=None,
         rope_parameters=None,
@@ -77,6 +84,9 @@ class PolyglotSVDConfig(GPTNeoXConfig):
         for path, rank in self.svd_ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"svd_ranks[{path!r}] must be a positive int, got {rank!r}")
+        if svd_layout not in list(LAYOUTS):  # of a list, because the value may be unhashable
+            raise ValueError(f"svd_layout must be one of {', '.join(LAYOUTS)}, got {svd_layout!r}")
+        self.svd_layout = svd_layout
 
     @property
     def base_model_tp_plan(self):
@@ -85,14 +95,18 @@ class PolyglotSVDConfig(GPTNeoXConfig):
         The inherited plan names the outer layers, and would shard both factors the same way. Here a column-parallel
         layer shards `up` and a row-parallel one shards `down`, so that the all-reduce moves r numbers per token.
         A pattern covers all layers, so a projection factored in some layers only is left whole with its partner.
+        So is a pivoted one. Its outputs are permuted: the heads of one process need rows R x and products T R x from
+        anywhere, so no contiguous piece of `up` gives them. And without a column-parallel partner, the input of a
+        row-parallel layer is whole.
         """
         plan = {}
+        counts = (0,) if self.svd_layout == "pivoted" else (0, self.num_hidden_layers)
         for column, row in (
             ("attention.query_key_value", "attention.dense"),
             ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         ):
             factored = {name: sum(path.endswith(f".{name}") for path in self.svd_ranks) for name in (column, row)}
-            if all(count in (0, self.num_hidden_layers) for count in factored.values()):
+            if all(count in counts for count in factored.values()):
                 plan[f"layers.*.{column}" + (".up" if factored[column] else "")] = "colwise"
                 plan[f"layers.*.{row}" + (".down" if factored[row] else "")] = "rowwise"
         return plan
@@ -128,28 +142,79 @@ def _agreeing(name, value, other, default):
     return next(v for v in (value, other, default) if v is not None)
 
 
-class SVDLinear(nn.Module):
-    """Rank-r linear layer, y = up(down(x)): [..., in_features] -> [..., out_features].
+class FactoredLinear(nn.Module):
+    """Linear layer [..., in_features] -> [..., out_features] whose weight is held as two inner ones, `down` and `up`.
 
     Not an `nn.Linear` while a model is being built: quantizers and serving engines replace every `nn.Linear` they
     find, and have to find `down` and `up`, not the layer around them.
     """
 
-    def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
+    def __init__(self, in_features, out_features, rank):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+
+    @staticmethod
+    def highest_rank(in_features, out_features):
+        return min(in_features, out_features)
+
+    def init_own(self):
+        """Initial values of what this module holds beside `down` and `up`, which are initialised on their own."""
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class SVDLinear(FactoredLinear):
+    """Rank-r linear layer of two factors, y = up(down(x)), with the bias on `up`."""
+
+    def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
+        super().__init__(in_features, out_features, rank)
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x):
         return self.up(self.down(x))
 
-    def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+class PivotedLinear(FactoredLinear):
+    """Rank-r linear layer of r rows of its weight, `down` [r, in], and the others' coefficients, `up` [out - r, r].
+
+    y[i] = [z; up(z)][position[i]] + bias[i] with z = down(x) [..., r]; `position` [out] is a permutation.
+    """
+
+    def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
+        super().__init__(in_features, out_features, rank)
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("position", torch.empty(out_features, device=device, dtype=torch.int64))
+        self.init_own()
+
+    @staticmethod
+    def highest_rank(in_features, out_features):
+        return min(in_features, out_features - 1)  # no quantizer or engine expects an `up` without outputs
+
+    @torch.no_grad()
+    def init_own(self):
+        # transformers 5 comes here after loading, and marks what it has loaded; 4 comes before
+        if not getattr(self.position, "_is_hf_initialized", False):
+            self.position.copy_(torch.arange(self.out_features, device=self.position.device))
+        if self.bias is not None and not getattr(self.bias, "_is_hf_initialized", False):
+            self.bias.zero_()
+
+    def forward(self, x):
+        z = self.down(x)
+        # index_select: the gradient of an indexing expression is a sort, because its indices might repeat
+        y = torch.cat([z, self.up(z)], -1).index_select(-1, self.position)
+        # as nn.Linear and bitsandbytes do it: a bias in float32 beside layers in half precision does not widen y
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-class AdaptableSVDLinear(SVDLinear, nn.Linear):
-    """What an SVDLinear becomes once its model is loaded: an `nn.Linear` to PEFT, which then adapts it as a whole.
+LAYOUTS = {"balanced": SVDLinear, "pivoted": PivotedLinear}
+
+
+class _Adaptable(nn.Linear):
+    """What a loaded factored layer becomes too: an `nn.Linear` to PEFT, which then adapts it as a whole.
 
     PEFT reads the device, dtype and shape of `weight`; the weight of this layer has these, and nothing else.
     """
@@ -158,17 +223,26 @@ class AdaptableSVDLinear(SVDLinear, nn.Linear):
     def weight(self):
         return _DenseWeight(self)
 
-    @property
-    def bias(self):
-        return self.up.bias
-
     def __setattr__(self, name, value):
         if name == "weight" and not isinstance(value, _DenseWeight):
             raise RuntimeError(NO_DENSE_WEIGHT)
         # PEFT 0.13 unloads an adapter by assigning the layer its own weight and bias
-        if name == "weight" or (name == "bias" and value is self.up.bias):
+        if name == "weight" or (name == "bias" and value is self.bias):
             return
         super().__setattr__(name, value)
+
+
+class AdaptableSVDLinear(SVDLinear, _Adaptable):
+    @property
+    def bias(self):
+        return self.up.bias
+
+
+class AdaptablePivotedLinear(PivotedLinear, _Adaptable):
+    pass
+
+
+ADAPTABLE = {SVDLinear: AdaptableSVDLinear, PivotedLinear: AdaptablePivotedLinear}
 
 
 class _DenseWeight(torch.Tensor):
@@ -203,25 +277,28 @@ class _DenseWeight(torch.Tensor):
         return f"<no dense weight: {tuple(self.shape)}, {self.dtype}, {self.device}>"
 
 
-def _factor_linears(model, ranks):
-    """Replaces the dense linear layers named in `ranks` ({path: rank}) by SVDLinear of the same device and dtype.
+def _factor_linears(model, config):
+    """Replaces the dense linear layers named in `svd_ranks` by factored ones of the same device and dtype.
 
     Raises:
-        ValueError: a path that is no linear layer of `model`, or a rank above min(in_features, out_features).
+        ValueError: a path that is no linear layer of `model`, or a rank that the layout cannot have at its shape.
     """
-    for path, rank in ranks.items():
+    layout = LAYOUTS[config.svd_layout]
+    for path, rank in config.svd_ranks.items():
         try:
             dense = model.get_submodule(path)
         except AttributeError:
             dense = None
         if not isinstance(dense, nn.Linear):
             raise ValueError(f"svd_ranks names {path!r}, which is not a linear layer of {type(model).__name__}")
-        if rank > min(dense.in_features, dense.out_features):
+        highest = layout.highest_rank(dense.in_features, dense.out_features)
+        if rank > highest:
             raise ValueError(
-                f"svd_ranks[{path!r}] is {rank}, but the layer is {dense.out_features} x {dense.in_features}"
+                f"svd_ranks[{path!r}] is {rank}, but the layer is {dense.out_features} x {dense.in_features}: "
+                f"the {config.svd_layout} layout has a rank of at most {highest} there"
             )
         parent, _, name = path.rpartition(".")
-        factored = SVDLinear(
+        factored = layout(
             dense.in_features,
             dense.out_features,
             rank,
@@ -234,16 +311,18 @@ def _factor_linears(model, ranks):
 
 def _make_adaptable(model):
     for module in model.modules():
-        if type(module) is SVDLinear:
-            module.__class__ = AdaptableSVDLinear
+        if type(module) in ADAPTABLE:
+            module.__class__ = ADAPTABLE[type(module)]
 
 
 class _Factored:
-    """What the two model classes share: the switch to AdaptableSVDLinear, and the check of what was loaded."""
+    """What the two model classes share: the switch to adaptable layers, and the check of what was loaded."""
 
     def _init_weights(self, module):
-        # an AdaptableSVDLinear passes for an nn.Linear, but its numbers are in `down` and `up`, visited on their own
-        if not isinstance(module, SVDLinear):
+        # an adaptable layer passes for an nn.Linear, but has no weight to fill
+        if isinstance(module, FactoredLinear):
+            module.init_own()
+        else:
             super()._init_weights(module)
 
     @classmethod
@@ -252,7 +331,7 @@ class _Factored:
 
         Raises:
             ValueError: svd_ranks and the tensors of the checkpoint disagree. (transformers would fill the layers in
-                question with random numbers and only print a report.)
+                question with initial values and only print a report.)
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         _check_factors(model.config.svd_ranks, info)
@@ -271,11 +350,16 @@ class _Factored:
 
 def _check_factors(ranks, info):
     """ValueError if `info` (the loading info of transformers) shows factors without a rank or ranks without factors."""
-    factor = re.compile(r"(?:gpt_neox\.)?(.+)\.(?:down|up)\.(?:weight|bias)")
+    # a bias beside `position` is one of the factors if it is lacking; left over, it may be anybody's
+    factor = re.compile(r"(?:gpt_neox\.)?(.+?)\.((?:down|up)\.(?:weight|bias)|position|bias)")
     mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # 4.57 gives names only
-    absent = sorted(key for key in {*info["missing_keys"], *mismatched} if factor.fullmatch(key))
+    absent = sorted(
+        key for key in {*info["missing_keys"], *mismatched} if (match := factor.fullmatch(key)) and match[1] in ranks
+    )
     unnamed = sorted(
-        key for key in info["unexpected_keys"] if (match := factor.fullmatch(key)) and match[1] not in ranks
+        key
+        for key in info["unexpected_keys"]
+        if (match := factor.fullmatch(key)) and match[1] not in ranks and match[2] != "bias"
     )
     for keys, what in (
         (unnamed, "the checkpoint holds factors of layers that svd_ranks in its config.json does not name"),
@@ -299,7 +383,7 @@ class PolyglotSVDModel(_Factored, GPTNeoXModel):
 
     def __init__(self, config):
         super().__init__(config)
-        _factor_linears(self, config.svd_ranks)
+        _factor_linears(self, config)
         self.post_init()  # again, for the initial weights of the factors
         if not self.embed_in.weight.is_meta:  # on meta a quantizer or a serving engine may still follow
             _make_adaptable(self)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 import svdconvert
 from svdconvert.blocks import ModelBlocks
 from svdconvert.corpus import CalibrationTokens
-from svdconvert.errors import InputError
+from svdconvert.errors import InputError, JobError
 from svdconvert.events import Events
 from svdconvert.headers import CODES, TensorInfo, layout, read_header
 from svdconvert.job import free_bytes
@@ -161,7 +161,8 @@ def statistics(
 
     Returns:
         An iterator over ``(block, {module: ModuleStatistics})``: from the first block to the last, or, where gradients
-        are needed, from the last to the first. A block's files are given up when the next one is asked for.
+        are needed, from the last to the first. A block's files are given up when the next one is asked for; its
+        statistics should be let go of by then, being most of what is in memory.
 
     Raises:
         InputError: a module does not exist, the tokens are not the model's, something is NaN or infinite, or the disk
@@ -274,9 +275,11 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         if not present:
             self._embed()
         for index in range(start, count):
-            collected = self._run_block(index, collect=index in self._todo)
-            if collected is not None:
-                yield index, collected
+            # A local name would keep a block's Grams alive while those of the next are collected.
+            if index in self._todo:
+                yield index, self._run_block(index, collect=True)
+            else:
+                self._run_block(index, collect=False)
             self._store.remove(f"hidden-{index}")
         if self.loss is None:
             self._run_head(gradient=False)
@@ -294,10 +297,10 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             self._run_head(gradient=True)
         self._store.remove(f"hidden-{count}")
         for index in reversed(range(lowest, start)):
-            if index in self._todo or not self._store.has(f"gradient-{index}"):
-                collected = self._differentiate(index, collect=index in self._todo, pass_on=index > lowest)
-                if collected is not None:
-                    yield index, collected
+            if index in self._todo:
+                yield index, self._differentiate(index, collect=True, pass_on=index > lowest)
+            elif not self._store.has(f"gradient-{index}"):
+                self._differentiate(index, collect=False, pass_on=True)
             self._store.remove(f"hidden-{index}")
             self._store.remove(f"gradient-{index + 1}")
         self._store.clear()
@@ -323,8 +326,8 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._check(hidden, "the embeddings give", batch)
                 write(hidden)
 
-    def _run_block(self, index: int, *, collect: bool) -> dict[str, ModuleStatistics] | None:
-        """hidden-i -> hidden-(i+1)."""
+    def _run_block(self, index: int, *, collect: bool) -> dict[str, ModuleStatistics]:
+        """hidden-i -> hidden-(i+1), and the block's statistics if they are to be collected."""
         blocks, masks = self._blocks, self._tokens.mask
         with (
             blocks.block(index) as block,
@@ -338,10 +341,10 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._check(output, f"block {index} gives", batch)
                 write(output)
                 self._progress("forward", index * len(self._batches) + number + 1, blocks.count * len(self._batches))
-        return collector.result() if collect else None
+        return collector.result()
 
-    def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics] | None:
-        """hidden-i, gradient-(i+1) -> gradient-i."""
+    def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics]:
+        """hidden-i, gradient-(i+1) -> gradient-i, and the block's statistics if they are to be collected."""
         blocks, masks = self._blocks, self._tokens.mask
         with (
             blocks.block(index) as block,
@@ -359,7 +362,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 write(hidden.grad)
                 done = (blocks.count - 1 - index) * len(self._batches) + number + 1
                 self._progress("backward", done, blocks.count * len(self._batches))
-        return collector.result() if collect else None
+        return collector.result()
 
     def _run_head(self, *, gradient: bool) -> None:
         """hidden-L -> the loss, and gradient-L."""
@@ -684,14 +687,7 @@ class _Store:
         """Sequences of a complete file: [batch, length, hidden]."""
         begin, end, _ = batch.indices(self._shape[0])
         rows = torch.empty((end - begin, *self._shape[1:]), dtype=self._dtype)
-        view, position = as_bytes(rows), begin * self._row_bytes
-        with disk_errors(self._folder), self._path(name).open("rb", buffering=0) as handle:
-            handle.seek(position)
-            while view:
-                count = handle.readinto(view)
-                if not count:
-                    raise OSError(0, "the file ended early", str(self._path(name)))
-                view = view[count:]
+        _fill(rows, self._path(name), begin * self._row_bytes)
         return rows
 
     @contextmanager
@@ -925,14 +921,7 @@ class StatisticsFolder:
             raise InputError(f"{path} lacks {name}; run `svdconvert calibrate` again")
         info = infos[name]
         tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        view = as_bytes(tensor)
-        with path.open("rb", buffering=0) as handle:
-            handle.seek(info.start)
-            while view:
-                count = handle.readinto(view)
-                if not count:
-                    raise InputError(f"{path} ended inside {name}; run `svdconvert calibrate` again")
-                view = view[count:]
+        _fill(tensor, path, info.start)
         return tensor
 
     def _write(self) -> None:
@@ -948,6 +937,7 @@ def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
     """
     for index, found in run:
         folder.save(index, found)
+        del found  # or two blocks' Grams would be in memory
     if run.loss is not None and folder.loss != run.loss:
         folder.set_loss(run.loss)
 
@@ -955,6 +945,25 @@ def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
 def _tensors(entry: ModuleStatistics) -> dict[str, Tensor]:
     values = {kind: getattr(entry, kind) for kind in STATISTICS}
     return {kind: tensor for kind, tensor in values.items() if tensor is not None}
+
+
+def _fill(tensor: Tensor, path: Path, position: int) -> None:
+    """Read a tensor's bytes from a place in a file.
+
+    Raises:
+        JobError: it cannot be read, or ends before.
+    """
+    view = as_bytes(tensor)
+    try:
+        with path.open("rb", buffering=0) as handle:
+            handle.seek(position)
+            while view:
+                count = handle.readinto(view)
+                if not count:
+                    raise JobError(f"{path} ended early; the same command goes on once it is whole or gone")
+                view = view[count:]
+    except OSError as error:
+        raise JobError(f"{path} cannot be read ({error.strerror}); the same command goes on once it can") from None
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from svdconvert import card, checkpoint
 from svdconvert.architectures import Architecture, factored_architecture
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.headers import TensorInfo
+from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
 from svdconvert.planning import natural
@@ -68,7 +68,7 @@ def densify(
         return card.plain_card(source, f"{source.name}, densified", text, "svdconvert densify MODEL --out DIR", [])
 
     def details(reports: Reports) -> Mapping[str, Any]:
-        return {"params": sum(info.size for info in outputs), "matrices": len(source.config["svd_ranks"])}
+        return {"params": parameters(outputs), "matrices": len(source.config["svd_ranks"])}
 
     job = Job(
         steps=steps,

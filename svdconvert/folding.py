@@ -19,7 +19,7 @@ from svdconvert.architectures import factored_architecture
 from svdconvert.densifying import copy_step, factored_steps, outer_shape
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.headers import TensorInfo, read_header
+from svdconvert.headers import TensorInfo, parameters, read_header
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
 from svdconvert.source import LocalSource, Source, listing, read_json
@@ -143,7 +143,7 @@ def fold(
         return card.plain_card(source, f"{source.name}, adapter folded in", text, command, ["low-rank", "svd"])
 
     def details(reports: Reports) -> Mapping[str, Any]:
-        return {"params": sum(info.size for info in outputs), "folded": sorted(lora.pairs)}
+        return {"params": parameters(outputs), "folded": sorted(lora.pairs)}
 
     job = Job(
         steps=steps,

@@ -70,6 +70,11 @@ class TensorInfo:
         return self.size * DTYPES[self.dtype][0]
 
 
+def parameters(tensors: Iterable[TensorInfo]) -> int:
+    """Number of parameters; tensors of integers are buffers."""
+    return sum(info.size for info in tensors if info.dtype in FLOATS)
+
+
 def parse_header(raw: bytes, file: str, file_size: int | None = None) -> list[TensorInfo]:
     """Parse a header.
 

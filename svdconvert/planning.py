@@ -13,7 +13,7 @@ from typing import Any
 
 from svdconvert.architectures import Architecture, dense_architecture
 from svdconvert.errors import InputError
-from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo
+from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo, parameters
 from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named
 from svdconvert.ranks import RankRequest, Target, assign, matches
@@ -220,7 +220,7 @@ def make_plan(
         steps=tuple(steps),
         shards=shards,
         params_before=dense_params,
-        params_after=sum(info.size for info in outputs if info.dtype in FLOATS),
+        params_after=parameters(outputs),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
         notes=tuple(_notes(source, dropped, ranked)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -616,6 +617,24 @@ class TestFolder:
             StatisticsFolder(filled.folder).load(TARGETS[:1], ["output_gram"])
         (filled.folder / "block-00001.safetensors").unlink()
         assert StatisticsFolder(filled.folder).blocks == {0, 2}
+
+
+@pytest.mark.parametrize("needs", [ALL, INPUTS], ids=["backward", "forward"])
+def test_grams_of_one_block_at_a_time(source: LocalSource, tmp_path: Path, needs: Needs) -> None:
+    """While a block is run, nothing of the one before it is alive, if the caller let go of it."""
+    kept: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        alive.append(sum(reference() is not None for reference in kept))
+
+    run = statistics(source, PACKED, needs, TARGETS, work=tmp_path, progress=progress)
+    for _, found in run:
+        assert alive[-1] == 0
+        kept += [weakref.ref(entry.input_gram) for entry in found.values() if entry.input_gram is not None]
+        del found
+    assert len(kept) == len(TARGETS)
+    assert set(alive) == {0}
 
 
 def test_padding_in_front_is_refused() -> None:

@@ -10,17 +10,21 @@ import torch
 from checkpoints import TARGETS, read_config, read_weights
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
-from svdconvert import convert, densify, fold
+from svdconvert import InputError, convert, densify, fold
 
 IDS = torch.randint(0, 160, (2, 12), generator=torch.Generator().manual_seed(0))
 MODULES = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 
 
-@pytest.fixture(scope="module")
-def precise(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+FACTORED = ["query_key_value", "attention.dense", "dense_h_to_4h"]
+
+
+@pytest.fixture(scope="module", params=["balanced", "pivoted"])
+def precise(request: pytest.FixtureRequest, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Factored in float32 with one kind of target left dense, so that no rounding hides an error."""
     folder = tmp_path_factory.mktemp("precise") / "model"
-    convert(dense, folder, rank={"*": 16, "mlp.dense_4h_to_h": 60}, device="cpu", dtype="float32")
+    convert(dense, folder, rank=16, targets=FACTORED, device="cpu", dtype="float32", layout=request.param)
+    assert read_config(folder)["svd_layout"] == request.param
     assert "layers.0.mlp.dense_4h_to_h" not in read_config(folder)["svd_ranks"]
     return folder
 
@@ -51,7 +55,7 @@ def test_densified_config_is_stock(precise: Path, dense: Path, tmp_path: Path) -
     config = read_config(tmp_path / "out")
     assert config["model_type"] == "gpt_neox"
     assert config["architectures"] == ["GPTNeoXForCausalLM"]
-    assert not {"auto_map", "svd_ranks"} & config.keys()
+    assert not {"auto_map", "svd_ranks", "svd_layout"} & config.keys()
     assert (config["rotary_pct"], config["rotary_emb_base"]) == (0.5, 10000)
     assert config["rope_parameters"]["partial_rotary_factor"] == 0.5
     assert not list((tmp_path / "out").glob("*.py"))
@@ -61,8 +65,7 @@ def test_densified_config_is_stock(precise: Path, dense: Path, tmp_path: Path) -
 def test_densify_then_convert_is_the_identity(precise: Path, tmp_path: Path) -> None:
     """A product of rank 16 factored at rank 16 is itself."""
     densify(precise, tmp_path / "dense", device="cpu")
-    ranks = {"*": 16, "mlp.dense_4h_to_h": 60}
-    report = convert(tmp_path / "dense", tmp_path / "again", rank=ranks, device="cpu")
+    report = convert(tmp_path / "dense", tmp_path / "again", rank=16, targets=FACTORED, device="cpu")
     assert max(report.errors) < 1e-5
     assert float((logits(tmp_path / "again") - logits(precise)).abs().max()) < 1e-4
 
@@ -112,7 +115,8 @@ def test_ranks_grow_by_the_adapters(precise: Path, tmp_path: Path) -> None:
     assert "layers.1.mlp.dense_4h_to_h" not in ranks
     assert len(ranks) == len(TARGETS) - 3
     record = json.loads((tmp_path / "out" / "svdconvert.json").read_text())
-    assert record["params"] == sum(tensor.numel() for tensor in read_weights(tmp_path / "out").values())
+    weights = read_weights(tmp_path / "out").values()
+    assert record["params"] == sum(tensor.numel() for tensor in weights if tensor.is_floating_point())
 
 
 def test_fold_twice_and_densify(precise: Path, tmp_path: Path) -> None:
@@ -123,6 +127,14 @@ def test_fold_twice_and_densify(precise: Path, tmp_path: Path) -> None:
     fold(tmp_path / "one", tmp_path / "b", tmp_path / "two", device="cpu")
     densify(tmp_path / "two", tmp_path / "dense", device="cpu")
     assert float((logits(tmp_path / "dense") - expected).abs().max()) < 5e-5 * float(expected.abs().max())
+
+
+def test_fold_beyond_the_full_rank_is_refused(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "model", rank=62, layout="pivoted", device="cpu", check=False)
+    adapter(tmp_path / "model", tmp_path / "adapter", target_modules=["attention.dense"])
+    with pytest.raises(InputError, match="densify"):
+        fold(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_fold_of_adapters_on_the_factors(precise: Path, tmp_path: Path) -> None:

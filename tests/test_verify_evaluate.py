@@ -83,6 +83,16 @@ def test_changed_factor_is_found(copy: Path, dense: Path) -> None:
     assert "layers.2.attention.dense" in bad[0].detail
 
 
+def test_pivoted(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "out", rank=16, layout="pivoted", device="cpu")
+    assert not failed(verify(tmp_path / "out", str(dense)))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    position = tensors["gpt_neox.layers.1.attention.dense.position"]
+    position[[3, 30]] = position[[30, 3]]
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    assert [check.name for check in failed(verify(tmp_path / "out", str(dense)))] == ["factored matrices"]
+
+
 def test_non_finite_logits_are_found(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     tensors["lm_head.weight"][5] = math.nan

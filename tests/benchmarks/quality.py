@@ -30,16 +30,20 @@ class Row:
     name: str
     method: str
     allocation: str
+    layout: str = "balanced"
 
 
 ROWS = (
     Row("svd, uniform", "svd", "uniform"),
+    Row("svd, uniform, pivoted", "svd", "uniform", "pivoted"),
     Row("asvd, uniform", "asvd", "uniform"),
     Row("fwsvd, uniform", "fwsvd", "uniform"),
     Row("whiten, uniform (SVD-LLM)", "whiten", "uniform"),
+    Row("whiten, uniform, pivoted", "whiten", "uniform", "pivoted"),
     Row("whiten, global", "whiten", "global"),
     Row("kfac, uniform", "kfac", "uniform"),
     Row("kfac, global", "kfac", "global"),
+    Row("kfac, global, pivoted", "kfac", "global", "pivoted"),
 )
 
 
@@ -54,6 +58,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--only", nargs="*", help="names of rows; default all")
+    parser.add_argument("--work", type=Path, help="keep the decompositions here for another run")
     parser.add_argument("--out", type=Path, required=True, help="file name without its ending")
     options = parser.parse_args()
 
@@ -92,8 +97,9 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 keep=keep,
                 method=row.method,
                 allocation=row.allocation,
+                layout=row.layout,
                 calibration=calibration if METHODS[row.method].statistics else None,
-                work=folder / f"work-{row.method}",
+                work=(options.work or folder) / f"work-{row.method}",
                 device="cpu",
                 check=False,
             )

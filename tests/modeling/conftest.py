@@ -95,28 +95,62 @@ def svd(key):
     return torch.linalg.svd(dense_tensors()[key].double(), full_matrices=False)
 
 
-def factor(ranks):
+def balanced(u, s, vh):
+    """Factors of u diag(s) vh in float32, by suffix, and their product in float64."""
+    root = s.sqrt()
+    down, up = (root[:, None] * vh).float(), (u * root).float()
+    return {"down.weight": down, "up.weight": up}, up.double() @ down.double()
+
+
+def pivoted(u, s, vh):
+    """As `balanced`: rows of u diag(s) vh picked by LU with partial pivoting, and the coefficients of the others."""
+    (m, rank), generator = u.shape, torch.Generator().manual_seed(2)
+    swaps = torch.linalg.lu_factor(u).pivots.tolist()
+    order = list(range(m))
+    for n, other in enumerate(swaps):
+        order[n], order[other - 1] = order[other - 1], order[n]
+    order = torch.tensor(order)
+    for part in (order[:rank], order[rank:]):  # no order among them is promised
+        part.copy_(part[torch.randperm(len(part), generator=generator)])
+    basis, others = u[order].split([rank, m - rank])
+    down, up = (basis * s @ vh).float(), torch.linalg.solve(basis, others, left=False).float()
+    product = torch.empty(m, vh.shape[1], dtype=torch.float64)
+    product[order] = torch.cat([down.double(), up.double() @ down.double()])
+    position = torch.tensor([order.tolist().index(n) for n in range(m)])
+    return {"down.weight": down, "up.weight": up, "position": position}, product
+
+
+LAYOUTS = {"balanced": (balanced, "up.bias"), "pivoted": (pivoted, "bias")}
+
+
+def factor(ranks, layout="balanced"):
     """The factored state dict, and the dense one whose weights are the products of the factors."""
     factored, product = dict(dense_tensors()), dict(dense_tensors())
+    decompose, bias = LAYOUTS[layout]
     for path, rank in ranks.items():
-        key = f"gpt_neox.{path}"
-        u, s, vh = svd(key + ".weight")
-        root = s[:rank].sqrt()
-        down, up = (root[:, None] * vh[:rank]).float(), (u[:, :rank] * root).float()
-        factored[key + ".down.weight"], factored[key + ".up.weight"] = down.contiguous(), up.contiguous()
-        factored[key + ".up.bias"] = factored.pop(key + ".bias")
-        del factored[key + ".weight"]
-        product[key + ".weight"] = (up.double() @ down.double()).float()
+        key = f"gpt_neox.{path}."
+        u, s, vh = svd(key + "weight")
+        parts, dense = decompose(u[:, :rank], s[:rank], vh[:rank])
+        del factored[key + "weight"]
+        factored[key + bias] = factored.pop(key + "bias")
+        factored.update({key + suffix: part.contiguous() for suffix, part in parts.items()})
+        product[key + "weight"] = dense.float()
     return factored, product
 
 
-def write_checkpoint(folder, ranks=24, dtype=torch.float32, config=None):
+def full_ranks(layout):
+    """The highest rank of each layer at which a layout can hold the original weight: r < out if it is pivoted."""
+    hidden = GEOMETRY["hidden_size"]
+    return dict.fromkeys(layer_paths(LINEARS if layout == "balanced" else (LINEARS[0], LINEARS[2])), hidden)
+
+
+def write_checkpoint(folder, ranks=24, layout="balanced", dtype=torch.float32, config=None):
     """Writes a factored checkpoint of every linear layer at one rank, or of those in a dict {path: rank}.
 
     Returns path, config (dict), ranks, tensors (factored) and product (the dense equivalent), in float32.
     """
     ranks = dict.fromkeys(layer_paths(), ranks) if isinstance(ranks, int) else ranks
-    tensors, product = factor(ranks)
+    tensors, product = factor(ranks, layout)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -128,12 +162,15 @@ def write_checkpoint(folder, ranks=24, dtype=torch.float32, config=None):
         "auto_map": AUTO_MAP,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "svd_ranks": ranks,
+        # not for the balanced layout: checkpoints from before there was another one do not name it
+        **({} if layout == "balanced" else {"svd_layout": layout}),
         **(config or {}),
     }
     write_config(folder, settings)
-    save_file({k: v.to(dtype) for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    stored = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
     shutil.copy(MODELING_FILE, folder)
-    return SimpleNamespace(path=folder, config=settings, ranks=ranks, tensors=tensors, product=product)
+    return SimpleNamespace(path=folder, config=settings, ranks=ranks, layout=layout, tensors=tensors, product=product)
 
 
 def write_config(folder, settings):
@@ -173,10 +210,20 @@ def saved_tensors(folder):
     return {k: v for file in Path(folder).glob("*.safetensors") for k, v in load_file(file).items()}
 
 
+@pytest.fixture(scope="session", params=LAYOUTS)
+def layout(request):
+    """The layout of the checkpoint `tiny`: a test that uses either runs on both, unless it is marked ONE_LAYOUT."""
+    return request.param
+
+
+ONE_LAYOUT = pytest.mark.parametrize("layout", ["balanced"], indirect=True)  # what it tests has no part in layouts
+PIVOTED = pytest.mark.parametrize("layout", ["pivoted"], indirect=True)
+
+
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny(tmp_path_factory, layout):
     """A factored checkpoint at rank 24. Read only: tests that change files copy it, or write their own."""
-    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-svd")
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-svd", layout=layout)
 
 
 @pytest.fixture(scope="session")
