@@ -187,7 +187,10 @@ class PivotedLinear(FactoredLinear):
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("position", torch.empty(out_features, device=device, dtype=torch.int64))
+        # Where the weights are on meta, somebody will load them, who may have left the buffers elsewhere, to be filled.
+        # Until then no index is valid: an engine that loads parameters only must not compute with an identity.
+        device = None if self.down.weight.is_meta else device
+        self.register_buffer("position", torch.full((out_features,), -1, device=device, dtype=torch.int64))
         self.init_own()
 
     @staticmethod
@@ -197,12 +200,14 @@ class PivotedLinear(FactoredLinear):
     @torch.no_grad()
     def init_own(self):
         # transformers 5 comes here after loading, and marks what it has loaded; 4 comes before
-        if not getattr(self.position, "_is_hf_initialized", False):
+        if not self.down.weight.is_meta and not getattr(self.position, "_is_hf_initialized", False):
             self.position.copy_(torch.arange(self.out_features, device=self.position.device))
         if self.bias is not None and not getattr(self.bias, "_is_hf_initialized", False):
             self.bias.zero_()
 
     def forward(self, x):
+        if self.position.is_meta and not x.is_meta:  # torch would return uninitialised memory
+            raise RuntimeError("`position` of a pivoted layer was not loaded with its weights")
         z = self.down(x)
         # index_select: the gradient of an indexing expression is a sort, because its indices might repeat
         y = torch.cat([z, self.up(z)], -1).index_select(-1, self.position)
@@ -333,8 +338,10 @@ class _Factored:
             ValueError: svd_ranks and the tensors of the checkpoint disagree. (transformers would fill the layers in
                 question with initial values and only print a report.)
         """
+        # on disk with the weights; by default transformers 4 wants `position` at hand there, and does not load it
+        kwargs.setdefault("offload_buffers", True)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        _check_factors(model.config.svd_ranks, info)
+        _check_factors(model, info)
         _make_adaptable(model)
         return (model, info) if output_loading_info else model
 
@@ -348,13 +355,21 @@ class _Factored:
         return super().load_adapter(*args, **kwargs)
 
 
-def _check_factors(ranks, info):
+def _check_factors(model, info):
     """ValueError if `info` (the loading info of transformers) shows factors without a rank or ranks without factors."""
+    ranks, parameters = model.config.svd_ranks, dict(model.named_parameters())
+    # With low_cpu_mem_usage alone, transformers 4 takes all missing tensors of one size for tied, does not report them,
+    # and leaves them on meta. (All of them are there in a process that is to receive its weights from another one.)
+    on_meta = {name for name, parameter in parameters.items() if parameter.is_meta}
+    if hasattr(model, "hf_device_map") or len(on_meta) == len(parameters):
+        on_meta = set()
     # a bias beside `position` is one of the factors if it is lacking; left over, it may be anybody's
     factor = re.compile(r"(?:gpt_neox\.)?(.+?)\.((?:down|up)\.(?:weight|bias)|position|bias)")
     mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # 4.57 gives names only
     absent = sorted(
-        key for key in {*info["missing_keys"], *mismatched} if (match := factor.fullmatch(key)) and match[1] in ranks
+        key
+        for key in {*info["missing_keys"], *mismatched, *on_meta}
+        if (match := factor.fullmatch(key)) and match[1] in ranks
     )
     unnamed = sorted(
         key

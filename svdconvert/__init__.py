@@ -26,6 +26,7 @@ _EXPORTS = {
     "verify": "verification",
     "Check": "verification",
     "Calibration": "calibrating",
+    "calibrate": "calibrating",
     "Plan": "planning",
     "Outcome": "job",
     "Events": "events",
@@ -45,6 +46,7 @@ __all__ = [
     "Plan",
     "Report",
     "SvdconvertError",
+    "calibrate",
     "convert",
     "densify",
     "evaluate",
@@ -55,7 +57,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from svdconvert.calibrating import Calibration
+    from svdconvert.calibrating import Calibration, calibrate
     from svdconvert.conversion import Report, convert, plan, push
     from svdconvert.densifying import densify
     from svdconvert.errors import InputError, JobError, SvdconvertError

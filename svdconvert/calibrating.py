@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from svdconvert.architectures import dense_architecture
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.metrics import Method
-from svdconvert.source import Source
+from svdconvert.job import resolve_device
+from svdconvert.metrics import Method, method_named
+from svdconvert.planning import layer_number
+from svdconvert.source import Source, open_source
 
 if TYPE_CHECKING:
-    from svdconvert.calibration import ModuleStatistics
+    from svdconvert.calibration import ModuleStatistics, Needs, StatisticsRun
     from svdconvert.corpus import CalibrationTokens
 
 
@@ -72,46 +76,159 @@ class Calibration:
         texts = load_texts(self.text, field=self.field)
         return sample_tokens(texts, tokenizer, samples=self.samples, length=length, seed=self.seed)
 
-    def key(self, tokens: CalibrationTokens) -> dict[str, Any]:
-        """What the statistics depend on beside the model, in JSON types."""
-        samples, length = tokens.ids.shape
-        return {
-            "calibration": tokens.digest,
-            "samples": samples,
-            "length": length,
-            "labels": self.labels,
-            "seed": self.seed,
-        }
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Statistics that can be had, from a text or from a folder.
+
+    Attributes:
+        name: where they come from, for messages.
+        key: what they depend on beside the model, in JSON types.
+        tokens: number of tokens that they were or will be averaged over.
+        collect: (method, modules, device, work folder, events) -> their provider.
+    """
+
+    name: str
+    key: Mapping[str, Any]
+    tokens: int
+    collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
 
 
-def provider(
+def from_text(source: Source, calibration: Calibration) -> Knowledge:
+    """Statistics to be computed from a text, as far as the method needs them.
+
+    Raises:
+        InputError: the text cannot be used.
+    """
+    tokens = calibration.tokens(source)
+    samples, length = tokens.ids.shape
+
+    def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
+        def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
+            return _run(source, tokens, calibration, method.statistics, modules, device, work, events, skip_blocks)
+
+        return provide
+
+    key = {
+        "calibration": tokens.digest,
+        "samples": samples,
+        "length": length,
+        "labels": calibration.labels,
+        "seed": calibration.seed,
+    }
+    return Knowledge(calibration.text, key, tokens.tokens, collect)
+
+
+def from_folder(source: Source, folder: Path) -> Knowledge:
+    """Statistics that :func:`calibrate` has written.
+
+    Raises:
+        InputError: there are none, or they are of another model.
+    """
+    from svdconvert.statistics_files import StatisticsFolder, model_key
+
+    found = StatisticsFolder(folder, {"model": model_key(source)})
+    key = found.key
+
+    def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
+        def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
+            blocks: dict[int, list[str]] = {}
+            for module in modules:
+                blocks.setdefault(layer_number(module), []).append(module)
+            for block, names in blocks.items():
+                if block not in skip_blocks:
+                    yield block, found.load(names, method.statistics)
+
+        return provide
+
+    settings = {name: key[name] for name in ("samples", "length", "labels", "seed")}
+    return Knowledge(str(folder), {"calibration": key["tokens"], **settings}, key["samples"] * key["length"], collect)
+
+
+def calibrate(
+    model: str | os.PathLike[str],
+    calibration: Calibration,
+    out: str | os.PathLike[str],
+    *,
+    methods: Sequence[str] = ("kfac",),
+    revision: str | None = None,
+    device: str = "auto",
+    events: Events | None = None,
+) -> float | None:
+    """Collect statistics once, for any number of conversions of the same model.
+
+    An interrupted call goes on with the blocks that are missing when it is made again.
+
+    Args:
+        model, revision, device, events: see :func:`svdconvert.convert`.
+        calibration: the text.
+        out: folder to write.
+        methods: what the statistics are to be good for.
+
+    Returns:
+        The model's perplexity on the text.
+
+    Raises:
+        InputError: the model, the text or the folder cannot be used.
+        JobError: it broke off; the same call continues it.
+    """
+    import shutil
+
+    from svdconvert.planning import choose_targets
+    from svdconvert.statistics_files import StatisticsFolder, save_statistics, statistics_key
+
+    events = events or Events()
+    folder = Path(out).expanduser()
+    rows = [method_named(name) for name in methods]
+    kinds = sorted({kind for row in rows for kind in row.statistics})
+    if not kinds:
+        raise InputError(f"--method {', '.join(row.name for row in rows)} looks at no text; choose another")
+    used = resolve_device(device)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "stats.json").is_file():
+        raise InputError(f"{folder} is not empty and holds no statistics; give another folder")
+    source = open_source(os.fspath(model), revision, download_folder=folder / "source")
+    architecture = dense_architecture(source.config, source.name)
+    modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
+    tokens = calibration.tokens(source)
+    key = statistics_key(source, tokens, _needs(kinds), labels=calibration.labels, seed=calibration.seed)
+    store = StatisticsFolder(folder, key, create=True)
+    work = folder / "work"
+    run = _run(source, tokens, calibration, kinds, modules, used, work, events, store.blocks)
+    save_statistics(store, run)
+    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(folder / "source", ignore_errors=True)
+    return store.loss.perplexity if store.loss else None
+
+
+def _needs(kinds: Collection[str]) -> Needs:
+    from svdconvert.calibration import Needs
+
+    return Needs(**dict.fromkeys(kinds, True))
+
+
+def _run(
     source: Source,
     tokens: CalibrationTokens,
     calibration: Calibration,
-    method: Method,
-    modules: list[str],
+    kinds: Collection[str],
+    modules: Sequence[str],
     device: str,
     work: Path,
     events: Events,
-) -> StatisticsProvider:
-    """Statistics computed from the tokens, as far as the method needs them."""
-    from svdconvert.calibration import Needs, statistics
+    skip_blocks: Collection[int],
+) -> StatisticsRun:
+    from svdconvert.calibration import statistics
 
-    needs = Needs(**dict.fromkeys(method.statistics, True))
-
-    def collect(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
-        return statistics(
-            source,
-            tokens,
-            needs,
-            modules,
-            device=device,
-            work=work,
-            batch_size=calibration.batch_size,
-            labels=calibration.labels,
-            seed=calibration.seed,
-            skip_blocks=skip_blocks,
-            events=events,
-        )
-
-    return collect
+    return statistics(
+        source,
+        tokens,
+        _needs(kinds),
+        modules,
+        device=device,
+        work=work,
+        batch_size=calibration.batch_size,
+        labels=calibration.labels,
+        seed=calibration.seed,
+        skip_blocks=skip_blocks,
+        events=events,
+    )

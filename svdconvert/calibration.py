@@ -24,13 +24,9 @@ where they are not.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +34,13 @@ import torch
 from torch import Tensor, nn
 
 import svdconvert
+from svdconvert.activations import ActivationStore, Loss
 from svdconvert.blocks import ModelBlocks
 from svdconvert.corpus import CalibrationTokens
-from svdconvert.errors import InputError, JobError
+from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.headers import CODES, TensorInfo, layout, read_header
-from svdconvert.job import free_bytes
 from svdconvert.planning import layer_number, suffix
-from svdconvert.source import LocalSource, Source, listing, read_json
-from svdconvert.weights import as_bytes, torch_dtype
-from svdconvert.writer import atomic_write, disk_errors, sync_folder
+from svdconvert.source import Source
 
 LABELS = ("empirical", "sampled")
 
@@ -57,8 +50,6 @@ PANEL, ROWS = 256, 1024
 # The head is applied to so many positions at a time as give logits of this size.
 LOGIT_BYTES = 2**26
 
-# How much of a tensor's beginning, middle and end goes into a model's key.
-KEY_BYTES = 4096
 
 Progress = Callable[[str, int, int], None]
 _Blocks = Generator[tuple[int, dict[str, "ModuleStatistics"]], None, None]
@@ -102,24 +93,6 @@ class ModuleStatistics:
 
 
 STATISTICS = tuple(field.name for field in fields(Needs))
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The model's loss on the calibration text, with the text's own labels.
-
-    Attributes:
-        nll: sum of -log p over the tokens that are predicted, in nats.
-        tokens: how many those are: all that are not padding, but the first of each sequence.
-    """
-
-    nll: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean."""
-        return math.exp(self.nll / self.tokens)
 
 
 def statistics(
@@ -235,7 +208,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             "code": [svdconvert.__version__, torch.__version__],
         }
         shape = (*tokens.ids.shape, self._blocks.hidden_size)
-        self._store = _Store(work / "activations", key, shape, dtype)
+        self._store = ActivationStore(work / "activations", key, shape, dtype)
         copies = self._blocks.count + 2 if needs.gradients else 2
         self._store.check_room(copies)
         self.loss: Loss | None = self._store.loss
@@ -575,7 +548,7 @@ class Collector:
                 tokens=self._tokens,
                 samples=self._samples,
             )
-            for kind, tensor in _tensors(found[name]).items():
+            for kind, tensor in statistic_tensors(found[name]).items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise InputError(
                         f"{name} has NaN or infinite {'inputs' if kind.startswith('input') else 'gradients'} on the "
@@ -633,371 +606,6 @@ class Collector:
         return tensor.reshape(-1, tensor.shape[-1]) if self._full else tensor[self._mask]
 
 
-class _Store:
-    """Activations and gradients at the boundaries of blocks, [N, length, hidden] each, in files.
-
-    Plain bytes, written from front to back and named when they are complete. Files of another key are given up.
-    """
-
-    def __init__(self, folder: Path, key: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._folder, self._shape, self._dtype = folder, shape, dtype
-        self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        self._size = shape[0] * self._row_bytes
-        self._key = json.loads(json.dumps(key))
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            state = _json_or_none(folder / "state.json")
-            if state is None or state.get("key") != self._key:
-                self._remove_files()
-                state = {"key": self._key, "loss": None}
-                atomic_write(folder / "state.json", json.dumps(state).encode())
-        self._loss = state["loss"]
-
-    @property
-    def loss(self) -> Loss | None:
-        """What an earlier run found."""
-        return None if self._loss is None else Loss(**self._loss)
-
-    @loss.setter
-    def loss(self, loss: Loss) -> None:
-        self._loss = asdict(loss)
-        with disk_errors(self._folder):
-            atomic_write(self._folder / "state.json", json.dumps({"key": self._key, "loss": self._loss}).encode())
-
-    def check_room(self, copies: int) -> None:
-        """Compare what will be written with what is free.
-
-        Raises:
-            InputError: it does not fit.
-        """
-        there = len(list(self._folder.glob("*.bin")))
-        needed, free = max(copies - there, 0) * self._size, free_bytes(self._folder)
-        if needed > free:
-            raise InputError(
-                f"{self._folder} needs {needed / 1e9:,.2f} GB for activations, but the disk has only "
-                f"{free / 1e9:,.2f} GB free; use fewer or shorter sequences, or free some"
-            )
-
-    def has(self, name: str) -> bool:
-        """Whether a file is complete."""
-        path = self._path(name)
-        return path.is_file() and path.stat().st_size == self._size
-
-    def read(self, name: str, batch: slice) -> Tensor:
-        """Sequences of a complete file: [batch, length, hidden]."""
-        begin, end, _ = batch.indices(self._shape[0])
-        rows = torch.empty((end - begin, *self._shape[1:]), dtype=self._dtype)
-        _fill(rows, self._path(name), begin * self._row_bytes)
-        return rows
-
-    @contextmanager
-    def writing(self, name: str, *, dry: bool = False) -> Iterator[Callable[[Tensor], None]]:
-        """Write a file, sequence after sequence; it gets its name at the end. ``dry`` writes nothing."""
-        if dry:
-            yield lambda rows: None
-            return
-        partial = self._folder / f"{name}.partial"
-        with disk_errors(self._folder):
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-
-        def write(rows: Tensor) -> None:
-            view = as_bytes(rows.detach().to(device="cpu", dtype=self._dtype).contiguous())
-            with disk_errors(self._folder):
-                while view:
-                    view = view[os.write(handle, view) :]
-
-        try:
-            yield write
-            with disk_errors(self._folder):
-                os.fsync(handle)
-                os.replace(partial, self._path(name))
-                sync_folder(self._folder)
-        finally:
-            os.close(handle)
-
-    def remove(self, name: str) -> None:
-        """Give a file up."""
-        self._path(name).unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Give all files up; the loss stays."""
-        with disk_errors(self._folder):
-            self._remove_files()
-
-    def _remove_files(self) -> None:
-        for path in [*self._folder.glob("*.bin"), *self._folder.glob("*.partial")]:
-            path.unlink(missing_ok=True)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.bin"
-
-
-def statistics_key(
-    source: Source,
-    tokens: CalibrationTokens,
-    needs: Needs,
-    *,
-    labels: str = "empirical",
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """What statistics depend on, in JSON types: the key of a :class:`StatisticsFolder`."""
-    return {
-        "model": model_key(source),
-        "tokenizer": tokens.tokenizer_digest,
-        "text": tokens.text_digest,
-        "tokens": tokens.digest,
-        "samples": tokens.ids.shape[0],
-        "length": tokens.ids.shape[1],
-        "packed": tokens.packed,
-        "seed": tokens.seed,
-        "labels": labels if needs.gradients else None,
-        "label_seed": seed if needs.gradients and labels == "sampled" else None,
-        "dtype": str(dtype or torch.float32).removeprefix("torch."),
-        "needs": asdict(needs),
-        "version": svdconvert.__version__,
-    }
-
-
-def model_key(source: Source) -> str:
-    """Digest of a model's config, headers and content.
-
-    Of a local model's content three blocks of each tensor are read; the files' times do not count, so that statistics
-    are good for a copy of the model too. A model on the Hub goes by its commit, and pickles by their identity.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    tensors = [[info.name, info.dtype, list(info.shape)] for _, info in sorted(source.tensors.items())]
-    digest.update(json.dumps([dict(source.config), tensors], sort_keys=True).encode())
-    if not isinstance(source, LocalSource) or source.pickled:
-        digest.update(json.dumps(source.identity(), sort_keys=True).encode())
-        return digest.hexdigest()
-    for file in source.files:
-        path = source.path(file)
-        try:
-            with path.open("rb") as handle:
-                for info in sorted(source.tensors.values(), key=lambda info: info.start):
-                    last = max(info.nbytes - KEY_BYTES, 0)
-                    for offset in (0, last // 2, last) if info.file == file else ():
-                        handle.seek(info.start + offset)
-                        digest.update(handle.read(min(KEY_BYTES, info.nbytes)))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
-
-
-_FIELDS: Mapping[str, str] = {
-    "model": "another model",
-    "tokenizer": "another tokenizer",
-    "text": "another calibration text",
-    "tokens": "another calibration text",
-    "version": "another version of svdconvert",
-}
-
-
-class StatisticsFolder:
-    """Statistics on disk: ``stats.json`` and a safetensors file per block.
-
-    A block counts as soon as ``stats.json`` names it, which is after its file is complete. A Gram that several layers
-    share is stored once, and read as one object.
-    """
-
-    def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None, *, create: bool = False) -> None:
-        """Open a folder.
-
-        Args:
-            folder: where the statistics are.
-            expected: fields of :func:`statistics_key` that must be as given; all of them with ``create``.
-            create: begin anew where there is nothing yet.
-
-        Raises:
-            InputError: there are no statistics, or they are of another model, text or setting; the field is named.
-        """
-        self.folder = folder
-        path = folder / "stats.json"
-        wanted: dict[str, Any] = json.loads(json.dumps(dict(expected or {})))
-        if create and not path.exists():
-            self._state: dict[str, Any] = {"key": wanted, "loss": None, "blocks": {}}
-            with disk_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            self._write()
-            return
-        self._state = read_json(path, f"{folder} has no stats.json, so it holds no statistics of svdconvert")
-        key = self._state.get("key")
-        if not isinstance(key, dict) or not isinstance(self._state.get("blocks"), dict):
-            raise InputError(f"{path} is damaged; give another folder and run `svdconvert calibrate` again")
-        for field, value in wanted.items():
-            if key.get(field) != value:
-                what = _FIELDS.get(field, f"another setting of {field.replace('_', ' ')}")
-                raise InputError(
-                    f"{folder} holds statistics of {what} ({_short(key.get(field))}, now {_short(value)}); "
-                    "give another folder, or run `svdconvert calibrate` for this model"
-                )
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What the statistics depend on."""
-        return dict(self._state["key"])
-
-    @property
-    def blocks(self) -> frozenset[int]:
-        """Blocks that are complete."""
-        return frozenset(
-            int(index) for index, entry in self._state["blocks"].items() if (self.folder / entry["file"]).is_file()
-        )
-
-    @property
-    def modules(self) -> list[str]:
-        """Layers whose statistics are here."""
-        done = self.blocks
-        return [name for index in sorted(done) for name in self._state["blocks"][str(index)]["modules"]]
-
-    @property
-    def loss(self) -> Loss | None:
-        """The dense model's loss on the calibration text; None if it is not known yet."""
-        return None if self._state["loss"] is None else Loss(**self._state["loss"])
-
-    def set_loss(self, loss: Loss) -> None:
-        """Keep the loss."""
-        self._state["loss"] = asdict(loss)
-        self._write()
-
-    def save(self, index: int, found: Mapping[str, ModuleStatistics]) -> None:
-        """Store a block's statistics.
-
-        Raises:
-            JobError: they could not be written.
-        """
-        tensors: dict[str, Tensor] = {}
-        names: dict[int, str] = {}
-        modules: dict[str, Any] = {}
-        for module, entry in found.items():
-            modules[module] = {"tokens": entry.tokens, "samples": entry.samples}
-            for kind, tensor in _tensors(entry).items():
-                name = names.setdefault(id(tensor), f"{module}.{kind}")
-                tensors[name] = tensor
-                modules[module][kind] = name
-        file = f"block-{index:05d}.safetensors"
-        with disk_errors(self.folder):
-            _write_tensors(self.folder / file, tensors)
-        self._state["blocks"][str(index)] = {"file": file, "modules": modules}
-        self._write()
-
-    def load(self, modules: Sequence[str], kinds: Collection[str] | None = None) -> dict[str, ModuleStatistics]:
-        """Read statistics of layers of one block, so that shared Grams are read once.
-
-        Args:
-            modules: their names.
-            kinds: which of :data:`STATISTICS` to read, by default those that are here; others are None.
-
-        Raises:
-            InputError: a layer or kind is not here, or a file is damaged.
-        """
-        read: dict[str, Tensor] = {}
-        found = {}
-        for module in modules:
-            entry = self._state["blocks"].get(str(layer_number(module)), {})
-            record = entry.get("modules", {}).get(module)
-            if record is None:
-                raise InputError(f"{self.folder} has no statistics of {module}; run `svdconvert calibrate` again")
-            lacking = [kind for kind in kinds or () if kind not in record]
-            if lacking:
-                raise InputError(
-                    f"{self.folder} has no {listing(lacking).replace('_', ' ')} of {module}, which this method needs; "
-                    "run `svdconvert calibrate` for it"
-                )
-            values: dict[str, Tensor | None] = dict.fromkeys(STATISTICS)
-            for kind in STATISTICS if kinds is None else kinds:
-                if kind in record:
-                    if record[kind] not in read:
-                        read[record[kind]] = self._read(entry["file"], record[kind])
-                    values[kind] = read[record[kind]]
-            found[module] = ModuleStatistics(**values, tokens=record["tokens"], samples=record["samples"])
-        return found
-
-    def _read(self, file: str, name: str) -> Tensor:
-        path = self.folder / file
-        infos = {info.name: info for info in read_header(path)}
-        if name not in infos:
-            raise InputError(f"{path} lacks {name}; run `svdconvert calibrate` again")
-        info = infos[name]
-        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        _fill(tensor, path, info.start)
-        return tensor
-
-    def _write(self) -> None:
-        with disk_errors(self.folder):
-            atomic_write(self.folder / "stats.json", json.dumps(self._state, indent=1).encode())
-
-
-def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
-    """Store what a run yields, as it comes, and the loss.
-
-    Raises:
-        As :func:`statistics` and :meth:`StatisticsFolder.save`.
-    """
-    for index, found in run:
-        folder.save(index, found)
-        del found  # or two blocks' Grams would be in memory
-    if run.loss is not None and folder.loss != run.loss:
-        folder.set_loss(run.loss)
-
-
-def _tensors(entry: ModuleStatistics) -> dict[str, Tensor]:
+def statistic_tensors(entry: ModuleStatistics) -> dict[str, Tensor]:
     values = {kind: getattr(entry, kind) for kind in STATISTICS}
     return {kind: tensor for kind, tensor in values.items() if tensor is not None}
-
-
-def _fill(tensor: Tensor, path: Path, position: int) -> None:
-    """Read a tensor's bytes from a place in a file.
-
-    Raises:
-        JobError: it cannot be read, or ends before.
-    """
-    view = as_bytes(tensor)
-    try:
-        with path.open("rb", buffering=0) as handle:
-            handle.seek(position)
-            while view:
-                count = handle.readinto(view)
-                if not count:
-                    raise JobError(f"{path} ended early; the same command goes on once it is whole or gone")
-                view = view[count:]
-    except OSError as error:
-        raise JobError(f"{path} cannot be read ({error.strerror}); the same command goes on once it can") from None
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file from the tensors' own memory; its name never shows half of it."""
-    infos = [
-        TensorInfo(name, CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
-    header, starts, size = layout(infos)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb", buffering=0) as handle:
-            handle.write(header)
-            for name in sorted(tensors, key=starts.__getitem__):
-                view = as_bytes(tensors[name].contiguous())
-                while view:
-                    view = view[handle.write(view) :]
-            assert handle.tell() == size
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def _json_or_none(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -121,7 +121,7 @@ _plan_options = _options(
 )
 
 
-_calibration_options = _options(
+_text_options = _options(
     click.option(
         "--calib",
         metavar="TEXT",
@@ -139,11 +139,14 @@ _calibration_options = _options(
         help="Gradients for the text's next token, or for one that the model itself predicts.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sequences."),
+)
+_method_options = _options(
     click.option(
         "--allocation",
         type=click.Choice(["uniform", "global"]),
         help="Spend a budget evenly, or where it helps most.  [default: global for kfac, else uniform]",
     ),
+    click.option("--stats", type=click.Path(path_type=Path), help="Instead: folder that `svdconvert calibrate` wrote."),
     click.option("--alpha", type=float, help="Exponent of asvd.  [default: 0.5]"),
     click.option("--shrinkage", type=float, help="Pull the metrics of whiten and kfac towards their diagonal, 0 to 1."),
     click.option(
@@ -159,7 +162,8 @@ _calibration_options = _options(
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [required unless --dry-run]")
 @_plan_options
 @_device_option
-@_calibration_options
+@_text_options
+@_method_options
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
 @_overwrite_option
 @click.option("--no-check", is_flag=True, help="Do not load the result afterwards.")
@@ -173,14 +177,8 @@ def convert(
     model: str,
     out: Path | None,
     device: str,
-    calib: str | None,
-    calib_field: str | None,
-    calib_samples: int,
-    calib_length: int | None,
-    calib_batch_size: int,
-    labels: str,
-    seed: int,
     allocation: str | None,
+    stats: Path | None,
     alpha: float | None,
     shrinkage: float | None,
     work: Path | None,
@@ -200,18 +198,14 @@ def convert(
     MODEL is a local folder, `owner/name` on the Hub, or a short name: polyglot-ko-1.3b, -3.8b, -5.8b, -12.8b. A run
     that was interrupted goes on when the same command is given again.
     """
+    calibration = _calibration(request)
     if dry_run:
         _show_plan(model, out, as_json, request)
         return
     if out is None:
         raise InputError("--out is missing: the folder to write the factored model to")
-    from svdconvert.calibrating import Calibration
     from svdconvert.conversion import convert as run
     from svdconvert.report import TerminalEvents, show_result
-
-    calibration = None
-    if calib is not None:
-        calibration = Calibration(calib, calib_field, calib_samples, calib_length, seed, calib_batch_size, labels)
 
     console = _console(as_json)
     with TerminalEvents(console, verbose=verbose) as events:
@@ -222,6 +216,7 @@ def convert(
             device=device,
             calibration=calibration,
             allocation=allocation,
+            stats=stats,
             alpha=alpha,
             shrinkage=shrinkage,
             work=work,
@@ -250,6 +245,28 @@ def plan(model: str, out: Path | None, as_json: bool, **request: Any) -> None:
     For a Hub repository only headers are downloaded; a folder with nothing but config.json will do.
     """
     _show_plan(model, out, as_json, request)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write the statistics to.")
+@click.option(
+    "--method", "methods", multiple=True, default=["kfac"], show_default=True, help="What they are for (repeatable)."
+)
+@_text_options
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@_device_option
+def calibrate(model: str, out: Path, methods: Sequence[str], revision: str | None, device: str, **text: Any) -> None:
+    """Collect the statistics of data-aware methods once, for many conversions (`--stats`)."""
+    calibration = _calibration(text)
+    if calibration is None:
+        raise InputError("--calib is missing: the text to collect statistics from")
+    from svdconvert.calibrating import calibrate as run
+    from svdconvert.report import TerminalEvents
+
+    with TerminalEvents(_console(False)) as events:
+        run(model, calibration, out, methods=methods, revision=revision, device=device, events=events)
+    click.echo(f"statistics written to {out}")
 
 
 @main.command()
@@ -384,6 +401,16 @@ def push(folder: Path, repo: str, private: bool, hub_revision: str | None) -> No
     from svdconvert.conversion import push as run
 
     click.echo(run(folder, repo, private=private, revision=hub_revision))
+
+
+def _calibration(options: dict[str, Any]) -> Any:
+    """Take the text's options out of all; None without a text."""
+    from svdconvert.calibrating import Calibration
+
+    names = {"calib": "text", "seed": "seed", "labels": "labels"}
+    names |= {f"calib_{name}": name for name in ("field", "samples", "length", "batch_size")}
+    chosen = {field: options.pop(option) for option, field in names.items()}
+    return None if chosen["text"] is None else Calibration(**chosen)
 
 
 def _request(options: dict[str, Any]) -> dict[str, Any]:

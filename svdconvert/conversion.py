@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from svdconvert import card, checkpoint
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
-from svdconvert.calibrating import Calibration, provider
+from svdconvert.calibrating import Calibration, Knowledge, from_folder, from_text
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
@@ -25,7 +25,6 @@ from svdconvert.steps import parse_size
 from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
 
 if TYPE_CHECKING:
-    from svdconvert.corpus import CalibrationTokens
     from svdconvert.decomposing import Decompositions
 
 
@@ -140,6 +139,7 @@ def convert(
     alpha: float | None = None,
     shrinkage: float | None = None,
     layout: str = DEFAULT.name,
+    stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     workers: int = 1,
@@ -164,6 +164,7 @@ def convert(
         shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
         layout: ``balanced``, two factors, or ``pivoted``, r rows of each matrix and the coefficients of the others,
             which buys more rank for the same size.
+        stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
         work: folder that keeps statistics and decompositions, so that another rank or budget of the same model and
             text starts from them; by default they live in the job's own folder and go with it.
         overwrite: replace what the folder holds.
@@ -186,9 +187,11 @@ def convert(
     row = method_named(method)
     options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
     spread = _allocation(row, allocation, request)
-    if row.statistics and calibration is None:
+    if calibration is not None and stats is not None:
+        raise InputError("give either --calib, a text, or --stats, what was collected from one")
+    if row.statistics and calibration is None and stats is None:
         raise InputError(f"--method {row.name} needs a text to look at: --calib FILE")
-    if not row.statistics and calibration is not None:
+    if not row.statistics and (calibration is not None or stats is not None):
         raise InputError(f"--calib means nothing to --method {row.name}, which looks at the weights alone")
     used_device = resolve_device(device)
     if push_to_hub:
@@ -199,10 +202,13 @@ def convert(
     planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "layout": layout, "max_shard_bytes": max_shard_bytes}
     made = make_plan(source, request, method=row.name, **planned)
     settings = {**made.settings, "allocation": spread, **options}
-    tokens = None
+    knowledge = None
     if calibration is not None:
-        tokens = calibration.tokens(source)
-        settings |= calibration.key(tokens)
+        knowledge = from_text(source, calibration)
+    elif stats is not None:
+        knowledge = from_folder(source, Path(stats).expanduser())
+    if knowledge is not None:
+        settings |= knowledge.key
     needs_decomposition = bool(row.statistics) or spread == "global"
     if spread == "uniform":
         events.planned(made, free_bytes(folder))
@@ -211,9 +217,7 @@ def convert(
         nonlocal made
         if needs_decomposition:
             place = folder / JOB_FOLDER / "work" if work is None else Path(work).expanduser()
-            store = _decompositions(
-                source, made, row, options, settings, calibration, tokens, place, used_device, events
-            )
+            store = _decompositions(source, made, row, options, knowledge, place, used_device, events)
             ranked = spend(made, request, store) if spread == "global" else made.targets
             files = {target.module: str(store.path(target.module)) for target in ranked}
             made = make_plan(source, request, method=row.name, ranked=ranked, decompositions=files, **planned)
@@ -297,9 +301,7 @@ def _decompositions(
     made: Plan,
     method: Method,
     options: Mapping[str, float],
-    settings: Mapping[str, Any],
-    calibration: Calibration | None,
-    tokens: CalibrationTokens | None,
+    knowledge: Knowledge | None,
     folder: Path,
     device: str,
     events: Events,
@@ -309,20 +311,19 @@ def _decompositions(
 
     from svdconvert.decomposing import Decompositions, decompose_targets
 
-    text = {} if calibration is None or tokens is None else calibration.key(tokens)
     key = {
         "svdconvert": checkpoint.versions()["svdconvert"],
         **source.identity(),
         "method": method.name,
         **options,
-        **text,
+        **({} if knowledge is None else knowledge.key),
         "device": device.split(":")[0],
     }
     store = Decompositions(folder / "decompositions", key)
     statistics = None
-    if calibration is not None and tokens is not None:
-        count = int(tokens.mask.sum())
-        events.note(f"calibration on {count:,} tokens of {calibration.text}")
+    if knowledge is not None:
+        count = knowledge.tokens
+        events.note(f"calibration on {count:,} tokens of {knowledge.name}")
         widest = max(max(target.shape) for target in made.targets)
         if count < widest:
             events.note(
@@ -330,7 +331,7 @@ def _decompositions(
                 "singular; more --calib-samples give better factors"
             )
         modules = [target.module for target in made.targets]
-        statistics = provider(source, tokens, calibration, method, modules, device, folder / "statistics", events)
+        statistics = knowledge.collect(method, modules, device, folder / "statistics", events)
     decompose_targets(source, made.targets, method, options, store, statistics, torch.device(device), events)
     return store
 

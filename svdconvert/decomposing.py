@@ -140,6 +140,7 @@ def decompose_targets(
         for block, found in statistics(skip_blocks=every - by_block.keys()):
             for target in by_block.get(block, []):
                 worker.run(target, found[target.module])
+            del found  # one block's Gram matrices at a time
     finally:
         worker.reader.close()
 

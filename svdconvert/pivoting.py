@@ -24,7 +24,7 @@ def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     partial pivoting to begin with, then exchanges until every coefficient is small.
 
     Args:
-        up: [m, r] of full column rank, m > r.
+        up: [m, r], m > r.
         down: [r, n].
         dtype: storage type.
 
@@ -32,7 +32,10 @@ def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
         ``(rows [r, n], coefficients [m - r, r], position [m] int64)``: output i of the product is element
         position[i] of [rows; coefficients @ rows].
     """
-    exact, right = up.double(), down.double()
+    # An orthonormal basis of the same outputs: well conditioned whatever the singular values, and of full rank even
+    # where the product is not.
+    exact, triangle = torch.linalg.qr(up.double())
+    right = triangle @ down.double()
     rank = exact.shape[1]
     order = _independent_rows(exact)
     coefficients = torch.linalg.solve(exact[order[:rank]], exact[order[rank:]], left=False)

@@ -17,21 +17,11 @@ from checkpoints import LAYERS, TARGETS, VOCAB, random_tensors, write_checkpoint
 from torch import Tensor
 
 from svdconvert.blocks import ModelBlocks
-from svdconvert.calibration import (
-    STATISTICS,
-    Collector,
-    GramSum,
-    ModuleStatistics,
-    Needs,
-    StatisticsFolder,
-    model_key,
-    save_statistics,
-    statistics,
-    statistics_key,
-)
+from svdconvert.calibration import STATISTICS, Collector, GramSum, ModuleStatistics, Needs, statistics
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.source import LocalSource
+from svdconvert.statistics_files import StatisticsFolder, model_key, save_statistics, statistics_key
 
 ALL = Needs(True, True, True, True)
 INPUTS = Needs(input_gram=True, input_abs=True)
@@ -458,7 +448,7 @@ class TestBadModel:
             collect(source, make_tokens([1, 1]), INPUTS, tmp_path)
 
     def test_disk_too_small(self, source: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("svdconvert.calibration.free_bytes", lambda folder: 1000)
+        monkeypatch.setattr("svdconvert.activations.free_bytes", lambda folder: 1000)
         with pytest.raises(InputError, match="GB for activations, but the disk has only"):
             collect(source, PACKED, ALL, tmp_path)
 

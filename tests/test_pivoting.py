@@ -34,6 +34,15 @@ def test_the_same_product(m: int, n: int, share: float, seed: int) -> None:
     assert torch.allclose(rows, dense[chosen], atol=1e-9 * float(dense.abs().max()))
 
 
+def test_less_than_full_rank() -> None:
+    up, down = normal(30, 8), normal(8, 20, seed=1)
+    up[:, 5] = 0
+    up[:, 6] = up[:, 2]
+    rows, coefficients, position = pivot(up, down, torch.float64)
+    assert torch.allclose(product(rows, coefficients, position), up @ down, atol=1e-12)
+    assert float(coefficients.abs().max()) <= LARGEST_COEFFICIENT * (1 + 1e-9)
+
+
 def test_ill_chosen_rows_would_be_worse() -> None:
     """The first rows span everything too, but amplify rounding; that is what the choice is for."""
     up, down = normal(300, 60), normal(60, 80, seed=1)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import shutil
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from conftest import (
     DTYPE,
     GEOMETRY,
+    ONE_LAYOUT,
+    PIVOTED,
     dense_tensors,
     distance,
+    full_ranks,
     layer_paths,
     load,
     logits,
@@ -55,13 +59,14 @@ def test_causal_lm_equals_the_dense_model_of_the_products(tiny, ids, expected):
     assert distance(logits(model, ids), expected) < 2e-5
 
 
+@ONE_LAYOUT
 def test_the_reference_can_tell(tiny, ids, expected):
     """Rank 24 of 64 is a real change, so equality with the truncated model means something."""
     assert distance(logits(stock_model(dense_tensors()), ids), expected) > 0.5
 
 
-def test_full_rank_equals_the_original_dense_model(tmp_path, ids):
-    checkpoint = write_checkpoint(tmp_path / "full", ranks=GEOMETRY["hidden_size"])
+def test_full_rank_equals_the_original_dense_model(tmp_path, ids, layout):
+    checkpoint = write_checkpoint(tmp_path / "full", full_ranks(layout), layout)
     assert distance(logits(load(checkpoint.path), ids), logits(stock_model(dense_tensors()), ids)) < 1e-4
 
 
@@ -79,9 +84,28 @@ def test_config(tiny):
     config = AutoConfig.from_pretrained(tiny.path, trust_remote_code=True)
     assert config.model_type == "polyglot_svd"
     assert config.svd_ranks == tiny.ranks
+    assert config.svd_layout == config.to_dict()["svd_layout"] == tiny.layout
     assert config.hidden_size == GEOMETRY["hidden_size"]
 
 
+def test_parameters_are_as_many_as_the_layout_promises(tiny, model):
+    """r (in + out) or r (in + out - r) per layer, and its bias."""
+    saved = sum(
+        (t.numel() - (m + n - (tiny.layout == "pivoted") * rank) * rank)
+        for path, rank in tiny.ranks.items()
+        for t in [tiny.product[f"gpt_neox.{path}.weight"]]
+        for m, n in [t.shape]
+    )
+    assert model.num_parameters() == sum(t.numel() for t in tiny.product.values()) - saved
+
+
+@PIVOTED
+def test_layers_are_of_the_layout_that_the_config_names(tiny, model):
+    assert type(model.gpt_neox.get_submodule(QKV)).__name__ == "AdaptablePivotedLinear"
+    assert not torch.equal(model.gpt_neox.get_submodule(QKV).position, torch.arange(192))
+
+
+@ONE_LAYOUT
 @pytest.mark.parametrize("trust", [None, False])
 @pytest.mark.parametrize("auto", [AutoConfig, AutoModel, AutoModelForCausalLM])
 def test_without_trust_remote_code_it_does_not_load(tiny, auto, trust, monkeypatch):
@@ -90,9 +114,9 @@ def test_without_trust_remote_code_it_does_not_load(tiny, auto, trust, monkeypat
         auto.from_pretrained(tiny.path, trust_remote_code=trust)
 
 
-def test_layers_not_named_stay_dense(tmp_path, ids):
+def test_layers_not_named_stay_dense(tmp_path, ids, layout):
     ranks = {QKV: 24, "layers.1.mlp.dense_4h_to_h": 7}
-    checkpoint = write_checkpoint(tmp_path / "mixed", ranks=ranks)
+    checkpoint = write_checkpoint(tmp_path / "mixed", ranks, layout)
     model, info = load(checkpoint.path, output_loading_info=True)
     assert empty(info)
     assert {name for name, m in model.gpt_neox.named_modules() if hasattr(m, "rank")} == set(ranks)
@@ -110,6 +134,26 @@ def test_dtype(tiny, ids, expected, dtype, tolerance):
     assert distance(logits(model, ids), expected) < tolerance
 
 
+@PIVOTED
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_positions_stay_integers(tiny, edited, ids, expected, dtype, low_cpu_mem_usage, index, tmp_path):
+    folder = edited()
+    stored = {key: t if t.is_floating_point() else t.to(index) for key, t in tiny.tensors.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    model = load(folder, low_cpu_mem_usage=low_cpu_mem_usage, **{DTYPE: dtype})
+    for cast in (nn.Module.half, nn.Module.double, nn.Module.bfloat16, nn.Module.float):
+        model = cast(model)
+        layer = model.gpt_neox.get_submodule(QKV)
+        assert layer.position.dtype in (index, torch.int64)
+        assert torch.equal(layer.position, tiny.tensors[f"gpt_neox.{QKV}.position"])
+    model.save_pretrained(tmp_path / "again")
+    for again in (model, load(tmp_path / "again")):
+        assert distance(logits(again, ids), expected) < 0.15
+
+
+@ONE_LAYOUT
 @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_dtype_auto_follows_the_config_in_either_spelling(edited, key, argument, tmp_path):
@@ -180,9 +224,37 @@ def test_from_config_initialises_the_factors(tiny, auto):
     assert isinstance(layer, nn.Linear)
     for weight in (layer.down.weight, layer.up.weight):
         assert weight.std().item() == pytest.approx(config.initializer_range, rel=0.1)
-    assert not layer.up.bias.any()
+    assert not layer.bias.any()
 
 
+@PIVOTED
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_from_config_has_valid_positions(tiny, auto, ids):
+    config = AutoConfig.from_pretrained(tiny.path, trust_remote_code=True)
+    with torch.device("meta"):
+        empty = auto.from_config(config, trust_remote_code=True)
+    empty = empty.to_empty(device="cpu")
+    for module in empty.modules():
+        if hasattr(module, "position"):
+            module.position.fill_(-1)
+            nn.init.ones_(module.bias)
+    empty.apply(empty._init_weights)
+    for model in (auto.from_config(config, trust_remote_code=True), empty):
+        for path in tiny.ranks:
+            layer = getattr(model, "gpt_neox", model).get_submodule(path)
+            assert torch.equal(layer.position, torch.arange(layer.out_features))
+            assert not layer.bias.any()
+
+
+@PIVOTED
+def test_initialisation_after_loading_leaves_loaded_positions(tiny, ids, expected):
+    """Of two versions: transformers 5 initialises after loading, and 4 before, all modules if sizes may differ."""
+    model = load(tiny.path, ignore_mismatched_sizes=True)
+    model.init_weights()
+    assert distance(logits(model, ids), expected) < 2e-5
+
+
+@ONE_LAYOUT
 def test_from_config_without_ranks_is_a_dense_model(tiny):
     config = AutoConfig.from_pretrained(tiny.path, trust_remote_code=True)
     config.svd_ranks = {}
@@ -236,13 +308,17 @@ def test_attention_implementations_agree(tiny, ids, expected):
 # -- the factored layer ------------------------------------------------------------------------------------------------
 
 
-def test_layer_is_a_linear_layer_to_others_but_owns_no_dense_weight(model):
+def test_layer_is_a_linear_layer_to_others_but_owns_no_dense_weight(tiny, model):
     layer = model.gpt_neox.get_submodule(QKV)
     assert isinstance(layer, nn.Linear)
-    assert set(layer.state_dict()) == {"down.weight", "up.weight", "up.bias"}
+    own = {"balanced": {"up.bias"}, "pivoted": {"bias", "position"}}[tiny.layout]
+    assert set(layer.state_dict()) == {"down.weight", "up.weight", *own}
+    assert (layer.in_features, layer.out_features, layer.rank) == (64, 192, 24)
+    assert "in_features=64, out_features=192, rank=24" in repr(layer)
     weight = layer.weight
     assert (weight.shape, weight.dtype, weight.device) == ((192, 64), torch.float32, torch.device("cpu"))
-    assert layer.bias is layer.up.bias
+    assert layer.bias is (layer.up.bias if tiny.layout == "balanced" else layer._parameters["bias"])
+    assert layer.bias.shape == (192,)
     assert "no dense weight" in repr(weight)
 
 
@@ -274,6 +350,24 @@ def test_no_use_of_the_dense_weight_passes_in_silence(model, ids, expected, use)
 # -- unsound configs and checkpoints -----------------------------------------------------------------------------------
 
 
+@ONE_LAYOUT
+@pytest.mark.parametrize("layout_named", ["lu", "", None, 1, ["pivoted"]])
+def test_layout_that_there_is_not(tiny, layout_named):
+    config_class = type(AutoConfig.from_pretrained(tiny.path, trust_remote_code=True))
+    with pytest.raises(ValueError, match="svd_layout must be one of balanced, pivoted, got"):
+        config_class(svd_layout=layout_named)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_layout_that_differs_from_the_factors(tiny, edited, low_cpu_mem_usage):
+    folder = edited(svd_layout={"balanced": "pivoted", "pivoted": None}[tiny.layout])
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|shape"):
+        load(folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    with pytest.raises(ValueError, match="lacks factors"):
+        load(folder, ignore_mismatched_sizes=True)
+
+
+@ONE_LAYOUT
 @pytest.mark.parametrize("rank", [0, -3, 2.0, True, "8", None, [8]])
 def test_rank_that_is_no_positive_int(tiny, edited, rank):
     folder = edited(svd_ranks={**tiny.ranks, QKV: rank})
@@ -286,6 +380,20 @@ def test_rank_above_the_dimensions_of_the_layer(tiny, edited):
         load(edited(svd_ranks={**tiny.ranks, QKV: 65}))
 
 
+@PIVOTED
+@pytest.mark.parametrize("path", ["layers.0.attention.dense", "layers.1.mlp.dense_4h_to_h"])
+def test_as_many_rows_as_the_layer_has(tiny, edited, path):
+    with pytest.raises(ValueError, match=r"is 64, but the layer is 64 x .*the pivoted layout has a rank of at most 63"):
+        load(edited(svd_ranks={**tiny.ranks, path: 64}))
+
+
+@pytest.mark.parametrize("rank", [1, 63])
+def test_lowest_and_highest_rank(tmp_path, ids, rank):
+    checkpoint = write_checkpoint(tmp_path / "square", {"layers.0.attention.dense": rank}, "pivoted")
+    assert distance(logits(load(checkpoint.path), ids), logits(stock_model(checkpoint.product), ids)) < 1e-4
+
+
+@ONE_LAYOUT
 @pytest.mark.parametrize("path", ["layers.9.mlp.dense_h_to_4h", "layers.0.attention", "embed_in", "lm_head", "", "a.b"])
 def test_name_of_no_linear_layer(tiny, edited, path):
     with pytest.raises(ValueError, match="not a linear layer"):
@@ -309,19 +417,53 @@ def test_svd_ranks_lost_from_the_config(edited):
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
 def test_ranks_without_factors(tmp_path, tiny, auto):
-    folder = write_checkpoint(tmp_path / "partly", {path: 24 for path in tiny.ranks if path != QKV}).path
+    ranks = {path: 24 for path in tiny.ranks if path != QKV}
+    folder = write_checkpoint(tmp_path / "partly", ranks, tiny.layout).path
     write_config(folder, {**read_config(folder), "svd_ranks": tiny.ranks})
     with pytest.raises(ValueError, match="lacks factors") as error:
         auto.from_pretrained(folder, trust_remote_code=True)
     assert f"{QKV}.down.weight" in str(error.value)
 
 
-def test_a_lost_factor(tiny, edited):
-    folder = edited()
-    tensors = {k: v for k, v in tiny.tensors.items() if k != f"gpt_neox.{QKV}.up.weight"}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=f"lacks factors.*{QKV}.up.weight"):
-        load(folder)
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("lost", ["down.weight", "up.weight", "bias", "position"])
+def test_a_lost_factor(tiny, edited, lost, low_cpu_mem_usage, auto):
+    """Above all no identity in place of the positions."""
+    if tiny.layout == "balanced":
+        lost = {"bias": "up.bias", "position": "down.weight"}.get(lost, lost)
+    folder, key = edited(), f"gpt_neox.{QKV}.{lost}"
+    assert key in tiny.tensors
+    save_file({k: v for k, v in tiny.tensors.items() if k != key}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks factors.*{QKV}.{lost}"):
+        auto.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+@PIVOTED
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("name", ["position", "bias"])
+@pytest.mark.parametrize("shape", [(191,), (193,), (1, 192), (1,)])
+def test_misshapen_positions_or_bias(tiny, edited, name, shape, low_cpu_mem_usage):
+    folder, key = edited(), f"gpt_neox.{QKV}.{name}"
+    misshapen = torch.zeros(shape, dtype=tiny.tensors[key].dtype)
+    save_file({**tiny.tensors, key: misshapen}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises((RuntimeError, ValueError), match=r"mismatch|shape"):
+        load(folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    with pytest.raises(ValueError, match=f"lacks factors.*{QKV}.{name}"):
+        load(folder, ignore_mismatched_sizes=True)
+
+
+def test_layers_without_bias(tmp_path, tiny, ids):
+    """attention_bias=False leaves the attention's linear layers without one."""
+    checkpoint = write_checkpoint(tmp_path / "no-bias", layout=tiny.layout, config={"attention_bias": False})
+    without = {key: t for key, t in checkpoint.tensors.items() if not re.search(r"attention\.\w+\.(up\.)?bias", key)}
+    assert len(without) == len(checkpoint.tensors) - 4
+    save_file(without, checkpoint.path / "model.safetensors", {"format": "pt"})
+    product = {k: v for k, v in checkpoint.product.items() if ".attention." not in k or "bias" not in k}
+    model, info = load(checkpoint.path, output_loading_info=True)
+    assert empty(info)
+    assert model.gpt_neox.get_submodule(QKV).bias is None
+    assert distance(logits(model, ids), logits(stock_model(product, attention_bias=False), ids)) < 2e-5
 
 
 def test_rank_that_differs_from_the_factors(tiny, edited):

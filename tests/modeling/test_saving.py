@@ -11,6 +11,7 @@ from conftest import (
     AUTO_MAP,
     GEOMETRY,
     MODELING_FILE,
+    ONE_LAYOUT,
     ROTARY_V4,
     ROTARY_V5,
     distance,
@@ -45,6 +46,7 @@ def test_round_trip(tiny, model, ids, expected, tmp_path):
     assert_sound(tmp_path, tiny.tensors)
     config = read_config(tmp_path)
     assert config["architectures"] == ["PolyglotSVDForCausalLM"]
+    assert config["svd_layout"] == tiny.layout
     assert {key: config[key] for key in ("svd_ranks", "vocab_size", "bos_token_id", "eos_token_id")} == {
         key: tiny.config[key] for key in ("svd_ranks", "vocab_size", "bos_token_id", "eos_token_id")
     }
@@ -72,7 +74,7 @@ def test_class_imported_directly_saves_a_complete_checkpoint(tiny, ids, expected
     sys.modules[spec.name] = module  # save_pretrained looks the file up there
     try:
         spec.loader.exec_module(module)
-        config = module.PolyglotSVDConfig(**GEOMETRY, **ROTARY_V4, svd_ranks=tiny.ranks)
+        config = module.PolyglotSVDConfig(**GEOMETRY, **ROTARY_V4, svd_ranks=tiny.ranks, svd_layout=tiny.layout)
         model = module.PolyglotSVDForCausalLM(config)
         missing, unexpected = model.load_state_dict(tiny.tensors, strict=False)
         assert not unexpected
@@ -94,6 +96,7 @@ def test_auto_map_of_a_hub_repository_is_made_local(model, tiny, tmp_path):
 # -- rotary settings, of which versions 4 and 5 each drop the other's spelling ----------------------------------------
 
 
+@ONE_LAYOUT
 @pytest.mark.parametrize("rotary", [ROTARY_V4, ROTARY_V5, {**ROTARY_V4, **ROTARY_V5}], ids=["v4", "v5", "both"])
 def test_rotary_spellings(tmp_path, ids, expected, rotary):
     folder = write_checkpoint(tmp_path / "rotary").path
@@ -106,6 +109,7 @@ def test_rotary_spellings(tmp_path, ids, expected, rotary):
     assert distance(logits(load(tmp_path / "again"), ids), expected) < 2e-5
 
 
+@ONE_LAYOUT
 def test_rotary_pct_matters(tiny, ids, expected):
     assert distance(logits(stock_model(tiny.product, rotary_pct=0.25), ids), expected) > 0.01
 
@@ -129,6 +133,7 @@ def test_contradictory_rotary_spellings(tmp_path, key, value, stated):
         load(folder)
 
 
+@ONE_LAYOUT
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
 def test_rope_scaling_in_either_spelling(tmp_path, ids, expected, tiny, spelling):
     scaling = {"rope_type": "linear", "factor": 2.0}

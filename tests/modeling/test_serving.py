@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LINEARS, VERSION, distance, load, saved_tensors, stock_model
+from accelerate import init_empty_weights
+from conftest import LINEARS, PIVOTED, VERSION, distance, load, saved_tensors, stock_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, GPTNeoXModel
 
@@ -48,6 +49,8 @@ def items(plan, part):
 def test_plan_follows_what_is_factored(tiny, ranks, plan):
     config = AutoConfig.from_pretrained(tiny.path, trust_remote_code=True)
     config.svd_ranks = ranks
+    if config.svd_layout == "pivoted":  # whole, and so are their partners
+        plan = {key: style for key, style in plan.items() if not key.endswith((".up", ".down"))}
     assert config.base_model_tp_plan == plan
     assert "base_model_tp_plan" not in config.to_dict()
 
@@ -97,9 +100,12 @@ def test_tensor_parallel(tiny, ids, expected, tmp_path):
     result = torch.load(tmp_path / "result.pt")
 
     layer = "gpt_neox.layers.0.attention."
-    assert result["local"][layer + "query_key_value.up.weight"] == (96, 24)
-    assert result["local"][layer + "dense.down.weight"] == (24, 32)
-    assert not {layer + "query_key_value.down.weight", layer + "dense.up.weight"} & result["local"].keys()
+    if tiny.layout == "balanced":
+        assert result["local"][layer + "query_key_value.up.weight"] == (96, 24)
+        assert result["local"][layer + "dense.down.weight"] == (24, 32)
+        assert not {layer + "query_key_value.down.weight", layer + "dense.up.weight"} & result["local"].keys()
+    else:
+        assert result["local"].keys() <= {"lm_head.weight"}
     if VERSION >= (5, 15):  # 5.0 leaves the plan of the head out, for the stock model too
         assert result["local"]["lm_head.weight"] == (48, 64)
     assert distance(result["logits"], expected) < 2e-5
@@ -156,22 +162,25 @@ def test_engine_that_replaces_every_linear_layer(tiny, ids):
         re.compile(rule.replace(".", r"\.").replace("*", r"\d+")): s for rule, s in config.base_model_tp_plan.items()
     }
     styles = {path: next((s for rule, s in rules.items() if rule.match(path)), "replicated") for path in replaced}
-    assert {path: style for path, style in styles.items() if path.startswith("layers.0")} == {
-        "layers.0.attention.query_key_value.down": "replicated",
+    sharded = {
         "layers.0.attention.query_key_value.up": "colwise",
         "layers.0.attention.dense.down": "rowwise",
-        "layers.0.attention.dense.up": "replicated",
-        "layers.0.mlp.dense_h_to_4h.down": "replicated",
         "layers.0.mlp.dense_h_to_4h.up": "colwise",
         "layers.0.mlp.dense_4h_to_h.down": "rowwise",
-        "layers.0.mlp.dense_4h_to_h.up": "replicated",
     }
+    if tiny.layout == "pivoted":
+        sharded = {}
+    for name in LINEARS:
+        for path in (f"layers.0.{name}.down", f"layers.0.{name}.up"):
+            assert styles[path] == sharded.get(path, "replicated")
 
     stock = stock_model(tiny.product).gpt_neox
     weights = {key.removeprefix("gpt_neox."): t for key, t in tiny.tensors.items() if key.startswith("gpt_neox.")}
-    assert weights.keys() == dict(model.named_parameters()).keys()
+    positions = {name for name in weights if name.endswith(".position")}
+    assert weights.keys() == dict(model.named_parameters()).keys() | positions
     model.load_state_dict(weights, assign=True, strict=False)
-    for (name, buffer), (stock_name, computed) in zip(model.named_buffers(), stock.named_buffers(), strict=True):
+    others = [(name, buffer) for name, buffer in model.named_buffers() if name not in positions]
+    for (name, buffer), (stock_name, computed) in zip(others, stock.named_buffers(), strict=True):
         assert name == stock_name
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, computed.clone())
@@ -179,6 +188,29 @@ def test_engine_that_replaces_every_linear_layer(tiny, ids):
     with torch.no_grad():
         hidden = model.eval()(ids, use_cache=False).last_hidden_state
         assert distance(hidden, stock(ids, use_cache=False).last_hidden_state) < 2e-5
+
+
+@PIVOTED
+@pytest.mark.parametrize("buffers", ["meta", "cpu"])
+def test_engine_that_loads_parameters_only_fails(tiny, ids, buffers):
+    """Neither an identity nor what torch gives for an index on meta (uninitialised memory) may pass for positions."""
+    config = AutoConfig.from_pretrained(tiny.path, trust_remote_code=True)
+    with torch.device("meta") if buffers == "meta" else init_empty_weights(include_buffers=False):
+        model = AutoModel.from_config(config, trust_remote_code=True)
+    layer = model.layers[0].mlp.dense_h_to_4h
+    assert layer.up.weight.is_meta
+    assert layer.position.device.type == buffers
+    weights = {key.removeprefix("gpt_neox."): t for key, t in tiny.tensors.items() if key.startswith("gpt_neox.")}
+    parameters = {name: t for name, t in weights.items() if t.is_floating_point()}
+    model.load_state_dict(parameters, assign=True, strict=False)
+    x = torch.ones(2, 64)
+    with pytest.raises((RuntimeError, IndexError), match=r"was not loaded|out of (DATA bounds|range)"):
+        layer(x)
+    model.load_state_dict(weights, assign=buffers == "meta", strict=False)
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h."
+    assert (
+        distance(layer(x), nn.functional.linear(x, tiny.product[name + "weight"], tiny.tensors[name + "bias"])) < 2e-5
+    )
 
 
 @pytest.mark.skipif(

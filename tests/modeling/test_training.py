@@ -17,23 +17,28 @@ def gradients(model, ids):
 
 def test_every_parameter_has_a_gradient(model, ids, tiny):
     grads = gradients(model, ids)
-    assert grads.keys() == tiny.tensors.keys()
+    weights = {name: t for name, t in tiny.tensors.items() if t.is_floating_point()}  # all but the positions
+    assert grads.keys() == weights.keys()
     for name, grad in grads.items():
         assert grad is not None, name
         assert grad.abs().max() > 1e-6, name
     # as many numbers are trained as the checkpoint stores: the dense weight is no parameter
-    assert sum(grad.numel() for grad in grads.values()) == sum(t.numel() for t in tiny.tensors.values())
+    assert sum(grad.numel() for grad in grads.values()) == sum(t.numel() for t in weights.values())
 
 
 def test_gradients_are_those_of_the_product(model, ids, tiny):
-    """dL/dA = B^T dL/dW and dL/dB = dL/dW A^T, with dL/dW from the stock model."""
+    """dL/dA = B^T dL/dW and dL/dB = dL/dW A^T, with dL/dW from the stock model; pivoted, B is [I; T]."""
     grads, dense = gradients(model, ids), gradients(stock_model(tiny.product), ids)
     for path in tiny.ranks:
         key = f"gpt_neox.{path}."
         down, up, dw = tiny.tensors[key + "down.weight"], tiny.tensors[key + "up.weight"], dense[key + "weight"]
-        assert distance(grads[key + "down.weight"], up.T @ dw) < 1e-5
+        bias = "up.bias"
+        if tiny.layout == "pivoted":
+            order, bias = tiny.tensors[key + "position"].argsort(), "bias"
+            rows, dw = dw[order].split([len(down), len(up)])
+        assert distance(grads[key + "down.weight"], up.T @ dw + (rows if tiny.layout == "pivoted" else 0)) < 1e-5
         assert distance(grads[key + "up.weight"], dw @ down.T) < 1e-5
-        assert distance(grads[key + "up.bias"], dense[key + "bias"]) < 1e-5
+        assert distance(grads[key + bias], dense[key + "bias"]) < 1e-5
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -70,6 +75,7 @@ def test_trainer(tiny, model, ids, expected, tmp_path):
     for folder in (tmp_path / "checkpoint-8", tmp_path / "final"):
         assert (folder / MODELING_FILE.name).exists()
         assert read_config(folder)["svd_ranks"] == tiny.ranks
+        assert read_config(folder)["svd_layout"] == tiny.layout
         again, info = load(folder, output_loading_info=True)
         assert not any(info.values())
         assert distance(logits(again, ids), trained) == 0

@@ -1,0 +1,164 @@
+"""Activations and gradients between the blocks of a model, in files, while statistics are collected."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.errors import InputError, JobError
+from svdconvert.job import free_bytes
+from svdconvert.weights import as_bytes
+from svdconvert.writer import atomic_write, disk_errors, sync_folder
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The model's loss on the calibration text, with the text's own labels.
+
+    Attributes:
+        nll: sum of -log p over the tokens that are predicted, in nats.
+        tokens: how many those are: all that are not padding, but the first of each sequence.
+    """
+
+    nll: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return math.exp(self.nll / self.tokens)
+
+
+class ActivationStore:
+    """Activations and gradients at the boundaries of blocks, [N, length, hidden] each, in files.
+
+    Plain bytes, written from front to back and named when they are complete. Files of another key are given up.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._folder, self._shape, self._dtype = folder, shape, dtype
+        self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self._size = shape[0] * self._row_bytes
+        self._key = json.loads(json.dumps(key))
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            state = json_or_none(folder / "state.json")
+            if state is None or state.get("key") != self._key:
+                self._remove_files()
+                state = {"key": self._key, "loss": None}
+                atomic_write(folder / "state.json", json.dumps(state).encode())
+        self._loss = state["loss"]
+
+    @property
+    def loss(self) -> Loss | None:
+        """What an earlier run found."""
+        return None if self._loss is None else Loss(**self._loss)
+
+    @loss.setter
+    def loss(self, loss: Loss) -> None:
+        self._loss = asdict(loss)
+        with disk_errors(self._folder):
+            atomic_write(self._folder / "state.json", json.dumps({"key": self._key, "loss": self._loss}).encode())
+
+    def check_room(self, copies: int) -> None:
+        """Compare what will be written with what is free.
+
+        Raises:
+            InputError: it does not fit.
+        """
+        there = len(list(self._folder.glob("*.bin")))
+        needed, free = max(copies - there, 0) * self._size, free_bytes(self._folder)
+        if needed > free:
+            raise InputError(
+                f"{self._folder} needs {needed / 1e9:,.2f} GB for activations, but the disk has only "
+                f"{free / 1e9:,.2f} GB free; use fewer or shorter sequences, or free some"
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether a file is complete."""
+        path = self._path(name)
+        return path.is_file() and path.stat().st_size == self._size
+
+    def read(self, name: str, batch: slice) -> Tensor:
+        """Sequences of a complete file: [batch, length, hidden]."""
+        begin, end, _ = batch.indices(self._shape[0])
+        rows = torch.empty((end - begin, *self._shape[1:]), dtype=self._dtype)
+        read_into(rows, self._path(name), begin * self._row_bytes)
+        return rows
+
+    @contextmanager
+    def writing(self, name: str, *, dry: bool = False) -> Iterator[Callable[[Tensor], None]]:
+        """Write a file, sequence after sequence; it gets its name at the end. ``dry`` writes nothing."""
+        if dry:
+            yield lambda rows: None
+            return
+        partial = self._folder / f"{name}.partial"
+        with disk_errors(self._folder):
+            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+        def write(rows: Tensor) -> None:
+            view = as_bytes(rows.detach().to(device="cpu", dtype=self._dtype).contiguous())
+            with disk_errors(self._folder):
+                while view:
+                    view = view[os.write(handle, view) :]
+
+        try:
+            yield write
+            with disk_errors(self._folder):
+                os.fsync(handle)
+                os.replace(partial, self._path(name))
+                sync_folder(self._folder)
+        finally:
+            os.close(handle)
+
+    def remove(self, name: str) -> None:
+        """Give a file up."""
+        self._path(name).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Give all files up; the loss stays."""
+        with disk_errors(self._folder):
+            self._remove_files()
+
+    def _remove_files(self) -> None:
+        for path in [*self._folder.glob("*.bin"), *self._folder.glob("*.partial")]:
+            path.unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.bin"
+
+
+def read_into(tensor: Tensor, path: Path, position: int) -> None:
+    """Read a tensor's bytes from a place in a file.
+
+    Raises:
+        JobError: it cannot be read, or ends before.
+    """
+    view = as_bytes(tensor)
+    try:
+        with path.open("rb", buffering=0) as handle:
+            handle.seek(position)
+            while view:
+                count = handle.readinto(view)
+                if not count:
+                    raise JobError(f"{path} ended early; the same command goes on once it is whole or gone")
+                view = view[count:]
+    except OSError as error:
+        raise JobError(f"{path} cannot be read ({error.strerror}); the same command goes on once it can") from None
+
+
+def json_or_none(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None

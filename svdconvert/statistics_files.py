@@ -1,0 +1,266 @@
+"""Statistics kept in a folder, and the key that says what they are statistics of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import svdconvert
+from svdconvert.activations import Loss, read_into
+from svdconvert.calibration import STATISTICS, ModuleStatistics, Needs, StatisticsRun, statistic_tensors
+from svdconvert.corpus import CalibrationTokens
+from svdconvert.errors import InputError
+from svdconvert.headers import CODES, TensorInfo, layout, read_header
+from svdconvert.planning import layer_number
+from svdconvert.source import LocalSource, Source, listing, read_json
+from svdconvert.weights import as_bytes, torch_dtype
+from svdconvert.writer import atomic_write, disk_errors, sync_folder
+
+# How much of a tensor's beginning, middle and end goes into a model's key.
+KEY_BYTES = 4096
+
+_FIELDS: Mapping[str, str] = {
+    "model": "another model",
+    "tokenizer": "another tokenizer",
+    "text": "another calibration text",
+    "tokens": "another calibration text",
+    "version": "another version of svdconvert",
+}
+
+
+def statistics_key(
+    source: Source,
+    tokens: CalibrationTokens,
+    needs: Needs,
+    *,
+    labels: str = "empirical",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """What statistics depend on, in JSON types: the key of a :class:`StatisticsFolder`."""
+    return {
+        "model": model_key(source),
+        "tokenizer": tokens.tokenizer_digest,
+        "text": tokens.text_digest,
+        "tokens": tokens.digest,
+        "samples": tokens.ids.shape[0],
+        "length": tokens.ids.shape[1],
+        "packed": tokens.packed,
+        "seed": tokens.seed,
+        "labels": labels if needs.gradients else None,
+        "label_seed": seed if needs.gradients and labels == "sampled" else None,
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
+        "needs": asdict(needs),
+        "version": svdconvert.__version__,
+    }
+
+
+def model_key(source: Source) -> str:
+    """Digest of a model's config, headers and content.
+
+    Of a local model's content three blocks of each tensor are read; the files' times do not count, so that statistics
+    are good for a copy of the model too. A model on the Hub goes by its commit, and pickles by their identity.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = [[info.name, info.dtype, list(info.shape)] for _, info in sorted(source.tensors.items())]
+    digest.update(json.dumps([dict(source.config), tensors], sort_keys=True).encode())
+    if not isinstance(source, LocalSource) or source.pickled:
+        digest.update(json.dumps(source.identity(), sort_keys=True).encode())
+        return digest.hexdigest()
+    for file in source.files:
+        path = source.path(file)
+        try:
+            with path.open("rb") as handle:
+                for info in sorted(source.tensors.values(), key=lambda info: info.start):
+                    last = max(info.nbytes - KEY_BYTES, 0)
+                    for offset in (0, last // 2, last) if info.file == file else ():
+                        handle.seek(info.start + offset)
+                        digest.update(handle.read(min(KEY_BYTES, info.nbytes)))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+class StatisticsFolder:
+    """Statistics on disk: ``stats.json`` and a safetensors file per block.
+
+    A block counts as soon as ``stats.json`` names it, which is after its file is complete. A Gram that several layers
+    share is stored once, and read as one object.
+    """
+
+    def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None, *, create: bool = False) -> None:
+        """Open a folder.
+
+        Args:
+            folder: where the statistics are.
+            expected: fields of :func:`statistics_key` that must be as given; all of them with ``create``.
+            create: begin anew where there is nothing yet.
+
+        Raises:
+            InputError: there are no statistics, or they are of another model, text or setting; the field is named.
+        """
+        self.folder = folder
+        path = folder / "stats.json"
+        wanted: dict[str, Any] = json.loads(json.dumps(dict(expected or {})))
+        if create and not path.exists():
+            self._state: dict[str, Any] = {"key": wanted, "loss": None, "blocks": {}}
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+            return
+        self._state = read_json(path, f"{folder} has no stats.json, so it holds no statistics of svdconvert")
+        key = self._state.get("key")
+        if not isinstance(key, dict) or not isinstance(self._state.get("blocks"), dict):
+            raise InputError(f"{path} is damaged; give another folder and run `svdconvert calibrate` again")
+        for field, value in wanted.items():
+            if key.get(field) != value:
+                what = _FIELDS.get(field, f"another setting of {field.replace('_', ' ')}")
+                raise InputError(
+                    f"{folder} holds statistics of {what} ({_short(key.get(field))}, now {_short(value)}); "
+                    "give another folder, or run `svdconvert calibrate` for this model"
+                )
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the statistics depend on."""
+        return dict(self._state["key"])
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """Blocks that are complete."""
+        return frozenset(
+            int(index) for index, entry in self._state["blocks"].items() if (self.folder / entry["file"]).is_file()
+        )
+
+    @property
+    def modules(self) -> list[str]:
+        """Layers whose statistics are here."""
+        done = self.blocks
+        return [name for index in sorted(done) for name in self._state["blocks"][str(index)]["modules"]]
+
+    @property
+    def loss(self) -> Loss | None:
+        """The dense model's loss on the calibration text; None if it is not known yet."""
+        return None if self._state["loss"] is None else Loss(**self._state["loss"])
+
+    def set_loss(self, loss: Loss) -> None:
+        """Keep the loss."""
+        self._state["loss"] = asdict(loss)
+        self._write()
+
+    def save(self, index: int, found: Mapping[str, ModuleStatistics]) -> None:
+        """Store a block's statistics.
+
+        Raises:
+            JobError: they could not be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        modules: dict[str, Any] = {}
+        for module, entry in found.items():
+            modules[module] = {"tokens": entry.tokens, "samples": entry.samples}
+            for kind, tensor in statistic_tensors(entry).items():
+                name = names.setdefault(id(tensor), f"{module}.{kind}")
+                tensors[name] = tensor
+                modules[module][kind] = name
+        file = f"block-{index:05d}.safetensors"
+        with disk_errors(self.folder):
+            _write_tensors(self.folder / file, tensors)
+        self._state["blocks"][str(index)] = {"file": file, "modules": modules}
+        self._write()
+
+    def load(self, modules: Sequence[str], kinds: Collection[str] | None = None) -> dict[str, ModuleStatistics]:
+        """Read statistics of layers of one block, so that shared Grams are read once.
+
+        Args:
+            modules: their names.
+            kinds: which of :data:`STATISTICS` to read, by default those that are here; others are None.
+
+        Raises:
+            InputError: a layer or kind is not here, or a file is damaged.
+        """
+        read: dict[str, Tensor] = {}
+        found = {}
+        for module in modules:
+            entry = self._state["blocks"].get(str(layer_number(module)), {})
+            record = entry.get("modules", {}).get(module)
+            if record is None:
+                raise InputError(f"{self.folder} has no statistics of {module}; run `svdconvert calibrate` again")
+            lacking = [kind for kind in kinds or () if kind not in record]
+            if lacking:
+                raise InputError(
+                    f"{self.folder} has no {listing(lacking).replace('_', ' ')} of {module}, which this method needs; "
+                    "run `svdconvert calibrate` for it"
+                )
+            values: dict[str, Tensor | None] = dict.fromkeys(STATISTICS)
+            for kind in STATISTICS if kinds is None else kinds:
+                if kind in record:
+                    if record[kind] not in read:
+                        read[record[kind]] = self._read(entry["file"], record[kind])
+                    values[kind] = read[record[kind]]
+            found[module] = ModuleStatistics(**values, tokens=record["tokens"], samples=record["samples"])
+        return found
+
+    def _read(self, file: str, name: str) -> Tensor:
+        path = self.folder / file
+        infos = {info.name: info for info in read_header(path)}
+        if name not in infos:
+            raise InputError(f"{path} lacks {name}; run `svdconvert calibrate` again")
+        info = infos[name]
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        read_into(tensor, path, info.start)
+        return tensor
+
+    def _write(self) -> None:
+        with disk_errors(self.folder):
+            atomic_write(self.folder / "stats.json", json.dumps(self._state, indent=1).encode())
+
+
+def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
+    """Store what a run yields, as it comes, and the loss.
+
+    Raises:
+        As :func:`statistics` and :meth:`StatisticsFolder.save`.
+    """
+    for index, found in run:
+        folder.save(index, found)
+        del found  # or two blocks' Grams would be in memory
+    if run.loss is not None and folder.loss != run.loss:
+        folder.set_loss(run.loss)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file from the tensors' own memory; its name never shows half of it."""
+    infos = [
+        TensorInfo(name, CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    header, starts, size = layout(infos)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb", buffering=0) as handle:
+            handle.write(header)
+            for name in sorted(tensors, key=starts.__getitem__):
+                view = as_bytes(tensors[name].contiguous())
+                while view:
+                    view = view[handle.write(view) :]
+            assert handle.tell() == size
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,288 @@
+"""Data-aware conversions, whole: text in, checkpoint out, against the recipes written out in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import LINEARS, TARGETS, random_tensors, read_config, read_weights, write_checkpoint
+from test_conversion import files, products
+from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
+
+from svdconvert import Calibration, InputError, calibrate, convert, decomposing
+from svdconvert.metrics import METHODS, method_named, shrink
+
+DATA_AWARE = [name for name, row in METHODS.items() if row.statistics]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["호랑이", "tiger", "옛날", "mountain", "살았다", "0123"]
+    lines = [" ".join(words[(7 * i + 3 * j * j) % 6] for j in range(12)) for i in range(60)]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def calibration(text: Path) -> Calibration:
+    return Calibration(str(text), samples=24, length=48, batch_size=5)
+
+
+@pytest.mark.parametrize("layout", ["balanced", "pivoted"])
+@pytest.mark.parametrize("method", DATA_AWARE)
+def test_every_method_gives_a_model(
+    method: str, layout: str, dense: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    report = convert(
+        dense, tmp_path / "out", keep=0.5, method=method, calibration=calibration, layout=layout, device="cpu"
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.num_parameters() == report.plan.params_after
+    record = json.loads((tmp_path / "out" / "svdconvert.json").read_text())
+    assert record["settings"]["method"] == method
+    assert record["settings"]["samples"] == 24
+    assert record["settings"]["layout"] == layout
+    assert ("predicted_loss" in record) == (method == "kfac")
+    assert f"--method {method}" in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / ".svdconvert").exists()
+
+
+def gradients(dense: Path, calibration: Calibration) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(E[x x^T], E[g g^T], mean |x|) of every target by hooks on the stock model, float64, all at once."""
+    from svdconvert.source import LocalSource
+
+    model = GPTNeoXForCausalLM.from_pretrained(dense, attn_implementation="eager").double().eval()
+    ids = calibration.tokens(LocalSource(dense)).ids
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name in TARGETS:
+        module = model.gpt_neox.get_submodule(name)
+
+        def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor, name: str = name) -> None:
+            output.retain_grad()
+            seen[name] = [inputs[0].detach(), output]
+
+        module.register_forward_hook(hook)
+    logits = model(ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    loss.backward()
+    result = {}
+    for name, (inputs, output) in seen.items():
+        x = inputs.flatten(0, 1)
+        assert output.grad is not None
+        g = output.grad.flatten(0, 1)
+        result[name] = (x.T @ x / len(x), g.T @ g / len(g), x.abs().mean(0))
+    return result
+
+
+def test_whiten_is_svd_llm(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    """Against arXiv:2403.07378 as published: Cholesky root of the Gram matrix, full SVD of W S, inverse."""
+    convert(dense, tmp_path / "out", rank=16, method="whiten", calibration=calibration, dtype="float32", device="cpu")
+    found, weights = products(tmp_path / "out"), read_weights(dense)
+    for name, (gram, _, _) in gradients(dense, calibration).items():
+        weight = weights[f"gpt_neox.{name}.weight"].double()
+        s = torch.linalg.cholesky(gram + 1e-12 * gram.diagonal().mean() * torch.eye(len(gram)).double())
+        u, values, v = torch.linalg.svd(weight @ s, full_matrices=False)
+        theirs = (u[:, :16] * values[:16]) @ v[:16] @ torch.linalg.inv(s)
+
+        def loss(product: torch.Tensor, gram: torch.Tensor = gram, weight: torch.Tensor = weight) -> float:
+            return float(((weight - product) @ gram * (weight - product)).sum())
+
+        assert loss(found[f"gpt_neox.{name}.weight"]) == pytest.approx(loss(theirs), rel=1e-4), name
+
+
+def test_kfac_is_optimal_in_both_metrics(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    report = convert(
+        dense, tmp_path / "out", rank=16, method="kfac", calibration=calibration, dtype="float32", device="cpu"
+    )
+    found, weights, total = products(tmp_path / "out"), read_weights(dense), 0.0
+    for name, (inputs, outputs, _) in gradients(dense, calibration).items():
+        weight = weights[f"gpt_neox.{name}.weight"].double()
+        roots = []
+        for gram in (outputs, inputs):
+            values, vectors = torch.linalg.eigh(gram)
+            roots.append((vectors * values.clamp_min(0).sqrt()) @ vectors.T)
+        tail = float(torch.linalg.svdvals(roots[0] @ weight @ roots[1])[16:].square().sum())
+        error = weight - found[f"gpt_neox.{name}.weight"]
+        assert float((outputs @ error @ inputs * error).sum()) == pytest.approx(tail, rel=1e-3), name
+        assert report.matrices[name]["lost"] == pytest.approx(tail, rel=1e-3)
+        total += tail
+    assert report.outcome.record["predicted_loss"] == pytest.approx(total / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["balanced", "pivoted"])
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
+def test_global_budget_is_spent(
+    keep: float, layout: str, dense: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    report = convert(
+        dense,
+        tmp_path / "out",
+        keep=keep,
+        method="kfac",
+        calibration=calibration,
+        work=work,
+        layout=layout,
+        check=False,
+    )
+    whole = sum(rows * columns for rows, columns in LINEARS.values()) * 3
+    spent = sum(target.params for target in report.plan.targets)
+    assert spent <= keep * whole
+    # What is left does not buy one more rank of any matrix.
+    following = min(
+        (t.layout.cost(t.rank + 1, t.shape) if t.layout.cost(t.rank + 1, t.shape) < t.dense_params else t.dense_params)
+        - t.params
+        for t in report.plan.targets
+        if t.rank is not None
+    )
+    assert keep * whole - spent < following
+    if keep < 0.9:
+        assert len(set(read_config(tmp_path / "out")["svd_ranks"].values())) > 2
+    uniform = convert(
+        dense, tmp_path / "uniform", keep=keep, method="kfac", calibration=calibration, work=work, layout=layout,
+        allocation="uniform", check=False,
+    )  # fmt: skip
+    assert report.outcome.record["predicted_loss"] <= uniform.outcome.record["predicted_loss"]
+
+
+def test_kept_decompositions_spare_the_calibration(
+    dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    settings = {"method": "whiten", "calibration": calibration, "device": "cpu", "check": False}
+    convert(dense, tmp_path / "one", keep=0.5, **settings)
+    convert(dense, tmp_path / "other", keep=0.3, work=work, **settings)
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("it was computed again")
+
+    monkeypatch.setattr(decomposing, "decompose", fail)
+    convert(dense, tmp_path / "two", keep=0.5, work=work, **settings)
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+@pytest.mark.parametrize("method", ["whiten", "kfac"])
+@pytest.mark.parametrize("after", [1, 5, 11])
+def test_interrupted_and_continued(
+    method: str,
+    after: int,
+    dense: Path,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"keep": 0.5, "method": method, "calibration": calibration, "device": "cpu", "check": False}
+    convert(dense, tmp_path / "undisturbed", **settings)
+    real, calls = decomposing.decompose, []
+
+    def breaks(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == after + 1:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(decomposing, "decompose", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, tmp_path / "out", **settings)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    calls.clear()
+    calls.extend([1] * 1000)
+    convert(dense, tmp_path / "out", **settings)
+    assert len(calls) - 1000 == len(TARGETS) - after
+    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+
+
+def test_statistics_collected_beforehand(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    settings = {"keep": 0.5, "device": "cpu", "check": False}
+    perplexity = calibrate(dense, calibration, tmp_path / "stats", methods=["kfac", "asvd"], device="cpu")
+    assert perplexity is not None
+    assert 1 < perplexity < 1e6
+    assert {path.name for path in (tmp_path / "stats").iterdir()} == {
+        "stats.json",
+        *(f"block-{i:05d}.safetensors" for i in range(3)),
+    }
+    for method in ("kfac", "whiten", "asvd"):
+        convert(dense, tmp_path / f"{method}-text", method=method, calibration=calibration, **settings)
+        convert(dense, tmp_path / f"{method}-stats", method=method, stats=tmp_path / "stats", **settings)
+        one, two = (read_weights(tmp_path / f"{method}-{kind}") for kind in ("text", "stats"))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(InputError, match="no fisher"):
+        convert(dense, tmp_path / "fwsvd", method="fwsvd", stats=tmp_path / "stats", **settings)
+
+
+def test_statistics_of_another_model(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", random_tensors(seed=9))
+    calibrate(other, calibration, tmp_path / "stats", methods=["whiten"], device="cpu")
+    with pytest.raises(InputError, match="another model"):
+        convert(dense, tmp_path / "out", keep=0.5, method="whiten", stats=tmp_path / "stats", device="cpu")
+
+
+def test_another_text_is_refused(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    convert(dense, tmp_path / "one", keep=0.5, method="whiten", calibration=calibration, work=work, check=False)
+    other = Calibration(calibration.text, samples=20, length=48)
+    with pytest.raises(InputError, match="another calibration"):
+        convert(dense, tmp_path / "two", keep=0.5, method="whiten", calibration=other, work=work, check=False)
+    with pytest.raises(InputError, match="another method"):
+        convert(dense, tmp_path / "two", keep=0.5, method="kfac", calibration=calibration, work=work, check=False)
+    with pytest.raises(InputError, match="another calibration"):
+        convert(dense, tmp_path / "one", keep=0.5, method="whiten", calibration=other, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "whiten"}, "needs a text"),
+        ({"method": "nonsense"}, "unknown; known: svd, asvd"),
+        ({"method": "svd", "alpha": 0.3}, "means nothing to --method svd"),
+        ({"method": "asvd", "alpha": 3.0}, "between 0 and 1"),
+        ({"method": "whiten", "shrinkage": -0.1}, "between 0 and 1"),
+        ({"allocation": "nonsense"}, "unknown; choose uniform or global"),
+        ({"layout": "nonsense"}, "unknown; known: balanced, pivoted"),
+    ],
+)
+def test_refusals(arguments: dict[str, object], words: str, dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        convert(dense, tmp_path / "out", keep=0.5, device="cpu", **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_for_a_method_that_needs_none(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="means nothing to --method svd"):
+        convert(dense, tmp_path / "out", keep=0.5, calibration=calibration)
+
+
+def test_missing_text(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        convert(dense, tmp_path / "out", keep=0.5, method="whiten", calibration=Calibration("nowhere.txt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_tokens_are_said(dense: Path, text: Path, tmp_path: Path) -> None:
+    from svdconvert import Events
+
+    class Notes(Events):
+        def __init__(self) -> None:
+            self.all: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.all.append(text)
+
+    notes = Notes()
+    few = Calibration(str(text), samples=2, length=16)
+    convert(dense, tmp_path / "out", keep=0.5, method="whiten", calibration=few, device="cpu", events=notes)
+    assert any("fewer than the 256 channels" in note for note in notes.all)
+
+
+def test_aliases() -> None:
+    assert method_named("drone") is METHODS["whiten"]
+
+
+def test_shrinkage() -> None:
+    gram = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
+    assert torch.equal(shrink(gram, 10, 0), gram)
+    assert torch.equal(shrink(gram, 10, 1), gram.diagonal().diag())
+    assert torch.allclose(shrink(gram, 10, 0.5), torch.tensor([[2.0, 0.5], [0.5, 4.0]]))
