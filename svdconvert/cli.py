@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,9 @@ class DefaultGroup(click.Group):
             raise JobError("interrupted; the same command goes on where it stopped") from None
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        # OpenMP's threads wait for each other by spinning; where other processes hold a core, an eigen-decomposition
+        # then takes up to ten times as long (docs/measurements.md). It is read when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             return super().main(*args, **kwargs)
         except SvdconvertError as error:

@@ -53,7 +53,8 @@ class Outcome:
         folder: the result.
         record: its svdconvert.json.
         seconds: wall time of this run.
-        peak_memory_bytes: highest resident memory of the process.
+        peak_memory_bytes: highest resident memory of the process until the result was written; checking it takes the
+            whole model's size.
         peak_device_bytes: highest memory allocated on the GPU; 0 on the CPU.
         resumed: computed steps that an earlier, interrupted run had done.
         already_done: the finished result was there before, nothing was computed.
@@ -133,6 +134,7 @@ def run_job(
         checkpoint.write_model_files(
             output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
         )
+        peak = checkpoint.peak_memory_bytes()
         checks: Sequence[str] = ()
         if check:
             from svdconvert.verification import self_check
@@ -144,7 +146,7 @@ def run_job(
         folder,
         record,
         time.perf_counter() - start,
-        checkpoint.peak_memory_bytes(),
+        peak,
         torch.cuda.max_memory_allocated(target) if target.type == "cuda" else 0,
         resumed=pipeline.resumed,
         checks=checks,

@@ -23,8 +23,8 @@ from svdconvert.steps import Step, files_bytes, shard
 # fp32 weight, gradient and the two moments of AdamW; activations come on top of it.
 TRAINING_BYTES_PER_PARAMETER = 16
 
-# A Python process with torch loaded, measured (README, "Memory").
-BASE_BYTES = 350_000_000
+# A Python process with torch loaded and buffers for copying, measured (docs/measurements.md).
+BASE_BYTES = 400_000_000
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Plan:
         for target, step in ((t, s) for t in self.targets if t.rank for s in self.steps if s.key == t.weight):
             k = min(target.shape)
             raw = step.inputs[0].nbytes
-            factors = target.params * 4 + 2 * sum(info.nbytes for info in step.outputs)
+            # The factors in float32 before and after rounding, and up to three results that wait to be written.
+            factors = 3 * 4 * target.params + 3 * sum(info.nbytes for info in step.outputs)
             # Two staging buffers, and four k x k arrays in float32: Gram, eigenvectors, LAPACK's workspace.
             work = max(work, 2 * raw + 4 * 4 * k * k + factors)
         return BASE_BYTES + work

@@ -383,11 +383,17 @@ def _metric_loss(
         return 0.0
     gram = small.T @ apply_metric(inner, small)
 
-    def of_product(factor: Tensor) -> float:
-        columns = factor if matrix.tall else factor.T
-        return float(((columns @ gram) * apply_metric(outer, columns)).sum(dtype=torch.float64))
+    def of_product(columns: Tensor, metric: Metric) -> float:
+        return float(((columns @ gram) * apply_metric(metric, columns)).sum(dtype=torch.float64))
 
-    loss = total - of_product(other) + of_product(large - other)
+    best, stored = (other, large) if matrix.tall else (other.T, large.T)  # [long side, r]
+    # A diagonal metric lets the rows be taken a panel at a time, so that no further copies of the factor are made.
+    step = PANEL if outer is None or outer.dim() == 1 else best.shape[0]
+    loss = total
+    for start in range(0, best.shape[0], step):
+        part = slice(start, start + step)
+        metric = outer[part] if outer is not None and outer.dim() == 1 else outer
+        loss += of_product(stored[part] - best[part], metric) - of_product(best[part], metric)
     if outer is None and inner is None and loss < CANCELLATION[small.dtype] * total:
         return _residual(matrix, small, large)[0]
     return max(loss, 0.0)

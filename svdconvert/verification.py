@@ -150,7 +150,8 @@ def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def _logits(folder: Path, source: Source, config: Mapping[str, Any]) -> Check:
     """Load the model for real and run a few tokens, if it fits."""
     name = "logits"
-    needed = sum(info.size for info in source.tensors.values()) * 4
+    # In float32, beside the files while they are read.
+    needed = sum(4 * info.size + info.nbytes for info in source.tensors.values())
     available = available_memory_bytes()
     if needed > available / 2:
         return Check(

@@ -248,7 +248,7 @@ def test_from_config_has_valid_positions(tiny, auto, ids):
 
 @PIVOTED
 def test_initialisation_after_loading_leaves_loaded_positions(tiny, ids, expected):
-    """Of two versions: transformers 5 initialises after loading, and 4 before, all modules if sizes may differ."""
+    """transformers 5 initialises after loading, and 4 before: there, all modules if sizes may differ."""
     model = load(tiny.path, ignore_mismatched_sizes=True)
     model.init_weights()
     assert distance(logits(model, ids), expected) < 2e-5
@@ -426,9 +426,13 @@ def test_ranks_without_factors(tmp_path, tiny, auto):
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
-@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{"low_cpu_mem_usage": False}, {"low_cpu_mem_usage": True}, {"device_map": {"": "cpu"}}],
+    ids=["plain", "low_cpu_mem_usage", "device_map"],
+)
 @pytest.mark.parametrize("lost", ["down.weight", "up.weight", "bias", "position"])
-def test_a_lost_factor(tiny, edited, lost, low_cpu_mem_usage, auto):
+def test_a_lost_factor(tiny, edited, lost, options, auto):
     """Above all no identity in place of the positions."""
     if tiny.layout == "balanced":
         lost = {"bias": "up.bias", "position": "down.weight"}.get(lost, lost)
@@ -436,7 +440,7 @@ def test_a_lost_factor(tiny, edited, lost, low_cpu_mem_usage, auto):
     assert key in tiny.tensors
     save_file({k: v for k, v in tiny.tensors.items() if k != key}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"lacks factors.*{QKV}.{lost}"):
-        auto.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=low_cpu_mem_usage)
+        auto.from_pretrained(folder, trust_remote_code=True, **options)
 
 
 @PIVOTED
