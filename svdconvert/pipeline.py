@@ -103,6 +103,9 @@ class Pipeline:
             KeyboardInterrupt: likewise.
         """
         self._events.begin([step for step in self._todo if step.kind != "copy"], self.resumed)
+        # Workers share the cores; threads started from here on inherit the number.
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads_before // self._workers))
         threads = [self._thread(self._read_all, "read")]
         threads += [self._thread(self._solve_all, f"solve-{i}") for i in range(self._workers)]
         writing = self._thread(self._write_all, "write")
@@ -121,6 +124,7 @@ class Pipeline:
                 thread.join()
             raise
         finally:
+            torch.set_num_threads(threads_before)
             if not any(thread.is_alive() for thread in [*threads, writing]):
                 try:
                     self._shards_done(self._writer.record())

@@ -142,10 +142,10 @@ class Plan:
         for target, step in ((t, s) for t in self.targets if t.rank for s in self.steps if s.key == t.weight):
             k = min(target.shape)
             raw = step.inputs[0].nbytes
-            # The factors in float32 before and after rounding, and up to three results that wait to be written.
-            factors = 3 * 4 * target.params + 3 * sum(info.nbytes for info in step.outputs)
-            # Two staging buffers, and four k x k arrays in float32: Gram, eigenvectors, LAPACK's workspace.
-            work = max(work, 2 * raw + 4 * 4 * k * k + factors)
+            # Up to three results that wait to be written, and the smaller factor with its inverse in float32.
+            factors = 3 * sum(info.nbytes for info in step.outputs) + 4 * 4 * k * (target.rank or 0)
+            # Two staging buffers, and three k x k arrays in float32: the Gram matrix and LAPACK's workspace.
+            work = max(work, 2 * raw + 3 * 4 * k * k + factors)
         return BASE_BYTES + work
 
     def to_json(self) -> dict[str, Any]:

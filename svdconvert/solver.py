@@ -213,15 +213,16 @@ def truncate(
     small = (basis * lengths.sqrt() / half).to(dtype)
     _refuse_overflow(small)
     lifted = small.to(basis.dtype) * half
-    other = _least_squares_partner(matrix, lifted, inner)
-    large = (other / half).to(dtype)
+    if left is None and right is None:
+        large, loss = _plain_partner(matrix, lifted, half, dtype, total)
+        plain, energy = loss, total
+    else:
+        other = _least_squares_partner(matrix, lifted, inner)
+        large = (other / half).to(dtype)
+        stored = large.to(other.dtype) * half
+        loss = _metric_loss(matrix, lifted, stored, other, total, outer, inner)
+        plain, energy = _residual(matrix, lifted, large, half)
     _refuse_overflow(large)
-    stored = large.to(other.dtype) * half
-    loss = _metric_loss(matrix, lifted, stored, other, total, outer, inner)
-    plain = loss
-    energy = total
-    if left is not None or right is not None:
-        plain, energy = _residual(matrix, lifted, stored)
     return Factors(
         down=small.T.contiguous() if matrix.tall else large,
         up=large if matrix.tall else small,
@@ -280,11 +281,19 @@ class _Scaled:
 
 
 def _eigenvectors(gram: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending, float64) and eigenvectors (columns) of a symmetric matrix given by its lower half."""
+    """Eigenvalues (ascending, float64) and eigenvectors (columns) of a symmetric matrix given by its lower half.
+
+    The matrix is overwritten.
+    """
     k = gram.shape[0]
     values = torch.empty(k, dtype=gram.dtype, device=gram.device)
-    vectors = work.take("eigenvectors", (k, k), gram.dtype, gram.device).T  # LAPACK writes columns
-    torch.linalg.eigh(gram, UPLO="L", out=(values, vectors))
+    if gram.device.type == "cpu":
+        # LAPACK works in place on columns: the rows' lower half is the columns' upper one, and nothing is copied.
+        vectors = gram.T
+        torch.linalg.eigh(vectors, UPLO="U", out=(values, vectors))
+    else:
+        vectors = work.take("eigenvectors", (k, k), gram.dtype, gram.device).T
+        torch.linalg.eigh(gram, UPLO="L", out=(values, vectors))
     return values.double(), vectors
 
 
@@ -349,6 +358,19 @@ def _least_squares_partner(matrix: _Scaled, small: Tensor, inner: Metric) -> Ten
         metric does not see give zeros.
     """
     m, n = matrix.weight.shape
+    solved = _pseudo_inverse(small, inner)
+    rank = small.shape[1]
+    other = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=small.dtype, device=small.device)
+    for part, piece in matrix.panels(small.dtype):
+        if matrix.tall:
+            torch.mm(piece, solved.T, out=other[part])
+        else:
+            other[:, part] = solved @ piece
+    return other
+
+
+def _pseudo_inverse(small: Tensor, inner: Metric) -> Tensor:
+    """(S^T M S)^-1 S^T M for a factor S, [k, r], and the metric M on its side: [r, k]."""
     weighted = apply_metric(inner, small)
     norms = (small * weighted).sum(dim=0).clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(small.dtype).tiny), 0)
@@ -360,15 +382,32 @@ def _least_squares_partner(matrix: _Scaled, small: Tensor, inner: Metric) -> Ten
         solved = torch.linalg.pinv(overlap, hermitian=True) @ (weighted * inverse).T
     else:
         solved = torch.cholesky_solve((weighted * inverse).T, root)
-    solved = solved * inverse[:, None]
+    return solved * inverse[:, None]
+
+
+def _plain_partner(
+    matrix: _Scaled, small: Tensor, half: float, dtype: torch.dtype, total: float
+) -> tuple[Tensor, float]:
+    """The least-squares partner without metrics, rounded panel by panel, so that no float32 copy of it is made.
+
+    Returns:
+        ``(large, loss)``: the partner in the storage type, and ||W - product||^2 of the rounded factors.
+    """
+    m, n = matrix.weight.shape
     rank = small.shape[1]
-    other = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=small.dtype, device=small.device)
+    solved, gram = _pseudo_inverse(small, None), small.T @ small
+    large = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=dtype, device=small.device)
+    loss = total
     for part, piece in matrix.panels(small.dtype):
-        if matrix.tall:
-            torch.mm(piece, solved.T, out=other[part])
-        else:
-            other[:, part] = solved @ piece
-    return other
+        best = piece @ solved.T if matrix.tall else (solved @ piece).T  # [p, r]
+        rounded = (best / half).to(dtype)
+        (large[part] if matrix.tall else large[:, part].T).copy_(rounded)
+        stored = rounded.to(best.dtype) * half
+        # The residual of `best` is orthogonal to `small`: loss = |W|^2 - |best|^2 + |stored - best|^2 in its metric.
+        loss += float(((stored @ gram) * (stored - 2 * best)).sum(dtype=torch.float64))
+    if loss < CANCELLATION[small.dtype] * total:
+        loss = _residual(matrix, small, large, half)[0]
+    return large, max(loss, 0.0)
 
 
 def _metric_loss(
@@ -394,16 +433,22 @@ def _metric_loss(
         part = slice(start, start + step)
         metric = outer[part] if outer is not None and outer.dim() == 1 else outer
         loss += of_product(stored[part] - best[part], metric) - of_product(best[part], metric)
-    if outer is None and inner is None and loss < CANCELLATION[small.dtype] * total:
-        return _residual(matrix, small, large)[0]
     return max(loss, 0.0)
 
 
-def _residual(matrix: _Scaled, small: Tensor, large: Tensor) -> tuple[float, float]:
-    """``(||W - product||^2, ||W||^2)`` in the Frobenius norm, formed explicitly."""
+def _residual(matrix: _Scaled, small: Tensor, large: Tensor, half: float) -> tuple[float, float]:
+    """``(||W - product||^2, ||W||^2)`` in the Frobenius norm, formed explicitly.
+
+    Args:
+        matrix: W.
+        small: the factor on the smaller side, scaled.
+        large: the other one as it is stored.
+        half: what `large` has to be multiplied with.
+    """
     residual = energy = 0.0
     for part, piece in matrix.panels(small.dtype):
-        product = large[part] @ small.T if matrix.tall else small @ large[:, part]
+        piece_of_large = (large[part] if matrix.tall else large[:, part]).to(small.dtype) * half
+        product = piece_of_large @ small.T if matrix.tall else small @ piece_of_large
         residual += float(torch.linalg.vector_norm(piece - product)) ** 2
         energy += float(torch.linalg.vector_norm(piece)) ** 2
     return residual, energy

@@ -46,7 +46,7 @@ def main() -> None:
     # Without a terminal nobody wraps lines: give tables the room they need.
     console = Console(width=None if sys.stdout.isatty() else 120)
     with TerminalEvents(console) as events:
-        report = convert(dense, folder, rank=options.rank, device="cpu", events=events)
+        report = convert(dense, folder, rank=options.rank, device="cpu", overwrite=True, events=events)
 
     table = Table("", "parameters", "perplexity", "bits per character")
     for name, path in (("dense", dense), (f"rank {options.rank}", report.folder)):
