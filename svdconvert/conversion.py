@@ -237,6 +237,15 @@ def convert(
         check=check,
         events=events,
     )
+    if outcome.already_done and spread == "global":  # the ranks that an earlier run has chosen
+        matrices = outcome.record["matrices"]
+        ranked = [
+            replace(target, rank=matrices[target.module]["rank"], reason="")
+            if target.module in matrices
+            else replace(target, rank=None, reason="the budget keeps it whole")
+            for target in made.targets
+        ]
+        made = make_plan(source, request, method=row.name, ranked=ranked, **planned)
     url = None
     if push_to_hub:
         events.note(f"uploading to {push_to_hub}")

@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import random
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -203,14 +204,15 @@ class _TextDigest:
         return self._digest.hexdigest()
 
 
-class _Rows:
+class _Rows(ABC):
     """Rows of tokens, and how many tokens there were in all."""
 
     def __init__(self, documents: Iterator[array[int]], length: int) -> None:
         self._documents, self._length, self.tokens = documents, length, 0
 
+    @abstractmethod
     def iterate(self) -> Iterator[array[int]]:
-        raise NotImplementedError
+        """Yield the rows."""
 
 
 class _chunks(_Rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 # Matrices this small are faster on one thread, far more so on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,3 +42,19 @@ def fresh(tmp_path: Path) -> Callable[..., Path]:
     from checkpoints import write_checkpoint
 
     return lambda *args, **kwargs: write_checkpoint(tmp_path / "model", *args, **kwargs)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Runs a command line as the program does; gives exit code, standard output and standard error."""
+
+    from svdconvert.cli import main
+
+    def call(*args: object) -> SimpleNamespace:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(arg) for arg in args])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=end.value.code or 0, out=out, err=err)
+
+    return call

@@ -21,26 +21,10 @@ from checkpoints import HIDDEN, read_config, read_weights, write_checkpoint
 from hub_server import ALWAYS, HubServer, use_hub
 from safetensors.torch import load_file, save_file
 
-from svdconvert.cli import main
-
 DENSE_LAYER = "gpt_neox.layers.1.attention.dense.weight"
 EMBEDDING = "gpt_neox.embed_in.weight"
 NORM = "gpt_neox.layers.2.input_layernorm.bias"
 Run = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line as the program does; gives exit code, standard output and standard error."""
-
-    def call(*args: object) -> SimpleNamespace:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code or 0, out=out, err=err)
-
-    return call
 
 
 def assert_refused(result: SimpleNamespace, *words: object, code: int = 2, usage: bool = False) -> None:

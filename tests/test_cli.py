@@ -25,22 +25,8 @@ from svdconvert import __version__
 from svdconvert.cli import main
 
 SCRIPT = Path(sys.executable).parent / "svdconvert"
-COMMANDS = ("convert", "plan", "verify", "evaluate", "densify", "fold", "push")
+COMMANDS = ("convert", "plan", "calibrate", "verify", "evaluate", "densify", "fold", "push")
 Run = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command line as the program does; gives exit code, standard output and standard error."""
-
-    def call(*args: object) -> SimpleNamespace:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main([str(arg) for arg in args])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=end.value.code or 0, out=out, err=err)
-
-    return call
 
 
 def process(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -148,6 +148,15 @@ def test_global_budget_is_spent(
     assert report.outcome.record["predicted_loss"] <= uniform.outcome.record["predicted_loss"]
 
 
+def test_finished_budget_is_reported_as_it_was_spent(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    settings = {"keep": 0.5, "method": "kfac", "calibration": calibration, "device": "cpu", "check": False}
+    first = convert(dense, tmp_path / "out", **settings)
+    again = convert(dense, tmp_path / "out", **settings)
+    assert again.outcome.already_done
+    assert again.plan.ranks == first.plan.ranks == read_config(tmp_path / "out")["svd_ranks"]
+    assert again.plan.params_after == first.plan.params_after
+
+
 def test_kept_decompositions_spare_the_calibration(
     dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
