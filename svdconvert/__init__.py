@@ -26,6 +26,7 @@ _EXPORTS = {
     "verify": "verification",
     "Check": "verification",
     "Calibration": "calibrating",
+    "ablate": "ablation",
     "calibrate": "calibrating",
     "Plan": "planning",
     "Outcome": "job",
@@ -46,6 +47,7 @@ __all__ = [
     "Plan",
     "Report",
     "SvdconvertError",
+    "ablate",
     "calibrate",
     "convert",
     "densify",
@@ -57,6 +59,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from svdconvert.ablation import ablate
     from svdconvert.calibrating import Calibration, calibrate
     from svdconvert.conversion import Report, convert, plan, push
     from svdconvert.densifying import densify

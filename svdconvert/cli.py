@@ -294,8 +294,9 @@ def verify(
     checks = run(folder, against, revision)
     evaluations = []
     if text is not None:
-        models = [str(folder), *([against] if against else [])]
-        evaluations = [measure(name, text, revision=revision, device=device) for name in models]
+        evaluations = [measure(folder, text, device=device)]
+        if against:
+            evaluations.append(measure(against, text, revision=revision, device=device))
     if as_json:
         _print_json(
             {
@@ -355,6 +356,31 @@ def evaluate(
         _print_json(result.to_json())
     else:
         show_evaluation(console, result)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
+@click.option("--groups", type=int, default=10, show_default=True, help="Groups of singular values.")
+@click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
+@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
+@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@_device_option
+@_json_option
+def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:
+    """What the singular values are worth: perplexity without each group of them in turn."""
+    from svdconvert.ablation import ablate as run
+    from svdconvert.report import TerminalEvents, show_ablation
+
+    console = _console(as_json)
+    with TerminalEvents(console) as events:
+        results = run(model, text, **options, events=events)
+    if as_json:
+        _print_json([result.to_json() for result in results])
+    else:
+        show_ablation(console, results)
 
 
 @main.command()

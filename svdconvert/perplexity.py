@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,65 @@ def evaluate(
         InputError: the model or the text cannot be used.
     """
     start = time.perf_counter()
-    content = read_text(Path(text).expanduser())
     folder = local_folder(os.fspath(model), revision)
     config = read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
+    used = resolve_device(device)
+    passage = read_passage(folder, config, Path(text).expanduser(), window, stride)
+    loaded = load_model(folder, used, compute_dtype(config, used))
+    total = negative_log_likelihood(loaded, passage, batch_size, progress)
+    dtype = next(loaded.parameters()).dtype
+    return Evaluation(
+        model=str(model),
+        text=str(text),
+        perplexity=math.exp(total / passage.tokens),
+        bits_per_character=total / math.log(2) / passage.characters,
+        tokens=passage.tokens,
+        characters=passage.characters,
+        window=passage.window,
+        stride=passage.stride,
+        dtype=str(dtype).removeprefix("torch."),
+        device=used,
+        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
+        seconds=time.perf_counter() - start,
+    )
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text as a model reads it.
+
+    Attributes:
+        ids: [1 + tokens] int64, the end-of-text token first.
+        characters: of the text.
+        window, stride: see :class:`Evaluation`.
+    """
+
+    ids: torch.Tensor
+    characters: int
+    window: int
+    stride: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted."""
+        return self.ids.numel() - 1
+
+
+def read_passage(
+    folder: Path, config: Mapping[str, Any], text: Path, window: int | None, stride: int | None
+) -> Passage:
+    """Tokenise a text file for a model.
+
+    Args:
+        folder: the model, for its tokenizer.
+        config: its config.json.
+        text: UTF-8 text file.
+        window, stride: in tokens; None takes the defaults of :func:`evaluate`.
+
+    Raises:
+        InputError: the text, the tokenizer or the window cannot be used.
+    """
+    content = read_text(text)
     longest = int(config.get("max_position_embeddings", 1024))
     window = min(1024, longest) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
@@ -92,33 +148,14 @@ def evaluate(
         raise InputError(f"--window {window} is not possible; the model reads from 2 to {longest} tokens")
     if not 1 <= stride < window:
         raise InputError(f"--stride {stride} must lie between 1 and {window - 1}, below the window")
-    used = resolve_device(device)
     tokenizer = load_tokenizer(folder)
     ids = tokenizer(content, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
     if ids.numel() == 0:
         raise InputError(f"{text} has no tokens; give a text with content")
     if int(ids.max()) >= int(config["vocab_size"]):
         raise InputError(f"the tokenizer of {folder} has more tokens than the model; it belongs to another model")
-    loaded = load_model(folder, used, compute_dtype(config, used))
     first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else int(config.get("eos_token_id") or 0)
-    total = negative_log_likelihood(
-        loaded, torch.cat([torch.tensor([first]), ids]), window, stride, batch_size, progress
-    )
-    dtype = next(loaded.parameters()).dtype
-    return Evaluation(
-        model=str(model),
-        text=str(text),
-        perplexity=math.exp(total / ids.numel()),
-        bits_per_character=total / math.log(2) / len(content),
-        tokens=ids.numel(),
-        characters=len(content),
-        window=window,
-        stride=stride,
-        dtype=str(dtype).removeprefix("torch."),
-        device=used,
-        parameters=sum(parameter.numel() for parameter in loaded.parameters()),
-        seconds=time.perf_counter() - start,
-    )
+    return Passage(torch.cat([torch.tensor([first]), ids]), len(content), window, stride)
 
 
 def read_text(path: Path) -> str:
@@ -141,18 +178,15 @@ def read_text(path: Path) -> str:
 @torch.inference_mode()
 def negative_log_likelihood(
     model: torch.nn.Module,
-    ids: torch.Tensor,
-    window: int,
-    stride: int,
+    passage: Passage,
     batch_size: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Sum of -log p over ``ids[1:]``, each predicted once.
+    """Sum of -log p over a passage's tokens, each predicted once.
 
     Args:
         model: causal language model.
-        ids: [tokens], int64.
-        window, stride: see :class:`Evaluation`.
+        passage: the text.
         batch_size: windows at a time.
         progress: called with (tokens done, tokens in all).
 
@@ -160,7 +194,7 @@ def negative_log_likelihood(
         The sum in nats, accumulated in float64.
     """
     device = next(model.parameters()).device
-    targets = ids.numel() - 1
+    ids, window, stride, targets = passage.ids, passage.window, passage.stride, passage.tokens
     # (start, tokens whose prediction counts): the first window counts whole, a later one its last `stride` tokens.
     spans = [(0, min(window, targets))]
     while (done := spans[-1][0] + min(window, targets)) < targets:

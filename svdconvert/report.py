@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from svdconvert.events import Events
 from svdconvert.steps import Step
 
 if TYPE_CHECKING:
+    from svdconvert.ablation import GroupResult
     from svdconvert.conversion import Report
     from svdconvert.job import Outcome
     from svdconvert.perplexity import Evaluation
@@ -123,6 +125,20 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
             ("written to", str(outcome.folder)),
         ],
     )
+
+
+def show_ablation(console: Console, results: Sequence[GroupResult]) -> None:
+    """Print an ablation, the untouched model first."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("group", "singular values", "energy", "perplexity", "added log-perplexity"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    dense = results[0].perplexity
+    table.add_row("none", "", "", f"{dense:.2f}", "")
+    for row in results[1:]:
+        place = f"{row.first:.0%} to {row.last:.0%}"
+        added = f"{math.log(row.perplexity / dense):+.4f}"
+        table.add_row(str(row.group), place, f"{row.energy:.2%}", f"{row.perplexity:.2f}", added)
+    console.print(table)
 
 
 def show_checks(console: Console, checks: Sequence[Check]) -> None:

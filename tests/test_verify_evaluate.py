@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svdconvert import convert, evaluate, verify
-from svdconvert.perplexity import negative_log_likelihood
+from svdconvert.perplexity import Passage, negative_log_likelihood
 from svdconvert.verification import failed
 
 TEXT = "옛날 옛적에 호랑이가 살았다. Once upon a time there was a tiger.\n" * 6
@@ -154,9 +154,8 @@ def test_uniform_model_has_the_vocabulary_as_perplexity() -> None:
             return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 7)})
 
     seen = []
-    total = negative_log_likelihood(
-        Uniform(), torch.arange(101) % 7, 10, 3, 4, lambda done, everything: seen.append((done, everything))
-    )
+    passage = Passage(torch.arange(101) % 7, 100, 10, 3)
+    total = negative_log_likelihood(Uniform(), passage, 4, lambda done, everything: seen.append((done, everything)))
     assert total == pytest.approx(100 * math.log(7), rel=1e-6)
     assert seen[-1] == (100, 100)
 

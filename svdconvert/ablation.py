@@ -1,0 +1,146 @@
+"""What the singular values are worth: zero one group of them at a time and see what the model loses.
+
+The singular values of every target are sorted and cut into groups of equal number; one group is removed from all
+matrices at once, and the perplexity measured. (Truncation removes the last groups together.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svdconvert.architectures import dense_architecture
+from svdconvert.decomposing import Decompositions, decompose_targets, load_decomposition
+from svdconvert.errors import InputError
+from svdconvert.events import Events
+from svdconvert.job import resolve_device
+from svdconvert.loading import compute_dtype, load_model
+from svdconvert.metrics import METHODS
+from svdconvert.perplexity import negative_log_likelihood, read_passage
+from svdconvert.planning import choose_targets
+from svdconvert.ranks import Target
+from svdconvert.source import LocalSource, local_folder
+from svdconvert.weights import WeightReader
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """One row of the ablation.
+
+    Attributes:
+        group: its number, 1 for the largest singular values; 0 is the untouched model.
+        first, last: where it lies among the singular values of a matrix, as fractions of their number.
+        energy: share of the squared singular values of all targets.
+        perplexity: of the model without it.
+    """
+
+    group: int
+    first: float
+    last: float
+    energy: float
+    perplexity: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The row in JSON types."""
+        return asdict(self)
+
+
+def ablate(
+    model: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    *,
+    groups: int = 10,
+    targets: Sequence[str] = (),
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    revision: str | None = None,
+    device: str = "auto",
+    events: Events | None = None,
+) -> list[GroupResult]:
+    """Perplexity of a dense model without each group of singular values in turn.
+
+    The whole model is loaded, since it is evaluated.
+
+    Args:
+        model: a local folder, or a model on the Hub, which is then downloaded into the Hugging Face cache.
+        text: UTF-8 text file.
+        groups: number of groups.
+        targets: patterns that choose among the linear layers; empty means all of them.
+        window, stride, batch_size, revision, device: see :func:`svdconvert.evaluate`.
+        events: receiver of progress.
+
+    Returns:
+        The untouched model, then one row a group.
+
+    Raises:
+        InputError: the model or the text cannot be used, or there are more groups than singular values.
+    """
+    events = events or Events()
+    folder = local_folder(os.fspath(model), revision)
+    source = LocalSource(folder)
+    row = dense_architecture(source.config, source.name)
+    chosen = choose_targets(source.tensors, row, targets)
+    fewest = min(min(target.shape) for target in chosen)
+    if not 1 <= groups <= fewest:
+        raise InputError(f"--groups {groups} is not possible; the smallest matrix has {fewest} singular values")
+    used = resolve_device(device)
+    passage = read_passage(folder, source.config, Path(text).expanduser(), window, stride)
+    with tempfile.TemporaryDirectory() as temporary:
+        store = Decompositions(Path(temporary), {})
+        decompose_targets(source, chosen, METHODS["svd"], {}, store, None, torch.device(used), events)
+        loaded = load_model(folder, used, compute_dtype(source.config, used))
+
+        def perplexity() -> float:
+            return math.exp(negative_log_likelihood(loaded, passage, batch_size) / passage.tokens)
+
+        results = [GroupResult(0, 0.0, 1.0, 1.0, perplexity())]
+        spectra = [store.spectrum(target.module) for target in chosen]
+        total = sum(float(spectrum.sum()) for spectrum in spectra)
+        reader = WeightReader(source)
+        for group in range(groups):
+            energy = 0.0
+            for target, spectrum in zip(chosen, spectra, strict=True):
+                part = _part(spectrum.numel(), group, groups)
+                energy += float(spectrum[part].sum())
+                _remove(loaded.get_parameter(target.weight), target, store, part, source, reader)
+            results.append(
+                GroupResult(
+                    group + 1, group / groups, (group + 1) / groups, energy / total if total else 0.0, perplexity()
+                )
+            )
+            events.note(f"without group {group + 1} of {groups}: perplexity {results[-1].perplexity:.2f}")
+        reader.close()
+    return results
+
+
+def _part(count: int, group: int, groups: int) -> slice:
+    return slice(count * group // groups, count * (group + 1) // groups)
+
+
+@torch.no_grad()
+def _remove(
+    parameter: torch.Tensor,
+    target: Target,
+    store: Decompositions,
+    part: slice,
+    source: LocalSource,
+    reader: WeightReader,
+) -> None:
+    """Set a parameter to the source's matrix without some of its singular directions."""
+    info = source.tensors[target.weight]
+    weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(parameter.device).double()
+    found, _ = load_decomposition(store.path(target.module), parameter.device)
+    directions = found.basis.flip(1)[:, part].double()
+    if target.shape[0] >= target.shape[1]:
+        weight -= (weight @ directions) @ directions.T
+    else:
+        weight -= directions @ (directions.T @ weight)
+    parameter.copy_(weight)
