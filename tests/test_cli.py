@@ -558,3 +558,38 @@ def test_hub_from_a_process_of_its_own(dense: Path, factored: Path, tmp_path: Pa
         ours, theirs = read_weights(out), read_weights(factored)
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name].float(), tensor.float(), atol=2e-2, rtol=2e-2)
+
+
+def test_calibrated_conversion(run: Run, dense: Path, tmp_path: Path) -> None:
+    """Text to statistics to model, and the same from the text at once."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"호랑이 {i} tiger {i * i}" for i in range(200)), encoding="utf-8")
+    reading = ("--calib", text, "--calib-samples", 8, "--calib-length", 32)
+    done = run("calibrate", dense, *reading, "--method", "kfac", "--out", tmp_path / "stats")
+    assert done.code == 0
+    assert "perplexity on the calibration text" in done.out
+    arguments = ("--keep", 0.5, "--method", "kfac", "--layout", "pivoted", "--no-check")
+    assert run(dense, *arguments, "--stats", tmp_path / "stats", "--out", tmp_path / "one").code == 0
+    assert run(dense, *arguments, *reading, "--out", tmp_path / "two").code == 0
+    one, two = (read_weights(tmp_path / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    refused = run(dense, *arguments, *reading, "--stats", tmp_path / "stats", "--out", tmp_path / "three")
+    assert refused.code == 2
+    assert "either --calib" in refused.err
+
+
+def test_ablate(run: Run, dense: Path, text: Path) -> None:
+    done = run("ablate", dense, "--text", text, "--groups", 3, "--window", 32, "--json")
+    rows = json.loads(done.out)
+    assert [row["group"] for row in rows] == [0, 1, 2, 3]
+    assert sum(row["energy"] for row in rows[1:]) == pytest.approx(1)
+    table = run("ablate", dense, "--text", text, "--groups", 3, "--window", 32)
+    assert f"{rows[1]['perplexity']:.2f}" in table.out
+
+
+def test_verify_with_a_text(run: Run, factored: Path, dense: Path, text: Path) -> None:
+    found = json.loads(run("verify", factored, "--against", dense, "--text", text, "--json").out)
+    assert found["passed"]
+    assert len(found["evaluations"]) == 2
+    assert found["evaluations"][0]["parameters"] < found["evaluations"][1]["parameters"]
