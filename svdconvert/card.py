@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from svdconvert.architectures import Architecture
+from svdconvert.metrics import METHODS
 from svdconvert.planning import Plan
 from svdconvert.source import Source
 
@@ -23,8 +24,9 @@ def factored_card(source: Source, plan: Plan, row: Architecture, command: str, e
     lines = [
         f"# {source.name.split('/')[-1]}, factored",
         "",
-        f"[{source.name}]{_link(source)} with its linear layers replaced by low-rank factors "
-        f"(truncated SVD, W ~ up @ down), made by svdconvert.",
+        f"[{source.name}]{_link(source)} with its linear layers replaced by products of low rank, made by svdconvert.",
+        "",
+        f"Method `{plan.method}`: {METHODS[plan.method].summary}. Layout `{plan.settings['layout']}`.",
         "",
         "| | parameters | bytes |",
         "|---|---|---|",

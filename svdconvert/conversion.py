@@ -200,6 +200,8 @@ def convert(
         check_push(push_to_hub, private=private, revision=hub_revision)
     source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
     planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "layout": layout, "max_shard_bytes": max_shard_bytes}
+    if method != row.name:
+        events.note(f"{method} has the same optimum as {row.name}, which computes it")
     made = make_plan(source, request, method=row.name, **planned)
     settings = {**made.settings, "allocation": spread, **options}
     knowledge = None

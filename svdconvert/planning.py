@@ -130,12 +130,6 @@ class Plan:
         )
 
     @cached_property
-    def largest(self) -> Target:
-        """The largest matrix that is factored, or the largest target where none is."""
-        factored = [target for target in self.targets if target.rank is not None]
-        return max(factored or self.targets, key=lambda target: target.dense_params)
-
-    @cached_property
     def peak_bytes(self) -> int:
         """Estimated peak of host memory when solving on the CPU: one matrix, the next one and a workspace."""
         work = 0

@@ -278,6 +278,8 @@ def test_card(dense: Path, factored: Path) -> None:
         "- korean",
         "library_name: transformers",
         "return_token_type_ids=False",
+        "Method `svd`: plain truncated SVD",
+        "Layout `balanced`",
         "trust_remote_code=True",
         "query_key_value",
         "--rank 16",

@@ -270,7 +270,7 @@ def test_missing_text(dense: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_tokens_are_said(dense: Path, text: Path, tmp_path: Path) -> None:
+def test_too_few_tokens_and_aliases_are_said(dense: Path, text: Path, tmp_path: Path) -> None:
     from svdconvert import Events
 
     class Notes(Events):
@@ -282,7 +282,8 @@ def test_too_few_tokens_are_said(dense: Path, text: Path, tmp_path: Path) -> Non
 
     notes = Notes()
     few = Calibration(str(text), samples=2, length=16)
-    convert(dense, tmp_path / "out", keep=0.5, method="whiten", calibration=few, device="cpu", events=notes)
+    convert(dense, tmp_path / "out", keep=0.5, method="drone", calibration=few, device="cpu", events=notes)
+    assert "drone has the same optimum as whiten, which computes it" in notes.all
     assert any("fewer than the 256 channels" in note for note in notes.all)
 
 

@@ -3,7 +3,7 @@
 
 The text is the Naver movie review corpus (NSMC, CC0). One command does it all, and resumes where it stopped:
 
-    python examples/tiny_polyglot/train.py --work /tmp/tiny_polyglot
+    python examples/tiny_polyglot/train.py --data NSMC_FOLDER --work out/training
 
 It cleans and splits the reviews, trains the tokenizer and then the model, and writes next to this script
 ``model/``, ``heldout.txt``, ``calibration.txt`` and ``training_log.csv``. Checkpoints and token files stay in
