@@ -122,6 +122,7 @@ class Report:
         dropped: entries that did not, counted by reason.
         problems: malformed ones among the dropped, one by one.
         notes: remarks about entries that were kept, counted.
+        lengths: quantiles of the kept samples' lengths in tokens, by part; empty where none were counted.
     """
 
     source: str
@@ -129,6 +130,7 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def malformed(self, where: str, name: str, reason: str) -> None:
         """Count a malformed entry and keep where it is."""
@@ -143,6 +145,7 @@ class Report:
             "dropped": dict(self.dropped),
             "problems": [str(problem) for problem in self.problems],
             "notes": dict(self.notes),
+            "lengths": self.lengths,
         }
 
     def __str__(self) -> str:
@@ -150,6 +153,10 @@ class Report:
         lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.most_common()]
         lines += [f"  {problem}" for problem in self.problems]
         lines += [f"  note, {count:,} times: {note}" for note, count in self.notes.most_common()]
+        for name, quantiles in self.lengths.items():
+            lines.append(
+                f"  tokens of the {name}: " + ", ".join(f"{key} {count:,}" for key, count in quantiles.items())
+            )
         return "\n".join(lines)
 
 
