@@ -150,7 +150,8 @@ class DataSettings:
         kind: ``dialogue``, samples of this example's schema, or ``text``, raw text for continued pre-training.
         train, validation: JSONL files of samples, or text files.
         template: row of the template table.
-        passage: ``span``, ``section`` or ``document``.
+        passage: ``span``, ``section`` or ``document``: what of the passage in the file is used.
+        elision: what stands where the authors left out a part of the template ``kodoc2dial``; empty: their dots.
         max_length: tokens of prompt and answer; a longer sample is dropped, and counted. For text, of a window.
         max_answer: tokens of the answer; a longer one is dropped.
         answer_only: the loss counts the answer's tokens only.
@@ -161,7 +162,8 @@ class DataSettings:
     train: str = ""
     validation: str = ""
     template: str = "kodoc2dial"
-    passage: str = "section"
+    passage: str = "document"
+    elision: str = ""
     max_length: int = 1024
     max_answer: int = 256
     answer_only: bool = True
