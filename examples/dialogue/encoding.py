@@ -56,13 +56,13 @@ def rendered(sample: Sample, data: DataSettings) -> Rendered:
 def encode(sample: Sample, tokenizer: Any, data: DataSettings) -> dict[str, list[int]]:
     """Ids of prompt, answer and end-of-text token; labels of the answer and the end, or of all.
 
-    Prompt and answer are tokenised apart, as they are when the model answers.
+    Prompt and answer are tokenised apart and without special tokens, as they are when the model answers.
 
     Raises:
         LookupError: see :func:`rendered`.
     """
     text = rendered(sample, data)
-    prompt = tokenizer(text.prompt)["input_ids"]
+    prompt = tokenizer(text.prompt, add_special_tokens=False, verbose=False)["input_ids"]
     answer = [*tokenizer(text.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     ids = prompt + answer
     return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + answer if data.answer_only else list(ids)}

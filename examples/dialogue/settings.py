@@ -307,17 +307,19 @@ def read_settings(path: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file.
+    """A TOML file, or what a program has written as JSON (``.json``).
 
     Raises:
-        InputError: it cannot be read or is no TOML; the message has the place.
+        InputError: it cannot be read or is malformed; the message has the place.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no valid TOML: {error}") from None
+    except ValueError as error:  # TOML, JSON and UTF-8 errors alike
+        raise InputError(f"{path} is not valid: {error}") from None
+    return found
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,10 @@ def _run(settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
         say(f"continuing from {resumed.name}")
     trained = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        with warnings.catch_warnings():
+            # torch says it of every CPU run
+            warnings.filterwarnings("ignore", message=".*pin_memory.*")
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except torch.OutOfMemoryError:
         raise JobError(
             "out of memory on the device; lower training.micro_batch or set training.gradient_checkpointing, and give "
@@ -320,11 +324,24 @@ def _trainer(
         "data_collator": DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
     }
     if not settings.distillation.wanted:
-        return Trainer(**common)
+        return _quiet(Trainer(**common))
     from examples.dialogue.distillation import DistillationTrainer
     from examples.dialogue.models import load_teacher
 
-    return DistillationTrainer(**common, teacher=load_teacher(settings, device), distillation=settings.distillation)
+    return _quiet(
+        DistillationTrainer(**common, teacher=load_teacher(settings, device), distillation=settings.distillation)
+    )
+
+
+def _quiet(trainer: Any) -> Any:
+    """Without a terminal, every logged value goes to log.csv and to no other place."""
+    from transformers import PrinterCallback
+    from transformers.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        trainer.remove_callback(PrinterCallback)
+        disable_progress_bar()
+    return trainer
 
 
 def _watcher(
@@ -507,4 +524,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="python -m examples.dialogue.train")
