@@ -136,7 +136,7 @@ def _row(entry: Any, folder: Path, work: Path, before: Mapping[str, Row], path: 
                 changes[section][key] = str(before[other].config)
         if changes.get("model", {}).get("trained_by"):
             changes["model"]["path"] = ""
-        settings = read_settings(config, changes | {"name": name, "output": str(work / "rows" / name)})
+        settings = read_settings(config, changes | {"name": name, "output": str(work / "rows" / name)}, folder)
         config = work / "settings" / f"{name}.json"
         config.parent.mkdir(parents=True, exist_ok=True)
         partial = config.with_name(config.name + ".writing")

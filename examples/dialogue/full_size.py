@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ WAYS = (
 )
 
 
+@functools.cache
 def standing_memory(size: str, way: Way) -> Memory:
     """Weights, gradients and AdamW state of a fine-tuning, without activations.
 

@@ -289,20 +289,22 @@ _POSITIVE = {
 }
 
 
-def read_settings(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Settings:
+def read_settings(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, anchor: Path | None = None
+) -> Settings:
     """Read and check a settings file.
 
     Args:
         path: the file.
-        overrides: values on top of it, in the same form as the file's tables; paths in it are relative to the working
-            directory.
+        overrides: values on top of it, in the same form as the file's tables.
+        anchor: folder that paths in the overrides are relative to; the working directory by default.
 
     Raises:
         InputError: a file is missing or no TOML, or a setting is unknown, of the wrong type or impossible.
     """
     table = _read(Path(path).expanduser(), ())
     if overrides:
-        table = _merged(table, _anchored(overrides, Path.cwd()))
+        table = _merged(table, _anchored(overrides, anchor or Path.cwd()))
     return _checked(_build(Settings, table, str(path), ""), str(path))
 
 
