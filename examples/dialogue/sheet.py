@@ -98,7 +98,10 @@ def tally(sheet: str, key: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     Raises:
         InputError: rows or columns are missing, the sheet is not the key's, or a judgement is missing or unknown.
     """
-    rows = list(csv.DictReader(io.StringIO(sheet, newline="")))
+    try:
+        rows = list(csv.DictReader(io.StringIO(sheet, newline="")))
+    except csv.Error as error:
+        raise InputError(f"the sheet is no readable CSV ({error}); save it from the spreadsheet as CSV UTF-8") from None
     letters = string.ascii_uppercase[: len(key["settings"])]
     columns = [NUMBER, "질문", *(f"판단 {letter}" for letter in letters)]
     missing = [name for name in columns if not rows or name not in rows[0]]
@@ -108,7 +111,7 @@ def tally(sheet: str, key: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     numbers = [str(entry["number"]) for entry in key["rows"]]
     if len(rows) != len(numbers) or set(by_number) != set(numbers):
         raise InputError(f"the sheet has {len(rows)} rows, the key {len(numbers)}, or their numbers differ")
-    if _digest([by_number[number]["질문"] for number in numbers]) != key["questions"]:
+    if _digest([by_number[number]["질문"] or "" for number in numbers]) != key["questions"]:
         raise InputError("the questions of the sheet are not those of the key; give the key that was made with it")
     counts = {setting: dict.fromkeys(JUDGEMENTS, 0) for setting in key["settings"]}
     for entry in key["rows"]:
@@ -126,7 +129,7 @@ def tally(sheet: str, key: Mapping[str, Any]) -> dict[str, dict[str, int]]:
 def _shown(sample: Sample, characters: int) -> str:
     """The passage, or as much of it around the grounding as there is room for."""
     if len(sample.passage) <= characters:
-        return sample.passage.strip()
+        return sample.passage.strip() or "없음"
     start, end = sample.grounding or (0, characters)
     begin = max(0, min((start + end - characters) // 2, len(sample.passage) - characters))
     return f"…{sample.passage[begin : begin + characters].strip()}…"
@@ -184,9 +187,9 @@ def make(predictions: tuple[str, ...], data: Path, out: Path, key: Path | None, 
         if not equals or not setting or not path or setting in given:
             raise InputError(f"{word!r} is not SETTING=FILE with a setting of its own, as in 1.3B-S=answers.jsonl")
         given[setting] = read_predictions(path)[1]
-    for path in (out, _key_path(out, key)):
-        if path.exists():
-            raise InputError(f"{path} exists, perhaps with judgements in it; give another --out or remove it")
+    for target in (out, _key_path(out, key)):
+        if target.exists():
+            raise InputError(f"{target} exists, perhaps with judgements in it; give another --out or remove it")
     samples, _ = read_jsonl(data)
     sheet, made = make_sheet(samples, given, rows=rows, seed=seed)
     _write(_key_path(out, key), (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
