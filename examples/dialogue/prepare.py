@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import click
 from examples.dialogue.commands import SETTINGS, Command
 from examples.dialogue.filters import GROUPS, Limits, keep_apart, shape, split
 from examples.dialogue.loading import load, load_documents, published_files
-from examples.dialogue.schema import Report, Sample, write_jsonl
+from examples.dialogue.schema import Report, Sample, write_jsonl, write_whole
 from examples.dialogue.templates import PASSAGES, TEMPLATES
 from svdconvert.errors import InputError
 
@@ -98,9 +97,7 @@ def prepare(
         "reports": {name: report.to_json() for name, report in reports.items()},
         "written": {"train": _counts(training), "validation": _counts(validation)},
     }
-    partial = out / "prepare.json.writing"
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, out / "prepare.json")
+    write_whole(out / "prepare.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return {"train": training, "validation": validation}, reports
 
 

@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import random
 import string
 import sys
@@ -25,7 +24,7 @@ import click
 
 from examples.dialogue.commands import SETTINGS, Group
 from examples.dialogue.predictions import read_predictions
-from examples.dialogue.schema import Sample, nfc, read_jsonl
+from examples.dialogue.schema import Sample, nfc, read_jsonl, write_whole
 from svdconvert.errors import InputError
 
 JUDGEMENTS = {
@@ -150,13 +149,6 @@ def _digest(questions: Sequence[str]) -> str:
     return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".writing")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def _key_path(sheet: Path, key: Path | None) -> Path:
     return key or sheet.with_suffix(".key.json")
 
@@ -192,8 +184,8 @@ def make(predictions: tuple[str, ...], data: Path, out: Path, key: Path | None, 
             raise InputError(f"{target} exists, perhaps with judgements in it; give another --out or remove it")
     samples, _ = read_jsonl(data)
     sheet, made = make_sheet(samples, given, rows=rows, seed=seed)
-    _write(_key_path(out, key), (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
-    _write(out, sheet.encode("utf-8-sig"))
+    write_whole(_key_path(out, key), (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(out, sheet.encode("utf-8-sig"))
     click.echo(f"{out}: {rows} rows, {len(given)} answers each; the key is in {_key_path(out, key)}, judge without it")
     for name, meaning in JUDGEMENTS.items():
         click.echo(f"  {name}: {meaning}")
