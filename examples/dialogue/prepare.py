@@ -27,7 +27,7 @@ def prepare(
     fraction: float = 0.1,
     seed: int = 0,
     by: str = "dialogue",
-    passage: str = "section",
+    passage: str | None = None,
     template: str = "kodoc2dial",
     limits: Limits | None = None,
     tokenizer: Path | None = None,
@@ -41,7 +41,8 @@ def prepare(
         documents: of the dialogues.
         validation_source: where validation data is a file of its own; the split is not made then.
         fraction, seed, by: of the split, see :func:`examples.dialogue.filters.split`.
-        passage, template, limits: see :func:`examples.dialogue.filters.shape`.
+        passage, template, limits: see :func:`examples.dialogue.filters.shape`; the passage is the section by default
+            where the source is dialogues and documents, and stays as it is where it is samples.
         tokenizer: model folder to count tokens with.
         language: of samples that do not say it themselves.
 
@@ -60,6 +61,7 @@ def prepare(
         from svdconvert.loading import load_tokenizer
 
         counter = load_tokenizer(tokenizer)
+    passage = passage or ("document" if source.suffix == ".jsonl" else "section")
     settings: dict[str, Any] = {"passage": passage, "template": template, "limits": limits or Limits()}
     reports: dict[str, Report] = {}
 
@@ -119,7 +121,7 @@ def _counts(samples: list[Sample]) -> dict[str, Any]:
 @click.option("--fraction", type=float, default=0.1, show_default=True, help="Otherwise: share of it in the dialogues.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the validation dialogues.")
 @click.option("--split-by", "by", type=click.Choice(GROUPS), default="dialogue", show_default=True)
-@click.option("--passage", type=click.Choice(PASSAGES), default="section", show_default=True)
+@click.option("--passage", type=click.Choice(PASSAGES), help="Part of the document.  [section; of samples, all]")
 @click.option("--template", type=click.Choice(list(TEMPLATES)), default="kodoc2dial", show_default=True)
 @click.option("--tokenizer", type=_PATH, help="Model folder to count tokens with.")
 @click.option("--max-tokens", "total", type=click.IntRange(1), help="Longest prompt and answer together.")
