@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import click
 from examples.dialogue.commands import SETTINGS, Command
 from examples.dialogue.filters import GROUPS, Limits, keep_apart, shape, split
 from examples.dialogue.loading import load, load_documents, published_files
-from examples.dialogue.schema import Report, Sample, write_jsonl
+from examples.dialogue.schema import Report, Sample, write_jsonl, write_whole
 from examples.dialogue.templates import PASSAGES, TEMPLATES
 from svdconvert.errors import InputError
 
@@ -28,7 +27,7 @@ def prepare(
     fraction: float = 0.1,
     seed: int = 0,
     by: str = "dialogue",
-    passage: str = "section",
+    passage: str | None = None,
     template: str = "kodoc2dial",
     limits: Limits | None = None,
     tokenizer: Path | None = None,
@@ -42,7 +41,8 @@ def prepare(
         documents: of the dialogues.
         validation_source: where validation data is a file of its own; the split is not made then.
         fraction, seed, by: of the split, see :func:`examples.dialogue.filters.split`.
-        passage, template, limits: see :func:`examples.dialogue.filters.shape`.
+        passage, template, limits: see :func:`examples.dialogue.filters.shape`; the passage is the section by default
+            where the source is dialogues and documents, and stays as it is where it is samples.
         tokenizer: model folder to count tokens with.
         language: of samples that do not say it themselves.
 
@@ -61,6 +61,7 @@ def prepare(
         from svdconvert.loading import load_tokenizer
 
         counter = load_tokenizer(tokenizer)
+    passage = passage or ("document" if source.suffix == ".jsonl" else "section")
     settings: dict[str, Any] = {"passage": passage, "template": template, "limits": limits or Limits()}
     reports: dict[str, Report] = {}
 
@@ -98,9 +99,7 @@ def prepare(
         "reports": {name: report.to_json() for name, report in reports.items()},
         "written": {"train": _counts(training), "validation": _counts(validation)},
     }
-    partial = out / "prepare.json.writing"
-    partial.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, out / "prepare.json")
+    write_whole(out / "prepare.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     return {"train": training, "validation": validation}, reports
 
 
@@ -122,7 +121,7 @@ def _counts(samples: list[Sample]) -> dict[str, Any]:
 @click.option("--fraction", type=float, default=0.1, show_default=True, help="Otherwise: share of it in the dialogues.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the validation dialogues.")
 @click.option("--split-by", "by", type=click.Choice(GROUPS), default="dialogue", show_default=True)
-@click.option("--passage", type=click.Choice(PASSAGES), default="section", show_default=True)
+@click.option("--passage", type=click.Choice(PASSAGES), help="Part of the document.  [section; of samples, all]")
 @click.option("--template", type=click.Choice(list(TEMPLATES)), default="kodoc2dial", show_default=True)
 @click.option("--tokenizer", type=_PATH, help="Model folder to count tokens with.")
 @click.option("--max-tokens", "total", type=click.IntRange(1), help="Longest prompt and answer together.")

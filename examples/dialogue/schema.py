@@ -241,13 +241,25 @@ def write_jsonl(path: Path | str, samples: Iterable[Sample]) -> int:
 
 def write_lines(path: Path | str, entries: Sequence[Mapping[str, Any]]) -> int:
     """Write objects as JSONL; the file appears under its name once it is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".writing")
-    with partial.open("w", encoding="utf-8", newline="\n") as handle:
-        handle.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    os.replace(partial, path)
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    write_whole(path, "".join(lines).encode())
     return len(entries)
+
+
+def write_whole(path: Path | str, content: bytes) -> None:
+    """Write a file that appears under its name once it is whole.
+
+    Raises:
+        InputError: the file or its folder cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".writing")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); give another place") from None
 
 
 def numbered_lines(path: Path) -> list[tuple[int, bytes]]:

@@ -13,7 +13,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import random
 import string
 import sys
@@ -25,7 +24,7 @@ import click
 
 from examples.dialogue.commands import SETTINGS, Group
 from examples.dialogue.predictions import read_predictions
-from examples.dialogue.schema import Sample, nfc, read_jsonl
+from examples.dialogue.schema import Sample, nfc, read_jsonl, write_whole
 from svdconvert.errors import InputError
 
 JUDGEMENTS = {
@@ -98,7 +97,10 @@ def tally(sheet: str, key: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     Raises:
         InputError: rows or columns are missing, the sheet is not the key's, or a judgement is missing or unknown.
     """
-    rows = list(csv.DictReader(io.StringIO(sheet, newline="")))
+    try:
+        rows = list(csv.DictReader(io.StringIO(sheet, newline="")))
+    except csv.Error as error:
+        raise InputError(f"the sheet is no readable CSV ({error}); save it from the spreadsheet as CSV UTF-8") from None
     letters = string.ascii_uppercase[: len(key["settings"])]
     columns = [NUMBER, "질문", *(f"판단 {letter}" for letter in letters)]
     missing = [name for name in columns if not rows or name not in rows[0]]
@@ -108,7 +110,7 @@ def tally(sheet: str, key: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     numbers = [str(entry["number"]) for entry in key["rows"]]
     if len(rows) != len(numbers) or set(by_number) != set(numbers):
         raise InputError(f"the sheet has {len(rows)} rows, the key {len(numbers)}, or their numbers differ")
-    if _digest([by_number[number]["질문"] for number in numbers]) != key["questions"]:
+    if _digest([by_number[number]["질문"] or "" for number in numbers]) != key["questions"]:
         raise InputError("the questions of the sheet are not those of the key; give the key that was made with it")
     counts = {setting: dict.fromkeys(JUDGEMENTS, 0) for setting in key["settings"]}
     for entry in key["rows"]:
@@ -126,7 +128,7 @@ def tally(sheet: str, key: Mapping[str, Any]) -> dict[str, dict[str, int]]:
 def _shown(sample: Sample, characters: int) -> str:
     """The passage, or as much of it around the grounding as there is room for."""
     if len(sample.passage) <= characters:
-        return sample.passage.strip()
+        return sample.passage.strip() or "없음"
     start, end = sample.grounding or (0, characters)
     begin = max(0, min((start + end - characters) // 2, len(sample.passage) - characters))
     return f"…{sample.passage[begin : begin + characters].strip()}…"
@@ -145,13 +147,6 @@ def _digest(questions: Sequence[str]) -> str:
     # A spreadsheet may change the line ends inside cells.
     lines = json.dumps([" ".join(nfc(question).split()) for question in questions], ensure_ascii=False)
     return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".writing")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _key_path(sheet: Path, key: Path | None) -> Path:
@@ -184,13 +179,13 @@ def make(predictions: tuple[str, ...], data: Path, out: Path, key: Path | None, 
         if not equals or not setting or not path or setting in given:
             raise InputError(f"{word!r} is not SETTING=FILE with a setting of its own, as in 1.3B-S=answers.jsonl")
         given[setting] = read_predictions(path)[1]
-    for path in (out, _key_path(out, key)):
-        if path.exists():
-            raise InputError(f"{path} exists, perhaps with judgements in it; give another --out or remove it")
+    for target in (out, _key_path(out, key)):
+        if target.exists():
+            raise InputError(f"{target} exists, perhaps with judgements in it; give another --out or remove it")
     samples, _ = read_jsonl(data)
     sheet, made = make_sheet(samples, given, rows=rows, seed=seed)
-    _write(_key_path(out, key), (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
-    _write(out, sheet.encode("utf-8-sig"))
+    write_whole(_key_path(out, key), (json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(out, sheet.encode("utf-8-sig"))
     click.echo(f"{out}: {rows} rows, {len(given)} answers each; the key is in {_key_path(out, key)}, judge without it")
     for name, meaning in JUDGEMENTS.items():
         click.echo(f"  {name}: {meaning}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -73,8 +74,9 @@ TOKENIZERS: Mapping[str, type[MetricTokenizer]] = {
 }
 
 
+@cache
 def tokenizer_named(name: str) -> MetricTokenizer:
-    """Make a tokenizer.
+    """The tokenizer of a name; its dictionaries are loaded once.
 
     Raises:
         InputError: there is none of that name, or its packages are not installed.
