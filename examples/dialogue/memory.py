@@ -63,7 +63,7 @@ def count_memory(model: nn.Module, optimizer: str = "adamw_torch") -> Memory:
 
 
 def _state_bytes(state: Any) -> int:
-    inner = state.state2
+    inner = getattr(state, "state2", None)  # of double quantisation, until a CPU kernel repacks it
     size: int = state.absmax.numel() * state.absmax.element_size()
     return size + (inner.absmax.numel() * inner.absmax.element_size() if inner is not None else 0)
 

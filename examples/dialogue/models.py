@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def load_causal(
         attention: attention implementation; empty leaves the choice to transformers.
 
     Raises:
-        InputError: it cannot be loaded, or not quantised on this device.
+        InputError: it cannot be loaded, or bitsandbytes is missing.
     """
     from transformers import AutoModelForCausalLM
     from transformers import __version__ as version
@@ -150,7 +151,8 @@ def load_causal(
     if attention:
         options["attn_implementation"] = attention
     if quantization and quantization.bits:
-        check_quantization(config, quantization, device, str(folder))
+        if find_spec("bitsandbytes") is None:
+            raise InputError("quantised loading needs bitsandbytes; pip install bitsandbytes")
         options |= {"quantization_config": _bitsandbytes(quantization), "device_map": {"": str(device)}}
     row = FACTORED.get(str(config.get("model_type")))
     try:
@@ -161,7 +163,7 @@ def load_causal(
                 model = factored_classes(row)[1].from_pretrained(folder, **options)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
-    return model if "device_map" in options else model.to(device)
+    return _quantized_for_training(model) if "device_map" in options else model.to(device)
 
 
 def _bitsandbytes(quantization: QuantizationSettings) -> Any:
@@ -177,30 +179,17 @@ def _bitsandbytes(quantization: QuantizationSettings) -> Any:
     )
 
 
-def check_quantization(
-    config: Mapping[str, Any], quantization: QuantizationSettings, device: torch.device, name: str
-) -> None:
-    """Refuse what bitsandbytes would compute wrongly or not at all.
+def _quantized_for_training(model: nn.Module) -> nn.Module:
+    """Keep bitsandbytes from repacking 4-bit weights on the CPU.
 
-    On CPUs with AVX512-BF16 its 4-bit kernel reads rows in blocks of 64 inputs, and a factor `up` has the rank as its
-    inputs.
-
-    Raises:
-        InputError: bitsandbytes is missing, or a rank does not fit.
+    Where the CPU has AVX512-BF16, the first forward pass in evaluation mode repacks them for a kernel that has no
+    gradient: everything below a layer would stop to learn after the first evaluation, without a word. The kernel also
+    takes ranks that are multiples of 64 only.
     """
-    try:
-        from bitsandbytes.functional import has_avx512bf16
-    except ImportError:
-        raise InputError("quantised loading needs bitsandbytes; pip install bitsandbytes") from None
-    if device.type != "cpu" or quantization.bits != 4 or not has_avx512bf16():
-        return
-    odd = {path: rank for path, rank in (config.get("svd_ranks") or {}).items() if rank % 64}
-    if odd:
-        path, rank = next(iter(odd.items()))
-        raise InputError(
-            f"{name} cannot be loaded in 4 bits on this CPU: bitsandbytes takes multiples of 64 inputs here, and "
-            f"{path} has rank {rank}; convert with such a rank, use a GPU, or 8 bits"
-        )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def adapt(model: nn.Module, settings: Settings, base: str) -> nn.Module:

@@ -236,6 +236,10 @@ def training_arguments(settings: Settings, planned: Schedule, folder: Path, devi
     optimizer = recipe.optimizer
     if optimizer == "paged":
         optimizer = "paged_adamw_32bit" if device.type == "cuda" else "adamw_torch"
+    # transformers 5 renames these two; without checkpointing they need not be named at all
+    checkpointing: dict[str, Any] = {}
+    if recipe.gradient_checkpointing:
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     try:
         arguments = TrainingArguments(
             output_dir=str(folder / CHECKPOINTS),
@@ -261,8 +265,7 @@ def training_arguments(settings: Settings, planned: Schedule, folder: Path, devi
             optim=optimizer,
             bf16=recipe.autocast == "bf16",
             fp16=recipe.autocast == "fp16",
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            **checkpointing,
             seed=recipe.seed,
             data_seed=recipe.seed,
             use_cpu=device.type == "cpu",
