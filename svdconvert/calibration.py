@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import svdconvert
-from svdconvert.activations import ActivationStore, Loss
+from svdconvert.activations import ActivationStore, Loss, check_room
 from svdconvert.blocks import ModelBlocks
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
@@ -207,7 +207,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         shape = (*tokens.ids.shape, self._blocks.hidden_size)
         self._store = ActivationStore(work / "activations", key, shape, dtype)
         copies = self._blocks.count + 2 if needs.gradients else 2
-        self._store.check_room(copies)
+        check_room([self._store], copies)
         self.loss: Loss | None = self._store.loss
         self._generator = self._backward() if needs.gradients else self._forward()
 
