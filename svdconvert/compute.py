@@ -28,10 +28,11 @@ def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tu
 
 def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W and its decomposition, computed beforehand -> the tensors of its layout."""
-    from svdconvert.decomposing import load_decomposition
+    from svdconvert.decomposing import load_decomposition, load_outputs
 
     (weight,) = inputs
-    found, inner = load_decomposition(Path(step.options["decomposition"]), weight.device)
+    file = Path(step.options["decomposition"])
+    found, inner = load_decomposition(file, weight.device)
     tall = weight.shape[0] >= weight.shape[1]
     left, right = (None, inner) if tall else (inner, None)
     rank = step.options["rank"]
@@ -44,7 +45,11 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     # What is cut off, in the method's own metrics; the metric on the longer side is not kept, so that what rounding
     # adds there is not known.
     spectrum = found.spectrum
-    return tensors, report | {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    report |= {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    losses = load_outputs(file)
+    if losses is not None and float(losses[0]) > 0:
+        report["output_error"] = float((losses[rank] / losses[0]).sqrt())
+    return tensors, report
 
 
 # Stands for a metric that there is but that was not kept.
