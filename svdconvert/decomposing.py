@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
@@ -29,7 +30,7 @@ from svdconvert.weights import WeightReader
 from svdconvert.writer import atomic_write, disk_errors
 
 if TYPE_CHECKING:
-    from svdconvert.calibrating import StatisticsProvider
+    from svdconvert.calibrating import Knowledge, StatisticsProvider
     from svdconvert.calibration import ModuleStatistics
 
 
@@ -128,6 +129,73 @@ def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition,
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
     found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
     return found, tensors.get("metric")
+
+
+def decompositions_key(
+    source: Source, method: Method, options: Mapping[str, float], knowledge: Knowledge | None, device: str
+) -> dict[str, Any]:
+    """What decompositions depend on, in JSON types: the key of :class:`Decompositions`."""
+    return {
+        "svdconvert": versions()["svdconvert"],
+        **source.identity(),
+        "method": method.name,
+        **options,
+        **({} if knowledge is None else knowledge.key),
+        "device": device.split(":")[0],
+    }
+
+
+def kept_decompositions(
+    source: Source,
+    targets: Sequence[Target],
+    method: Method,
+    options: Mapping[str, float],
+    knowledge: Knowledge | None,
+    folder: Path,
+    device: str,
+    events: Events,
+) -> Decompositions:
+    """All targets' decompositions, those that a folder has already and the rest computed now.
+
+    Args:
+        source, targets, method, options, events: see :func:`decompose_targets`.
+        knowledge: gives the statistics; None for methods without any.
+        folder: keeps the decompositions and what the statistics need meanwhile.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: see :func:`decompose_targets`, or the folder is of other settings.
+    """
+    store = Decompositions(folder / "decompositions", decompositions_key(source, method, options, knowledge, device))
+    decompose_all(source, targets, method, options, knowledge, store, folder / "statistics", device, events)
+    return store
+
+
+def decompose_all(
+    source: Source,
+    targets: Sequence[Target],
+    method: Method,
+    options: Mapping[str, float],
+    knowledge: Knowledge | None,
+    store: Store,
+    work: Path,
+    device: str,
+    events: Events,
+) -> None:
+    """:func:`decompose_targets`, with statistics that are collected as they are needed, in the folder ``work``."""
+    statistics = None
+    if knowledge is not None:
+        count = knowledge.tokens
+        events.note(f"calibration on {count:,} tokens of {knowledge.name}")
+        widest = max(max(target.shape) for target in targets)
+        if count < widest:
+            events.note(
+                f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
+                "singular; more --calib-samples give better factors"
+            )
+        modules = [target.module for target in targets]
+        statistics = knowledge.collect(method, modules, device, work, events)
+    decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events)
 
 
 def decompose_targets(
