@@ -32,7 +32,8 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     from svdconvert.decomposing import load_decomposition
 
     (weight,) = inputs
-    found, inner = load_decomposition(Path(step.options["decomposition"]), weight.device)
+    file = Path(step.options["decomposition"])
+    found, inner = load_decomposition(file, weight.device)
     tall = weight.shape[0] >= weight.shape[1]
     left, right = (None, inner) if tall else (inner, None)
     rank = step.options["rank"]
@@ -42,7 +43,7 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
         lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right),
         right if tall else _UNKNOWN,
     )
-    return tensors, report | _cut_off(found, rank)
+    return tensors, report | _cut_off(found, file, rank)
 
 
 def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -52,20 +53,27 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
 
     (weight,) = inputs
     tensors, fit = load_refitted(Path(step.options["refitted"]))
-    found, _ = load_decomposition(Path(step.options["decomposition"]), torch.device("cpu"))
-    cut = _cut_off(found, step.options["rank"])
+    file = Path(step.options["decomposition"])
+    found, _ = load_decomposition(file, torch.device("cpu"))
+    cut = _cut_off(found, file, step.options["rank"])
     optimal = (cut["lost"] / cut["whole"]) ** 0.5 if cut["whole"] else 0.0
     error = _relative_error(weight.cpu(), tensors)
     return tensors, _report(step, weight, error, optimal, str(found.basis.dtype)[6:]) | cut | {"refit": fit}
 
 
-def _cut_off(found: Decomposition, rank: int) -> dict[str, float]:
-    """What a truncation loses and what there was, in the method's own metrics.
+def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
+    """What a truncation loses and what there was, in the method's own metrics, and its error of the outputs.
 
     The metric on the longer side is not kept, so that what rounding adds there is not known.
     """
+    from svdconvert.decomposing import load_outputs
+
     spectrum = found.spectrum
-    return {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    told = {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    losses = load_outputs(file)
+    if losses is not None and float(losses[0]) > 0:
+        told["output_error"] = float((losses[rank] / losses[0]).sqrt())
+    return told
 
 
 # Stands for a metric that there is but that was not kept.
