@@ -111,7 +111,7 @@ _plan_options = _options(
         metavar="PATTERN",
         help="Factor only linear layers that match (repeatable). [default: the linear layers of every block]",
     ),
-    click.option("--method", default="svd", show_default=True, help="How the factors are computed."),
+    click.option("--method", help="How the factors are computed.  [default: kfac where there is a text, else svd]"),
     click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights."),
     _shard_option,
     click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository."),
@@ -150,6 +150,13 @@ _allocation_option = click.option(
     type=click.Choice(["uniform", "global"]),
     help="Spend a budget evenly, or where it helps most.  [default: global for kfac, else uniform]",
 )
+_refit_option = click.option(
+    "--refit",
+    type=click.Choice(["none", "sequential"]),
+    default="none",
+    show_default=True,
+    help="Fit outer factors to the dense model on the inputs that the compressed layers before them give.",
+)
 _method_options = _options(
     click.option("--stats", type=click.Path(path_type=Path), help="Instead: folder that `svdconvert calibrate` wrote."),
     click.option("--alpha", type=float, help="Exponent of asvd.  [default: 0.5]"),
@@ -170,6 +177,7 @@ _method_options = _options(
 @_text_options
 @_allocation_option
 @_method_options
+@_refit_option
 @click.option("--keep-work", is_flag=True, help="Keep them beside the result: short for --work OUT-work.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
 @_overwrite_option
@@ -188,6 +196,7 @@ def convert(
     stats: Path | None,
     alpha: float | None,
     shrinkage: float | None,
+    refit: str,
     work: Path | None,
     keep_work: bool,
     workers: int,
@@ -208,6 +217,9 @@ def convert(
     """
     calibration = _calibration(request)
     if dry_run:
+        from svdconvert.calibrating import default_method
+
+        request["method"] = default_method(request["method"], calibration, stats)
         _show_plan(model, out, as_json, request)
         return
     if out is None:
@@ -227,6 +239,7 @@ def convert(
             stats=stats,
             alpha=alpha,
             shrinkage=shrinkage,
+            refit=refit,
             work=work,
             keep_work=keep_work,
             workers=workers,
@@ -390,7 +403,7 @@ def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--method", default="svd", show_default=True, help="Whose metrics to look in.")
+@click.option("--method", help="Whose metrics to look in.  [default: kfac where there is a text, else svd]")
 @_text_options
 @_method_options
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
@@ -445,7 +458,10 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @click.option("--keep", metavar="FRACTIONS", help="Fractions of the target parameters to keep: 0.3,0.5,0.7.")
 @click.option("--rank", metavar="RANKS", help="Instead: ranks of every target: 128,256.")
 @click.option(
-    "--method", "methods", multiple=True, default=["svd"], show_default=True, help="How to factor (repeatable)."
+    "--method",
+    "methods",
+    multiple=True,
+    help="How to factor (repeatable).  [default: kfac where there is a text, else svd]",
 )
 @click.option(
     "--layout",
@@ -459,6 +475,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @_allocation_option
 @_text_options
 @_method_options
+@_refit_option
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
 @click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights.")
 @click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
