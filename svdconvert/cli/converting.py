@@ -45,17 +45,17 @@ class DefaultGroup(click.Group):
         try:
             return super().main(*args, **kwargs)
         except SvdconvertError as error:
-            fail(str(error), error.exit_code)
+            _fail(str(error), error.exit_code)
         except MemoryError:
-            fail("out of memory; use fewer --workers or a machine with more, the same command goes on", 1)
+            _fail("out of memory; use fewer --workers or a machine with more, the same command goes on", 1)
         except RuntimeError as error:
             # torch raises its own error type when a GPU is full, and importing torch only to name it costs seconds.
             if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
                 raise
-            fail("out of memory on the device; use --device cpu, the same command goes on otherwise", 1)
+            _fail("out of memory on the device; use --device cpu, the same command goes on otherwise", 1)
 
 
-def fail(message: str, exit_code: int) -> NoReturn:
+def _fail(message: str, exit_code: int) -> NoReturn:
     click.echo(f"Error: {message}", err=True)
     sys.exit(exit_code)
 

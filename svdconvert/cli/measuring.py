@@ -11,13 +11,12 @@ import click
 from svdconvert.cli.converting import (
     console_for,
     device_option,
-    fail,
     json_option,
     main,
     need_folder,
     print_json,
 )
-from svdconvert.errors import InputError
+from svdconvert.errors import InputError, JobError
 
 
 @main.command()
@@ -61,7 +60,7 @@ def verify(
             console.print(f"[bold]{evaluation.model}[/]")
             show_evaluation(console, evaluation)
     if failed(checks):
-        fail(f"{folder} did not pass: {', '.join(check.name for check in failed(checks))}", 1)
+        raise JobError(f"{folder} did not pass: {', '.join(check.name for check in failed(checks))}")
 
 
 @main.command()
