@@ -203,9 +203,9 @@ def show_sweep(console: Console, sweep: Sweep) -> None:
     dense = sweep.dense
     table.add_row("dense", "", f"{dense.params:,}", size(dense.bytes), f"{dense.perplexity:.2f}", "")
     for line, points in sweep.lines.items():
-        for point in points:
+        for i, point in enumerate(points):
             cells = (f"{point.params:,}", size(point.bytes), f"{point.perplexity:.2f}", f"{point.added:+.4f}")
-            table.add_row(line, point.setting.budget, *cells)
+            table.add_row("" if i else line, point.setting.budget, *cells)
     console.print(table)
     console.print(escape(sweep.headline), highlight=False)
     show_pairs(console, [("written to", str(sweep.folder))])

@@ -62,8 +62,8 @@ class Setting:
 
     @property
     def budget(self) -> str:
-        """``60 % kept`` or ``rank 128``."""
-        return f"rank {self.rank}" if self.keep is None else f"{100 * self.keep:g} % kept"
+        """``60% kept`` or ``rank 128``."""
+        return f"rank {self.rank}" if self.keep is None else f"{100 * self.keep:g}% kept"
 
     @property
     def folder(self) -> str:
@@ -143,7 +143,8 @@ class Sweep:
         least = min(self.points, key=lambda point: point.setting.keep or point.setting.rank or 0).setting
         same = [p for p in self.points if (p.setting.keep, p.setting.rank) == (least.keep, least.rank)]
         best = min(same, key=lambda point: point.perplexity)
-        return f"at {least.budget} {best.setting.line} is best, perplexity {best.perplexity:.2f}"
+        dense = self.dense.perplexity
+        return f"best at {least.budget}: {best.setting.line}, perplexity {best.perplexity:.2f} (dense {dense:.2f})"
 
     def to_json(self) -> dict[str, Any]:
         """``model``, ``text``, ``dense`` and ``points``, rows as :meth:`Point.to_json`."""
