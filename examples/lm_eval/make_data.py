@@ -1,4 +1,4 @@
-"""Two small data sets for lm-evaluation-harness out of the bundled held-out reviews: `python examples/lm_eval/make_data.py`.
+"""Two small data sets for lm-evaluation-harness out of the bundled held-out reviews.
 
 cloze.jsonl has the first half of a review and four second halves, one of them its own; perplexity.jsonl has pieces of
 the text of about 2,000 characters.
@@ -30,7 +30,9 @@ def cloze(reviews: list[str], rows: int, seed: int) -> list[dict[str, object]]:
     pairs = [pair for pair in map(halves, reviews) if pair]
     questions = []
     for start, end in generator.sample(pairs, rows):
-        others = sorted({other for _, other in pairs if other != end}, key=lambda other: abs(len(other) - len(end)))
+        others = sorted(
+            {other for _, other in pairs if other != end}, key=lambda other: (abs(len(other) - len(end)), other)
+        )
         choices = [end, *generator.sample(others[:20], 3)]
         generator.shuffle(choices)
         questions.append({"start": start, "choices": choices, "answer": choices.index(end)})
