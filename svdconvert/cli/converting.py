@@ -109,7 +109,7 @@ _plan_options = _options(
         metavar="PATTERN",
         help="Factor only linear layers that match (repeatable). [default: the linear layers of every block]",
     ),
-    click.option("--method", default="svd", show_default=True, help="How the factors are computed."),
+    click.option("--method", help="How the factors are computed.  [default: kfac where there is a text, else svd]"),
     click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights."),
     shard_option,
     click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository."),
@@ -148,6 +148,13 @@ _allocation_option = click.option(
     type=click.Choice(["uniform", "global"]),
     help="Spend a budget evenly, or where it helps most.  [default: global for kfac, else uniform]",
 )
+_refit_option = click.option(
+    "--refit",
+    type=click.Choice(["none", "sequential"]),
+    default="none",
+    show_default=True,
+    help="Fit outer factors to the dense model on the inputs that the compressed layers before them give.",
+)
 _method_options = _options(
     click.option("--stats", type=click.Path(path_type=Path), help="Instead: folder that `svdconvert calibrate` wrote."),
     click.option("--alpha", type=float, help="Exponent of asvd.  [default: 0.5]"),
@@ -168,6 +175,7 @@ _method_options = _options(
 @_text_options
 @_allocation_option
 @_method_options
+@_refit_option
 @click.option("--keep-work", is_flag=True, help="Keep them beside the result: short for --work OUT-work.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
 @overwrite_option
@@ -186,6 +194,7 @@ def convert(
     stats: Path | None,
     alpha: float | None,
     shrinkage: float | None,
+    refit: str,
     work: Path | None,
     keep_work: bool,
     workers: int,
@@ -206,6 +215,9 @@ def convert(
     """
     calibration = _calibration(request)
     if dry_run:
+        from svdconvert.calibrating import default_method
+
+        request["method"] = default_method(request["method"], calibration, stats)
         _show_plan(model, out, as_json, request)
         return
     if out is None:
@@ -225,6 +237,7 @@ def convert(
             stats=stats,
             alpha=alpha,
             shrinkage=shrinkage,
+            refit=refit,
             work=work,
             keep_work=keep_work,
             workers=workers,
@@ -278,7 +291,7 @@ def calibrate(model: str, out: Path, methods: Sequence[str], revision: str | Non
 
 @main.command()
 @click.argument("model")
-@click.option("--method", default="svd", show_default=True, help="Whose metrics to look in.")
+@click.option("--method", help="Whose metrics to look in.  [default: kfac where there is a text, else svd]")
 @_text_options
 @_method_options
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
@@ -333,7 +346,10 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @click.option("--keep", metavar="FRACTIONS", help="Fractions of the target parameters to keep: 0.3,0.5,0.7.")
 @click.option("--rank", metavar="RANKS", help="Instead: ranks of every target: 128,256.")
 @click.option(
-    "--method", "methods", multiple=True, default=["svd"], show_default=True, help="How to factor (repeatable)."
+    "--method",
+    "methods",
+    multiple=True,
+    help="How to factor (repeatable).  [default: kfac where there is a text, else svd]",
 )
 @click.option(
     "--layout",
@@ -347,6 +363,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @_allocation_option
 @_text_options
 @_method_options
+@_refit_option
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
 @click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights.")
 @click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
