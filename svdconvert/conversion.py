@@ -100,6 +100,7 @@ def plan(
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     factor_all: bool = False,
+    rank_multiple: int = 1,
     layout: str = DEFAULT.name,
 ) -> Plan:
     """What :func:`convert` would do, from config and headers alone.
@@ -115,13 +116,15 @@ def plan(
         max_shard_size: limit of a weight file, in bytes or as ``5GB``.
         revision: branch, tag or commit on the Hub.
         factor_all: factor also where that saves nothing.
+        rank_multiple: every rank is a multiple of it, 8 or 64 say, as matrix kernels like them; ranks of a budget are
+            rounded down, and a rank that is none is refused.
         layout: how the products are stored, see :func:`convert`.
 
     Raises:
         InputError: the model or the request cannot be used; the message says why.
     """
     source = open_source(os.fspath(model), revision, need_weights=False)
-    request = _request(rank, keep, params, factor_all)
+    request = _request(rank, keep, params, factor_all, rank_multiple)
     return make_plan(
         source,
         request,
@@ -147,6 +150,7 @@ def convert(
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     factor_all: bool = False,
+    rank_multiple: int = 1,
     calibration: Calibration | None = None,
     allocation: str | None = None,
     alpha: float | None = None,
@@ -169,7 +173,8 @@ def convert(
     An interrupted call goes on where it stopped when it is made again with the same arguments.
 
     Args:
-        model, rank, keep, params, targets, dtype, max_shard_size, revision, factor_all: see :func:`plan`.
+        model, rank, keep, params, targets, dtype, max_shard_size, revision, factor_all, rank_multiple: see
+            :func:`plan`.
         method: row of :data:`svdconvert.metrics.METHODS`; by default kfac where there is a text, else svd.
         out: folder to write.
         device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -201,7 +206,7 @@ def convert(
     events = events or Events()
     folder = Path(out).expanduser()
     refuse_foreign(folder, overwrite=overwrite)
-    request = _request(rank, keep, params, factor_all)
+    request = _request(rank, keep, params, factor_all, rank_multiple)
     max_shard_bytes = _bytes(max_shard_size)
     method = default_method(method, calibration, stats)
     row = method_named(method)
@@ -376,18 +381,15 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
         InputError: the budget is below what the least ranks cost.
     """
     targets = [replace(target, rank=None, reason="") for target in made.targets]
-    untouched = made.params_before - sum(target.dense_params for target in targets)
-    if request.params is not None:
-        budget = request.params - untouched
-    elif request.keep is not None:
-        budget = int(request.keep * sum(target.dense_params for target in targets))
-    else:
+    budget = request.budget(targets, made.params_before - sum(target.dense_params for target in targets))
+    if budget is None:
         budget = sum(target.params for target in made.targets)
     ranks = allocate(
         targets,
         [store.spectrum(target.module).numpy() for target in targets],
         budget,
         cost=layout_named(made.settings["layout"]).cost,
+        multiple=request.multiple,
     )
     return [
         replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
@@ -477,6 +479,8 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
         words += ["--rank", f"{pattern}={rank}"]
     for pattern in settings["targets"]:
         words += ["--targets", pattern]
+    if settings["rank_multiple"] != 1:
+        words += ["--rank-multiple", str(settings["rank_multiple"])]
     if settings["factor_all"]:
         words.append("--factor-all")
     if "calibration" in settings:
@@ -493,11 +497,11 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
 
 
 def _request(
-    rank: int | Mapping[str, int] | None, keep: float | None, params: int | None, factor_all: bool
+    rank: int | Mapping[str, int] | None, keep: float | None, params: int | None, factor_all: bool, multiple: int
 ) -> RankRequest:
     patterns = dict(rank) if isinstance(rank, Mapping) else {}
     default = patterns.pop("*", None) if isinstance(rank, Mapping) else rank
-    return RankRequest(default, patterns, keep, params, factor_all)
+    return RankRequest(default, patterns, keep, params, factor_all, multiple)
 
 
 def _bytes(size: str | int) -> int:

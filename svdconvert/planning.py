@@ -203,9 +203,10 @@ def make_plan(
     stored = layout_named(layout)
     candidates = [replace(target, layout=stored) for target in choose_targets(kept, row, targets)]
     dense_params = sum(info.size for info in kept.values())
+    untouched = dense_params - sum(target.dense_params for target in candidates)
     if ranked is None:
-        ranked = assign(candidates, request, dense_params - sum(target.dense_params for target in candidates))
-    steps = _steps(kept, ranked, row, dtype, {**(decompositions or {})}, {**(refitted or {})}, stored)
+        ranked = assign(candidates, request, untouched)
+    steps = _steps(kept, ranked, row, dtype, decompositions or {}, refitted or {}, stored)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
     return Plan(
@@ -220,7 +221,7 @@ def make_plan(
         params_after=parameters(outputs),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
-        notes=tuple(_notes(source, dropped, ranked)),
+        notes=tuple(_notes(source, dropped, ranked, request, untouched)),
         settings={
             "method": method,
             "targets": list(targets),
@@ -334,13 +335,22 @@ def natural(name: str) -> tuple[Any, ...]:
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
-def _notes(source: Source, dropped: Sequence[str], targets: Sequence[Target]) -> list[str]:
+def _notes(
+    source: Source, dropped: Sequence[str], targets: Sequence[Target], request: RankRequest, untouched: int
+) -> list[str]:
     notes = []
     if source.config_only:
         notes.append(f"{source.name} has no weights here; the plan was made from config.json alone")
     if dropped:
         kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
         notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
+    budget = request.budget(targets, untouched)
+    if request.multiple > 1 and budget is not None:
+        left = budget - sum(target.params for target in targets)
+        notes.append(
+            f"ranks are multiples of {request.multiple}, which leaves {left:,} parameters of the budget unused "
+            f"({left / budget:.1%})"
+        )
     dense = [target for target in targets if target.rank is None]
     for reason in dict.fromkeys(target.reason for target in dense):
         names = [target.module for target in dense if target.reason == reason]
