@@ -28,6 +28,7 @@ def factored_card(source: Source, plan: Plan, row: Architecture, command: str, e
         "",
         f"Method `{plan.method}`: {METHODS[plan.method].summary}. Layout `{plan.settings['layout']}`.",
         "",
+        *(_SHARED if plan.shared else ()),
         "| | parameters | bytes |",
         "|---|---|---|",
         f"| dense | {plan.params_before:,} | {plan.bytes_before:,} |",
@@ -78,6 +79,14 @@ def factored_card(source: Source, plan: Plan, row: Architecture, command: str, e
         "`svdconvert.json` holds versions, settings, and the rank and error of every matrix.",
     ]
     return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+
+
+_SHARED = (
+    "The input-side factor `down` of some layers is that of an earlier one (`svd_shared` in config.json); it is stored "
+    "and counted once. All layers of a group have to be in one stage of a pipeline; with FSDP, shard each `down` as a "
+    "unit of its own, or the whole model as one.",
+    "",
+)
 
 
 def plain_card(source: Source, title: str, text: str, command: str, tags: Sequence[str]) -> str:

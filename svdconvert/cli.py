@@ -121,6 +121,14 @@ _plan_options = _options(
         show_default=True,
         help="Two factors, or rows of each matrix and the coefficients of the others: more rank for the same size.",
     ),
+    click.option(
+        "--share-layers",
+        type=int,
+        metavar="N",
+        default=1,
+        show_default=True,
+        help="Consecutive layers that share the input-side factor of each kind of matrix, stored once.",
+    ),
     click.option("--factor-all", is_flag=True, help="Factor also where the rank saves nothing."),
 )
 

@@ -49,7 +49,10 @@ class Report:
 
     @property
     def matrices(self) -> Mapping[str, Mapping[str, Any]]:
-        """Module path -> rank, shape, relative_error, optimal_error, energy_kept, precision, seconds."""
+        """Module path -> rank, shape, relative_error, optimal_error, energy_kept, precision, seconds.
+
+        A layer that uses the factor of another has also ``shared_with``, that other's module path.
+        """
         matrices: Mapping[str, Mapping[str, Any]] = self.outcome.record["matrices"]
         return matrices
 
@@ -88,6 +91,7 @@ def plan(
     revision: str | None = None,
     factor_all: bool = False,
     layout: str = DEFAULT.name,
+    share_layers: int = 1,
 ) -> Plan:
     """What :func:`convert` would do, from config and headers alone.
 
@@ -103,6 +107,7 @@ def plan(
         revision: branch, tag or commit on the Hub.
         factor_all: factor also where that saves nothing.
         layout: how the products are stored, see :func:`convert`.
+        share_layers: consecutive layers that share the input-side factor of each kind of matrix, see :func:`convert`.
 
     Raises:
         InputError: the model or the request cannot be used; the message says why.
@@ -116,6 +121,7 @@ def plan(
         targets=targets,
         dtype=dtype,
         layout=layout,
+        share_layers=share_layers,
         max_shard_bytes=_bytes(max_shard_size),
     )
 
@@ -139,6 +145,7 @@ def convert(
     alpha: float | None = None,
     shrinkage: float | None = None,
     layout: str = DEFAULT.name,
+    share_layers: int = 1,
     stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -164,6 +171,8 @@ def convert(
         shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
         layout: ``balanced``, two factors, or ``pivoted``, r rows of each matrix and the coefficients of the others,
             which buys more rank for the same size.
+        share_layers: groups of so many consecutive layers have one input-side factor for each kind of matrix, which is
+            stored once and buys more rank for the same size. A group is one matrix to ranks and budgets.
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
         work: folder that keeps statistics and decompositions, so that another rank or budget of the same model and
             text starts from them; by default they live in the job's own folder and go with it.
@@ -199,7 +208,13 @@ def convert(
 
         check_push(push_to_hub, private=private, revision=hub_revision)
     source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
-    planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "layout": layout, "max_shard_bytes": max_shard_bytes}
+    planned: dict[str, Any] = {
+        "targets": targets,
+        "dtype": dtype,
+        "layout": layout,
+        "share_layers": share_layers,
+        "max_shard_bytes": max_shard_bytes,
+    }
     if method != row.name:
         events.note(f"{method} has the same optimum as {row.name}, which computes it")
     made = make_plan(source, request, method=row.name, **planned)
@@ -221,7 +236,7 @@ def convert(
             place = folder / JOB_FOLDER / "work" if work is None else Path(work).expanduser()
             store = _decompositions(source, made, row, options, knowledge, place, used_device, events)
             ranked = spend(made, request, store) if spread == "global" else made.targets
-            files = {target.module: str(store.path(target.module)) for target in ranked}
+            files = {target.module: store.options(target) for target in ranked}
             made = make_plan(source, request, method=row.name, ranked=ranked, decompositions=files, **planned)
             if spread == "global":
                 events.planned(made, free_bytes(folder))
@@ -297,7 +312,7 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
         budget = sum(target.params for target in made.targets)
     ranks = allocate(
         targets,
-        [store.spectrum(target.module).numpy() for target in targets],
+        [store.spectrum(target).numpy() for target in targets],
         budget,
         cost=layout_named(made.settings["layout"]).cost,
     )
@@ -335,13 +350,13 @@ def _decompositions(
     if knowledge is not None:
         count = knowledge.tokens
         events.note(f"calibration on {count:,} tokens of {knowledge.name}")
-        widest = max(max(target.shape) for target in made.targets)
+        widest = max(max(part.rows, target.shape[1]) for target in made.targets for part in target.parts)
         if count < widest:
             events.note(
                 f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
                 "singular; more --calib-samples give better factors"
             )
-        modules = [target.module for target in made.targets]
+        modules = [part.module for target in made.targets for part in target.parts]
         statistics = knowledge.collect(method, modules, device, folder / "statistics", events)
     decompose_targets(source, made.targets, method, options, store, statistics, torch.device(device), events)
     return store
@@ -361,18 +376,25 @@ def _allocation(method: Method, asked: str | None, request: RankRequest) -> str:
 
 def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method) -> Job:
     row = dense_architecture(source.config, source.name)
-    config = checkpoint.factored_config(source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"])
+    config = checkpoint.factored_config(
+        source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"], made.shared
+    )
     config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
     command = command_line(source, made, settings)
 
     def matrices(reports: Reports) -> dict[str, Any]:
-        return {target.module: reports[target.weight] for target in made.targets if target.rank is not None}
+        return {
+            module: report
+            for target in made.targets
+            if target.rank is not None
+            for module, report in _by_layer(target, reports[target.weight]).items()
+        }
 
     def details(reports: Reports) -> dict[str, Any]:
         return {
             "params": {"before": made.params_before, "after": made.params_after},
             "bytes": {"before": made.bytes_before, "after": made.bytes_after},
-            "dense_targets": {t.module: t.reason for t in made.targets if t.rank is None},
+            "dense_targets": {part.module: t.reason for t in made.targets if t.rank is None for part in t.parts},
             "notes": list(made.notes),
             "matrices": matrices(reports),
             **predicted(reports),
@@ -398,6 +420,19 @@ def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method
     )
 
 
+def _by_layer(target: Target, report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Module path -> report of its matrix; the time of a group is spread evenly."""
+    if not target.followers:
+        return {target.module: report}
+    common = {name: value for name, value in report.items() if name != "layers"}
+    common["seconds"] = round(report["seconds"] / len(target.parts), 4)
+    owner = {part.module: {"shared_with": target.module} for part in target.followers}
+    return {
+        part.module: {**common, **layer, **owner.get(part.module, {})}
+        for part, layer in zip(target.parts, report["layers"], strict=True)
+    }
+
+
 def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str:
     """The command that makes this result again."""
     words = ["svdconvert", source.repo or source.name]
@@ -416,6 +451,7 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
         words += ["--method", made.method, "--calib", "TEXT", "--calib-samples", str(settings["samples"])]
         words += ["--calib-length", str(settings["length"]), "--seed", str(settings["seed"])]
     words += ["--layout", settings["layout"]] if settings["layout"] != DEFAULT.name else []
+    words += ["--share-layers", str(settings["share_layers"])] if settings["share_layers"] > 1 else []
     words += ["--allocation", "global"] if settings["allocation"] == "global" else []
     for option in method_named(made.method).options:
         words += [f"--{option}", f"{settings[option]:g}"]
