@@ -139,7 +139,9 @@ def decompose_shared(
         left = _blocks([load() for load in outers])
         stack = torch.cat(list(weights))
         found = decompose(stack, work, left, pooled)
-        rows = stack.double().T @ apply_metric(left, found.basis) * _inverse(found.values)
+        # U^T L U is the matrix of the values, but the identity where there is no L
+        lengths = _inverse(found.values) if left is not None else _inverse(found.values).sqrt()
+        rows = stack.double().T @ apply_metric(left, found.basis) * lengths
         del stack, left
     del pooled
     rows = rows.flip(1)
