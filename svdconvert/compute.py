@@ -12,9 +12,10 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
+from svdconvert.layouts import Layout
 from svdconvert.pivoting import full_up, pivot, product, refit
-from svdconvert.sharing import SharedFactors, plain_shared, truncate_shared
-from svdconvert.solver import Factors, Workspace, factorize, truncate
+from svdconvert.sharing import SharedFactors, plain_shared, relative_error, truncate_shared
+from svdconvert.solver import Decomposition, Factors, Workspace, factorize, truncate
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
 
@@ -33,7 +34,8 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     from svdconvert.decomposing import load_decomposition
 
     (weight,) = inputs
-    found, inner = load_decomposition(Path(step.options["decomposition"]), weight.device)
+    file = Path(step.options["decomposition"])
+    found, inner = load_decomposition(file, weight.device)
     tall = weight.shape[0] >= weight.shape[1]
     left, right = (None, inner) if tall else (inner, None)
     rank = step.options["rank"]
@@ -43,10 +45,41 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
         lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right),
         right if tall else _UNKNOWN,
     )
-    # What is cut off, in the method's own metrics; the metric on the longer side is not kept, so that what rounding
-    # adds there is not known.
+    if not tall and left is None and step.options["layout"] == "balanced":
+        # the basis may be that of a metric on the inputs, which is not known here, and neither is the energy in it
+        error = relative_error(weight, tensors[1], tensors[0])
+        report |= {"relative_error": error, "energy_kept": 1 - error**2}
+    return tensors, report | _cut_off(found, file, rank)
+
+
+def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """W and the tensors that a refit has made, with the decomposition it began from -> those tensors."""
+    from svdconvert.decomposing import load_decomposition
+    from svdconvert.refitting import load_refitted
+
+    (weight,) = inputs
+    tensors, fit = load_refitted(Path(step.options["refitted"]))
+    file = Path(step.options["decomposition"])
+    found, _ = load_decomposition(file, torch.device("cpu"))
+    cut = _cut_off(found, file, step.options["rank"])
+    optimal = (cut["lost"] / cut["whole"]) ** 0.5 if cut["whole"] else 0.0
+    error = _relative_error(weight.cpu(), tensors)
+    return tensors, _report(step, weight, error, optimal, str(found.basis.dtype)[6:]) | cut | {"refit": fit}
+
+
+def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
+    """What a truncation loses and what there was, in the method's own metrics, and its error of the outputs.
+
+    The metric on the longer side is not kept, so that what rounding adds there is not known.
+    """
+    from svdconvert.decomposing import load_outputs
+
     spectrum = found.spectrum
-    return tensors, report | {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    told = {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    losses = load_outputs(file)
+    if losses is not None and float(losses[0]) > 0:
+        told["output_error"] = float((losses[rank] / losses[0]).sqrt())
+    return told
 
 
 def _factorize_shared(
@@ -59,7 +92,7 @@ def _factorize_shared(
 
 def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
-    from svdconvert.decomposing import load_decomposition, load_group, load_metric
+    from svdconvert.decomposing import is_second_moment, load_decomposition, load_group, load_metric
 
     rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
     path = Path(step.options["decomposition"])
@@ -70,7 +103,11 @@ def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace)
     group = load_group(path, device)
     loads = [partial(load_metric, metric, device) for metric in metrics]
     factors = truncate_shared(inputs, group.found, rank, dtype, loads)
-    return [factors.down, *factors.ups], _group_report(inputs, factors, group.captured)
+    report = _group_report(inputs, factors, group.captured)
+    for layer, weight, up, metric in zip(report["layers"], inputs, factors.ups, metrics, strict=True):
+        if is_second_moment(metric):
+            layer["output_error"] = relative_error(weight, up, factors.down, load_metric(metric, device))
+    return [factors.down, *factors.ups], report
 
 
 def _group_report(inputs: Sequence[Tensor], factors: SharedFactors, captured: Tensor | None) -> dict[str, Any]:
@@ -121,21 +158,39 @@ def _stored(
         rows, coefficients, position = pivot(factors.up, factors.down, dtype)
         if right is not _UNKNOWN:  # the rounding of the rows can be made good
             coefficients = refit(weight, rows, position, right).to(dtype)
-        tensors, error = [rows, coefficients, position], _relative_error(weight, rows, coefficients, position)
-    return tensors, {
+        tensors = [rows, coefficients, position]
+        error = _relative_error(weight, tensors)
+    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision)
+
+
+def _report(step: Step, weight: Tensor, error: float, optimal_error: float, precision: str) -> dict[str, Any]:
+    return {
         "rank": step.options["rank"],
         "shape": list(weight.shape),
         "relative_error": error,
-        "optimal_error": factors.optimal_error,
+        "optimal_error": optimal_error,
         "energy_kept": 1 - error**2,
-        "precision": factors.precision,
+        "precision": precision,
     }
 
 
-def _relative_error(weight: Tensor, rows: Tensor, coefficients: Tensor, position: Tensor) -> float:
+def stored_tensors(up: Tensor, down: Tensor, layout: Layout, dtype: torch.dtype) -> list[Tensor]:
+    """A product [m, r] @ [r, n] as the tensors of a layout, in a storage type."""
+    if layout.name == "pivoted":
+        return list(pivot(up, down, dtype))
+    return [down.to(dtype), up.to(dtype)]
+
+
+def stored_product(tensors: Sequence[Tensor]) -> Tensor:
+    """The matrix that the tensors of a layout stand for: [m, n] float64."""
+    down, up, *position = tensors
+    return product(down, up, position[0]) if position else up.double() @ down.double()
+
+
+def _relative_error(weight: Tensor, tensors: Sequence[Tensor]) -> float:
     exact = weight.double()
     norm = float(torch.linalg.vector_norm(exact))
-    return float(torch.linalg.vector_norm(exact - product(rows, coefficients, position))) / norm if norm else 0.0
+    return float(torch.linalg.vector_norm(exact - stored_product(tensors))) / norm if norm else 0.0
 
 
 def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -195,6 +250,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "truncate": _truncate,
     "factorize_shared": _factorize_shared,
     "truncate_shared": _truncate_shared,
+    "refit": _refitted,
     "multiply": _multiply,
     "extend": _extend,
     "extend_shared": _extend_shared,

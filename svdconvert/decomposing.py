@@ -1,7 +1,8 @@
 """The decomposition of every target, computed once and kept as files: another rank or budget is then a small job.
 
-Per target there is one file with the squared singular values, the directions, and the metric that the least-squares
-partner needs: 12 k^2 bytes for a matrix whose smaller side is k. A file that is there is finished.
+Per target there is one file with the squared singular values, the directions, the metric that the least-squares
+partner needs, and, where the inputs' second moments are known, the outputs' error at every rank: 12 k^2 bytes for a
+matrix whose smaller side is k. A file that is there is finished.
 
 Layers that share a factor are decomposed together, but their statistics come block by block. So each layer's metrics
 wait in files of their own, 16 n^2 bytes for n inputs, until those of the whole group are there; then half of them goes,
@@ -15,28 +16,48 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.metrics import Method
 from svdconvert.planning import layer_number
 from svdconvert.ranks import Target
 from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_statistic
-from svdconvert.solver import Decomposition, Metric, Workspace, decompose, refuse_not_finite
+from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
 from svdconvert.source import Source, read_json
 from svdconvert.steps import Step
 from svdconvert.weights import WeightReader
 from svdconvert.writer import atomic_write, disk_errors
 
 if TYPE_CHECKING:
-    from svdconvert.calibrating import StatisticsProvider
+    from svdconvert.calibrating import Knowledge, StatisticsProvider
     from svdconvert.calibration import ModuleStatistics
+
+
+class Store(Protocol):
+    """Where decompositions go."""
+
+    def has(self, target: Target) -> bool:
+        """Whether a target is done."""
+        ...
+
+    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+        """Take one target's decomposition; it is valid until the next one.
+
+        Args:
+            target: a matrix; a group only where it has no metrics.
+            found: its decomposition.
+            inner: metric on the smaller side.
+            outputs: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known.
+        """
+        ...
 
 
 class Decompositions:
@@ -94,8 +115,17 @@ class Decompositions:
             options["metrics"] = [str(path) for path in paths if path.is_file()]
         return options
 
-    def save(self, target: Target, found: Decomposition, **more: Metric) -> None:
-        """Write one target's file, whole or not at all."""
+    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+        """Write one target's file, whole or not at all; see :meth:`Store.save`."""
+        self._save(target, found, metric=inner, outputs=outputs)
+
+    def save_group(self, target: Target, found: SharedDecomposition) -> None:
+        """Write the file of a group that has metrics, and give up what waited for it."""
+        self._save(target, found.found, captured=found.captured)
+        for index in range(len(target.parts)):
+            self.waiting_path(target, index).unlink()
+
+    def _save(self, target: Target, found: Decomposition, **more: Metric) -> None:
         tensors = {
             "values": found.values,
             # Half the room; what is lost is far below what the least-squares partner makes good.
@@ -116,6 +146,16 @@ class Decompositions:
             values, scale = handle.get_tensor("values"), float(handle.get_tensor("scale"))
         return Decomposition(values, torch.empty(0), scale).spectrum
 
+    def outputs(self, target: Target) -> torch.Tensor | None:
+        """[k + 1] float64: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known."""
+        return load_outputs(self.path(target))
+
+
+def load_outputs(path: Path) -> torch.Tensor | None:
+    """:meth:`Decompositions.outputs` of a target's file."""
+    with safe_open(path, "pt") as handle:
+        return handle.get_tensor("outputs") if "outputs" in handle.keys() else None  # noqa: SIM118 - no mapping
+
 
 def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric]:
     """``(decomposition, metric on the smaller side)`` of a target's file."""
@@ -131,9 +171,82 @@ def load_group(path: Path, device: torch.device) -> SharedDecomposition:
     return SharedDecomposition(Decomposition(tensors["values"], tensors["basis"].double()), tensors["captured"])
 
 
+def is_second_moment(path: Path) -> bool:
+    """Whether the input metric of a layer is the second moment of its inputs itself."""
+    with safe_open(path, "pt") as handle:
+        return bool(handle.get_tensor("moments"))
+
+
 def load_metric(path: Path, device: torch.device) -> Tensor:
     """The input metric of one layer of a group."""
     return load_file(path, device=str(device))["metric"]
+
+
+def decompositions_key(
+    source: Source, method: Method, options: Mapping[str, float], knowledge: Knowledge | None, device: str
+) -> dict[str, Any]:
+    """What decompositions depend on, in JSON types: the key of :class:`Decompositions`."""
+    return {
+        "svdconvert": versions()["svdconvert"],
+        **source.identity(),
+        "method": method.name,
+        **options,
+        **({} if knowledge is None else knowledge.key),
+        "device": device.split(":")[0],
+    }
+
+
+def kept_decompositions(
+    source: Source,
+    targets: Sequence[Target],
+    method: Method,
+    options: Mapping[str, float],
+    knowledge: Knowledge | None,
+    folder: Path,
+    device: str,
+    events: Events,
+) -> Decompositions:
+    """All targets' decompositions, those that a folder has already and the rest computed now.
+
+    Args:
+        source, targets, method, options, events: see :func:`decompose_targets`.
+        knowledge: gives the statistics; None for methods without any.
+        folder: keeps the decompositions and what the statistics need meanwhile.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: see :func:`decompose_targets`, or the folder is of other settings.
+    """
+    store = Decompositions(folder / "decompositions", decompositions_key(source, method, options, knowledge, device))
+    decompose_all(source, targets, method, options, knowledge, store, folder / "statistics", device, events)
+    return store
+
+
+def decompose_all(
+    source: Source,
+    targets: Sequence[Target],
+    method: Method,
+    options: Mapping[str, float],
+    knowledge: Knowledge | None,
+    store: Store,
+    work: Path,
+    device: str,
+    events: Events,
+) -> None:
+    """:func:`decompose_targets`, with statistics that are collected as they are needed, in the folder ``work``."""
+    statistics = None
+    if knowledge is not None and method.statistics:
+        count = knowledge.text.tokens
+        events.note(f"calibration on {count:,} tokens of {knowledge.name}")
+        widest = max(max(part.rows, target.shape[1]) for target in targets for part in target.parts)
+        if count < widest:
+            events.note(
+                f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
+                "singular; more --calib-samples give better factors"
+            )
+        modules = [part.module for target in targets for part in target.parts]
+        statistics = knowledge.collect(method, modules, device, work, events)
+    decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events)
 
 
 def decompose_targets(
@@ -141,7 +254,7 @@ def decompose_targets(
     targets: Sequence[Target],
     method: Method,
     options: Mapping[str, Any],
-    store: Decompositions,
+    store: Store,
     statistics: StatisticsProvider | None,
     device: torch.device,
     events: Events,
@@ -176,7 +289,7 @@ def decompose_targets(
         by_block: dict[int, list[tuple[Target, int]]] = {}
         for target in missing:
             for index, part in enumerate(target.parts):
-                if not store.has(target) and not store.waiting_path(target, index).is_file():
+                if not store.has(target) and not (target.followers and worker.is_waiting(target, index)):
                     by_block.setdefault(layer_number(part.module), []).append((target, index))
         if not by_block:
             return
@@ -197,13 +310,19 @@ class _Worker:
         source: Source,
         method: Method,
         options: Mapping[str, Any],
-        store: Decompositions,
+        store: Store,
         device: torch.device,
         events: Events,
     ) -> None:
         self.source, self.method, self.options, self.store = source, method, options, store
         self.device, self.events = device, events
         self.reader, self.workspace = WeightReader(source), Workspace()
+
+    @property
+    def groups(self) -> Decompositions:
+        """The store, where metrics of groups can wait."""
+        assert isinstance(self.store, Decompositions)
+        return self.store
 
     def run(self, target: Target) -> None:
         """Decompose a target without metrics."""
@@ -213,7 +332,7 @@ class _Worker:
             with _naming(part.weight):
                 refuse_not_finite(weight)
         stack = torch.cat(weights) if target.followers else weights[0]
-        self.store.save(target, decompose(stack, self.workspace))
+        self.store.save(target, decompose(stack, self.workspace), None, None)
         self.events.decomposed(_announcement(self.source, target))
 
     def learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
@@ -222,23 +341,34 @@ class _Worker:
         part, tall = target.parts[index], target.shape[0] >= target.shape[1]
         weight = self.weights(target, index)[0]
         left, right = self.method.metrics(statistics, self.options)
+        gram = statistics.input_gram
+        own = gram is right  # no shrinkage
         left, right = _on(left, self.device), _on(right, self.device)
         with _naming(part.weight):
             if not target.followers:
                 found = decompose(weight, self.workspace, left, right)
-                self.store.save(target, found, metric=right if tall else left)
+                gram = right if own else _on(gram, self.device)
+                outputs = None if gram is None else output_losses(weight, found, left, right, gram)
+                self.store.save(target, found, right if tall else left, outputs)
                 self.events.decomposed(_announcement(self.source, target))
                 return
             outer = outer_statistic(weight, left, tall=tall)
         assert right is not None  # every method that looks at a text has a metric on the inputs
-        self.store.write(self.store.metric_path(target, index), {"metric": right})
+        store = self.groups
+        store.write(store.metric_path(target, index), {"metric": right, "moments": torch.tensor(own)})
         waiting = {"tokens": torch.tensor(statistics.tokens)} | ({} if outer is None else {"outer": outer})
-        self.store.write(self.store.waiting_path(target, index), waiting)
+        store.write(store.waiting_path(target, index), waiting)
+
+    def is_waiting(self, target: Target, index: int) -> bool:
+        """Whether all that has to be known of one layer of a group is there."""
+        return self.groups.waiting_path(target, index).is_file()
 
     def finish_group(self, target: Target) -> None:
         """Decompose a group if all its layers are known."""
-        places = [self.store.waiting_path(target, index) for index in range(len(target.parts))]
-        if not target.followers or not all(place.is_file() for place in places):
+        if not target.followers:
+            return
+        places = [self.groups.waiting_path(target, index) for index in range(len(target.parts))]
+        if not all(place.is_file() for place in places):
             return
         wide = target.shape[0] < target.shape[1]
 
@@ -247,14 +377,12 @@ class _Worker:
 
         found = decompose_shared(
             [partial(outer, place) for place in places],
-            [partial(load_metric, self.store.metric_path(target, i), self.device) for i in range(len(places))],
+            [partial(load_metric, self.groups.metric_path(target, i), self.device) for i in range(len(places))],
             [_tokens(place) for place in places],
             self.weights(target) if wide else None,
             self.workspace,
         )
-        self.store.save(target, found.found, captured=found.captured)
-        for place in places:
-            place.unlink()
+        self.groups.save_group(target, found)
         self.events.decomposed(_announcement(self.source, target))
 
     def weights(self, target: Target, index: int | None = None) -> list[Tensor]:

@@ -184,6 +184,7 @@ def make_plan(
     max_shard_bytes: int = 5_000_000_000,
     ranked: Sequence[Target] | None = None,
     decompositions: Mapping[str, Mapping[str, Any]] | None = None,
+    refitted: Mapping[str, str] | None = None,
     layout: str = DEFAULT.name,
     share_layers: int = 1,
 ) -> Plan:
@@ -200,6 +201,7 @@ def make_plan(
         layout: row of :data:`svdconvert.layouts.LAYOUTS`.
         decompositions: module path -> options of the step that truncates its decomposition, where that was computed
             beforehand.
+        refitted: module path -> file with its refitted factors, where there are such.
         share_layers: consecutive layers that share their input-side factor.
 
     Raises:
@@ -219,7 +221,7 @@ def make_plan(
     dense_params = sum(info.size for info in kept.values())
     if ranked is None:
         ranked = assign(candidates, request, dense_params - sum(target.dense_params for target in candidates))
-    steps = _steps(kept, ranked, row, dtype, decompositions or {}, stored)
+    steps = _steps(kept, ranked, row, dtype, {**(decompositions or {})}, {**(refitted or {})}, stored)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
     return Plan(
@@ -357,6 +359,7 @@ def _steps(
     row: Architecture,
     dtype: str,
     decompositions: Mapping[str, Mapping[str, Any]],
+    refitted: Mapping[str, str],
     layout: Layout,
 ) -> list[Step]:
     """One step per source tensor or group, in the order of the source's files, so that each file is needed once.
@@ -373,7 +376,10 @@ def _steps(
             target = owners[name]
             unread[target.weight] -= 1
             if not unread[target.weight]:
-                steps.append(_factor_step(tensors, target, code, layout, decompositions.get(target.module)))
+                options = dict(decompositions.get(target.module, {}))
+                if target.module in refitted:
+                    options["refitted"] = refitted[target.module]
+                steps.append(_factor_step(tensors, target, code, layout, options))
             continue
         renamed = layout.bias_name(name) if name in factored_biases else row.factored_name(name)
         steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))
@@ -385,7 +391,7 @@ def _factor_step(
     target: Target,
     code: str,
     layout: Layout,
-    decomposition: Mapping[str, Any] | None,
+    options: Mapping[str, Any],
 ) -> Step:
     """Weights of a target -> the tensors of its layout; of a group, the shared one first, then one for each layer."""
     rank = target.rank
@@ -394,9 +400,9 @@ def _factor_step(
     # all but the first tensor of a layout belong to the layer itself
     outputs = [layout.tensors(part.weight, rank, (part.rows, target.shape[1]), code) for part in target.parts]
     stored = (*outputs[0], *(info for infos in outputs[1:] for info in infos[1:]))
-    kind = ("factorize" if decomposition is None else "truncate") + ("_shared" if target.followers else "")
-    options = {"rank": rank, "layout": layout.name, **(decomposition or {})}
-    return Step(kind, target.weight, inputs, stored, options)
+    kind = "refit" if "refitted" in options else "truncate" if "decomposition" in options else "factorize"
+    kind += "_shared" if target.followers else ""
+    return Step(kind, target.weight, inputs, stored, {"rank": rank, "layout": layout.name, **options})
 
 
 def natural(name: str) -> tuple[Any, ...]:

@@ -215,15 +215,24 @@ def plain_shared(
     return SharedFactors(factors.down, ups, errors, factors.precision)
 
 
-def relative_error(weight: Tensor, up: Tensor, down: Tensor) -> float:
-    """||W - up @ down||_F / ||W||_F in float64, a block of rows at a time; 0 for W = 0."""
+def relative_error(weight: Tensor, up: Tensor, down: Tensor, inner: Metric = None) -> float:
+    """||(W - up @ down) R^1/2||_F / ||W R^1/2||_F in float64, a block of rows at a time; 0 where there is no W.
+
+    Args:
+        weight, up, down: [m, n], [m, r] and [r, n].
+        inner: R, [n, n] or its diagonal; None for the identity.
+    """
     residual = energy = 0.0
     narrow = down.double()
+
+    def square(rows: Tensor) -> float:
+        return float((rows * apply_metric(inner, rows.T).T).sum())
+
     for piece, factor in zip(weight.split(PANEL), up.split(PANEL), strict=True):
         exact = piece.double()
-        residual += float(torch.linalg.vector_norm(exact - factor.double() @ narrow)) ** 2
-        energy += float(torch.linalg.vector_norm(exact)) ** 2
-    return float((residual / energy) ** 0.5) if energy else 0.0
+        residual += square(exact - factor.double() @ narrow)
+        energy += square(exact)
+    return float((max(residual, 0.0) / energy) ** 0.5) if energy > 0 else 0.0
 
 
 def _partner(weight: Tensor, rows: Tensor, inner: Tensor) -> Tensor:

@@ -363,6 +363,10 @@ def test_predicted_loss_is_that_of_the_layers_own_metrics(
         error = weights[f"gpt_neox.{name}.weight"].double() - found[f"gpt_neox.{name}.weight"]
         lost = float((outputs @ error @ inputs * error).sum())
         assert report.matrices[name]["lost"] == pytest.approx(lost, rel=2e-3), name
+        assert report.matrices[name]["predicted_loss"] == pytest.approx(lost / 2, rel=2e-3), name
+        weight = weights[f"gpt_neox.{name}.weight"].double()
+        outputs_lost = float((error @ inputs * error).sum() / (weight @ inputs * weight).sum())
+        assert report.matrices[name]["output_error"] == pytest.approx(outputs_lost**0.5, rel=2e-3), name
         total += lost
     assert report.outcome.record["predicted_loss"] == pytest.approx(total / 2, rel=2e-3)
 
@@ -386,7 +390,11 @@ def test_global_budget_is_spent(
     )
     kept_dense = sum(target.dense_params for target in report.plan.targets if target.rank is None)
     assert spent == stored + kept_dense
-    following = min(t.layout.cost(1, t.shape) for t in report.plan.targets)
+    following = min(
+        min(t.layout.cost(t.rank + 1, t.shape), t.dense_params) - t.params
+        for t in report.plan.targets
+        if t.rank is not None
+    )
     assert keep * whole - following < spent <= keep * whole
     if method == "kfac":
         uniform = convert(dense, tmp_path / "uniform", allocation="uniform", **settings)
@@ -488,14 +496,14 @@ def test_from_a_hub_that_keeps_each_layer_elsewhere(
     assert report.outcome.checks
 
 
-def test_command_line(dense: Path, tmp_path: Path) -> None:
+def test_command_line(dense: Path, run: Run, tmp_path: Path) -> None:
     def command(*args: object) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "svdconvert", *map(str, args)]
         return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
-    planned = command("plan", dense, "--keep", 0.5, "--share-layers", 2, "--json")
-    assert planned.returncode == 0, planned.stderr
-    made = json.loads(planned.stdout)
+    planned = run("plan", dense, "--keep", 0.5, "--share-layers", 2, "--json")
+    assert planned.code == 0, planned.err
+    made = json.loads(planned.out)
     assert len(made["svd_shared"]) == 4
     assert made["settings"]["share_layers"] == 2
     assert {entry["shared"] for entry in made["groups"]} == {2}
@@ -507,13 +515,13 @@ def test_command_line(dense: Path, tmp_path: Path) -> None:
     weights = read_weights(tmp_path / "out")
     assert sum(tensor.numel() for tensor in weights.values()) == made["params"]["after"]
     assert read_config(tmp_path / "out")["svd_ranks"] == made["svd_ranks"]
-    checked = command("verify", tmp_path / "out", "--against", dense)
-    assert checked.returncode == 0, checked.stdout
+    checked = run("verify", tmp_path / "out", "--against", dense)
+    assert checked.code == 0, checked.out
     config = tmp_path / "out" / "config.json"
     config.write_text(json.dumps(read_config(tmp_path / "out") | {"svd_shared": {}}))
-    lost = command("verify", tmp_path / "out")
-    assert lost.returncode == 1
-    assert "layers.1.attention.query_key_value.down.weight is missing" in re.sub(r"\s+", " ", lost.stdout)
+    lost = run("verify", tmp_path / "out")
+    assert lost.code == 1
+    assert "layers.1.attention.query_key_value.down.weight is missing" in re.sub(r"\s+", " ", lost.out)
 
 
 @pytest.mark.parametrize(
@@ -522,6 +530,7 @@ def test_command_line(dense: Path, tmp_path: Path) -> None:
         (["--share-layers", 0], "--share-layers 0 is not possible; the least is 1"),
         (["--share-layers", -2], "--share-layers -2 is not possible"),
         (["--share-layers", 2, "--layout", "pivoted"], "does not go with --layout pivoted"),
+        (["--share-layers", 2, "--refit", "sequential"], "--refit sequential does not go with --share-layers"),
         (["--share-layers", 2, "--rank", "layers.0.*=8"], "but not layers.1.attention.query_key_value, and both share"),
         (["--share-layers", 3, "--rank", "mlp.dense_4h_to_h=193"], "a 192 x 256 matrix with the layers that share"),
     ],
