@@ -17,16 +17,35 @@ from svdconvert.layouts import DEFAULT, Layout
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """One weight matrix that may be factored.
+class Part:
+    """One linear layer of a target.
 
     Attributes:
-        module: path of its linear layer inside the base model, for example ``layers.0.attention.dense``.
+        module: path inside the base model.
         weight: name of the weight tensor in the source.
-        shape: ``(out, in)``.
+        rows: number of outputs.
+    """
+
+    module: str
+    weight: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One weight matrix that may be factored, or those of several layers that are to share their input-side factor.
+
+    The matrices of a group count as one, stacked: at rank r they hold r n numbers once, and r m for each of them.
+
+    Attributes:
+        module: path of its linear layer inside the base model, for example ``layers.0.attention.dense``; of a group,
+            that of the first layer, which is the one that holds the shared factor.
+        weight: name of the weight tensor in the source.
+        shape: ``(out, in)`` of the matrix, or of the stack.
         rank: rank it is given, or None where it stays dense.
         reason: why it stays dense; empty otherwise.
         layout: how its product is stored.
+        followers: the other layers of the group.
     """
 
     module: str
@@ -35,6 +54,13 @@ class Target:
     rank: int | None = None
     reason: str = ""
     layout: Layout = DEFAULT
+    followers: tuple[Part, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its layers, the first one included."""
+        rows = self.shape[0] - sum(part.rows for part in self.followers)
+        return (Part(self.module, self.weight, rows), *self.followers)
 
     @property
     def dense_params(self) -> int:
@@ -202,24 +228,41 @@ def _check_multiple(targets: Sequence[Target], multiple: int) -> None:
 def _fixed(targets: Sequence[Target], request: RankRequest) -> list[Target]:
     patterns = request.patterns or {}
     for pattern in patterns:
-        if not any(matches(target.module, pattern) for target in targets):
+        if not any(_names(pattern, target) for target in targets):
             raise InputError(
                 f"--rank {pattern}={patterns[pattern]} matches no target; targets are named like {targets[0].module!r}"
             )
     result = []
     for target in targets:
-        chosen = [rank for pattern, rank in patterns.items() if matches(target.module, pattern)]
+        chosen = [rank for pattern, rank in patterns.items() if _names(pattern, target)]
         rank = chosen[-1] if chosen else request.rank
         if rank is None:
             result.append(replace(target, reason="no --rank names it"))
             continue
         if rank > min(target.shape):
             raise InputError(
-                f"rank {rank} is larger than {target.module} allows, a {target.shape[0]} x {target.shape[1]} matrix; "
+                f"rank {rank} is larger than {target.module} allows, a {target.shape[0]} x {target.shape[1]} matrix"
+                f"{' with the layers that share with it' if target.followers else ''}; "
                 f"the highest is {min(target.shape)}, and it saves something only below {target.break_even:,.1f}"
             )
         result.append(replace(target, rank=rank))
     return result
+
+
+def _names(pattern: str, target: Target) -> bool:
+    """Whether a pattern names a target.
+
+    Raises:
+        InputError: it names some layers of a group and leaves out others.
+    """
+    named = [part.module for part in target.parts if matches(part.module, pattern)]
+    if named and len(named) < len(target.parts):
+        other = next(part.module for part in target.parts if part.module not in named)
+        raise InputError(
+            f"--rank {pattern}=... names {named[0]} but not {other}, and both share one factor, so that they have one "
+            "rank; name both, or use another --share-layers"
+        )
+    return bool(named)
 
 
 def _uniform(targets: Sequence[Target], keep: float, multiple: int) -> list[Target]:

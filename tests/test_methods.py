@@ -19,20 +19,6 @@ from svdconvert.ranks import Target
 DATA_AWARE = [name for name, row in METHODS.items() if row.statistics]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = ["호랑이", "tiger", "옛날", "mountain", "살았다", "0123"]
-    lines = [" ".join(words[(7 * i + 3 * j * j) % 6] for j in range(12)) for i in range(60)]
-    path.write_text("\n\n".join(lines), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def calibration(text: Path) -> Calibration:
-    return Calibration(str(text), samples=24, length=48, batch_size=5)
-
-
 @pytest.mark.parametrize("layout", ["balanced", "pivoted"])
 @pytest.mark.parametrize("method", DATA_AWARE)
 def test_every_method_gives_a_model(

@@ -4,8 +4,8 @@
     svdconvert densify FACTORED --out DENSE
     python examples/gguf/to_gguf.py LLAMA_CPP DENSE --outtype f16 --outfile model.gguf
 
-LLAMA_CPP is a source tree of llama.cpp with ``convert_hf_to_gguf.py`` and ``conversion/``; whatever follows DENSE is the
-converter's. What it would stumble over:
+LLAMA_CPP is a source tree of llama.cpp with ``convert_hf_to_gguf.py`` and ``conversion/``; whatever follows DENSE is
+the converter's. What it would stumble over:
 
 * It knows tokenizers by a digest of what they make of a sample, and refuses those that it has not met, polyglot-ko's
   among them. Such a one gets the splitting rule that ``--pre`` names: by default gpt-2's, which is that of
