@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert import card, checkpoint
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
-from svdconvert.calibrating import Calibration, Knowledge, from_folder, from_text
+from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, default_method, find_knowledge
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
@@ -26,6 +27,9 @@ from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
 
 if TYPE_CHECKING:
     from svdconvert.decomposing import Decompositions
+    from svdconvert.refitting import Refit
+
+REFITS = ("none", "sequential")
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,16 @@ class Report:
 
     @property
     def matrices(self) -> Mapping[str, Mapping[str, Any]]:
-        """Module path -> rank, shape, relative_error, optimal_error, energy_kept, precision, seconds."""
+        """Module path -> what svdconvert.json tells about the matrix.
+
+        rank, shape ``[out, in]``, precision (of the eigenproblem), seconds; relative_error, ||W - BA|| / ||W|| of the
+        stored factors, optimal_error, the same of the best product in the method's metrics, before rounding,
+        energy_kept, 1 - relative_error^2. With decompositions: whole and lost, the sum of the squared singular values
+        in the method's metrics and of those cut off. Where the second moments C of the layer's inputs are known
+        (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||, the relative error of its outputs on the
+        calibration text, before rounding. Where the metrics are those of the loss (kfac): predicted_loss, the loss
+        added, nats per token. Of a layer that uses the factor of another: shared_with, that other's module path.
+        """
         matrices: Mapping[str, Mapping[str, Any]] = self.outcome.record["matrices"]
         return matrices
 
@@ -82,12 +95,14 @@ def plan(
     keep: float | None = None,
     params: int | None = None,
     targets: Sequence[str] = (),
-    method: str = "svd",
+    method: str | None = None,
     dtype: str = "keep",
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     factor_all: bool = False,
+    rank_multiple: int = 1,
     layout: str = DEFAULT.name,
+    share_layers: int = 1,
 ) -> Plan:
     """What :func:`convert` would do, from config and headers alone.
 
@@ -97,25 +112,29 @@ def plan(
         keep: instead, the fraction of the target parameters to keep.
         params: instead, the parameters of the whole converted model.
         targets: patterns that choose among the linear layers; empty means all of them.
-        method: row of :data:`svdconvert.metrics.METHODS`.
+        method: row of :data:`svdconvert.metrics.METHODS`, by default svd.
         dtype: ``keep``, ``float16``, ``bfloat16`` or ``float32``.
         max_shard_size: limit of a weight file, in bytes or as ``5GB``.
         revision: branch, tag or commit on the Hub.
         factor_all: factor also where that saves nothing.
+        rank_multiple: every rank is a multiple of it, 8 or 64 say, as matrix kernels like them; ranks of a budget are
+            rounded down, and a rank that is none is refused.
         layout: how the products are stored, see :func:`convert`.
+        share_layers: consecutive layers that share the input-side factor of each kind of matrix, see :func:`convert`.
 
     Raises:
         InputError: the model or the request cannot be used; the message says why.
     """
     source = open_source(os.fspath(model), revision, need_weights=False)
-    request = _request(rank, keep, params, factor_all)
+    request = _request(rank, keep, params, factor_all, rank_multiple)
     return make_plan(
         source,
         request,
-        method=method,
+        method=method or "svd",
         targets=targets,
         dtype=dtype,
         layout=layout,
+        share_layers=share_layers,
         max_shard_bytes=_bytes(max_shard_size),
     )
 
@@ -128,19 +147,23 @@ def convert(
     keep: float | None = None,
     params: int | None = None,
     targets: Sequence[str] = (),
-    method: str = "svd",
+    method: str | None = None,
     dtype: str = "keep",
     device: str = "auto",
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     factor_all: bool = False,
+    rank_multiple: int = 1,
     calibration: Calibration | None = None,
     allocation: str | None = None,
     alpha: float | None = None,
     shrinkage: float | None = None,
     layout: str = DEFAULT.name,
+    share_layers: int = 1,
+    refit: str = "none",
     stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
+    keep_work: bool = False,
     overwrite: bool = False,
     workers: int = 1,
     check: bool = True,
@@ -154,7 +177,9 @@ def convert(
     An interrupted call goes on where it stopped when it is made again with the same arguments.
 
     Args:
-        model, rank, keep, params, targets, method, dtype, max_shard_size, revision, factor_all: see :func:`plan`.
+        model, rank, keep, params, targets, dtype, max_shard_size, revision, factor_all, rank_multiple: see
+            :func:`plan`.
+        method: row of :data:`svdconvert.metrics.METHODS`; by default kfac where there is a text, else svd.
         out: folder to write.
         device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         calibration: the text that a data-aware method looks at.
@@ -164,9 +189,14 @@ def convert(
         shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
         layout: ``balanced``, two factors, or ``pivoted``, r rows of each matrix and the coefficients of the others,
             which buys more rank for the same size.
+        share_layers: groups of so many consecutive layers have one input-side factor for each kind of matrix, which is
+            stored once and buys more rank for the same size. A group is one matrix to ranks and budgets.
+        refit: ``sequential`` fits the outer factors to the dense model on the inputs that the compressed layers before
+            them give, see :mod:`svdconvert.refitting`; ``none`` leaves the truncation as it is.
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
         work: folder that keeps statistics and decompositions, so that another rank or budget of the same model and
             text starts from them; by default they live in the job's own folder and go with it.
+        keep_work: short for a ``work`` folder beside ``out``, of the same name with ``-work`` added.
         overwrite: replace what the folder holds.
         workers: matrices solved at the same time; memory grows with it.
         check: load the result afterwards and look at its logits.
@@ -182,50 +212,69 @@ def convert(
     events = events or Events()
     folder = Path(out).expanduser()
     refuse_foreign(folder, overwrite=overwrite)
-    request = _request(rank, keep, params, factor_all)
+    request = _request(rank, keep, params, factor_all, rank_multiple)
     max_shard_bytes = _bytes(max_shard_size)
+    method = default_method(method, calibration, stats)
     row = method_named(method)
     options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
-    spread = _allocation(row, allocation, request)
-    if calibration is not None and stats is not None:
-        raise InputError("give either --calib, a text, or --stats, what was collected from one")
-    if row.statistics and calibration is None and stats is None:
-        raise InputError(f"--method {row.name} needs a text to look at: --calib FILE")
-    if not row.statistics and (calibration is not None or stats is not None):
-        raise InputError(f"--calib means nothing to --method {row.name}, which looks at the weights alone")
+    spread = chosen_allocation(row, allocation, request)
+    if refit not in REFITS:
+        raise InputError(f"--refit {refit!r} is unknown; choose {' or '.join(REFITS)}")
+    if refit != "none" and share_layers != 1:
+        raise InputError(f"--refit {refit} does not go with --share-layers; leave one of them out")
+    check_knowledge(row, calibration, stats, refit=refit)
+    if keep_work and work is not None:
+        raise InputError(f"give either --keep-work, which keeps them in {kept_work(folder)}, or --work FOLDER")
     used_device = resolve_device(device)
     if push_to_hub:
         from svdconvert.hub import check_push
 
         check_push(push_to_hub, private=private, revision=hub_revision)
     source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
-    planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "layout": layout, "max_shard_bytes": max_shard_bytes}
+    planned: dict[str, Any] = {
+        "targets": targets,
+        "dtype": dtype,
+        "layout": layout,
+        "share_layers": share_layers,
+        "max_shard_bytes": max_shard_bytes,
+    }
     if method != row.name:
         events.note(f"{method} has the same optimum as {row.name}, which computes it")
     made = make_plan(source, request, method=row.name, **planned)
-    settings = {**made.settings, "allocation": spread, **options}
-    knowledge = None
-    if calibration is not None:
-        knowledge = from_text(source, calibration)
-    elif stats is not None:
-        knowledge = from_folder(source, Path(stats).expanduser())
+    settings = {**made.settings, "allocation": spread, "refit": refit, **options}
+    knowledge = find_knowledge(source, calibration, stats)
     if knowledge is not None:
         settings |= knowledge.key
-    needs_decomposition = bool(row.statistics) or spread == "global"
+    place = kept_work(folder) if keep_work else None if work is None else Path(work).expanduser()
+    needs_decomposition = bool(row.statistics) or spread == "global" or refit != "none" or place is not None
     if spread == "uniform":
         events.planned(made, free_bytes(folder))
+
+    told: dict[str, Any] = {}
 
     def prepare() -> Job:
         nonlocal made
         if needs_decomposition:
-            place = folder / JOB_FOLDER / "work" if work is None else Path(work).expanduser()
-            store = _decompositions(source, made, row, options, knowledge, place, used_device, events)
+            from svdconvert.decomposing import kept_decompositions
+
+            kept = place or folder / JOB_FOLDER / "work"
+            store = kept_decompositions(source, made.targets, row, options, knowledge, kept, used_device, events)
             ranked = spend(made, request, store) if spread == "global" else made.targets
-            files = {target.module: str(store.path(target.module)) for target in ranked}
-            made = make_plan(source, request, method=row.name, ranked=ranked, decompositions=files, **planned)
+            files = {target.module: store.options(target) for target in ranked}
+            chosen: dict[str, Any] = {"method": row.name, "ranked": ranked, "decompositions": files, **planned}
+            made = make_plan(source, request, **chosen)
             if spread == "global":
                 events.planned(made, free_bytes(folder))
-        return _job(source, made, settings, row)
+            if refit != "none" and made.ranks:
+                assert knowledge is not None
+                found, refitted = _refit(source, made, store, knowledge, folder / JOB_FOLDER, used_device, events)
+                told["refit"] = asdict(found)
+                if found.accepted:
+                    made = make_plan(source, request, refitted=refitted, **chosen)
+        measure = None
+        if knowledge is not None and check:
+            measure = partial(_measured, source, made, knowledge, folder, used_device, events)
+        return _job(source, made, settings, row, told, measure)
 
     outcome = run_job(
         "convert",
@@ -248,11 +297,74 @@ def convert(
             for target in made.targets
         ]
         made = make_plan(source, request, method=row.name, ranked=ranked, **planned)
+    if keep_work and kept_work(folder).is_dir():
+        events.note(f"the decompositions are kept in {kept_work(folder)} (--work)")
     url = None
     if push_to_hub:
         events.note(f"uploading to {push_to_hub}")
         url = push(folder, push_to_hub, private=private, revision=hub_revision)
     return Report(made, outcome, url)
+
+
+def _refit(
+    source: Source,
+    made: Plan,
+    store: Decompositions,
+    knowledge: Knowledge,
+    own: Path,
+    device: str,
+    events: Events,
+) -> tuple[Refit, dict[str, str]]:
+    """How the sequential refit of a planned conversion ended, and the files with its factors."""
+    from svdconvert.refitting import RefitFolder, refit_targets
+    from svdconvert.weights import torch_dtype
+
+    folder = RefitFolder(own / "refit")
+    found = refit_targets(
+        source,
+        made.targets,
+        store,
+        knowledge.text,
+        folder,
+        dtypes={step.key: torch_dtype(step.outputs[0].dtype) for step in made.steps},
+        work=own / "refit-states",
+        device=device,
+        batch_size=knowledge.batch_size,
+        events=events,
+    )
+    events.note(str(found))
+    return found, {module: str(folder.path(module)) for module in made.ranks}
+
+
+def _measured(
+    source: Source, made: Plan, knowledge: Knowledge, folder: Path, device: str, events: Events
+) -> dict[str, float]:
+    """Loss of the dense model on the calibration text, and what the written weights add to it, in nats per token."""
+    from svdconvert.replaying import StoredMatrices, measure_losses
+
+    factors = {step.key: [info.name for info in step.outputs] for step in made.steps}
+    written = {}
+    for target in made.targets:
+        if target.rank is not None:
+            first, *rest = factors[target.weight]
+            for i, part in enumerate(target.parts):
+                written[part.module] = [first, rest[i]] if target.followers else [first, *rest]
+    dense, compressed = measure_losses(
+        source,
+        knowledge.text,
+        StoredMatrices([folder / name for name in made.shards], written),
+        work=folder / JOB_FOLDER / "measured",
+        device=device,
+        batch_size=knowledge.batch_size,
+        events=events,
+    )
+    return {"dense_loss": dense.mean, "measured_loss": compressed.mean - dense.mean}
+
+
+def kept_work(folder: Path) -> Path:
+    """The folder that ``keep_work`` stands for."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(f"{named.name}-work")
 
 
 def push(folder: str | os.PathLike[str], repo: str, *, private: bool = False, revision: str | None = None) -> str:
@@ -288,18 +400,15 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
         InputError: the budget is below what the least ranks cost.
     """
     targets = [replace(target, rank=None, reason="") for target in made.targets]
-    untouched = made.params_before - sum(target.dense_params for target in targets)
-    if request.params is not None:
-        budget = request.params - untouched
-    elif request.keep is not None:
-        budget = int(request.keep * sum(target.dense_params for target in targets))
-    else:
+    budget = request.budget(targets, made.params_before - sum(target.dense_params for target in targets))
+    if budget is None:
         budget = sum(target.params for target in made.targets)
     ranks = allocate(
         targets,
-        [store.spectrum(target.module).numpy() for target in targets],
+        [store.spectrum(target).numpy() for target in targets],
         budget,
         cost=layout_named(made.settings["layout"]).cost,
+        multiple=request.multiple,
     )
     return [
         replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
@@ -307,48 +416,12 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
     ]
 
 
-def _decompositions(
-    source: Source,
-    made: Plan,
-    method: Method,
-    options: Mapping[str, float],
-    knowledge: Knowledge | None,
-    folder: Path,
-    device: str,
-    events: Events,
-) -> Decompositions:
-    """All targets' decompositions, those that a folder has already and the rest computed now."""
-    import torch
+def chosen_allocation(method: Method, asked: str | None, request: RankRequest) -> str:
+    """How a budget is spread, ``uniform`` or ``global``: as asked, or as suits the method.
 
-    from svdconvert.decomposing import Decompositions, decompose_targets
-
-    key = {
-        "svdconvert": checkpoint.versions()["svdconvert"],
-        **source.identity(),
-        "method": method.name,
-        **options,
-        **({} if knowledge is None else knowledge.key),
-        "device": device.split(":")[0],
-    }
-    store = Decompositions(folder / "decompositions", key)
-    statistics = None
-    if knowledge is not None:
-        count = knowledge.tokens
-        events.note(f"calibration on {count:,} tokens of {knowledge.name}")
-        widest = max(max(target.shape) for target in made.targets)
-        if count < widest:
-            events.note(
-                f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
-                "singular; more --calib-samples give better factors"
-            )
-        modules = [target.module for target in made.targets]
-        statistics = knowledge.collect(method, modules, device, folder / "statistics", events)
-    decompose_targets(source, made.targets, method, options, store, statistics, torch.device(device), events)
-    return store
-
-
-def _allocation(method: Method, asked: str | None, request: RankRequest) -> str:
-    """``uniform`` or ``global``."""
+    Raises:
+        InputError: there is no such way, or the request leaves no choice.
+    """
     if asked not in (None, "uniform", "global"):
         raise InputError(f"--allocation {asked!r} is unknown; choose uniform or global")
     if asked is None:
@@ -359,34 +432,56 @@ def _allocation(method: Method, asked: str | None, request: RankRequest) -> str:
     return asked
 
 
-def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method) -> Job:
+def _job(
+    source: Source,
+    made: Plan,
+    settings: Mapping[str, Any],
+    method: Method,
+    told: Mapping[str, Any],
+    measure: Callable[[], Mapping[str, float]] | None,
+) -> Job:
     row = dense_architecture(source.config, source.name)
-    config = checkpoint.factored_config(source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"])
+    config = checkpoint.factored_config(
+        source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"], made.shared
+    )
     config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
     command = command_line(source, made, settings)
 
-    def matrices(reports: Reports) -> dict[str, Any]:
-        return {target.module: reports[target.weight] for target in made.targets if target.rank is not None}
+    def matrices(reports: Reports) -> dict[str, dict[str, Any]]:
+        found = {
+            module: dict(report)
+            for target in made.targets
+            if target.rank is not None
+            for module, report in _by_layer(target, reports[target.weight]).items()
+        }
+        if method.in_loss:  # half of what the second-order estimate sums up to
+            found = {name: {**told, "predicted_loss": told["lost"] / 2} for name, told in found.items()}
+        return found
+
+    @cache
+    def losses() -> Mapping[str, float]:
+        return {} if measure is None else measure()
 
     def details(reports: Reports) -> dict[str, Any]:
         return {
             "params": {"before": made.params_before, "after": made.params_after},
             "bytes": {"before": made.bytes_before, "after": made.bytes_after},
-            "dense_targets": {t.module: t.reason for t in made.targets if t.rank is None},
+            "dense_targets": {part.module: t.reason for t in made.targets if t.rank is None for part in t.parts},
             "notes": list(made.notes),
             "matrices": matrices(reports),
             **predicted(reports),
+            **losses(),
+            **told,
         }
 
     def predicted(reports: Reports) -> dict[str, float]:
-        """Loss added by the truncation, in nats per token: half of what the second-order estimate sums up to."""
+        """Loss added by the truncation, in nats per token."""
         if not method.in_loss:
             return {}
-        return {"predicted_loss": sum(float(matrix["lost"]) for matrix in matrices(reports).values()) / 2}
+        return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in matrices(reports).values())}
 
     def model_card(reports: Reports) -> str:
-        errors = [float(matrix["relative_error"]) for matrix in matrices(reports).values()]
-        return card.factored_card(source, made, row, command, errors)
+        return card.factored_card(source, made, row, command, matrices(reports))
 
     return Job(
         steps=made.steps,
@@ -396,6 +491,19 @@ def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method
         card=model_card,
         details=details,
     )
+
+
+def _by_layer(target: Target, report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Module path -> report of its matrix; the time of a group is spread evenly."""
+    if not target.followers:
+        return {target.module: report}
+    common = {name: value for name, value in report.items() if name != "layers"}
+    common["seconds"] = round(report["seconds"] / len(target.parts), 4)
+    owner = {part.module: {"shared_with": target.module} for part in target.followers}
+    return {
+        part.module: {**common, **layer, **owner.get(part.module, {})}
+        for part, layer in zip(target.parts, report["layers"], strict=True)
+    }
 
 
 def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str:
@@ -410,12 +518,16 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
         words += ["--rank", f"{pattern}={rank}"]
     for pattern in settings["targets"]:
         words += ["--targets", pattern]
+    if settings["rank_multiple"] != 1:
+        words += ["--rank-multiple", str(settings["rank_multiple"])]
     if settings["factor_all"]:
         words.append("--factor-all")
-    if made.method != "svd":
+    if "calibration" in settings:
         words += ["--method", made.method, "--calib", "TEXT", "--calib-samples", str(settings["samples"])]
         words += ["--calib-length", str(settings["length"]), "--seed", str(settings["seed"])]
+    words += ["--refit", settings["refit"]] if settings["refit"] != "none" else []
     words += ["--layout", settings["layout"]] if settings["layout"] != DEFAULT.name else []
+    words += ["--share-layers", str(settings["share_layers"])] if settings["share_layers"] > 1 else []
     words += ["--allocation", "global"] if settings["allocation"] == "global" else []
     for option in method_named(made.method).options:
         words += [f"--{option}", f"{settings[option]:g}"]
@@ -425,11 +537,11 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
 
 
 def _request(
-    rank: int | Mapping[str, int] | None, keep: float | None, params: int | None, factor_all: bool
+    rank: int | Mapping[str, int] | None, keep: float | None, params: int | None, factor_all: bool, multiple: int
 ) -> RankRequest:
     patterns = dict(rank) if isinstance(rank, Mapping) else {}
     default = patterns.pop("*", None) if isinstance(rank, Mapping) else rank
-    return RankRequest(default, patterns, keep, params, factor_all)
+    return RankRequest(default, patterns, keep, params, factor_all, multiple)
 
 
 def _bytes(size: str | int) -> int:

@@ -158,10 +158,20 @@ def decompose(
             if float(values[-1]) <= FLOAT32_EIGENVALUE_RATIO * smallest or float(values[-1]) == 0:
                 break
         return Decomposition(values, vectors, matrix.scale)
-    _scale(weight)  # refuses what is not finite; float64 needs no scaling
+    refuse_not_finite(weight)  # float64 needs no scaling
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
-    gram = _gram(matrix, outer, torch.float64)
+    return decompose_gram(_gram(matrix, outer, torch.float64), inner, work)
+
+
+def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decomposition:
+    """The same from what metrics leave of a matrix.
+
+    Args:
+        gram: lower triangle of W^T L W if W is tall, of W R W^T if it is wide, [k, k] float64; overwritten.
+        inner: the metric on the smaller side.
+        work: its buffers hold the result until it is used again.
+    """
     if inner is None:
         return Decomposition(*_eigenvectors(gram, work))
     root = _root(gram)
@@ -211,7 +221,7 @@ def truncate(
     # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
     half = math.sqrt(matrix.scale)
     small = (basis * lengths.sqrt() / half).to(dtype)
-    _refuse_overflow(small)
+    refuse_overflow(small)
     lifted = small.to(basis.dtype) * half
     if left is None and right is None:
         large, loss = _plain_partner(matrix, lifted, half, dtype, total)
@@ -222,7 +232,7 @@ def truncate(
         stored = large.to(other.dtype) * half
         loss = _metric_loss(matrix, lifted, stored, other, total, outer, inner)
         plain, energy = _residual(matrix, lifted, large, half)
-    _refuse_overflow(large)
+    refuse_overflow(large)
     return Factors(
         down=small.T.contiguous() if matrix.tall else large,
         up=large if matrix.tall else small,
@@ -234,22 +244,75 @@ def truncate(
     )
 
 
+def output_losses(weight: Tensor, found: Decomposition, left: Metric, right: Metric, gram: Tensor) -> Tensor:
+    """Mean squared error of a layer's outputs at every rank, tr(E C E^T) with E = W - up @ down, before rounding.
+
+    The products of a decomposition are nested: with S its basis and Y = M S (S^T M S)^-1, M the metric on the smaller
+    side, rank r is W Y_r S_r^T if W is tall and S_r Y_r^T W if it is wide. All ranks then cost four products of the
+    smaller side's size, and what is below that where C is the method's own metric on the inputs.
+
+    Args:
+        weight, left, right: see :func:`factorize`.
+        found: what :func:`decompose` made of them.
+        gram: C = E[x x^T] of the layer's inputs, [n, n] float64; ``right`` itself where that is C.
+
+    Returns:
+        [k + 1] float64, element r for rank r: element 0 is tr(W C W^T). Directions whose weight in the metrics is lost
+        in rounding count as unused.
+    """
+    same = gram is right
+    if same and left is None:
+        return torch.cat([found.spectrum.flip(0).cumsum(0).flip(0), found.spectrum.new_zeros(1)])
+    matrix = _Scaled(weight, 1.0, Workspace())  # one of its own: the basis may lie in the caller's
+    basis = found.basis.flip(1).double()
+    seen = apply_metric(right if matrix.tall else left, basis)
+    lengths = (basis * seen).sum(dim=0)
+    used = lengths > torch.finfo(torch.float64).eps * lengths.numel() * lengths.max()
+    if same and not matrix.tall:  # with W R W^T = T T^T and S = T Z, Z orthogonal: Y^T W R W^T Y = 1
+        captured = basis.square().sum(dim=0)
+        total, gains = captured.sum(), captured * used
+    else:
+        partner = torch.where(used, seen / torch.where(used, lengths, 1), 0)
+        lower = _gram(matrix, None if matrix.tall else gram, torch.float64)
+        other = lower.tril() + lower.tril(-1).T
+        through = other @ partner
+        if same:  # S^T C S is diagonal
+            total, gains = (other * gram).sum(), (seen * through).sum(dim=0)
+        else:
+            on_basis = gram @ basis if matrix.tall else basis
+            total = (other * gram).sum() if matrix.tall else other.trace()
+            pairs = (basis.T @ on_basis) * (partner.T @ through)
+            gains = 2 * (on_basis * through).sum(dim=0) - 2 * pairs.triu(1).sum(dim=0) - pairs.diagonal()
+    return torch.cat([total[None], total - gains.cumsum(0)]).clamp_min(0)
+
+
 def _relative(squared: float, total: float) -> float:
     return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
 
-def _scale(weight: Tensor) -> float:
-    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
+def refuse_not_finite(weight: Tensor) -> float:
+    """The largest absolute entry.
+
+    Raises:
+        InputError: it is NaN or infinite.
+    """
     low, high = torch.aminmax(weight)  # NaN wins in both
     largest = max(abs(float(low)), abs(float(high)))
     if not math.isfinite(largest):
         raise InputError("it has NaN or infinite entries")
+    return largest
+
+
+def _scale(weight: Tensor) -> float:
+    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
+    largest = refuse_not_finite(weight)
     if largest == 0 or 2**-12 <= largest <= 2**12:
         return 1.0
     return 4.0 ** -math.floor(math.log2(largest) / 2)
 
 
-def _refuse_overflow(factor: Tensor) -> None:
+def refuse_overflow(factor: Tensor) -> None:
+    """Raise InputError if a factor has left the range of its type."""
     if not bool(torch.isfinite(factor).all()):
         raise InputError(f"its factors exceed the range of {str(factor.dtype)[6:]}; choose --dtype bfloat16 or float32")
 
