@@ -76,7 +76,10 @@ def versions() -> dict[str, str]:
 
 
 def record(command: str, source: Source, settings: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
-    """``svdconvert.json``: how a folder came about. Times aside, the same job always writes the same record.
+    """``svdconvert.json``: how a folder came about.
+
+    The same job always writes the same record, but for ``timing`` (wall and CPU seconds of the stages of the run that
+    finished it, one entry per process) and the ``seconds`` of each matrix.
 
     Args:
         command: which of the tool's commands made it.

@@ -19,6 +19,7 @@ from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, layout
 from svdconvert.source import LocalSource, Source
 from svdconvert.steps import Step
+from svdconvert.timing import StageTimes
 from svdconvert.writer import JOB_FOLDER, OutputFolder, read_record
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -125,12 +126,17 @@ def run_job(
     from svdconvert.pipeline import Pipeline
 
     target = torch.device(device)
+    times = StageTimes()
     with output:
-        job = prepare()
+        with times.measure("prepare", process=True):
+            job = prepare()
         preflight_disk(folder, job.shards, source)
-        pipeline = Pipeline(source, job.steps, job.shards, output, device=target, workers=workers, events=events)
+        pipeline = Pipeline(
+            source, job.steps, job.shards, output, device=target, workers=workers, events=events, times=times
+        )
         reports = pipeline.run()
-        record = checkpoint.record(command, source, everything, job.details(reports))
+        details = {**job.details(reports), "timing": [times.to_json()]}
+        record = checkpoint.record(command, source, everything, details)
         checkpoint.write_model_files(
             output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
         )

@@ -203,7 +203,7 @@ def content(path: Path) -> object:
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: timeless(v) for key, v in value.items() if key != "seconds"}
+            return {key: timeless(v) for key, v in value.items() if key not in ("seconds", "timing")}
         return value
 
     return timeless(json.loads(path.read_text()))
