@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert import card, checkpoint
+from svdconvert import card, checkpoint, processes
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, Knowledge, from_folder, from_text
@@ -194,11 +194,12 @@ def convert(
     if not row.statistics and (calibration is not None or stats is not None):
         raise InputError(f"--calib means nothing to --method {row.name}, which looks at the weights alone")
     used_device = resolve_device(device)
-    if push_to_hub:
+    group = processes.current()
+    if push_to_hub and group.leader:
         from svdconvert.hub import check_push
 
         check_push(push_to_hub, private=private, revision=hub_revision)
-    source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
+    source = open_source(os.fspath(model), revision, download_folder=group.own(folder / JOB_FOLDER / "source"))
     planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "layout": layout, "max_shard_bytes": max_shard_bytes}
     if method != row.name:
         events.note(f"{method} has the same optimum as {row.name}, which computes it")
@@ -251,7 +252,9 @@ def convert(
     url = None
     if push_to_hub:
         events.note(f"uploading to {push_to_hub}")
-        url = push(folder, push_to_hub, private=private, revision=hub_revision)
+        if group.leader:
+            url = push(folder, push_to_hub, private=private, revision=hub_revision)
+        url = group.share(url)
     return Report(made, outcome, url)
 
 
@@ -330,7 +333,8 @@ def _decompositions(
         **({} if knowledge is None else knowledge.key),
         "device": device.split(":")[0],
     }
-    store = Decompositions(folder / "decompositions", key)
+    with processes.current().leader_first():
+        store = Decompositions(folder / "decompositions", key)
     statistics = None
     if knowledge is not None:
         count = knowledge.tokens

@@ -20,7 +20,9 @@ from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
 from svdconvert.metrics import Method
 from svdconvert.planning import layer_number
+from svdconvert.processes import current
 from svdconvert.ranks import Target
+from svdconvert.sharing import matrix_cost, split
 from svdconvert.solver import Decomposition, Metric, Workspace, decompose
 from svdconvert.source import Source, read_json
 from svdconvert.steps import Step
@@ -108,7 +110,7 @@ def decompose_targets(
     device: torch.device,
     events: Events,
 ) -> None:
-    """Compute what is missing in a collection.
+    """Compute what is missing in a collection; of several processes each does its share, block by block.
 
     Args:
         source: the dense model.
@@ -122,27 +124,34 @@ def decompose_targets(
     Raises:
         InputError: a matrix or a statistic has NaN or infinite entries; it is named.
     """
-    missing = [target for target in targets if not store.has(target.module)]
+    group = current()
+    known = group.share({target.module for target in targets if store.has(target.module)})
+    missing = [target for target in targets if target.module not in known]
     done = len(targets) - len(missing)
     events.begin([_announcement(source, target) for target in missing], done)
     if not missing:
         return
+
+    def mine(part: Sequence[Target]) -> list[Target]:
+        return split(part, group.size, lambda target: matrix_cost(target.shape))[group.rank]
+
     worker = _Worker(source, method, options, store, device, events)
     try:
         if statistics is None:
-            for target in missing:
+            for target in mine(missing):
                 worker.run(target, None)
-            return
-        by_block: dict[int, list[Target]] = {}
-        for target in missing:
-            by_block.setdefault(layer_number(target.module), []).append(target)
-        every = {layer_number(target.module) for target in targets}
-        for block, found in statistics(skip_blocks=every - by_block.keys()):
-            for target in by_block.get(block, []):
-                worker.run(target, found[target.module])
-            del found  # one block's Gram matrices at a time
+        else:
+            by_block: dict[int, list[Target]] = {}
+            for target in missing:
+                by_block.setdefault(layer_number(target.module), []).append(target)
+            every = {layer_number(target.module) for target in targets}
+            for block, found in statistics(skip_blocks=every - by_block.keys()):
+                for target in mine(by_block.get(block, [])):
+                    worker.run(target, found[target.module])
+                del found  # one block's Gram matrices at a time
     finally:
         worker.reader.close()
+    group.wait()
 
 
 class _Worker:

@@ -1,7 +1,8 @@
 """Running a job: read ahead, solve, write behind, each in its own thread and each with a bound on memory.
 
 Every step reads from the source, computes, writes its tensors at their places and is recorded. Solvers hold one
-matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind.
+matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind. Of several
+processes each does its share of the steps.
 
 The stages' times say which of them is the bottleneck. Wall seconds are of work, without waiting for other stages;
 those of several solvers add up. CPU seconds of reading and writing are of their threads; solving has the rest of what
@@ -25,6 +26,7 @@ from torch import Tensor
 from svdconvert.compute import convert_piece, run
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
+from svdconvert.sharing import split_steps
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
 from svdconvert.steps import Step
@@ -88,7 +90,9 @@ class Pipeline:
             self._times.add(stage, 0.0, 0.0)
         self._writer = ShardWriter(output, shards)
         self.resumed = sum(1 for report in self._writer.reports.values() if report)
-        self._todo = [step for step in steps if not self._writer.is_done(step.key)]
+        left = [step for step in steps if not self._writer.is_done(step.key)]
+        group = output.group
+        self._todo = split_steps(left, group.size, whole_files=source.repo is not None)[group.rank]
         self._open = Counter(file for step in self._todo for file in step.files)
         self._count_lock = threading.Lock()
         self._files = threading.Semaphore(_FILES_AT_A_TIME if source.repo else max(len(source.files), 2))
@@ -103,10 +107,11 @@ class Pipeline:
         self._to_write: queue.Queue[Step | _Solved | None] = queue.Queue(maxsize=2)
 
     def run(self) -> dict[str, dict[str, Any]]:
-        """Do what is left of the job.
+        """Do what is left of the job, or this process's share of it, and wait for the others.
 
         Returns:
-            The report of every computed step by its key, those of earlier runs included.
+            The report of every computed step by its key, those of earlier runs included; of several processes the
+            leader alone has those of the others.
 
         Raises:
             InputError, JobError: what the first failing thread raised; finished steps stay recorded.
@@ -145,6 +150,7 @@ class Pipeline:
             self._times.add("solve", 0.0, spent - self._times.cpu("read", "write"))
         if self._error is not None:
             raise self._error
+        self._shards_done(self._writer.join())
         return {key: report for key, report in self._writer.reports.items() if report}
 
     def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
