@@ -32,14 +32,18 @@ class Pieces:
         embeddings: modules with weights that run before the first block; the first one is what a tied head shares.
         blocks: the list of blocks.
         norm: what runs between the last block and the head.
+        writers: linear layers of a block whose output is added to the hidden state as it is.
     """
 
     embeddings: tuple[str, ...]
     blocks: str
     norm: str
+    writers: tuple[str, ...] = ()
 
 
-PIECES: Mapping[str, Pieces] = {"gpt_neox": Pieces(("embed_in",), "layers", "final_layer_norm")}
+PIECES: Mapping[str, Pieces] = {
+    "gpt_neox": Pieces(("embed_in",), "layers", "final_layer_norm", ("attention.dense", "mlp.dense_4h_to_h"))
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class ModelBlocks:
             known = ", ".join(sorted(PIECES))
             raise InputError(f"{source.name} ({row.model_type}) cannot be run block by block; known: {known}")
         self._source, self._row, self._pieces = source, row, PIECES[row.model_type]
+        self.writers = self._pieces.writers
         self.device, self.dtype = torch.device(device), dtype
         self._model = _skeleton(source)
         self._base: nn.Module = self._model.base_model
@@ -216,6 +221,26 @@ class ModelBlocks:
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"tensor {name} exceeds the range of {self.dtype}; compute in another type")
         return weight
+
+
+def matrix(block: nn.Module, path: str) -> Tensor:
+    """Weight [out, in] of a linear layer in a block."""
+    weight = block.get_submodule(path).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+@contextmanager
+def replaced(block: nn.Module, matrices: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have other weights [out, in] in some linear layers of a block, by their paths."""
+    dense: dict[str, Any] = {path: block.get_submodule(path).weight for path in matrices}
+    try:
+        for path, other in matrices.items():
+            block.get_submodule(path).weight = nn.Parameter(other.to(dense[path]), requires_grad=False)
+        yield
+    finally:
+        for path, weight in dense.items():
+            block.get_submodule(path).weight = weight
 
 
 class _Recorded(Exception):
