@@ -71,7 +71,7 @@ def majority_dtype(infos: Sequence[TensorInfo]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    packages = ("svdconvert", "torch", "safetensors", "numpy")
+    packages = ("svdconvert", "torch", "safetensors", "numpy", "scipy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 

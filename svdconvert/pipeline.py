@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert import lapack
 from svdconvert.compute import convert_piece, run
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
@@ -125,13 +126,14 @@ class Pipeline:
         threads += [self._thread(self._solve_all, f"solve-{i}") for i in range(self._workers)]
         writing = self._thread(self._write_all, "write")
         try:
-            for thread in [*threads, writing]:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            if not self._stop.is_set():
-                self._put(self._to_write, None)
-            writing.join()
+            with lapack.threads(torch.get_num_threads()):
+                for thread in [*threads, writing]:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                if not self._stop.is_set():
+                    self._put(self._to_write, None)
+                writing.join()
         except KeyboardInterrupt:
             self._events.note("stopping after the matrix in work; press Ctrl-C again to stop at once")
             self._stop.set()
