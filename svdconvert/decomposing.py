@@ -1,8 +1,9 @@
 """The decomposition of every target, computed once and kept as files: another rank or budget is then a small job.
 
 Per target there is one file with the squared singular values, the directions, the metric that the least-squares
-partner needs, and, where the inputs' second moments are known, the outputs' error at every rank: 12 k^2 bytes for a
-matrix whose smaller side is k. A file that is there is finished.
+partner needs, the diagonal of the other metric, by which rounding is judged, and, where the inputs' second moments are
+known, the outputs' error at every rank: 12 k^2 bytes for a matrix whose smaller side is k. A file that is there is
+finished.
 """
 
 from __future__ import annotations
@@ -41,13 +42,16 @@ class Store(Protocol):
         """Whether a target is done."""
         ...
 
-    def save(self, module: str, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(
+        self, module: str, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
         """Take one target's decomposition; it is valid until the next one.
 
         Args:
             module: the target.
             found: its decomposition.
             inner: metric on the smaller side.
+            outer: metric on the longer side.
             outputs: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known.
         """
         ...
@@ -90,7 +94,9 @@ class Decompositions:
         """Whether a target is done."""
         return self.path(module).is_file()
 
-    def save(self, module: str, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(
+        self, module: str, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
         """Write one target's file, whole or not at all; see :meth:`Store.save`."""
         tensors = {
             "values": found.values,
@@ -101,6 +107,8 @@ class Decompositions:
         }
         if inner is not None:
             tensors["metric"] = inner
+        if outer is not None:  # rounding errors see no more of it
+            tensors["outer"] = (outer.diagonal() if outer.dim() == 2 else outer).contiguous()
         if outputs is not None:
             tensors["outputs"] = outputs
         with disk_errors(self.folder):
@@ -123,12 +131,12 @@ def load_outputs(path: Path) -> torch.Tensor | None:
         return handle.get_tensor("outputs") if "outputs" in handle.keys() else None  # noqa: SIM118 - no mapping
 
 
-def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric]:
-    """``(decomposition, metric on the smaller side)`` of a target's file."""
+def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric, Metric]:
+    """``(decomposition, metric on the smaller side, diagonal of that on the longer side)`` of a target's file."""
     tensors = load_file(path, device=str(device))
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
     found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
-    return found, tensors.get("metric")
+    return found, tensors.get("metric"), tensors.get("outer")
 
 
 def decompositions_key(
@@ -275,7 +283,8 @@ class _Worker:
         except InputError as error:
             raise InputError(f"tensor {target.weight} cannot be converted: {error}") from None
         outputs = None if gram is None else output_losses(weight, found, left, right, gram)
-        self.store.save(target.module, found, right if target.shape[0] >= target.shape[1] else left, outputs)
+        inner, outer = (right, left) if target.shape[0] >= target.shape[1] else (left, right)
+        self.store.save(target.module, found, inner, outer, outputs)
         self.events.decomposed(step)
 
 

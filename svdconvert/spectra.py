@@ -276,7 +276,9 @@ class _Values:
     def has(self, module: str) -> bool:
         return module in self.of
 
-    def save(self, module: str, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(
+        self, module: str, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
         self.take(module, found.spectrum, outputs)
 
     def take(self, module: str, spectrum: torch.Tensor, outputs: torch.Tensor | None) -> None:
