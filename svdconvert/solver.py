@@ -169,10 +169,20 @@ def decompose(
             if float(values[-1]) <= FLOAT32_EIGENVALUE_RATIO * smallest or float(values[-1]) == 0:
                 break
         return Decomposition(values, vectors, matrix.scale)
-    _scale(weight)  # refuses what is not finite; float64 needs no scaling
+    refuse_not_finite(weight)  # float64 needs no scaling
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
-    gram = _gram(matrix, outer, torch.float64)
+    return decompose_gram(_gram(matrix, outer, torch.float64), inner, work)
+
+
+def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decomposition:
+    """The same from what metrics leave of a matrix.
+
+    Args:
+        gram: lower triangle of W^T L W if W is tall, of W R W^T if it is wide, [k, k] float64; overwritten.
+        inner: the metric on the smaller side.
+        work: its buffers hold the result until it is used again.
+    """
     if inner is None:
         return Decomposition(*_eigenvectors(gram, work))
     root = _root(gram)
@@ -220,14 +230,14 @@ def truncate(
         # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
         half = math.sqrt(matrix.scale)
         small = (basis * lengths.sqrt() / half).to(dtype)
-        _refuse_overflow(small)
+        refuse_overflow(small)
         large, loss = _plain_partner(matrix, small.to(basis.dtype) * half, half, dtype, total)
         plain, energy, name = loss, total, SINGULAR
     else:
         chosen = _Rounding(matrix, found, rank, dtype, outer, inner).best(tail)
         small, large, loss, name = chosen.small, chosen.large, chosen.loss, chosen.basis
         plain, energy = _residual(matrix, small.double(), large, 1.0)
-    _refuse_overflow(large)
+    refuse_overflow(large)
     return Factors(
         down=small.T.contiguous() if matrix.tall else large,
         up=large if matrix.tall else small,
@@ -287,18 +297,29 @@ def _relative(squared: float, total: float) -> float:
     return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
 
-def _scale(weight: Tensor) -> float:
-    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
+def refuse_not_finite(weight: Tensor) -> float:
+    """The largest absolute entry.
+
+    Raises:
+        InputError: it is NaN or infinite.
+    """
     low, high = torch.aminmax(weight)  # NaN wins in both
     largest = max(abs(float(low)), abs(float(high)))
     if not math.isfinite(largest):
         raise InputError("it has NaN or infinite entries")
+    return largest
+
+
+def _scale(weight: Tensor) -> float:
+    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
+    largest = refuse_not_finite(weight)
     if largest == 0 or 2**-12 <= largest <= 2**12:
         return 1.0
     return 4.0 ** -math.floor(math.log2(largest) / 2)
 
 
-def _refuse_overflow(factor: Tensor) -> None:
+def refuse_overflow(factor: Tensor) -> None:
+    """Raise InputError if a factor has left the range of its type."""
     if not bool(torch.isfinite(factor).all()):
         raise InputError(f"its factors exceed the range of {str(factor.dtype)[6:]}; choose --dtype bfloat16 or float32")
 
@@ -489,7 +510,7 @@ class _Rounding:
     def best(self, tail: float) -> _Rounded:
         """The one of the smallest loss; others than the singular vectors are tried where those lose much."""
         chosen = self._round(SINGULAR, self.leading, self.partner)
-        _refuse_overflow(chosen.small)
+        refuse_overflow(chosen.small)
         if self.dtype.itemsize > 2 or len(self.sigma) < 2 or chosen.loss <= (1 + NEGLIGIBLE_EXCESS) * tail:
             return chosen
         # Both factors with columns that are orthonormal in their metrics.

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from svdconvert import solver
 from svdconvert.decomposing import Decompositions, load_decomposition
 from svdconvert.pivoting import pivot, product, refit, rounded_coefficients
+from svdconvert.ranks import Target
 from svdconvert.rounding import BASES, geometric_mean_decomposition, round_with_feedback
 from svdconvert.solver import NEGLIGIBLE_EXCESS, SINGULAR, Factors, decompose, truncate
 from tests.benchmarks.rounding import KINDS, second_moments, spectral
@@ -204,10 +205,11 @@ def test_pivoted_coefficients(shape: tuple[int, int], kind: str, dtype: torch.dt
 def test_the_file_keeps_the_other_diagonal(tmp_path) -> None:  # type: ignore[no-untyped-def]
     weight, left, right = normal(12, 6), second_moments(12, "benign", 1), second_moments(6, "benign", 2)
     store = Decompositions(tmp_path / "d", {})
-    store.save("full", decompose(weight, left=left, right=right), right, left, None)
-    store.save("none", decompose(weight, right=right), right, None, None)
-    _, inner, outer = load_decomposition(store.path("full"), torch.device("cpu"))
+    full, none = (Target(name, name + ".weight", (12, 6)) for name in ("full", "none"))
+    store.save(full, decompose(weight, left=left, right=right), right, left, None)
+    store.save(none, decompose(weight, right=right), right, None, None)
+    _, inner, outer = load_decomposition(store.path(full), torch.device("cpu"))
     assert torch.equal(inner, right)  # type: ignore[arg-type]
     assert torch.equal(outer, left.diagonal())  # type: ignore[arg-type]
-    assert load_decomposition(store.path("none"), torch.device("cpu"))[2] is None
-    assert "outer" not in load_file(store.path("none"))
+    assert load_decomposition(store.path(none), torch.device("cpu"))[2] is None
+    assert "outer" not in load_file(store.path(none))
