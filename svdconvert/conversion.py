@@ -57,11 +57,14 @@ class Report:
 
         rank, shape ``[out, in]``, precision (of the eigenproblem), seconds; relative_error, ||W - BA|| / ||W|| of the
         stored factors, optimal_error, the same of the best product in the method's metrics, before rounding,
-        energy_kept, 1 - relative_error^2. With decompositions: whole and lost, the sum of the squared singular values
-        in the method's metrics and of those cut off. Where the second moments C of the layer's inputs are known
-        (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||, the relative error of its outputs on the
-        calibration text, before rounding. Where the metrics are those of the loss (kfac): predicted_loss, the loss
-        added, nats per token. Of a layer that uses the factor of another: shared_with, that other's module path.
+        energy_kept, 1 - relative_error^2; rounding_excess, what the storage type adds to the loss in the method's
+        metrics, relative to the best product's (of independent rounding errors), and for two factors basis, the one
+        that was rounded (``singular vectors``, or a row of :data:`svdconvert.rounding.BASES`). With decompositions:
+        whole and lost, the sum of the squared singular values in the method's metrics and of those cut off. Where the
+        second moments C of the layer's inputs are known (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||,
+        the relative error of its outputs on the calibration text, before rounding. Where the metrics are those of the
+        loss (kfac): predicted_loss, the loss added, nats per token. Of a layer that uses the factor of another:
+        shared_with, that other's module path.
         """
         matrices: Mapping[str, Mapping[str, Any]] = self.outcome.record["matrices"]
         return matrices

@@ -1,8 +1,9 @@
 """The decomposition of every target, computed once and kept as files: another rank or budget is then a small job.
 
 Per target there is one file with the squared singular values, the directions, the metric that the least-squares
-partner needs, and, where the inputs' second moments are known, the outputs' error at every rank: 12 k^2 bytes for a
-matrix whose smaller side is k. A file that is there is finished.
+partner needs, the diagonal of the other metric, by which rounding is judged, and, where the inputs' second moments are
+known, the outputs' error at every rank: 12 k^2 bytes for a matrix whose smaller side is k. A file that is there is
+finished.
 
 Layers that share a factor are decomposed together, but their statistics come block by block. So each layer's metrics
 wait in files of their own, 16 n^2 bytes for n inputs, until those of the whole group are there; then half of them goes,
@@ -50,13 +51,16 @@ class Store(Protocol):
         """Whether a target is done."""
         ...
 
-    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(
+        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
         """Take one target's decomposition; it is valid until the next one.
 
         Args:
             target: a matrix; a group only where it has no metrics.
             found: its decomposition.
             inner: metric on the smaller side.
+            outer: metric on the longer side.
             outputs: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known.
         """
         ...
@@ -117,9 +121,13 @@ class Decompositions:
             options["metrics"] = [str(path) for path in paths if path.is_file()]
         return options
 
-    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(
+        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
         """Write one target's file, whole or not at all; see :meth:`Store.save`."""
-        self._save(target, found, metric=inner, outputs=outputs)
+        # rounding errors see no more of the other metric
+        diagonal = outer.diagonal() if outer is not None and outer.dim() == 2 else outer
+        self._save(target, found, metric=inner, outer=diagonal, outputs=outputs)
 
     def save_group(self, target: Target, found: SharedDecomposition) -> None:
         """Write the file of a group that has metrics, and give up what waited for it."""
@@ -159,12 +167,12 @@ def load_outputs(path: Path) -> torch.Tensor | None:
         return handle.get_tensor("outputs") if "outputs" in handle.keys() else None  # noqa: SIM118 - no mapping
 
 
-def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric]:
-    """``(decomposition, metric on the smaller side)`` of a target's file."""
+def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric, Metric]:
+    """``(decomposition, metric on the smaller side, diagonal of that on the longer side)`` of a target's file."""
     tensors = load_file(path, device=str(device))
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
     found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
-    return found, tensors.get("metric")
+    return found, tensors.get("metric"), tensors.get("outer")
 
 
 def load_group(path: Path, device: torch.device) -> SharedDecomposition:
@@ -359,7 +367,7 @@ class _Worker:
             with _naming(part.weight):
                 refuse_not_finite(weight)
         stack = torch.cat(weights) if target.followers else weights[0]
-        self.store.save(target, decompose(stack, self.workspace), None, None)
+        self.store.save(target, decompose(stack, self.workspace), None, None, None)
         self.events.decomposed(_announcement(self.source, target))
 
     def learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
@@ -376,7 +384,8 @@ class _Worker:
                 found = decompose(weight, self.workspace, left, right)
                 gram = right if own else _on(gram, self.device)
                 outputs = None if gram is None else output_losses(weight, found, left, right, gram)
-                self.store.save(target, found, right if tall else left, outputs)
+                inner, outer = (right, left) if tall else (left, right)
+                self.store.save(target, found, inner, outer, outputs)
                 self.events.decomposed(_announcement(self.source, target))
                 return
             outer = outer_statistic(weight, left, tall=tall)
