@@ -54,7 +54,9 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str], p
             points = [(entry["step"], entry[key]) for entry in entries if key in entry]
             if points:
                 label = _CURVES[key] if len(runs) == 1 else name
-                axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3)
+                axes.plot(
+                    *zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3
+                )
     axes.grid(alpha=0.3)
     axes.legend()
     if len(runs) == 1:

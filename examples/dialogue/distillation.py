@@ -77,14 +77,15 @@ def distillation_terms(
 class DistillationTrainer(Trainer):
     """The stock Trainer with the three losses in training, and the labels' cross-entropy alone in evaluation."""
 
-    def __init__(self, *args: Any, teacher: nn.Module, distillation: DistillationSettings, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, teacher: Any, distillation: DistillationSettings, **kwargs: Any) -> None:
         """As Trainer, with a teacher.
 
         Raises:
             InputError: teacher and student have different vocabularies or hidden sizes.
         """
         super().__init__(*args, **kwargs)
-        own, other = self.model.config, teacher.config
+        student: Any = self.model
+        own, other = student.config, teacher.config
         if (own.vocab_size, own.hidden_size) != (other.vocab_size, other.hidden_size):
             raise InputError(
                 f"the teacher has {other.vocab_size} tokens and hidden size {other.hidden_size}, the student "
@@ -122,7 +123,9 @@ class DistillationTrainer(Trainer):
         d = self.distillation
         total = d.alpha_ce * terms.ce + d.alpha_task * terms.task + d.alpha_cos * terms.cos
         # Trainer hands over the tokens of all devices' accumulated batches, and averages gradients over devices
-        loss = total * self.accelerator.num_processes / num_items_in_batch if num_items_in_batch else total / terms.tokens
+        loss = (
+            total * self.accelerator.num_processes / num_items_in_batch if num_items_in_batch else total / terms.tokens
+        )
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

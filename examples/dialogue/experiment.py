@@ -104,9 +104,10 @@ def read_experiment(path: Path) -> Experiment:
         if row.table not in table.get("tables", {}):
             raise InputError(f"{path}: row {row.name} is of table {row.table!r}, which [tables] does not have")
         found[row.name] = row
-    lists = {key: tuple(table[key]) for key in ("launcher", "remarks") if key in table}
+    lists: dict[str, Any] = {key: tuple(table[key]) for key in ("launcher", "remarks") if key in table}
     paths = {"work": work, "page": (folder / table["page"]).resolve()}
-    return Experiment(**{**table, **lists, **paths, "rows": tuple(found.values())})
+    values: dict[str, Any] = {**table, **lists, **paths}
+    return Experiment(**values, rows=tuple(found.values()))
 
 
 def _row(entry: Any, folder: Path, work: Path, before: Mapping[str, Row], path: Path) -> Row:

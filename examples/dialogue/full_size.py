@@ -63,9 +63,8 @@ def standing_memory(size: str, way: Way) -> Memory:
         way: row of :data:`WAYS`.
     """
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
     from svdconvert.modeling.modeling_polyglot_svd import PolyglotSVDConfig, PolyglotSVDForCausalLM
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     hidden, layers, heads, rotary = SIZES[size]
     geometry = {

@@ -1,7 +1,7 @@
 """LLaMA-Adapter for families that peft refuses (GPT-NeoX, dense and factored), with one gate per head.
 
-Zhang et al., "LLaMA-Adapter" (arXiv:2303.16199), section 3. Each of the top layers has a prompt P [length, hidden] and a
-gate g [heads] that starts at zero. With K = W_k P and V = W_v P of the layer's own projections, without rotary
+Zhang et al., "LLaMA-Adapter" (arXiv:2303.16199), section 3. Each of the top layers has a prompt P [length, hidden] and
+a gate g [heads] that starts at zero. With K = W_k P and V = W_v P of the layer's own projections, without rotary
 positions, the self-attention output of head h becomes
 
     softmax(q_h K_h^T / sqrt(d)) V_h * g_h + (self-attention of head h)
@@ -43,15 +43,15 @@ class Family:
     query: str
     output: str
     queries: Callable[[Tensor, int], Tensor]
-    keys_values: Callable[[nn.Module, Tensor, int], tuple[Tensor, Tensor]]
+    keys_values: Callable[[Any, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _fused_queries(projected: Tensor, heads: int) -> Tensor:
     return projected.unflatten(-1, (heads, 3, -1))[..., 0, :]
 
 
-def _fused_keys_values(attention: nn.Module, prompt: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    # GPT-NeoX stores [heads, (q, k, v), head_dim]. `forward` and not the call: the call's hook would take it for queries
+def _fused_keys_values(attention: Any, prompt: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    # GPT-NeoX stores [heads, (q, k, v), head_dim]. `forward` and not the call, whose hook would take it for queries.
     projected = attention.query_key_value.forward(prompt).unflatten(-1, (heads, 3, -1))
     return projected[:, :, 1].transpose(0, 1), projected[:, :, 2].transpose(0, 1)
 
@@ -60,9 +60,9 @@ def _separate_queries(projected: Tensor, heads: int) -> Tensor:
     return projected.unflatten(-1, (heads, -1))
 
 
-def _separate_keys_values(attention: nn.Module, prompt: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def _separate_keys_values(attention: Any, prompt: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     def split(projection: nn.Module) -> Tensor:
-        found = projection(prompt).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+        found: Tensor = projection(prompt).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
         return found.repeat_interleave(heads // found.shape[0], 0)  # grouped-query attention
 
     return split(attention.k_proj), split(attention.v_proj)
@@ -168,7 +168,7 @@ class LlamaAdapterModel(nn.Module):
     Trainer checkpoint of a 12.8B model is a few megabytes.
     """
 
-    def __init__(self, base: nn.Module, length: int, layers: int, base_model: str = "") -> None:
+    def __init__(self, base: Any, length: int, layers: int, base_model: str = "") -> None:
         """Put an adapter on a model, which is changed.
 
         Args:
@@ -214,7 +214,7 @@ class LlamaAdapterModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Prompts and gates, by their path in the base model."""
         whole = self.base_model.state_dict(*args, **kwargs)
         return {name: tensor for name, tensor in whole.items() if f".{_NAME}." in name}
@@ -258,7 +258,7 @@ def load_adapter_config(folder: str | Path) -> AdapterConfig:
         raise InputError(f"{path} is damaged; save the adapter again") from None
 
 
-def load_adapter(base: nn.Module, folder: str | Path) -> LlamaAdapterModel:
+def load_adapter(base: Any, folder: str | Path) -> LlamaAdapterModel:
     """Put a saved adapter on its base model, which is changed.
 
     Args:

@@ -1,4 +1,4 @@
-"""The model of a run: factored, quantised and adapted as its settings say; and what a finished run leaves, loaded again.
+"""The model of a run: factored, quantised and adapted as its settings say; and what a finished run leaves, loaded.
 
 No code that lies in a model's folder is run: factored checkpoints are loaded by the package's own classes.
 """
@@ -179,7 +179,7 @@ def _bitsandbytes(quantization: QuantizationSettings) -> Any:
     )
 
 
-def _quantized_for_training(model: nn.Module) -> nn.Module:
+def _quantized_for_training(model: Any) -> nn.Module:
     """Keep bitsandbytes from repacking 4-bit weights on the CPU.
 
     Where the CPU has AVX512-BF16, the first forward pass in evaluation mode repacks them for a kernel that has no
@@ -230,9 +230,7 @@ def _peft_config(adapter: AdapterSettings) -> Any:
     from peft import AdaptionPromptConfig, LoraConfig
 
     if adapter.kind == "adaption-prompt":
-        return AdaptionPromptConfig(
-            adapter_len=adapter.length, adapter_layers=adapter.layers, task_type="CAUSAL_LM"
-        )
+        return AdaptionPromptConfig(adapter_len=adapter.length, adapter_layers=adapter.layers, task_type="CAUSAL_LM")
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,

@@ -211,17 +211,17 @@ def _blocks(experiment: Experiment, results: Results, folder: Path, command: str
 
 
 _SPEECH_IS = (
-    "Perplexity of the start point is that of a few reference answers before the first step, under the start model as it "
-    "is loaded. Distinct-n, repetition and empty answers are rates of the generated answers, times 100."
+    "Perplexity of the start point is that of a few reference answers before the first step, under the start model as "
+    "it is loaded. Distinct-n, repetition and empty answers are rates of the generated answers, times 100."
 )
 _FULL_SIZE_IS = (
-    "Weights, gradients and AdamW state, without activations, counted from the real geometry; nothing was run. Trained "
-    "weights are float32 masters, frozen ones 16 bits, QLoRA's nf4 with double quantisation. In brackets: against LoRA. "
-    "The rank is a quarter of the hidden size, LoRA's rank 32."
+    "Weights, gradients and AdamW state, without activations, counted from the real geometry; nothing was run. "
+    "Trained weights are float32 masters, frozen ones 16 bits, QLoRA's nf4 with double quantisation. In brackets: "
+    "against LoRA. The rank is a quarter of the hidden size, LoRA's rank 32."
 )
 _PAPER_IS = (
-    "Lee et al., HCLT 2023, polyglot-ko on KoDoc2Dial, Table 1. The totals are summed anew: those printed for 1.3B-S and "
-    "3.8B-S-L are interchanged, so of the two it is 1.3B-S that scores higher."
+    "Lee et al., HCLT 2023, polyglot-ko on KoDoc2Dial, Table 1. The totals are summed anew: those printed for 1.3B-S "
+    "and 3.8B-S-L are interchanged, so of the two it is 1.3B-S that scores higher."
 )
 
 
@@ -240,9 +240,9 @@ def _made_with(experiment: Experiment, run: Mapping[str, Any], done: Sequence[Ma
 
 def _costs_are(result: Mapping[str, Any]) -> str:
     return (
-        "Weights asked: of the model that answers, as it lies in memory. Standing: weights, gradients and optimiser state "
-        f"of the training. Peaks are what was {result['run']['memory']['peak_is']}. Answers per second include nothing "
-        "but generation. Times are of a shared machine."
+        "Weights asked: of the model that answers, as it lies in memory. Standing: weights, gradients and optimiser "
+        f"state of the training. Peaks are what was {result['run']['memory']['peak_is']}. Answers per second include "
+        "nothing but generation. Times are of a shared machine."
     )
 
 
@@ -327,7 +327,8 @@ def _cell(text: str) -> str:
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums;
+        display: block; overflow-x: auto }
 th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right }
 th:first-child, td:first-child { text-align: left }
 td.text { text-align: left }

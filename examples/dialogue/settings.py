@@ -289,9 +289,7 @@ _POSITIVE = {
 }
 
 
-def read_settings(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, anchor: Path | None = None
-) -> Settings:
+def read_settings(path: str | Path, overrides: Mapping[str, Any] | None = None, anchor: Path | None = None) -> Settings:
     """Read and check a settings file.
 
     Args:
@@ -322,6 +320,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     except ValueError as error:  # TOML, JSON and UTF-8 errors alike
         raise InputError(f"{path} is not valid: {error}") from None
     return found
+
+
+def parse_value(text: str) -> Any:
+    """A value as a settings file has it, or the text itself where it is none."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -375,7 +381,9 @@ def _build(kind: type[_Section], table: Mapping[str, Any], file: str, section: s
         where = f"{section}.{key}" if section else key
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
-            raise InputError(f"{file} has an unknown setting {where}" + (f"; did you mean {close[0]}?" if close else ""))
+            raise InputError(
+                f"{file} has an unknown setting {where}" + (f"; did you mean {close[0]}?" if close else "")
+            )
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):

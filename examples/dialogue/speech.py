@@ -66,7 +66,7 @@ def answer_perplexity(model: nn.Module, rows: Sequence[dict[str, list[int]]], de
 
 @torch.no_grad()
 def listen(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     rows: Sequence[dict[str, list[int]]],
     settings: SpeechSettings,

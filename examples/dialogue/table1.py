@@ -131,8 +131,21 @@ def _run(row: Row) -> dict[str, Any]:
 
     folder = Path(row.settings.output)
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    kept = ("rows", "tokens", "steps", "warmup", "evaluation_every", "memory", "training_seconds", "device", "eval_loss")
-    kept += ("processes", "versions", "speech", "dropped")
+    kept = (
+        "rows",
+        "tokens",
+        "steps",
+        "warmup",
+        "evaluation_every",
+        "memory",
+        "training_seconds",
+        "device",
+        "eval_loss",
+        "processes",
+        "versions",
+        "speech",
+        "dropped",
+    )
     found = {key: report[key] for key in kept}
     found["curve"] = [
         {"step": entry["step"], "eval_loss": entry["eval_loss"]} for entry in report["history"] if "eval_loss" in entry

@@ -40,7 +40,9 @@ Say = Callable[[str], None]
 @click.command(cls=Command, context_settings=SETTINGS)
 @click.option("--config", required=True, type=click.Path(path_type=Path), help="Settings file (TOML).")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder to write, in place of the file's.")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="A setting, as training.seed=1 (repeatable).")
+@click.option(
+    "--set", "changes", multiple=True, metavar="KEY=VALUE", help="A setting, as training.seed=1 (repeatable)."
+)
 @click.option("--show", is_flag=True, help="Print the settings and stop.")
 def main(config: Path, output: Path | None, changes: tuple[str, ...], show: bool) -> None:
     """Train what a settings file describes."""
@@ -55,7 +57,9 @@ def main(config: Path, output: Path | None, changes: tuple[str, ...], show: bool
         return
     report = train(settings, _say)
     if _is_main():
-        click.echo(f"{settings.name}: finished, {settings.output}/report.json, evaluation loss {report['eval_loss']:.4f}")
+        click.echo(
+            f"{settings.name}: finished, {settings.output}/report.json, evaluation loss {report['eval_loss']:.4f}"
+        )
 
 
 def parse_changes(changes: tuple[str, ...]) -> dict[str, Any]:
@@ -64,17 +68,14 @@ def parse_changes(changes: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         InputError: a word has no = sign.
     """
-    from examples.dialogue.settings import tomllib
+    from examples.dialogue.settings import parse_value
 
     table: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
             raise InputError(f"--set {change} must be KEY=VALUE, as training.seed=1")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
+        value = parse_value(text)
         section, dot, name = key.rpartition(".")
         if dot:
             table.setdefault(section, {})[name] = value
@@ -403,9 +404,7 @@ def _listen(
     return speech.to_json()
 
 
-def _reference(
-    settings: Settings, start: Any, validation: Encoded, device: torch.device, folder: Path
-) -> float | None:
+def _reference(settings: Settings, start: Any, validation: Encoded, device: torch.device, folder: Path) -> float | None:
     """Perplexity of the model that was factored, on the rows that the check listens to; kept in a file."""
     from examples.dialogue.models import load_causal
     from examples.dialogue.speech import answer_perplexity

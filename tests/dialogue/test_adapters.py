@@ -1,4 +1,4 @@
-"""What trains under each settings file on the real geometry, counted on the meta device; and parallel LoRA's formula."""
+"""What trains under each settings file on the real geometry, counted on the meta device; parallel LoRA's formula."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_adaption_prompt_of_peft():
 
 @pytest.mark.parametrize("model", ["dense", "factored"])
 def test_lora_is_parallel_to_the_whole_layer(model, request):
-    """h = (B A) x + bias + alpha / r * LB (LA x) in float64, on a layer of the loaded model; W in place of B A if dense."""
+    """h = (B A) x + bias + alpha / r * LB (LA x) in float64, on a layer of the model; W in place of B A if dense."""
     base = load_causal(request.getfixturevalue(model), torch.device("cpu"))
     adapter = AdapterSettings(kind="lora", rank=4, alpha=6.0, dropout=0.0)
     adapted = adapt(base, Settings("a", "o", adapter=adapter), "").double().eval()

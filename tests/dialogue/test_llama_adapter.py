@@ -190,7 +190,8 @@ def test_what_cannot_be_adapted(dense):
 
 
 @pytest.mark.parametrize(
-    ("layers", "length", "trainable"), [(10, 10, 409_920), (10, 30, 1_229_120), (30, 10, 1_229_760), (30, 30, 3_687_360)]
+    ("layers", "length", "trainable"),
+    [(10, 10, 409_920), (10, 30, 1_229_120), (30, 10, 1_229_760), (30, 30, 3_687_360)],
 )
 def test_counts_on_llama_7b(layers, length, trainable):
     with torch.device("meta"):

@@ -136,7 +136,9 @@ def test_the_paper_pipeline_in_one_call(dense, tmp_path):
     texts = (Path(second.output) / "calibration.jsonl").read_text().splitlines()
     assert len(texts) == 16
     reference = report["speech"][0]["reference_perplexity"]
-    assert reference == pytest.approx(json.loads((Path(first.output) / "report.json").read_text())["speech"][-1]["perplexity"], rel=1e-4)
+    assert reference == pytest.approx(
+        json.loads((Path(first.output) / "report.json").read_text())["speech"][-1]["perplexity"], rel=1e-4
+    )
 
 
 def test_distillation(dense, tmp_path):
@@ -200,7 +202,7 @@ def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
 
 def test_settings_that_do_not_fit_the_model(dense, tmp_path):
     prompt = {"kind": "adaption-prompt", "length": 4, "layers": 2}
-    with pytest.raises(InputError, match="adaption-prompt cannot go on this model: .*gpt_neox"):
+    with pytest.raises(InputError, match=r"adaption-prompt cannot go on this model: .*gpt_neox"):
         train(settings_for(tmp_path / "a", dense, adapter=prompt), silent)
     with pytest.raises(InputError, match="lora cannot go on this model"):
         train(settings_for(tmp_path / "b", dense, adapter={"kind": "lora", "targets": ["q_proj"]}), silent)
@@ -264,7 +266,10 @@ def test_kill_and_resume(kind, dense, tmp_path):
     options = {**KINDS[kind], "training": {"epochs": 4, **KINDS[kind].get("training", {})}, "speech": {"samples": 0}}
     whole = train(settings_for(tmp_path / "whole", dense, **options), silent)
     settings = settings_for(tmp_path / "killed", dense, **options)
-    data = {"train": str(tmp_path / "whole" / "train.jsonl"), "validation": str(tmp_path / "whole" / "validation.jsonl")}
+    data = {
+        "train": str(tmp_path / "whole" / "train.jsonl"),
+        "validation": str(tmp_path / "whole" / "validation.jsonl"),
+    }
     settings = settings_for(tmp_path / "killed", dense, **options, data=data)
 
     from transformers import Trainer
