@@ -5,7 +5,7 @@ NEWEST := .venv
 OLDEST := .venv-oldest
 PYTEST := -m pytest
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench table1 clean
 
 demo: $(NEWEST)/.runtime
 	$(NEWEST)/bin/python examples/tiny_polyglot/demo.py
@@ -32,6 +32,10 @@ format: $(NEWEST)/.dev
 
 bench: $(NEWEST)/.dev
 	$(NEWEST)/bin/python -m tests.benchmarks.conversion
+
+# The dialogue example's Table 1 on the bundled model; rows that are done stay done.
+table1: $(NEWEST)/.dev
+	$(NEWEST)/bin/python -m examples.dialogue.table1 --config examples/dialogue/settings/table1-tiny.toml
 
 clean:
 	rm -rf $(NEWEST) $(OLDEST) build *.egg-info out
