@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,11 +25,11 @@ COMMON = {
 }
 
 
-def write_family(folder: Path, model_type: str) -> Path:
+def write_family(folder: Path, model_type: str, **changes: Any) -> Path:
     """Save the tiny model as its stock class does, with a tokenizer beside it."""
     cls = getattr(transformers, ARCHITECTURES[model_type].dense_class)
     torch.manual_seed(0)
-    model = cls(cls.config_class(**COMMON))
+    model = cls(cls.config_class(**COMMON | changes))
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
