@@ -69,9 +69,8 @@ def add_gram(rows: Tensor, gram: Tensor, *, transposed: bool = False) -> None:
     depth = rows.shape[1] if transposed else rows.shape[0]
     one = _SCALAR[gram.dtype](1)
     # In Fortran's eyes the lower triangle is the upper one, and [p, k] is k x p.
-    _call(
-        "syrk", gram.dtype, "U", "T" if transposed else "N", k, depth, one, rows, max(rows.stride(0), rows.shape[1]), one, gram, k
-    )  # fmt: skip
+    stride = max(rows.stride(0), rows.shape[1])
+    _call("syrk", gram.dtype, "U", "T" if transposed else "N", k, depth, one, rows, stride, one, gram, k)
 
 
 def top_eigenvectors(gram: Tensor, count: int, vectors: Tensor, work: Tensor) -> Tensor:
@@ -103,15 +102,11 @@ def top_eigenvectors(gram: Tensor, count: int, vectors: Tensor, work: Tensor) ->
     # In Fortran's eyes the lower triangle is the upper one.
     _call("sytrd", dtype, "U", k, gram, k, values, off, tau, work, work.numel(), info)
     assert info.value == 0, info
-    _call(
-        "stedc", dtype, "I", k, values, off, vectors, k, work, work.numel(), integers, integers.numel(), info
-    )  # fmt: skip
+    _call("stedc", dtype, "I", k, values, off, vectors, k, work, work.numel(), integers, integers.numel(), info)
     if info.value:
         raise LinAlgError(f"the eigenvalues did not converge (stedc: {info.value})")
     wanted = vectors[k - count :]
-    _call(
-        "ormtr", dtype, "L", "U", "N", k, count, gram, k, tau, wanted, k, work, work.numel(), info
-    )  # fmt: skip
+    _call("ormtr", dtype, "L", "U", "N", k, count, gram, k, tau, wanted, k, work, work.numel(), info)
     assert info.value == 0, info
     return values
 
