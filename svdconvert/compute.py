@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
 from svdconvert.layouts import Layout
-from svdconvert.pivoting import full_up, pivot, product, refit
-from svdconvert.solver import Decomposition, Factors, Workspace, factorize, truncate
+from svdconvert.pivoting import full_up, pivot, product, rounded_coefficients
+from svdconvert.sharing import SharedFactors, plain_shared, relative_error, truncate_shared
+from svdconvert.solver import Decomposition, Factors, Metric, Workspace, apply_metric, factorize, truncate
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
 
@@ -24,7 +26,7 @@ def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tu
     """W -> the tensors of its layout."""
     (weight,) = inputs
     rank = step.options["rank"]
-    return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), right=None)
+    return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), None, None)
 
 
 def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -33,15 +35,11 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
 
     (weight,) = inputs
     file = Path(step.options["decomposition"])
-    found, inner = load_decomposition(file, weight.device)
-    tall = weight.shape[0] >= weight.shape[1]
-    left, right = (None, inner) if tall else (inner, None)
+    found, inner, outer = load_decomposition(file, weight.device)
+    left, right = (outer, inner) if weight.shape[0] >= weight.shape[1] else (inner, outer)
     rank = step.options["rank"]
     tensors, report = _stored(
-        weight,
-        step,
-        lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right),
-        right if tall else _UNKNOWN,
+        weight, step, lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right), left, right
     )
     return tensors, report | _cut_off(found, file, rank)
 
@@ -54,7 +52,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     (weight,) = inputs
     tensors, fit = load_refitted(Path(step.options["refitted"]))
     file = Path(step.options["decomposition"])
-    found, _ = load_decomposition(file, torch.device("cpu"))
+    found, _, _ = load_decomposition(file, torch.device("cpu"))
     cut = _cut_off(found, file, step.options["rank"])
     optimal = (cut["lost"] / cut["whole"]) ** 0.5 if cut["whole"] else 0.0
     error = _relative_error(weight.cpu(), tensors)
@@ -64,7 +62,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
 def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
     """What a truncation loses and what there was, in the method's own metrics, and its error of the outputs.
 
-    The metric on the longer side is not kept, so that what rounding adds there is not known.
+    All of it is before rounding.
     """
     from svdconvert.decomposing import load_outputs
 
@@ -76,26 +74,90 @@ def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
     return told
 
 
-# Stands for a metric that there is but that was not kept.
-_UNKNOWN = torch.empty(0)
+def _factorize_shared(
+    inputs: Sequence[Tensor], step: Step, workspace: Workspace
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """W of several layers -> one A and a B for each."""
+    factors = plain_shared(inputs, None, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
+    return [factors.down, *factors.ups], _group_report(inputs, factors, None)
+
+
+def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
+    from svdconvert.decomposing import is_second_moment, load_decomposition, load_group, load_metric
+
+    rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
+    path = Path(step.options["decomposition"])
+    metrics = [Path(metric) for metric in step.options["metrics"]]
+    if not metrics:
+        factors = plain_shared(inputs, load_decomposition(path, device)[0], rank, dtype, workspace)
+        return [factors.down, *factors.ups], _group_report(inputs, factors, None)
+    group = load_group(path, device)
+    loads = [partial(load_metric, metric, device) for metric in metrics]
+    factors = truncate_shared(inputs, group.found, rank, dtype, loads)
+    report = _group_report(inputs, factors, group.captured)
+    for layer, weight, up, metric in zip(report["layers"], inputs, factors.ups, metrics, strict=True):
+        if is_second_moment(metric):
+            layer["output_error"] = relative_error(weight, up, factors.down, load_metric(metric, device))
+    return [factors.down, *factors.ups], report
+
+
+def _group_report(inputs: Sequence[Tensor], factors: SharedFactors, captured: Tensor | None) -> dict[str, Any]:
+    """Report of a group: what all have in common, and under ``layers`` what each has of its own.
+
+    Args:
+        inputs: the weights.
+        factors: of them.
+        captured: [layers, k], see :class:`svdconvert.sharing.SharedDecomposition`; None without metrics.
+    """
+    energies = [float(torch.linalg.vector_norm(weight.double())) ** 2 for weight in inputs]
+    losses = [energy * error**2 for energy, error in zip(energies, factors.relative_errors, strict=True)]
+    rank = factors.down.shape[0]
+    layers = []
+    for i, (weight, error) in enumerate(zip(inputs, factors.relative_errors, strict=True)):
+        # the loss that is known is that of the layer's own metrics; without any, that of the weights
+        lost, whole = losses[i], energies[i]
+        if captured is not None:
+            lost, whole = float(captured[i, rank:].sum()), float(captured[i].sum())
+        layers.append(
+            {
+                "shape": list(weight.shape),
+                "relative_error": error,
+                "optimal_error": (lost / whole) ** 0.5 if whole > 0 else 0.0,
+                "energy_kept": 1 - error**2,
+                "lost": lost,
+                "whole": whole,
+            }
+        )
+    error = (sum(losses) / sum(energies)) ** 0.5 if sum(energies) > 0 else 0.0
+    return {"rank": rank, "relative_error": error, "precision": factors.precision, "layers": layers}
 
 
 def _stored(
-    weight: Tensor, step: Step, solve: Callable[[torch.dtype], Factors], right: Tensor | None
+    weight: Tensor, step: Step, solve: Callable[[torch.dtype], Factors], left: Metric, right: Metric
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Factors in the layout that the step asks for, and their report."""
+    """Factors in the layout that the step asks for, and their report.
+
+    Of the metric on the longer side the diagonal is enough.
+    """
     dtype = torch_dtype(step.outputs[0].dtype)
     if step.options["layout"] == "balanced":
         factors = solve(dtype)
         tensors, error = [factors.down, factors.up], factors.relative_error
+        told: dict[str, Any] = {"rounding_excess": factors.rounding_excess, "basis": factors.basis}
     else:
         factors = solve(torch.float64)
-        rows, coefficients, position = pivot(factors.up, factors.down, dtype)
-        if right is not _UNKNOWN:  # the rounding of the rows can be made good
-            coefficients = refit(weight, rows, position, right).to(dtype)
-        tensors = [rows, coefficients, position]
+        exact = factors.up @ factors.down
+        rows, _, position = pivot(factors.up, factors.down, dtype)
+        # Where only the diagonal of the inputs' metric is known, that the truncation is the best one is not to be seen
+        # in it; but what rounding the rows has changed is.
+        wanted = weight if weight.shape[0] >= weight.shape[1] else exact
+        tensors = [rows, rounded_coefficients(wanted, rows, position, right, dtype), position]
         error = _relative_error(weight, tensors)
-    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision)
+        lost = exact - stored_product(tensors)
+        added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
+        told = {"rounding_excess": added / factors.metric_loss if factors.metric_loss > 0 else None}
+    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision) | told
 
 
 def _report(step: Step, weight: Tensor, error: float, optimal_error: float, precision: str) -> dict[str, Any]:
@@ -152,6 +214,27 @@ def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple
     return tensors, {"rank": wider.shape[0]}
 
 
+def _extend_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """(down, ups of N layers, A and B of some of them) -> down and ups with the ranks of all adapters.
+
+    An adapter's columns are zeros in the layers that it does not change, so nothing is lost there either.
+    """
+    count = int(step.options["layers"])
+    down, *rest = (tensor.float() for tensor in inputs)
+    ups, pairs = [[up] for up in rest[:count]], iter(rest[count:])
+    rows = [down]
+    for index, scale in step.options["scales"]:
+        lora_a, lora_b = next(pairs), next(pairs)
+        root, sign = abs(scale) ** 0.5, 1.0 if scale >= 0 else -1.0
+        rows.append(root * lora_a)
+        for i, columns in enumerate(ups):
+            own = sign * root * lora_b
+            columns.append(own if i == index else own.new_zeros(columns[0].shape[0], own.shape[1]))
+    dtype = torch_dtype(step.outputs[0].dtype)
+    tensors = [torch.cat(rows), *(torch.cat(columns, dim=1) for columns in ups)]
+    return [tensor.to(dtype) for tensor in tensors], {"rank": tensors[0].shape[0]}
+
+
 def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """(W, A [q, n], B [m, q]) -> W + s B A, the usual merge of a LoRA into a dense weight."""
     weight, lora_a, lora_b = (tensor.float() for tensor in inputs)
@@ -162,9 +245,12 @@ def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[li
 OPERATIONS: Mapping[str, Operation] = {
     "factorize": _factorize,
     "truncate": _truncate,
+    "factorize_shared": _factorize_shared,
+    "truncate_shared": _truncate_shared,
     "refit": _refitted,
     "multiply": _multiply,
     "extend": _extend,
+    "extend_shared": _extend_shared,
     "add": _add,
 }
 

@@ -27,17 +27,15 @@ from svdconvert import lapack
 from svdconvert.compute import convert_piece, run
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
-from svdconvert.sharing import split_steps
+from svdconvert.partition import split_steps
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
-from svdconvert.steps import Step
+from svdconvert.steps import Step, files_here
 from svdconvert.timing import StageTimes
 from svdconvert.weights import WeightReader, as_bytes
 from svdconvert.writer import OutputFolder, ShardWriter
 
 _ALIGN = 64
-# Files of a Hub source that may be here at a time: the one in work and the one being fetched.
-_FILES_AT_A_TIME = 2
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Pipeline:
         self._todo = split_steps(left, group.size, whole_files=source.repo is not None)[group.rank]
         self._open = Counter(file for step in self._todo for file in step.files)
         self._count_lock = threading.Lock()
-        self._files = threading.Semaphore(_FILES_AT_A_TIME if source.repo else max(len(source.files), 2))
+        self._files = threading.Semaphore(files_here(self._todo) if source.repo else max(len(source.files), 2))
         self._fetched: set[str] = set()
         self._stop = threading.Event()
         self._error: BaseException | None = None

@@ -1,85 +1,291 @@
-"""Which process does what: planned work, split by what it costs."""
+"""One input-side factor for the matrices of several layers (Basis Sharing, arXiv:2410.03765; LightFormer).
+
+    minimise  sum_i tr( L_i (W_i - B_i A) R_i (W_i - B_i A)^T )        W_i: m_i x n,  A: r x n,  B_i: m_i x r
+
+In one input metric R for all layers this is the problem of ``solver.py`` for the W_i stacked, [sum m_i, n], with the
+L_i as blocks of one output metric. So A is that of the stack in the mean of the R_i, weighted by their tokens. Each B_i
+is then the least-squares partner of A in the layer's own metric, W_i R_i A^T (A R_i A^T)^-1, which is the optimum for
+this A whatever L_i is.
+
+What each rank leaves in the layers' own metrics is known for all ranks at once. With the rows of A in descending order,
+A R_i A^T = C C^T (Cholesky) and Q = A R_i W_i^T L_i W_i R_i A^T, rank r captures the first r diagonal entries of
+C^-1 Q C^-T, since the leading blocks of C are the Cholesky factors of the leading rows.
+
+The Gram matrix on the stack's smaller side decides what has to be known of a layer. A tall stack needs W_i^T L_i W_i,
+[n, n]; a wide one, sum m_i < n, needs L_i itself and the weights. Both need R_i. One layer's matrices are in memory at
+a time, beside the sums: about eight matrices of the smaller side's or the input's size in float64.
+
+Without metrics none of this is needed: the stack is one matrix to ``solver.py``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from svdconvert.steps import Step
+import torch
+from torch import Tensor
 
-_T = TypeVar("_T")
+from svdconvert.solver import (
+    PANEL,
+    Decomposition,
+    Metric,
+    Workspace,
+    apply_metric,
+    decompose,
+    decompose_gram,
+    factorize,
+    refuse_not_finite,
+    refuse_overflow,
+    truncate,
+)
 
-# Floating-point operations in whose time a byte is copied or multiplied out, and an eigenproblem's in those of a
-# matrix product, each times k^3; measured roughly, since a split needs no more.
-_PER_BYTE = 100
-_EIGENPROBLEM = 10
+# Added to A R_i A^T, which is the identity in the mean over the layers: input directions that the calibration text has
+# hardly shown to one layer are taken from what it has shown to the others.
+RIDGE = 1e-6
+
+# The same where nothing is fitted, only to keep the Cholesky factor of a singular matrix real.
+JITTER = 1e-12
 
 
-def matrix_cost(shape: tuple[int, int]) -> float:
-    """What decomposing a matrix costs: its Gram matrix and the eigenproblem of the smaller side k."""
-    m, n = shape
-    k = min(m, n)
-    return float(k) * (m * n + _EIGENPROBLEM * k * k)
+@dataclass(frozen=True)
+class SharedDecomposition:
+    """What a truncation of a group of layers needs, computed once.
+
+    Attributes:
+        found: basis [n, k], k = min(sum m_i, n): column j is a row of A, the last one comes first. All rows are
+            orthonormal in the mean input metric, or zero. Values: what each adds to what the layers capture together.
+        captured: [layers, k] float64, descending ranks: what each row of A adds to what a layer captures in its own
+            metrics; the sum over all is the whole, and that over the rows left out is the loss.
+    """
+
+    found: Decomposition
+    captured: Tensor
 
 
-def step_cost(step: Step) -> float:
-    """What a step costs, in the units of :func:`matrix_cost`."""
-    if step.kind == "factorize":
-        rows, columns = step.inputs[0].shape
-        return matrix_cost((rows, columns))
-    return float(_PER_BYTE * sum(info.nbytes for info in (*step.inputs, *step.outputs)))
+@dataclass(frozen=True)
+class SharedFactors:
+    """W_i ~ ups[i] @ down.
+
+    Attributes:
+        down: [r, n].
+        ups: one [m_i, r] a layer.
+        relative_errors: ||W_i - ups[i] @ down||_F / ||W_i||_F as they are stored.
+        precision: ``float32`` or ``float64``, what the eigenproblem was solved in.
+    """
+
+    down: Tensor
+    ups: list[Tensor]
+    relative_errors: list[float]
+    precision: str
 
 
-def split(things: Sequence[_T], parts: int, cost: Callable[[_T], float]) -> list[list[_T]]:
-    """Split work into parts of about the same cost: the dearest first, each to the part with the least so far.
-
-    (Graham, 1969: at most 4/3 of the best possible longest part.) The same input always gives the same parts; within
-    each, the order is kept.
+def outer_statistic(weight: Tensor, left: Metric, *, tall: bool) -> Metric:
+    """What a group must know of a layer's weight and output metric.
 
     Args:
-        things: what is to be done.
-        parts: how many.
-        cost: of one of them.
+        weight: W_i, [m, n].
+        left: L_i: [m, m], its diagonal [m], or None for the identity.
+        tall: whether the stack has at least as many rows as columns.
+
+    Returns:
+        W_i^T L_i W_i, [n, n] float64, for a tall stack; L_i for a wide one.
+
+    Raises:
+        InputError: the matrix has NaN or infinite entries.
     """
-    loads = [0.0] * parts
-    chosen: list[list[int]] = [[] for _ in range(parts)]
-    costs = [cost(thing) for thing in things]
-    for index in sorted(range(len(things)), key=lambda i: (-costs[i], i)):
-        part = min(range(parts), key=lambda p: (loads[p], p))
-        loads[part] += costs[index]
-        chosen[part].append(index)
-    return [[things[index] for index in sorted(indices)] for indices in chosen]
+    refuse_not_finite(weight)
+    if not tall:
+        return left
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    whole = weight.double() if left is not None and left.dim() == 2 else None
+    for start in range(0, weight.shape[0], PANEL):
+        part = slice(start, start + PANEL)
+        rows = weight[part].double()
+        if left is None:
+            weighted = rows
+        elif whole is not None:
+            weighted = left[part].double() @ whole
+        else:
+            weighted = left[part].double()[:, None] * rows
+        gram.addmm_(rows.T, weighted)
+    return gram
 
 
-def split_steps(steps: Sequence[Step], parts: int, *, whole_files: bool = False) -> list[list[Step]]:
-    """Split a job's steps.
+def decompose_shared(
+    outers: Sequence[Callable[[], Metric]],
+    inners: Sequence[Callable[[], Tensor]],
+    tokens: Sequence[int],
+    weights: Sequence[Tensor] | None,
+    workspace: Workspace | None = None,
+) -> SharedDecomposition:
+    """The rows of A and what each is worth.
 
     Args:
-        steps: what is left of it.
-        parts: how many.
-        whole_files: keep together what reads the same source file, so that no file is fetched twice.
+        outers: loads the :func:`outer_statistic` of each layer.
+        inners: loads R_i of each layer: [n, n] or its diagonal [n].
+        tokens: what each R_i was averaged over.
+        weights: W_i, [m_i, n], for a wide stack; None for a tall one.
+        workspace: buffers to reuse.
     """
-    if parts == 1:
-        return [list(steps)]
-    if not whole_files:
-        return split(steps, parts, step_cost)
-    groups = _by_files(steps)
-    found = split(groups, parts, lambda group: sum(map(step_cost, group)))
-    order = {step.key: i for i, step in enumerate(steps)}
-    return [sorted((step for group in part for step in group), key=lambda step: order[step.key]) for part in found]
+    work = workspace or Workspace()
+    pooled = _sum(inners[i]().double() * (count / sum(tokens)) for i, count in enumerate(tokens))
+    if weights is None:
+        gram = _sum(_matrix(load()) for load in outers)
+        found = decompose_gram(gram, pooled, work)
+        del gram
+        rows = found.basis * _inverse(found.values).sqrt()
+    else:
+        left = _blocks([load() for load in outers])
+        stack = torch.cat(list(weights))
+        found = decompose(stack, work, left, pooled)
+        # U^T L U is the matrix of the values, but the identity where there is no L
+        lengths = _inverse(found.values) if left is not None else _inverse(found.values).sqrt()
+        rows = stack.double().T @ apply_metric(left, found.basis) * lengths
+        del stack, left
+    del pooled
+    rows = rows.flip(1)
+    captured = torch.stack(
+        [
+            _captured(rows, inner(), outer(), None if weights is None else weights[i])
+            for i, (inner, outer) in enumerate(zip(inners, outers, strict=True))
+        ]
+    )
+    return SharedDecomposition(Decomposition(captured.sum(0).flip(0), rows.flip(1)), captured)
 
 
-def _by_files(steps: Sequence[Step]) -> list[list[Step]]:
-    """Steps grouped so that no two groups read from one file."""
-    groups: list[tuple[set[str], list[Step]]] = []
-    for step in steps:
-        files, together = set(step.files), [step]
-        apart = []
-        for group in groups:
-            if group[0] & files:
-                files |= group[0]
-                together = group[1] + together
-            else:
-                apart.append(group)
-        groups = [*apart, (files, together)]
-    return [members for _, members in groups]
+def truncate_shared(
+    weights: Sequence[Tensor],
+    found: Decomposition,
+    rank: int,
+    dtype: torch.dtype,
+    inners: Sequence[Callable[[], Tensor]],
+) -> SharedFactors:
+    """The factors of a group at one rank, every component shared evenly between A and the stack of the B_i.
+
+    A is rounded to the storage type first; the B_i are fitted to the rounded one.
+
+    Args:
+        weights: W_i, [m_i, n].
+        found: of :func:`decompose_shared`.
+        rank: 1 <= rank <= min(sum m_i, n).
+        dtype: storage type.
+        inners: loads R_i of each layer; each is loaded twice.
+
+    Raises:
+        InputError: the factors do not fit the storage type.
+    """
+    rows = found.basis[:, -rank:].flip(1)
+    squares = torch.zeros(rank, dtype=rows.dtype, device=rows.device)
+    for weight, inner in zip(weights, inners, strict=True):
+        squares += _partner(weight, rows, inner()).square().sum(0)
+    lengths = squares.sqrt() * _inverse(torch.linalg.vector_norm(rows, dim=0))
+    # a row without any length is zero, and what would be divided by it is zero too
+    scales = torch.where(lengths > 0, lengths, 1).sqrt()
+    small = (rows * scales).to(dtype)
+    refuse_overflow(small)
+    stored = small.to(rows.dtype) / scales
+    ups = []
+    for weight, inner in zip(weights, inners, strict=True):
+        up = (_partner(weight, stored, inner()) / scales).to(dtype)
+        refuse_overflow(up)
+        ups.append(up)
+    down = small.T.contiguous()
+    errors = [relative_error(weight, up, down) for weight, up in zip(weights, ups, strict=True)]
+    return SharedFactors(down, ups, errors, str(rows.dtype)[6:])
+
+
+def plain_shared(
+    weights: Sequence[Tensor], found: Decomposition | None, rank: int, dtype: torch.dtype, work: Workspace
+) -> SharedFactors:
+    """The factors of a group without metrics: those of the stack.
+
+    Args:
+        weights: W_i, [m_i, n].
+        found: decomposition of the stack, or None to compute what is needed of it.
+        rank, dtype, work: see :func:`svdconvert.solver.factorize`.
+
+    Raises:
+        InputError: a matrix has NaN or infinite entries, or the factors do not fit the storage type.
+    """
+    stack = torch.cat(list(weights))
+    factors = factorize(stack, rank, dtype, work) if found is None else truncate(stack, found, rank, dtype, work)
+    ups = [part.contiguous() for part in factors.up.split([weight.shape[0] for weight in weights])]
+    errors = [relative_error(weight, up, factors.down) for weight, up in zip(weights, ups, strict=True)]
+    return SharedFactors(factors.down, ups, errors, factors.precision)
+
+
+def relative_error(weight: Tensor, up: Tensor, down: Tensor, inner: Metric = None) -> float:
+    """||(W - up @ down) R^1/2||_F / ||W R^1/2||_F in float64, a block of rows at a time; 0 where there is no W.
+
+    Args:
+        weight, up, down: [m, n], [m, r] and [r, n].
+        inner: R, [n, n] or its diagonal; None for the identity.
+    """
+    residual = energy = 0.0
+    narrow = down.double()
+
+    def square(rows: Tensor) -> float:
+        return float((rows * apply_metric(inner, rows.T).T).sum())
+
+    for piece, factor in zip(weight.split(PANEL), up.split(PANEL), strict=True):
+        exact = piece.double()
+        residual += square(exact - factor.double() @ narrow)
+        energy += square(exact)
+    return float((max(residual, 0.0) / energy) ** 0.5) if energy > 0 else 0.0
+
+
+def _partner(weight: Tensor, rows: Tensor, inner: Tensor) -> Tensor:
+    """W R A^T (A R A^T + ridge)^-1, [m, r], for the rows of A as columns, [n, r]."""
+    weighted = apply_metric(inner, rows)
+    overlap = rows.T @ weighted
+    overlap.diagonal().add_(RIDGE)
+    solved = torch.cholesky_solve(weighted.T, torch.linalg.cholesky(overlap))
+    return torch.cat([piece.to(rows.dtype) @ solved.T for piece in weight.split(PANEL)])
+
+
+def _captured(rows: Tensor, inner: Tensor, outer: Metric, weight: Tensor | None) -> Tensor:
+    """[k]: what each row of A, in descending order, adds to what one layer captures."""
+    seen = apply_metric(inner, rows)  # [n, k]
+    overlap = rows.T @ seen
+    if weight is None:
+        assert outer is not None
+        gain = seen.T @ apply_metric(outer, seen)
+    else:
+        outputs = weight.double() @ seen
+        gain = outputs.T @ apply_metric(outer, outputs)
+    overlap.diagonal().add_(JITTER * max(float(overlap.diagonal().max()), 1.0))
+    root, failed = torch.linalg.cholesky_ex(overlap)
+    while int(failed):
+        overlap.diagonal().mul_(1 + 1e-10).add_(1e-10)
+        root, failed = torch.linalg.cholesky_ex(overlap)
+    half = torch.linalg.solve_triangular(root, gain, upper=False)
+    return torch.linalg.solve_triangular(root, half.T, upper=False).diagonal().clamp_min(0).contiguous()
+
+
+def _inverse(values: Tensor) -> Tensor:
+    """1 / v, and 0 for what is no more than rounding beside the largest."""
+    least = values.max() * values.numel() * torch.finfo(values.dtype).eps
+    return torch.where(values > least, 1 / values.clamp_min(torch.finfo(values.dtype).tiny), 0)
+
+
+def _matrix(outer: Metric) -> Tensor:
+    assert outer is not None
+    return outer
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    total: Tensor | None = None
+    for term in terms:
+        total = term.clone() if total is None else total.add_(term)
+    assert total is not None
+    return total
+
+
+def _blocks(metrics: Sequence[Metric]) -> Metric:
+    """Metrics of one kind as the blocks of one."""
+    known = [metric for metric in metrics if metric is not None]
+    if not known:
+        return None
+    assert len(known) == len(metrics)
+    return torch.block_diag(*known) if known[0].dim() == 2 else torch.cat(known)

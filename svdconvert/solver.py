@@ -25,6 +25,7 @@ from torch import Tensor
 
 from svdconvert import lapack
 from svdconvert.errors import InputError
+from svdconvert.rounding import BASES, SMALLEST_SHARE, round_with_feedback
 
 # float32 is good while lambda_1 <= this * lambda_r, that is sigma_1 / sigma_r <= 50.
 FLOAT32_EIGENVALUE_RATIO = 2.5e3
@@ -35,6 +36,11 @@ PANEL = 1024
 
 # Below this squared relative error, total minus captured energy loses its digits; the residual is then formed.
 CANCELLATION = {torch.float32: 1e-3, torch.float64: 1e-9}
+
+# A share of the truncation's own loss that rounding may add without other bases being tried.
+NEGLIGIBLE_EXCESS = 1e-4
+
+SINGULAR = "singular vectors"
 
 # Identity, the diagonal of a diagonal metric, or a symmetric positive semi-definite matrix.
 Metric = Tensor | None
@@ -51,6 +57,9 @@ class Factors:
         optimal_error: the relative error, in the metrics, of the best rank-r product.
         metric_error: the relative error, in the metrics, of the factors as they are stored.
         metric_loss: the square of the same, not relative: tr(L E R E^T) with E = W - up @ down.
+        rounding_excess: what the storage type adds to the loss in the metrics, relative to that of the best product;
+            None where that one loses nothing.
+        basis: ``singular vectors``, or the name of a row of :data:`svdconvert.rounding.BASES`.
         precision: ``float32`` or ``float64``, what the eigenproblem was solved in.
     """
 
@@ -60,6 +69,8 @@ class Factors:
     optimal_error: float
     metric_error: float
     metric_loss: float
+    rounding_excess: float | None
+    basis: str
     precision: str
 
 
@@ -160,10 +171,21 @@ def decompose(
             if float(values[-1]) <= FLOAT32_EIGENVALUE_RATIO * smallest or float(values[-1]) == 0:
                 break
         return Decomposition(values, vectors, matrix.scale)
-    _scale(weight)  # refuses what is not finite; float64 needs no scaling
+    refuse_not_finite(weight)  # float64 needs no scaling
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
-    gram = _gram(matrix, outer, torch.float64)
+    return decompose_gram(_gram(matrix, outer, torch.float64), inner, work, rank)
+
+
+def decompose_gram(gram: Tensor, inner: Metric, work: Workspace, rank: int | None = None) -> Decomposition:
+    """The same from what metrics leave of a matrix.
+
+    Args:
+        gram: lower triangle of W^T L W if W is tall, of W R W^T if it is wide, [k, k] float64; overwritten.
+        inner: the metric on the smaller side.
+        work: its buffers hold the result until it is used again.
+        rank: the highest rank that will be asked for; None means all.
+    """
     if inner is None:
         return Decomposition(*_eigenvectors(gram, work, rank))
     root, triangular = _root(gram)
@@ -192,10 +214,13 @@ def truncate(
     Every component is shared evenly between both factors, which keeps the intermediate activations within float16's
     range and the factors fit for 4-bit quantisation; without metrics this is (U sqrt(S)) (sqrt(S) V^T). The factor on
     the smaller side is rounded to the storage type first, and the other one solves the least-squares problem for the
-    rounded one, so that its rounding is made good.
+    rounded one, so that its rounding is made good. Where rounding to 16 bits still loses much in the metrics, other
+    bases of the same product are tried (``rounding.py``), and the one that loses least is taken.
 
     Args:
-        weight, rank, dtype, workspace, left, right: see :func:`factorize`.
+        weight, rank, dtype, workspace: see :func:`factorize`.
+        left, right: likewise. Of the one on the longer side the diagonal is enough; the loss is then that of rounding
+            errors that are independent of each other.
         found: what :func:`decompose` made of the same matrix and metrics.
 
     Raises:
@@ -208,29 +233,20 @@ def truncate(
     total = float(values.sum())
     tail = float(values[:-rank].sum()) if rank < values.numel() else 0.0
 
-    basis = found.basis[:, -rank:].flip(1)
-    if left is None and right is None:  # orthonormal, and the partner's columns will have length sigma
-        lengths = values[-rank:].flip(0).sqrt().to(basis.dtype)
-    else:
-        partner = _least_squares_partner(matrix, basis, inner)
-        lengths = torch.linalg.vector_norm(partner, dim=0 if matrix.tall else 1)
-        lengths = lengths / torch.linalg.vector_norm(basis, dim=0).clamp_min(torch.finfo(basis.dtype).tiny)
-        del partner
-    # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
-    half = math.sqrt(matrix.scale)
-    small = (basis * lengths.sqrt() / half).to(dtype)
-    _refuse_overflow(small)
-    lifted = small.to(basis.dtype) * half
     if left is None and right is None:
-        large, loss = _plain_partner(matrix, lifted, half, dtype, total)
-        plain, energy = loss, total
+        basis = found.basis[:, -rank:].flip(1)  # orthonormal, and the partner's columns will have length sigma
+        lengths = values[-rank:].flip(0).sqrt().to(basis.dtype)
+        # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
+        half = math.sqrt(matrix.scale)
+        small = (basis * lengths.sqrt() / half).to(dtype)
+        refuse_overflow(small)
+        large, loss = _plain_partner(matrix, small.to(basis.dtype) * half, half, dtype, total)
+        plain, energy, name = loss, total, SINGULAR
     else:
-        other = _least_squares_partner(matrix, lifted, inner)
-        large = (other / half).to(dtype)
-        stored = large.to(other.dtype) * half
-        loss = _metric_loss(matrix, lifted, stored, other, total, outer, inner)
-        plain, energy = _residual(matrix, lifted, large, half)
-    _refuse_overflow(large)
+        chosen = _Rounding(matrix, found, rank, dtype, outer, inner).best(tail)
+        small, large, loss, name = chosen.small, chosen.large, chosen.loss, chosen.basis
+        plain, energy = _residual(matrix, small.double(), large, 1.0)
+    refuse_overflow(large)
     return Factors(
         down=small.T.contiguous() if matrix.tall else large,
         up=large if matrix.tall else small,
@@ -238,7 +254,9 @@ def truncate(
         optimal_error=_relative(tail, total),
         metric_error=_relative(loss, total),
         metric_loss=loss / matrix.scale**2,
-        precision=str(basis.dtype)[6:],
+        rounding_excess=(loss - tail) / tail if tail > 0 else None,
+        basis=name,
+        precision=str(found.basis.dtype)[6:],
     )
 
 
@@ -288,18 +306,29 @@ def _relative(squared: float, total: float) -> float:
     return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
 
-def _scale(weight: Tensor) -> float:
-    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
+def refuse_not_finite(weight: Tensor) -> float:
+    """The largest absolute entry.
+
+    Raises:
+        InputError: it is NaN or infinite.
+    """
     low, high = torch.aminmax(weight)  # NaN wins in both
     largest = max(abs(float(low)), abs(float(high)))
     if not math.isfinite(largest):
         raise InputError("it has NaN or infinite entries")
+    return largest
+
+
+def _scale(weight: Tensor) -> float:
+    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
+    largest = refuse_not_finite(weight)
     if largest == 0 or 2**-12 <= largest <= 2**12:
         return 1.0
     return 4.0 ** -math.floor(math.log2(largest) / 2)
 
 
-def _refuse_overflow(factor: Tensor) -> None:
+def refuse_overflow(factor: Tensor) -> None:
+    """Raise InputError if a factor has left the range of its type."""
     if not bool(torch.isfinite(factor).all()):
         raise InputError(f"its factors exceed the range of {str(factor.dtype)[6:]}; choose --dtype bfloat16 or float32")
 
@@ -471,30 +500,78 @@ def _plain_partner(
     return large, max(loss, 0.0)
 
 
-def _metric_loss(
-    matrix: _Scaled, small: Tensor, large: Tensor, other: Tensor, total: float, outer: Metric, inner: Metric
-) -> float:
-    """tr(L E R E^T) of the rounded factors.
+@dataclass(frozen=True)
+class _Rounded:
+    """Factors in the storage type, [k, r] and [m, r] or [r, n]; their loss in the metrics; the name of their basis."""
 
-    ``other`` solves the normal equations, so the residual is orthogonal to ``small``, and the loss is that of W,
-    minus what the product captures, plus what rounding ``other`` to ``large`` adds.
+    small: Tensor
+    large: Tensor
+    loss: float
+    basis: str
+
+
+class _Rounding:
+    """The ways to round a truncation in a pair of metrics.
+
+    The larger factor solves the normal equations before it is rounded, so that the loss is the sum of two: what the
+    rounded smaller factor cannot span, and what rounding the larger one adds. With S the smaller factor at full rank,
+    the first is |(1 - Pi) S|^2 in the inner metric, Pi the projection onto the rounded factor; it does not cancel.
     """
-    if total == 0:
-        return 0.0
-    gram = small.T @ apply_metric(inner, small)
 
-    def of_product(columns: Tensor, metric: Metric) -> float:
-        return float(((columns @ gram) * apply_metric(metric, columns)).sum(dtype=torch.float64))
+    def __init__(
+        self, matrix: _Scaled, found: Decomposition, rank: int, dtype: torch.dtype, outer: Metric, inner: Metric
+    ) -> None:
+        self.matrix, self.dtype, self.outer, self.inner = matrix, dtype, outer, inner
+        self.all = found.basis if inner is not None else found.basis * found.values.clamp_min(0).sqrt()
+        self.sigma = found.values[-rank:].flip(0).clamp_min(0).sqrt()
+        self.leading = found.basis[:, -rank:].flip(1)
+        self.partner = self._long(_least_squares_partner(matrix, self.leading, inner))
 
-    best, stored = (other, large) if matrix.tall else (other.T, large.T)  # [long side, r]
-    # A diagonal metric lets the rows be taken a panel at a time, so that no further copies of the factor are made.
-    step = PANEL if outer is None or outer.dim() == 1 else best.shape[0]
-    loss = total
-    for start in range(0, best.shape[0], step):
-        part = slice(start, start + step)
-        metric = outer[part] if outer is not None and outer.dim() == 1 else outer
-        loss += of_product(stored[part] - best[part], metric) - of_product(best[part], metric)
-    return max(loss, 0.0)
+    def best(self, tail: float) -> _Rounded:
+        """The one of the smallest loss; others than the singular vectors are tried where those lose much."""
+        chosen = self._round(SINGULAR, self.leading, self.partner)
+        refuse_overflow(chosen.small)
+        if self.dtype.itemsize > 2 or len(self.sigma) < 2 or chosen.loss <= (1 + NEGLIGIBLE_EXCESS) * tail:
+            return chosen
+        # Both factors with columns that are orthonormal in their metrics.
+        norms = (self.leading * apply_metric(self.inner, self.leading)).sum(dim=0).clamp_min(0).sqrt()
+        norms = norms.clamp_min(max(float(norms.max()) * SMALLEST_SHARE, torch.finfo(norms.dtype).tiny))
+        floor = max(float(self.sigma[0]) * SMALLEST_SHARE, torch.finfo(self.sigma.dtype).tiny)
+        small, large = self.leading / norms, self.partner * (norms / self.sigma.clamp_min(floor))
+        for name, mix in BASES.items():
+            x, y = mix(self.sigma)
+            found = self._round(name, small @ y, large @ x, x)
+            if found.loss < chosen.loss and bool(torch.isfinite(found.large).all()):
+                chosen = found
+        return chosen
+
+    def _round(self, name: str, small: Tensor, large: Tensor, mixing: Tensor | None = None) -> _Rounded:
+        """Round the factors of a product, [k, r] and [long side, r], balanced."""
+        lengths = torch.linalg.vector_norm(large, dim=0)
+        lengths = (lengths / torch.linalg.vector_norm(small, dim=0).clamp_min(torch.finfo(small.dtype).tiny)).sqrt()
+        if mixing is None:
+            first = (small * lengths).to(self.dtype)
+        else:
+            mixing = mixing / lengths.clamp_min(torch.finfo(small.dtype).tiny)
+            first = round_with_feedback(small * lengths, mixing.T @ mixing, self.dtype)
+        lifted = first.to(small.dtype)
+        best = self._long(_least_squares_partner(self.matrix, lifted, self.inner))
+        gram = lifted.T @ apply_metric(self.inner, lifted)
+        second = best.to(self.dtype) if mixing is None else round_with_feedback(best, gram, self.dtype)
+        lost = self.all - lifted @ (_pseudo_inverse(lifted, self.inner) @ self.all)
+        loss = float((lost * apply_metric(self.inner, lost)).sum())
+        # A diagonal metric lets the rows be taken a panel at a time, so that no further copies of the factor are made.
+        step = PANEL if self.outer is None or self.outer.dim() == 1 else best.shape[0]
+        for start in range(0, best.shape[0], step):
+            part = slice(start, start + step)
+            error = second[part].to(best.dtype) - best[part]
+            metric = self.outer[part] if self.outer is not None and self.outer.dim() == 1 else self.outer
+            loss += float(((error @ gram) * apply_metric(metric, error)).sum())
+        return _Rounded(first, self._long(second).contiguous(), max(loss, 0.0), name)
+
+    def _long(self, factor: Tensor) -> Tensor:
+        """The larger factor as [long side, r], or back."""
+        return factor if self.matrix.tall else factor.T
 
 
 def _residual(matrix: _Scaled, small: Tensor, large: Tensor, half: float) -> tuple[float, float]:

@@ -26,8 +26,8 @@ from svdconvert import JobError, calibrate, convert
 from svdconvert.calibrating import Calibration
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
+from svdconvert.partition import matrix_cost, split, split_steps, step_cost
 from svdconvert.processes import Group
-from svdconvert.sharing import matrix_cost, split, split_steps, step_cost
 from svdconvert.steps import Step
 from svdconvert.writer import JOB_FOLDER, OutputFolder, ShardWriter
 
