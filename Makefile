@@ -31,7 +31,7 @@ format: $(NEWEST)/.dev
 	$(NEWEST)/bin/ruff format .
 
 bench: $(NEWEST)/.dev
-	$(NEWEST)/bin/python -m tests.benchmarks.conversion
+	$(NEWEST)/bin/python -m tests.benchmarks
 
 clean:
 	rm -rf $(NEWEST) $(OLDEST) build *.egg-info out

@@ -68,8 +68,9 @@ def test_massive_channels(
     assert theirs > NEGLIGIBLE_EXCESS
     assert ours < theirs / 5
     assert factors.basis in BASES
-    # Of the longer side the diagonal is known alone.
-    assert factors.rounding_excess == pytest.approx(ours, rel=0.5)
+    # Of the longer side the diagonal is known alone, and how single errors fall depends on the vectors' signs.
+    assert factors.rounding_excess is not None
+    assert 0.5 < factors.rounding_excess / ours < 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
