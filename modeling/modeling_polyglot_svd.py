@@ -17,12 +17,19 @@ import re
 
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXModel,
+    GPTNeoXPreTrainedModel,
+)
 
 AUTO_MAP = {
     "AutoConfig": "modeling_polyglot_svd.PolyglotSVDConfig",
     "AutoModel": "modeling_polyglot_svd.PolyglotSVDModel",
     "AutoModelForCausalLM": "modeling_polyglot_svd.PolyglotSVDForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_polyglot_svd.PolyglotSVDForSequenceClassification",
 }
 
 NO_DENSE_WEIGHT = (
@@ -296,16 +303,17 @@ def _factor_linears(model, config):
             dense = None
         if not isinstance(dense, nn.Linear):
             raise ValueError(f"svd_ranks names {path!r}, which is not a linear layer of {type(model).__name__}")
-        highest = layout.highest_rank(dense.in_features, dense.out_features)
+        out_features, in_features = dense.weight.shape
+        highest = layout.highest_rank(in_features, out_features)
         if rank > highest:
             raise ValueError(
-                f"svd_ranks[{path!r}] is {rank}, but the layer is {dense.out_features} x {dense.in_features}: "
+                f"svd_ranks[{path!r}] is {rank}, but the layer is {out_features} x {in_features}: "
                 f"the {config.svd_layout} layout has a rank of at most {highest} there"
             )
         parent, _, name = path.rpartition(".")
         factored = layout(
-            dense.in_features,
-            dense.out_features,
+            in_features,
+            out_features,
             rank,
             bias=dense.bias is not None,
             device=dense.weight.device,
@@ -321,7 +329,7 @@ def _make_adaptable(model):
 
 
 class _Factored:
-    """What the two model classes share: the switch to adaptable layers, and the check of what was loaded."""
+    """What the model classes share: the switch to adaptable layers, and the check of what was loaded."""
 
     def _init_weights(self, module):
         # an adaptable layer passes for an nn.Linear, but has no weight to fill
@@ -432,7 +440,21 @@ class PolyglotSVDForCausalLM(_Factored, GPTNeoXForCausalLM):
         self.lm_head = new_embeddings
 
 
+class PolyglotSVDForSequenceClassification(_Factored, GPTNeoXForSequenceClassification):
+    """GPTNeoXForSequenceClassification around a PolyglotSVDModel."""
+
+    config_class = PolyglotSVDConfig
+
+    def __init__(self, config):
+        GPTNeoXPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = PolyglotSVDModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 PolyglotSVDConfig.register_for_auto_class()
 PolyglotSVDModel.register_for_auto_class("AutoModel")
 PolyglotSVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PolyglotSVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

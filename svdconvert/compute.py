@@ -21,7 +21,7 @@ Operation = Callable[[Sequence[Tensor], Step, Workspace], tuple[list[Tensor], di
 
 def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W -> the tensors of its layout."""
-    (weight,) = inputs
+    weight = _matrix(inputs[0], step)
     rank = step.options["rank"]
     return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), right=None)
 
@@ -30,7 +30,7 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """W and its decomposition, computed beforehand -> the tensors of its layout."""
     from svdconvert.decomposing import load_decomposition
 
-    (weight,) = inputs
+    weight = _matrix(inputs[0], step)
     found, inner = load_decomposition(Path(step.options["decomposition"]), weight.device)
     tall = weight.shape[0] >= weight.shape[1]
     left, right = (None, inner) if tall else (inner, None)
@@ -45,6 +45,11 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     # adds there is not known.
     spectrum = found.spectrum
     return tensors, report | {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+
+
+def _matrix(stored: Tensor, step: Step) -> Tensor:
+    """[out, in], whichever way round the dense checkpoint has it; its own inverse."""
+    return stored.T if step.options.get("transposed") else stored
 
 
 # Stands for a metric that there is but that was not kept.
@@ -85,7 +90,7 @@ def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """The tensors of a layout -> W [m, n], multiplied in float32, or float64 for the pivoted layout."""
     down, up, *position = inputs
     dense = product(down, up, position[0]) if position else up.float() @ down.float()
-    return [dense.to(torch_dtype(step.outputs[0].dtype))], {"rank": down.shape[0]}
+    return [_matrix(dense.to(torch_dtype(step.outputs[0].dtype)), step)], {"rank": down.shape[0]}
 
 
 def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -108,8 +113,8 @@ def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple
 def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """(W, A [q, n], B [m, q]) -> W + s B A, the usual merge of a LoRA into a dense weight."""
     weight, lora_a, lora_b = (tensor.float() for tensor in inputs)
-    merged = torch.addmm(weight, lora_b, lora_a, alpha=float(step.options["scale"]))
-    return [merged.to(torch_dtype(step.outputs[0].dtype))], {}
+    merged = torch.addmm(_matrix(weight, step), lora_b, lora_a, alpha=float(step.options["scale"]))
+    return [_matrix(merged.to(torch_dtype(step.outputs[0].dtype)), step)], {}
 
 
 OPERATIONS: Mapping[str, Operation] = {

@@ -165,6 +165,7 @@ class _Worker:
         info = self.source.tensors[target.weight]
         buffer = self.workspace.take("weight", (info.nbytes,), torch.uint8, torch.device("cpu"))
         weight = self.reader.read(info, buffer).to(self.device)
+        weight = weight.T if target.transposed else weight
         left, right = (None, None) if statistics is None else self.method.metrics(statistics, self.options)
         left, right = _on(left, self.device), _on(right, self.device)
         try:

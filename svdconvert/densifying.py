@@ -57,7 +57,7 @@ def densify(
     def dense_name(name: str) -> str:
         return biases.get(name) or row.dense_name(name)
 
-    steps = factored_steps(source, row, _multiply_steps, dense_name)
+    steps = factored_steps(source, row, lambda _, *args: [_multiply_step(row, *args)], dense_name)
     outputs = [info for step in steps for info in step.outputs]
 
     def model_card(reports: Reports) -> str:
@@ -139,6 +139,6 @@ def outer_shape(stored: Sequence[TensorInfo]) -> tuple[int, int]:
     return (position[0].shape[0] if position else up.shape[0]), down.shape[1]
 
 
-def _multiply_steps(module: str, weight: str, stored: tuple[TensorInfo, ...]) -> list[Step]:
-    product = TensorInfo(weight, stored[0].dtype, outer_shape(stored))
-    return [Step("multiply", weight, stored, (product,))]
+def _multiply_step(row: Architecture, weight: str, stored: tuple[TensorInfo, ...]) -> Step:
+    product = TensorInfo(weight, stored[0].dtype, row.matrix_shape(outer_shape(stored)))
+    return Step("multiply", weight, stored, (product,), {"transposed": row.transposed})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from svdconvert.architectures import longest_input
 from svdconvert.errors import InputError
 from svdconvert.job import resolve_device
 from svdconvert.loading import compute_dtype, load_model, load_tokenizer
@@ -141,7 +142,7 @@ def read_passage(
         InputError: the text, the tokenizer or the window cannot be used.
     """
     content = read_text(text)
-    longest = int(config.get("max_position_embeddings", 1024))
+    longest = longest_input(config, 1024)
     window = min(1024, longest) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
     if not 2 <= window <= longest:

@@ -195,7 +195,8 @@ def make_plan(
     if dtype != "keep" and CODES.get(dtype) not in FLOATS - {"F64"}:
         raise InputError(f"--dtype {dtype!r} is unknown; choose keep, float16, bfloat16 or float32")
     dropped = [name for name in source.tensors if row.is_dropped(name)]
-    kept = {name: info for name, info in source.tensors.items() if not row.is_dropped(name)}
+    copies = [name for name in source.tensors if name == row.head[0] and row.is_tied(source.config)]
+    kept = {name: info for name, info in source.tensors.items() if name not in {*dropped, *copies}}
     check_tensors(kept, row, source)
 
     stored = layout_named(layout)
@@ -218,7 +219,7 @@ def make_plan(
         params_after=parameters(outputs),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
-        notes=tuple(_notes(source, dropped, ranked)),
+        notes=tuple(_notes(source, dropped, copies, ranked)),
         settings={
             "method": method,
             "targets": list(targets),
@@ -237,23 +238,27 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
         InputError: a tensor is missing, has another shape, is none the architecture knows, or is not floating point.
     """
     try:
-        expected = row.shapes(source.config)
+        expected = row.parameters(source.config)
     except (KeyError, TypeError) as error:
         raise InputError(f"config.json of {source.name} lacks {error}, so the model's shape is unknown") from None
-    missing = [name for name in expected if name not in tensors]
+    found = {row.full_name(name): info for name, info in tensors.items()}
+    missing = [name for name in expected if name not in found]
     if missing:
         raise InputError(f"{source.name} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
+    if len(found) < len(tensors):
+        twice = next(name for name in tensors if row.prefix + name in tensors)
+        raise InputError(f"{source.name} has both {twice} and {row.prefix}{twice}; remove one of them")
     for name, info in tensors.items():
-        # A tied head may be stored all the same.
-        if name not in expected and name != row.head[0]:
+        shape = expected.get(row.full_name(name))
+        if shape is None:
             raise InputError(
                 f"{source.name} has the tensor {name} ({info.file}), which {row.dense_class} does not know; "
                 "remove it from the checkpoint or correct config.json"
             )
-        if name in expected and info.shape != expected[name]:
+        if info.shape != shape:
             raise InputError(
                 f"tensor {name} of {source.name} has shape {list(info.shape)}, but by config.json it must be "
-                f"{list(expected[name])}; config and weights are not of one model"
+                f"{list(shape)}; config and weights are not of one model"
             )
         if info.dtype not in FLOATS:
             raise InputError(
@@ -270,15 +275,15 @@ def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, pattern
     """
     found = []
     for name, info in tensors.items():
-        module = name.removeprefix(row.prefix).removesuffix(".weight")
+        module = row.full_name(name).removeprefix(row.prefix).removesuffix(".weight")
         if name.endswith(".weight") and suffix(module) in row.targets:
-            found.append(Target(module, name, (info.shape[0], info.shape[1])))
+            found.append(Target(module, name, row.matrix_shape(info.shape), transposed=row.transposed))
     found.sort(key=lambda target: (layer_number(target.module), row.targets.index(suffix(target.module))))
     for pattern in patterns:
         if not any(matches(target.module, pattern) for target in found):
             raise InputError(
                 f"--targets {pattern} matches no linear layer of the model; they are named like "
-                f"{', '.join(f'layers.0.{name}' for name in row.targets)}"
+                f"{', '.join(target.module for target in found[: len(row.targets)])}"
             )
     return [t for t in found if not patterns or any(matches(t.module, pattern) for pattern in patterns)]
 
@@ -303,21 +308,22 @@ def _steps(
     layout: Layout,
 ) -> list[Step]:
     """One step per source tensor, in the order of the source's files, so that each file is needed once."""
-    ranks = {target.weight: target.rank for target in targets if target.rank is not None}
+    factored = {target.weight: target for target in targets if target.rank is not None}
     files = {target.weight: decompositions[target.module] for target in targets if target.module in decompositions}
-    factored_biases = {weight.removesuffix("weight") + "bias" for weight in ranks}
+    factored_biases = {weight.removesuffix("weight") + "bias" for weight in factored}
     steps = []
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start, natural(item[0]))):
         code = info.dtype if dtype == "keep" else CODES[dtype]
-        if name in ranks:
-            rank = ranks[name]
-            outputs = layout.tensors(name, rank, (info.shape[0], info.shape[1]), code)
-            arguments: dict[str, Any] = {"rank": rank, "layout": layout.name}
+        full = row.full_name(name)
+        target = factored.get(name)
+        if target is not None and target.rank is not None:
+            outputs = layout.tensors(full, target.rank, target.shape, code)
+            arguments: dict[str, Any] = {"rank": target.rank, "layout": layout.name, "transposed": target.transposed}
             if name in files:
                 arguments["decomposition"] = files[name]
             steps.append(Step("truncate" if name in files else "factorize", name, (info,), outputs, arguments))
             continue
-        renamed = layout.bias_name(name) if name in factored_biases else row.factored_name(name)
+        renamed = layout.bias_name(full) if name in factored_biases else row.factored_name(full)
         steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))
     return steps
 
@@ -327,13 +333,15 @@ def natural(name: str) -> tuple[Any, ...]:
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
-def _notes(source: Source, dropped: Sequence[str], targets: Sequence[Target]) -> list[str]:
+def _notes(source: Source, dropped: Sequence[str], copies: Sequence[str], targets: Sequence[Target]) -> list[str]:
     notes = []
     if source.config_only:
         notes.append(f"{source.name} has no weights here; the plan was made from config.json alone")
     if dropped:
         kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
         notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
+    if copies:
+        notes.append(f"{copies[0]} is dropped: by config.json it is a copy of the embedding, which is stored once")
     dense = [target for target in targets if target.rank is None]
     for reason in dict.fromkeys(target.reason for target in dense):
         names = [target.module for target in dense if target.reason == reason]

@@ -27,6 +27,7 @@ class Target:
         rank: rank it is given, or None where it stays dense.
         reason: why it stays dense; empty otherwise.
         layout: how its product is stored.
+        transposed: whether the source stores it as [in, out].
     """
 
     module: str
@@ -35,6 +36,7 @@ class Target:
     rank: int | None = None
     reason: str = ""
     layout: Layout = DEFAULT
+    transposed: bool = False
 
     @property
     def dense_params(self) -> int:
@@ -178,6 +180,11 @@ def _fixed(targets: Sequence[Target], request: RankRequest) -> list[Target]:
             result.append(replace(target, reason="no --rank names it"))
             continue
         if rank > min(target.shape):
+            if not chosen and any(rank <= min(other.shape) for other in targets):
+                # Keys and values of grouped-query attention are far smaller than the rest.
+                reason = f"rank {rank} is more than they have (break-even {target.break_even:,.1f})"
+                result.append(replace(target, reason=reason))
+                continue
             raise InputError(
                 f"rank {rank} is larger than {target.module} allows, a {target.shape[0]} x {target.shape[1]} matrix; "
                 f"the highest is {min(target.shape)}, and it saves something only below {target.break_even:,.1f}"
