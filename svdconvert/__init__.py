@@ -28,6 +28,11 @@ _EXPORTS = {
     "Calibration": "calibrating",
     "ablate": "ablation",
     "calibrate": "calibrating",
+    "spectrum": "spectra",
+    "MatrixSpectrum": "spectra",
+    "Spectra": "spectra",
+    "sweep": "sweeping",
+    "Sweep": "sweeping",
     "Plan": "planning",
     "Outcome": "job",
     "Events": "events",
@@ -43,10 +48,13 @@ __all__ = [
     "Events",
     "InputError",
     "JobError",
+    "MatrixSpectrum",
     "Outcome",
     "Plan",
     "Report",
+    "Spectra",
     "SvdconvertError",
+    "Sweep",
     "ablate",
     "calibrate",
     "convert",
@@ -55,6 +63,8 @@ __all__ = [
     "fold",
     "plan",
     "push",
+    "spectrum",
+    "sweep",
     "verify",
 ]
 
@@ -69,6 +79,8 @@ if TYPE_CHECKING:
     from svdconvert.job import Outcome
     from svdconvert.perplexity import Evaluation, evaluate
     from svdconvert.planning import Plan
+    from svdconvert.spectra import MatrixSpectrum, Spectra, spectrum
+    from svdconvert.sweeping import Sweep, sweep
     from svdconvert.verification import Check, verify
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ class ActivationStore:
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self._folder, self._shape, self._dtype = folder, shape, dtype
+        self.folder, self._shape, self._dtype = folder, shape, dtype
         self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
         self._size = shape[0] * self._row_bytes
         self._key = json.loads(json.dumps(key))
@@ -66,22 +66,12 @@ class ActivationStore:
     @loss.setter
     def loss(self, loss: Loss) -> None:
         self._loss = asdict(loss)
-        with disk_errors(self._folder):
-            atomic_write(self._folder / "state.json", json.dumps({"key": self._key, "loss": self._loss}).encode())
+        with disk_errors(self.folder):
+            atomic_write(self.folder / "state.json", json.dumps({"key": self._key, "loss": self._loss}).encode())
 
-    def check_room(self, copies: int) -> None:
-        """Compare what will be written with what is free.
-
-        Raises:
-            InputError: it does not fit.
-        """
-        there = len(list(self._folder.glob("*.bin")))
-        needed, free = max(copies - there, 0) * self._size, free_bytes(self._folder)
-        if needed > free:
-            raise InputError(
-                f"{self._folder} needs {needed / 1e9:,.2f} GB for activations, but the disk has only "
-                f"{free / 1e9:,.2f} GB free; use fewer or shorter sequences, or free some"
-            )
+    def missing_bytes(self, copies: int) -> int:
+        """Room that so many files need beside those that are there."""
+        return max(copies - len(list(self.folder.glob("*.bin"))), 0) * self._size
 
     def has(self, name: str) -> bool:
         """Whether a file is complete."""
@@ -101,22 +91,22 @@ class ActivationStore:
         if dry:
             yield lambda rows: None
             return
-        partial = self._folder / f"{name}.partial"
-        with disk_errors(self._folder):
+        partial = self.folder / f"{name}.partial"
+        with disk_errors(self.folder):
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 
         def write(rows: Tensor) -> None:
             view = as_bytes(rows.detach().to(device="cpu", dtype=self._dtype).contiguous())
-            with disk_errors(self._folder):
+            with disk_errors(self.folder):
                 while view:
                     view = view[os.write(handle, view) :]
 
         try:
             yield write
-            with disk_errors(self._folder):
+            with disk_errors(self.folder):
                 os.fsync(handle)
                 os.replace(partial, self._path(name))
-                sync_folder(self._folder)
+                sync_folder(self.folder)
         finally:
             os.close(handle)
 
@@ -126,15 +116,34 @@ class ActivationStore:
 
     def clear(self) -> None:
         """Give all files up; the loss stays."""
-        with disk_errors(self._folder):
+        with disk_errors(self.folder):
             self._remove_files()
 
     def _remove_files(self) -> None:
-        for path in [*self._folder.glob("*.bin"), *self._folder.glob("*.partial")]:
+        for path in [*self.folder.glob("*.bin"), *self.folder.glob("*.partial")]:
             path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.bin"
+        return self.folder / f"{name}.bin"
+
+
+def check_room(stores: Sequence[ActivationStore], copies: int) -> None:
+    """Compare what will be written into folders of one disk with what is free.
+
+    Args:
+        stores: one for each folder.
+        copies: files that each of them holds at the same time.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    folder = stores[0].folder
+    needed, free = sum(store.missing_bytes(copies) for store in stores), free_bytes(folder)
+    if needed > free:
+        raise InputError(
+            f"{folder} needs {needed / 1e9:,.2f} GB for activations, but the disk has only "
+            f"{free / 1e9:,.2f} GB free; use fewer or shorter sequences, or free some"
+        )
 
 
 def read_into(tensor: Tensor, path: Path, position: int) -> None:

@@ -34,11 +34,13 @@ class Pieces:
         blocks: the list of blocks.
         final: what runs between the last block and the head; passed over likewise.
         logits: (config, what the head gives) -> the model's logits.
+        writers: linear layers of a block whose output is added to the hidden state as it is.
     """
 
     embeddings: tuple[str, ...]
     blocks: str
     final: tuple[str, ...]
+    writers: tuple[str, ...] = ()
     logits: Callable[[Any, Tensor], Tensor] = lambda config, logits: logits
 
 
@@ -47,18 +49,20 @@ def _soft_capped(config: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-_LLAMA = Pieces(("embed_tokens",), "layers", ("norm",))
+_LLAMA = Pieces(("embed_tokens",), "layers", ("norm",), ("self_attn.o_proj", "mlp.down_proj"))
 
 PIECES: Mapping[str, Pieces] = {
-    "gpt_neox": Pieces(("embed_in",), "layers", ("final_layer_norm",)),
+    "gpt_neox": Pieces(("embed_in",), "layers", ("final_layer_norm",), ("attention.dense", "mlp.dense_4h_to_h")),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _LLAMA),
-    "gemma2": replace(_LLAMA, logits=_soft_capped),
+    # Another norm comes between those layers and the sum.
+    "gemma2": replace(_LLAMA, writers=(), logits=_soft_capped),
     "opt": Pieces(
         ("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
         "decoder.layers",
         ("decoder.final_layer_norm", "decoder.project_out"),
+        ("self_attn.out_proj", "fc2"),
     ),
-    "gpt2": Pieces(("wte", "wpe"), "h", ("ln_f",)),
+    "gpt2": Pieces(("wte", "wpe"), "h", ("ln_f",), ("attn.c_proj", "mlp.c_proj")),
 }
 
 
@@ -102,6 +106,8 @@ class ModelBlocks:
         self._tensors = {row.full_name(name): info for name, info in source.tensors.items()}
         self.device, self.dtype = torch.device(device), dtype
         self._model = _skeleton(source)
+        # Where norms come after the sums (an OPT of that kind), a block's outputs do not add up.
+        self.writers = self._pieces.writers if getattr(self._model.config, "do_layer_norm_before", True) else ()
         self._base: nn.Module = self._model.base_model
         self._layers: list[nn.Module] = list(self._base.get_submodule(self._pieces.blocks))
         self._calls: list[Call] = []
@@ -256,6 +262,30 @@ class ModelBlocks:
         if not bool(torch.isfinite(weight).all()):
             raise InputError(f"tensor {name} exceeds the range of {self.dtype}; compute in another type")
         return weight
+
+
+def matrix(block: nn.Module, path: str) -> Tensor:
+    """Weight [out, in] of a linear layer in a block."""
+    layer = block.get_submodule(path)
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(layer, nn.Linear) else weight.T  # Conv1D
+
+
+@contextmanager
+def replaced(block: nn.Module, matrices: Mapping[str, Tensor]) -> Iterator[None]:
+    """Have other weights [out, in] in some linear layers of a block, by their paths."""
+    dense: dict[str, Any] = {path: block.get_submodule(path).weight for path in matrices}
+    try:
+        for path, other in matrices.items():
+            layer = block.get_submodule(path)
+            weight = other.to(dense[path])
+            # Conv1D of GPT-2 has it as [in, out]
+            layer.weight = nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.T, requires_grad=False)
+        yield
+    finally:
+        for path, weight in dense.items():
+            block.get_submodule(path).weight = weight
 
 
 class _Recorded(Exception):

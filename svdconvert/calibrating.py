@@ -94,6 +94,33 @@ class Knowledge:
     collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
 
 
+def check_knowledge(method: Method, calibration: Calibration | None, stats: str | os.PathLike[str] | None) -> None:
+    """See that a method is given what it looks at, and no more.
+
+    Raises:
+        InputError: both a text and statistics, neither where one is needed, or one where none is.
+    """
+    if calibration is not None and stats is not None:
+        raise InputError("give either --calib, a text, or --stats, what was collected from one")
+    if method.statistics and calibration is None and stats is None:
+        raise InputError(f"--method {method.name} needs a text to look at: --calib FILE")
+    if not method.statistics and (calibration is not None or stats is not None):
+        raise InputError(f"--calib means nothing to --method {method.name}, which looks at the weights alone")
+
+
+def find_knowledge(
+    source: Source, calibration: Calibration | None, stats: str | os.PathLike[str] | None
+) -> Knowledge | None:
+    """Statistics from a text or from the folder that :func:`calibrate` has written; None without either.
+
+    Raises:
+        InputError: the text or the folder cannot be used.
+    """
+    if calibration is not None:
+        return from_text(source, calibration)
+    return None if stats is None else from_folder(source, Path(stats).expanduser())
+
+
 def from_text(source: Source, calibration: Calibration) -> Knowledge:
     """Statistics to be computed from a text, as far as the method needs them.
 

@@ -17,9 +17,9 @@ Memory, with B sequences of T tokens in a batch, N in all, hidden size h and inn
 one block, or of the embeddings, or of the head, in the type that is computed in; the Grams of one block in float64, in
 a GPT-NeoX block 8 (3 h^2 + f^2) bytes for C and 8 (11 h^2 + f^2) for G; :data:`ROWS` rows of a layer's input in
 float64; what one block's forward and backward passes hold for B T tokens; for the Fisher vector one matrix and its
-square; and :data:`LOGIT_BYTES` of logits, a few times over. On the host: the same Grams once more where the device is
-another, and a batch of activations. On disk: N T h numbers for each block where gradients are needed, for two blocks
-where they are not.
+square; and the logits of :mod:`svdconvert.head`, a few times over. On the host: the same Grams once more where the
+device is another, and a batch of activations. On disk: N T h numbers for each block where gradients are needed, for two
+blocks where they are not.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ import torch
 from torch import Tensor, nn
 
 import svdconvert
-from svdconvert.activations import ActivationStore, Loss
+from svdconvert.activations import ActivationStore, Loss, check_room
 from svdconvert.blocks import ModelBlocks
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.events import Events
+from svdconvert.head import next_token_loss
 from svdconvert.planning import layer_number, suffix
 from svdconvert.source import Source
 
@@ -46,10 +47,6 @@ LABELS = ("empirical", "sampled")
 
 # Upper triangles of Grams are added up in panels of so many columns, from so many rows at a time.
 PANEL, ROWS = 256, 1024
-
-# The head is applied to so many positions at a time as give logits of this size.
-LOGIT_BYTES = 2**26
-
 
 Progress = Callable[[str, int, int], None]
 _Blocks = Generator[tuple[int, dict[str, "ModuleStatistics"]], None, None]
@@ -210,7 +207,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         shape = (*tokens.ids.shape, self._blocks.hidden_size)
         self._store = ActivationStore(work / "activations", key, shape, dtype)
         copies = self._blocks.count + 2 if needs.gradients else 2
-        self._store.check_room(copies)
+        check_room([self._store], copies)
         self.loss: Loss | None = self._store.loss
         self._generator = self._backward() if needs.gradients else self._forward()
 
@@ -360,34 +357,16 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
 
     def _head_batch(self, head: nn.Module, hidden: Tensor, batch: slice, gradient: bool) -> tuple[float, int, Tensor]:
         """``(sum of -log p, tokens predicted, gradient with respect to hidden)`` of one batch."""
-        ids, mask = self._tokens.ids[batch], self._tokens.mask[batch]
-        # A position counts if it has a next token; the last of a sequence and padding have none.
-        has_next = torch.zeros_like(mask)
-        has_next[:, :-1] = mask[:, :-1] & mask[:, 1:]
-        rows = has_next.reshape(-1).nonzero().reshape(-1)
-        targets = torch.roll(ids, -1, dims=1).reshape(-1)[rows].to(hidden.device)
-        draws = self._draws(batch).reshape(-1)[rows].to(hidden.device) if self._labels == "sampled" else None
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        rows = rows.to(hidden.device)
-        slope = torch.zeros_like(flat)
-        total = 0.0
-        step = max(1, LOGIT_BYTES // (4 * self._blocks.vocabulary))
-        for part in torch.arange(rows.numel(), device=hidden.device).split(step):
-            inputs = flat[rows[part]].requires_grad_(gradient)
-            with torch.set_grad_enabled(gradient):
-                logits = head(inputs)
-                # Half types have neither the range nor the digits for a softmax over a vocabulary.
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-            self._check(logits, "the head gives", batch)
-            with torch.no_grad():
-                losses = nn.functional.cross_entropy(logits, targets[part], reduction="none")
-                total += float(losses.double().sum())
-            if gradient:
-                wanted = targets[part] if draws is None else _draw(logits.detach(), draws[part])
-                with torch.enable_grad():
-                    loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
-                (slope[rows[part]],) = torch.autograd.grad(loss, inputs)
-        return total, rows.numel(), slope.view(hidden.shape)
+        return next_token_loss(
+            head,
+            hidden,
+            self._tokens.ids[batch],
+            self._tokens.mask[batch],
+            vocabulary=self._blocks.vocabulary,
+            check=lambda logits: self._check(logits, "the head gives", batch),
+            draws=self._draws(batch) if self._labels == "sampled" else None,
+            gradient=gradient,
+        )
 
     def _draws(self, batch: slice) -> Tensor:
         """A uniform number for each position, the same whatever the batches are."""
@@ -427,15 +406,6 @@ def _by_block(blocks: ModelBlocks, modules: Sequence[str]) -> dict[int, list[str
             raise InputError(f"{name} is no linear layer in a block of the model, so it cannot be calibrated")
         found.setdefault(index, []).append(name)
     return found
-
-
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One label per row of [n, vocabulary] logits, by inverting the distribution function at ``uniform`` [n]."""
-    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-    # Rounding may leave the sum of all below 1.
-    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp_(
-        max=logits.shape[-1] - 1
-    )
 
 
 class GramSum:

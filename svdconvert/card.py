@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from svdconvert.architectures import Architecture
 from svdconvert.metrics import METHODS
-from svdconvert.planning import Plan
+from svdconvert.planning import Plan, suffix
 from svdconvert.source import Source
 
+# What was lost, as a card tells it: field of a matrix's record, heading, format, what it is.
+_LOSSES = (
+    ("relative_error", "weights", ".4f", "weights: ||W - BA|| / ||W||, as stored"),
+    (
+        "output_error",
+        "outputs",
+        ".4f",
+        "outputs: the relative error of the layer's outputs on the calibration text, before rounding",
+    ),
+    ("predicted_loss", "predicted loss", ".2g", "predicted loss: what the layer is estimated to add, nats per token"),
+)
 
-def factored_card(source: Source, plan: Plan, row: Architecture, command: str, errors: Sequence[float]) -> str:
+
+def factored_card(
+    source: Source, plan: Plan, row: Architecture, command: str, matrices: Mapping[str, Mapping[str, Any]]
+) -> str:
     """Card of a factored model.
 
     Args:
@@ -19,7 +34,7 @@ def factored_card(source: Source, plan: Plan, row: Architecture, command: str, e
         plan: the conversion.
         row: its architecture.
         command: the command line that repeats it.
-        errors: relative error of every factored matrix.
+        matrices: what svdconvert.json tells about every factored matrix, by module path.
     """
     lines = [
         f"# {source.name.split('/')[-1]}, factored",
@@ -41,10 +56,11 @@ def factored_card(source: Source, plan: Plan, row: Architecture, command: str, e
         ),
         "",
     ]
-    if errors:
+    if matrices:
         lines += [
-            f"Relative error of the factored matrices (Frobenius norm): mean {sum(errors) / len(errors):.4f}, "
-            f"worst {max(errors):.4f}. Truncation costs quality; measure it, and fine-tune before use.",
+            *_losses(matrices),
+            "",
+            "Truncation costs quality; measure it, and fine-tune before use.",
             "",
         ]
     lines += [
@@ -75,9 +91,26 @@ def factored_card(source: Source, plan: Plan, row: Architecture, command: str, e
         command,
         "```",
         "",
-        "`svdconvert.json` holds versions, settings, and the rank and error of every matrix.",
+        "`svdconvert.json` holds versions, settings, and the rank and errors of every matrix.",
     ]
     return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+
+
+def _losses(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of what each kind of layer has lost, and what its columns are."""
+    columns = [column for column in _LOSSES if all(column[0] in told for told in matrices.values())]
+    by_kind: dict[str, list[Mapping[str, Any]]] = {}
+    for module, told in matrices.items():
+        by_kind.setdefault(suffix(module), []).append(told)
+    lines = ["| lost, lowest / median / highest | " + " | ".join(heading for _, heading, _, _ in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for kind, same in by_kind.items():
+        cells = []
+        for field, _, form, _ in columns:
+            values = [float(told[field]) for told in same]
+            cells.append(" / ".join(format(value, form) for value in (min(values), median(values), max(values))))
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return [*lines, "", "; ".join(text for *_, text in columns) + "."]
 
 
 def plain_card(source: Source, title: str, text: str, command: str, tags: Sequence[str]) -> str:

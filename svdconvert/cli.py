@@ -83,6 +83,7 @@ def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _
     return decorate
 
 
+_LAYOUTS = click.Choice(["balanced", "pivoted"])
 _DTYPES = click.Choice(["keep", "float16", "bfloat16", "float32"])
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 _device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -116,7 +117,7 @@ _plan_options = _options(
     click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository."),
     click.option(
         "--layout",
-        type=click.Choice(["balanced", "pivoted"]),
+        type=_LAYOUTS,
         default="balanced",
         show_default=True,
         help="Two factors, or rows of each matrix and the coefficients of the others: more rank for the same size.",
@@ -144,12 +145,12 @@ _text_options = _options(
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sequences."),
 )
+_allocation_option = click.option(
+    "--allocation",
+    type=click.Choice(["uniform", "global"]),
+    help="Spend a budget evenly, or where it helps most.  [default: global for kfac, else uniform]",
+)
 _method_options = _options(
-    click.option(
-        "--allocation",
-        type=click.Choice(["uniform", "global"]),
-        help="Spend a budget evenly, or where it helps most.  [default: global for kfac, else uniform]",
-    ),
     click.option("--stats", type=click.Path(path_type=Path), help="Instead: folder that `svdconvert calibrate` wrote."),
     click.option("--alpha", type=float, help="Exponent of asvd.  [default: 0.5]"),
     click.option("--shrinkage", type=float, help="Pull the metrics of whiten and kfac towards their diagonal, 0 to 1."),
@@ -167,7 +168,9 @@ _method_options = _options(
 @_plan_options
 @_device_option
 @_text_options
+@_allocation_option
 @_method_options
+@click.option("--keep-work", is_flag=True, help="Keep them beside the result: short for --work OUT-work.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
 @_overwrite_option
 @click.option("--no-check", is_flag=True, help="Do not load the result afterwards.")
@@ -186,6 +189,7 @@ def convert(
     alpha: float | None,
     shrinkage: float | None,
     work: Path | None,
+    keep_work: bool,
     workers: int,
     overwrite: bool,
     no_check: bool,
@@ -224,6 +228,7 @@ def convert(
             alpha=alpha,
             shrinkage=shrinkage,
             work=work,
+            keep_work=keep_work,
             workers=workers,
             overwrite=overwrite,
             check=not no_check,
@@ -384,6 +389,125 @@ def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("model")
+@click.option("--method", default="svd", show_default=True, help="Whose metrics to look in.")
+@_text_options
+@_method_options
+@click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
+@click.option("--layout", type=_LAYOUTS, default="balanced", show_default=True, help="What break-even is told for.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@_device_option
+@click.option("--per-layer", is_flag=True, help="A line for every matrix, instead of three for every kind.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write spectrum.json and spectrum.png to.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw to this .png, .svg or .pdf.")
+@_json_option
+def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
+    """Singular values of MODEL's matrices, how they fall off, and what break-even keeps of them.
+
+    Of the weights themselves, or, with --method and a text, as that method weighs them.
+    """
+    from svdconvert.plots import check_picture, need_matplotlib
+
+    if out is not None:
+        need_matplotlib()
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out} is a file; give a folder with --out")
+    if plot is not None:
+        check_picture(plot)
+    calibration = _calibration(options)
+    from svdconvert.plots import save_figure, spectrum_figure
+    from svdconvert.report import TerminalEvents, show_spectra
+    from svdconvert.spectra import spectrum as run
+
+    console = _console(as_json)
+    with TerminalEvents(console) as events:
+        found = run(model, calibration=calibration, **options, events=events)
+    if out is not None:
+        from svdconvert.writer import atomic_write, disk_errors
+
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+            atomic_write(out / "spectrum.json", (json.dumps(found.to_json(), ensure_ascii=False) + "\n").encode())
+    for picture in (*([out / "spectrum.png"] if out else []), *([plot] if plot else [])):
+        save_figure(spectrum_figure(found), picture)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        show_spectra(console, found, per_layer=per_layer)
+        for place in (out, plot):
+            if place is not None:
+                click.echo(f"written to {place}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file to measure on.")
+@click.option("--keep", metavar="FRACTIONS", help="Fractions of the target parameters to keep: 0.3,0.5,0.7.")
+@click.option("--rank", metavar="RANKS", help="Instead: ranks of every target: 128,256.")
+@click.option(
+    "--method", "methods", multiple=True, default=["svd"], show_default=True, help="How to factor (repeatable)."
+)
+@click.option(
+    "--layout",
+    "layouts",
+    type=_LAYOUTS,
+    multiple=True,
+    default=["balanced"],
+    show_default=True,
+    help="How products are stored (repeatable).",
+)
+@_allocation_option
+@_text_options
+@_method_options
+@click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
+@click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights.")
+@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
+@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@_device_option
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for sweep.json, sweep.md, sweep.png.  [required]")
+@click.option("--keep-models", is_flag=True, help="Keep every converted model in OUT/models.")
+@click.option("--no-plot", is_flag=True, help="Write no sweep.png; needs no matplotlib.")
+@_overwrite_option
+@_json_option
+def sweep(
+    model: str,
+    text: Path,
+    keep: str | None,
+    rank: str | None,
+    out: Path | None,
+    no_plot: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Perplexity of MODEL at several sizes, from one calibration: a table and a picture.
+
+    The same command again goes on with an interrupted sweep; with other budgets, methods or layouts it adds to what
+    the folder holds.
+    """
+    budgets: dict[str, Any] = {"keep": _numbers("--keep", keep, float), "rank": _numbers("--rank", rank, int)}
+    calibration = _calibration(options)
+    if out is None:
+        raise InputError("--out is missing: the folder to write the sweep to")
+    if not no_plot:
+        from svdconvert.plots import need_matplotlib
+
+        need_matplotlib()
+    from svdconvert.report import TerminalEvents, show_sweep
+    from svdconvert.sweeping import sweep as run
+
+    console = _console(as_json)
+    with TerminalEvents(console) as events:
+        result = run(model, text, out, **budgets, **options, calibration=calibration, plot=not no_plot, events=events)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        show_sweep(console, result)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @_shard_option
@@ -441,6 +565,16 @@ def _calibration(options: dict[str, Any]) -> Any:
     names |= {f"calib_{name}": name for name in ("field", "samples", "length", "batch_size")}
     chosen = {field: options.pop(option) for option, field in names.items()}
     return None if chosen["text"] is None else Calibration(**chosen)
+
+
+def _numbers(option: str, text: str | None, kind: Callable[[str], float]) -> list[float]:
+    """``0.3,0.5`` -> [0.3, 0.5]."""
+    if text is None:
+        return []
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text!r} is no list of numbers; separate them by commas") from None
 
 
 def _request(options: dict[str, Any]) -> dict[str, Any]:

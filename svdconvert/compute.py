@@ -11,8 +11,9 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
+from svdconvert.layouts import Layout
 from svdconvert.pivoting import full_up, pivot, product, refit
-from svdconvert.solver import Factors, Workspace, factorize, truncate
+from svdconvert.solver import Decomposition, Factors, Workspace, factorize, truncate
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
 
@@ -31,7 +32,8 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     from svdconvert.decomposing import load_decomposition
 
     weight = _matrix(inputs[0], step)
-    found, inner = load_decomposition(Path(step.options["decomposition"]), weight.device)
+    file = Path(step.options["decomposition"])
+    found, inner = load_decomposition(file, weight.device)
     tall = weight.shape[0] >= weight.shape[1]
     left, right = (None, inner) if tall else (inner, None)
     rank = step.options["rank"]
@@ -41,10 +43,37 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
         lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right),
         right if tall else _UNKNOWN,
     )
-    # What is cut off, in the method's own metrics; the metric on the longer side is not kept, so that what rounding
-    # adds there is not known.
+    return tensors, report | _cut_off(found, file, rank)
+
+
+def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """W and the tensors that a refit has made, with the decomposition it began from -> those tensors."""
+    from svdconvert.decomposing import load_decomposition
+    from svdconvert.refitting import load_refitted
+
+    weight = _matrix(inputs[0], step)
+    tensors, fit = load_refitted(Path(step.options["refitted"]))
+    file = Path(step.options["decomposition"])
+    found, _ = load_decomposition(file, torch.device("cpu"))
+    cut = _cut_off(found, file, step.options["rank"])
+    optimal = (cut["lost"] / cut["whole"]) ** 0.5 if cut["whole"] else 0.0
+    error = _relative_error(weight.cpu(), tensors)
+    return tensors, _report(step, weight, error, optimal, str(found.basis.dtype)[6:]) | cut | {"refit": fit}
+
+
+def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
+    """What a truncation loses and what there was, in the method's own metrics, and its error of the outputs.
+
+    The metric on the longer side is not kept, so that what rounding adds there is not known.
+    """
+    from svdconvert.decomposing import load_outputs
+
     spectrum = found.spectrum
-    return tensors, report | {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    told = {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    losses = load_outputs(file)
+    if losses is not None and float(losses[0]) > 0:
+        told["output_error"] = float((losses[rank] / losses[0]).sqrt())
+    return told
 
 
 def _matrix(stored: Tensor, step: Step) -> Tensor:
@@ -69,21 +98,39 @@ def _stored(
         rows, coefficients, position = pivot(factors.up, factors.down, dtype)
         if right is not _UNKNOWN:  # the rounding of the rows can be made good
             coefficients = refit(weight, rows, position, right).to(dtype)
-        tensors, error = [rows, coefficients, position], _relative_error(weight, rows, coefficients, position)
-    return tensors, {
+        tensors = [rows, coefficients, position]
+        error = _relative_error(weight, tensors)
+    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision)
+
+
+def _report(step: Step, weight: Tensor, error: float, optimal_error: float, precision: str) -> dict[str, Any]:
+    return {
         "rank": step.options["rank"],
         "shape": list(weight.shape),
         "relative_error": error,
-        "optimal_error": factors.optimal_error,
+        "optimal_error": optimal_error,
         "energy_kept": 1 - error**2,
-        "precision": factors.precision,
+        "precision": precision,
     }
 
 
-def _relative_error(weight: Tensor, rows: Tensor, coefficients: Tensor, position: Tensor) -> float:
+def stored_tensors(up: Tensor, down: Tensor, layout: Layout, dtype: torch.dtype) -> list[Tensor]:
+    """A product [m, r] @ [r, n] as the tensors of a layout, in a storage type."""
+    if layout.name == "pivoted":
+        return list(pivot(up, down, dtype))
+    return [down.to(dtype), up.to(dtype)]
+
+
+def stored_product(tensors: Sequence[Tensor]) -> Tensor:
+    """The matrix that the tensors of a layout stand for: [m, n] float64."""
+    down, up, *position = tensors
+    return product(down, up, position[0]) if position else up.double() @ down.double()
+
+
+def _relative_error(weight: Tensor, tensors: Sequence[Tensor]) -> float:
     exact = weight.double()
     norm = float(torch.linalg.vector_norm(exact))
-    return float(torch.linalg.vector_norm(exact - product(rows, coefficients, position))) / norm if norm else 0.0
+    return float(torch.linalg.vector_norm(exact - stored_product(tensors))) / norm if norm else 0.0
 
 
 def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -120,6 +167,7 @@ def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[li
 OPERATIONS: Mapping[str, Operation] = {
     "factorize": _factorize,
     "truncate": _truncate,
+    "refit": _refitted,
     "multiply": _multiply,
     "extend": _extend,
     "add": _add,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from svdconvert import card, checkpoint
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
-from svdconvert.calibrating import Calibration, Knowledge, from_folder, from_text
+from svdconvert.calibrating import Calibration, check_knowledge, find_knowledge
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
@@ -49,7 +49,16 @@ class Report:
 
     @property
     def matrices(self) -> Mapping[str, Mapping[str, Any]]:
-        """Module path -> rank, shape, relative_error, optimal_error, energy_kept, precision, seconds."""
+        """Module path -> what svdconvert.json tells about the matrix.
+
+        rank, shape ``[out, in]``, precision (of the eigenproblem), seconds; relative_error, ||W - BA|| / ||W|| of the
+        stored factors, optimal_error, the same of the best product in the method's metrics, before rounding,
+        energy_kept, 1 - relative_error^2. With decompositions: whole and lost, the sum of the squared singular values
+        in the method's metrics and of those cut off. Where the second moments C of the layer's inputs are known
+        (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||, the relative error of its outputs on the
+        calibration text, before rounding. Where the metrics are those of the loss (kfac): predicted_loss, the loss
+        added, nats per token.
+        """
         matrices: Mapping[str, Mapping[str, Any]] = self.outcome.record["matrices"]
         return matrices
 
@@ -141,6 +150,7 @@ def convert(
     layout: str = DEFAULT.name,
     stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
+    keep_work: bool = False,
     overwrite: bool = False,
     workers: int = 1,
     check: bool = True,
@@ -167,6 +177,7 @@ def convert(
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
         work: folder that keeps statistics and decompositions, so that another rank or budget of the same model and
             text starts from them; by default they live in the job's own folder and go with it.
+        keep_work: short for a ``work`` folder beside ``out``, of the same name with ``-work`` added.
         overwrite: replace what the folder holds.
         workers: matrices solved at the same time; memory grows with it.
         check: load the result afterwards and look at its logits.
@@ -186,13 +197,10 @@ def convert(
     max_shard_bytes = _bytes(max_shard_size)
     row = method_named(method)
     options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
-    spread = _allocation(row, allocation, request)
-    if calibration is not None and stats is not None:
-        raise InputError("give either --calib, a text, or --stats, what was collected from one")
-    if row.statistics and calibration is None and stats is None:
-        raise InputError(f"--method {row.name} needs a text to look at: --calib FILE")
-    if not row.statistics and (calibration is not None or stats is not None):
-        raise InputError(f"--calib means nothing to --method {row.name}, which looks at the weights alone")
+    spread = chosen_allocation(row, allocation, request)
+    check_knowledge(row, calibration, stats)
+    if keep_work and work is not None:
+        raise InputError(f"give either --keep-work, which keeps them in {kept_work(folder)}, or --work FOLDER")
     used_device = resolve_device(device)
     if push_to_hub:
         from svdconvert.hub import check_push
@@ -204,22 +212,21 @@ def convert(
         events.note(f"{method} has the same optimum as {row.name}, which computes it")
     made = make_plan(source, request, method=row.name, **planned)
     settings = {**made.settings, "allocation": spread, **options}
-    knowledge = None
-    if calibration is not None:
-        knowledge = from_text(source, calibration)
-    elif stats is not None:
-        knowledge = from_folder(source, Path(stats).expanduser())
+    knowledge = find_knowledge(source, calibration, stats)
     if knowledge is not None:
         settings |= knowledge.key
-    needs_decomposition = bool(row.statistics) or spread == "global"
+    place = kept_work(folder) if keep_work else None if work is None else Path(work).expanduser()
+    needs_decomposition = bool(row.statistics) or spread == "global" or place is not None
     if spread == "uniform":
         events.planned(made, free_bytes(folder))
 
     def prepare() -> Job:
         nonlocal made
         if needs_decomposition:
-            place = folder / JOB_FOLDER / "work" if work is None else Path(work).expanduser()
-            store = _decompositions(source, made, row, options, knowledge, place, used_device, events)
+            from svdconvert.decomposing import kept_decompositions
+
+            kept = place or folder / JOB_FOLDER / "work"
+            store = kept_decompositions(source, made.targets, row, options, knowledge, kept, used_device, events)
             ranked = spend(made, request, store) if spread == "global" else made.targets
             files = {target.module: str(store.path(target.module)) for target in ranked}
             made = make_plan(source, request, method=row.name, ranked=ranked, decompositions=files, **planned)
@@ -248,11 +255,19 @@ def convert(
             for target in made.targets
         ]
         made = make_plan(source, request, method=row.name, ranked=ranked, **planned)
+    if keep_work and kept_work(folder).is_dir():
+        events.note(f"the decompositions are kept in {kept_work(folder)} (--work)")
     url = None
     if push_to_hub:
         events.note(f"uploading to {push_to_hub}")
         url = push(folder, push_to_hub, private=private, revision=hub_revision)
     return Report(made, outcome, url)
+
+
+def kept_work(folder: Path) -> Path:
+    """The folder that ``keep_work`` stands for."""
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    return named.with_name(f"{named.name}-work")
 
 
 def push(folder: str | os.PathLike[str], repo: str, *, private: bool = False, revision: str | None = None) -> str:
@@ -307,48 +322,12 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
     ]
 
 
-def _decompositions(
-    source: Source,
-    made: Plan,
-    method: Method,
-    options: Mapping[str, float],
-    knowledge: Knowledge | None,
-    folder: Path,
-    device: str,
-    events: Events,
-) -> Decompositions:
-    """All targets' decompositions, those that a folder has already and the rest computed now."""
-    import torch
+def chosen_allocation(method: Method, asked: str | None, request: RankRequest) -> str:
+    """How a budget is spread, ``uniform`` or ``global``: as asked, or as suits the method.
 
-    from svdconvert.decomposing import Decompositions, decompose_targets
-
-    key = {
-        "svdconvert": checkpoint.versions()["svdconvert"],
-        **source.identity(),
-        "method": method.name,
-        **options,
-        **({} if knowledge is None else knowledge.key),
-        "device": device.split(":")[0],
-    }
-    store = Decompositions(folder / "decompositions", key)
-    statistics = None
-    if knowledge is not None:
-        count = knowledge.tokens
-        events.note(f"calibration on {count:,} tokens of {knowledge.name}")
-        widest = max(max(target.shape) for target in made.targets)
-        if count < widest:
-            events.note(
-                f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
-                "singular; more --calib-samples give better factors"
-            )
-        modules = [target.module for target in made.targets]
-        statistics = knowledge.collect(method, modules, device, folder / "statistics", events)
-    decompose_targets(source, made.targets, method, options, store, statistics, torch.device(device), events)
-    return store
-
-
-def _allocation(method: Method, asked: str | None, request: RankRequest) -> str:
-    """``uniform`` or ``global``."""
+    Raises:
+        InputError: there is no such way, or the request leaves no choice.
+    """
     if asked not in (None, "uniform", "global"):
         raise InputError(f"--allocation {asked!r} is unknown; choose uniform or global")
     if asked is None:
@@ -365,8 +344,11 @@ def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method
     config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
     command = command_line(source, made, settings)
 
-    def matrices(reports: Reports) -> dict[str, Any]:
-        return {target.module: reports[target.weight] for target in made.targets if target.rank is not None}
+    def matrices(reports: Reports) -> dict[str, dict[str, Any]]:
+        found = {target.module: dict(reports[target.weight]) for target in made.targets if target.rank is not None}
+        if method.in_loss:  # half of what the second-order estimate sums up to
+            found = {name: {**told, "predicted_loss": told["lost"] / 2} for name, told in found.items()}
+        return found
 
     def details(reports: Reports) -> dict[str, Any]:
         return {
@@ -379,14 +361,13 @@ def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method
         }
 
     def predicted(reports: Reports) -> dict[str, float]:
-        """Loss added by the truncation, in nats per token: half of what the second-order estimate sums up to."""
+        """Loss added by the truncation, in nats per token."""
         if not method.in_loss:
             return {}
-        return {"predicted_loss": sum(float(matrix["lost"]) for matrix in matrices(reports).values()) / 2}
+        return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in matrices(reports).values())}
 
     def model_card(reports: Reports) -> str:
-        errors = [float(matrix["relative_error"]) for matrix in matrices(reports).values()]
-        return card.factored_card(source, made, row, command, errors)
+        return card.factored_card(source, made, row, command, matrices(reports))
 
     return Job(
         steps=made.steps,

@@ -1,7 +1,8 @@
 """The decomposition of every target, computed once and kept as files: another rank or budget is then a small job.
 
-Per target there is one file with the squared singular values, the directions, and the metric that the least-squares
-partner needs: 12 k^2 bytes for a matrix whose smaller side is k. A file that is there is finished.
+Per target there is one file with the squared singular values, the directions, the metric that the least-squares
+partner needs, and, where the inputs' second moments are known, the outputs' error at every rank: 12 k^2 bytes for a
+matrix whose smaller side is k. A file that is there is finished.
 """
 
 from __future__ import annotations
@@ -9,27 +10,47 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
 from svdconvert.metrics import Method
 from svdconvert.planning import layer_number
 from svdconvert.ranks import Target
-from svdconvert.solver import Decomposition, Metric, Workspace, decompose
+from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses
 from svdconvert.source import Source, read_json
 from svdconvert.steps import Step
 from svdconvert.weights import WeightReader
 from svdconvert.writer import atomic_write, disk_errors
 
 if TYPE_CHECKING:
-    from svdconvert.calibrating import StatisticsProvider
+    from svdconvert.calibrating import Knowledge, StatisticsProvider
     from svdconvert.calibration import ModuleStatistics
+
+
+class Store(Protocol):
+    """Where decompositions go."""
+
+    def has(self, module: str) -> bool:
+        """Whether a target is done."""
+        ...
+
+    def save(self, module: str, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+        """Take one target's decomposition; it is valid until the next one.
+
+        Args:
+            module: the target.
+            found: its decomposition.
+            inner: metric on the smaller side.
+            outputs: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known.
+        """
+        ...
 
 
 class Decompositions:
@@ -69,8 +90,8 @@ class Decompositions:
         """Whether a target is done."""
         return self.path(module).is_file()
 
-    def save(self, module: str, found: Decomposition, inner: Metric) -> None:
-        """Write one target's file, whole or not at all."""
+    def save(self, module: str, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+        """Write one target's file, whole or not at all; see :meth:`Store.save`."""
         tensors = {
             "values": found.values,
             # Half the room; what is lost is far below what the least-squares partner makes good.
@@ -80,6 +101,8 @@ class Decompositions:
         }
         if inner is not None:
             tensors["metric"] = inner
+        if outputs is not None:
+            tensors["outputs"] = outputs
         with disk_errors(self.folder):
             atomic_write(self.path(module), save({name: tensor.cpu() for name, tensor in tensors.items()}))
 
@@ -88,6 +111,16 @@ class Decompositions:
         with safe_open(self.path(module), "pt") as handle:
             values, scale = handle.get_tensor("values"), float(handle.get_tensor("scale"))
         return Decomposition(values, torch.empty(0), scale).spectrum
+
+    def outputs(self, module: str) -> torch.Tensor | None:
+        """[k + 1] float64: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known."""
+        return load_outputs(self.path(module))
+
+
+def load_outputs(path: Path) -> torch.Tensor | None:
+    """:meth:`Decompositions.outputs` of a target's file."""
+    with safe_open(path, "pt") as handle:
+        return handle.get_tensor("outputs") if "outputs" in handle.keys() else None  # noqa: SIM118 - no mapping
 
 
 def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric]:
@@ -98,12 +131,79 @@ def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition,
     return found, tensors.get("metric")
 
 
+def decompositions_key(
+    source: Source, method: Method, options: Mapping[str, float], knowledge: Knowledge | None, device: str
+) -> dict[str, Any]:
+    """What decompositions depend on, in JSON types: the key of :class:`Decompositions`."""
+    return {
+        "svdconvert": versions()["svdconvert"],
+        **source.identity(),
+        "method": method.name,
+        **options,
+        **({} if knowledge is None else knowledge.key),
+        "device": device.split(":")[0],
+    }
+
+
+def kept_decompositions(
+    source: Source,
+    targets: Sequence[Target],
+    method: Method,
+    options: Mapping[str, float],
+    knowledge: Knowledge | None,
+    folder: Path,
+    device: str,
+    events: Events,
+) -> Decompositions:
+    """All targets' decompositions, those that a folder has already and the rest computed now.
+
+    Args:
+        source, targets, method, options, events: see :func:`decompose_targets`.
+        knowledge: gives the statistics; None for methods without any.
+        folder: keeps the decompositions and what the statistics need meanwhile.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        InputError: see :func:`decompose_targets`, or the folder is of other settings.
+    """
+    store = Decompositions(folder / "decompositions", decompositions_key(source, method, options, knowledge, device))
+    decompose_all(source, targets, method, options, knowledge, store, folder / "statistics", device, events)
+    return store
+
+
+def decompose_all(
+    source: Source,
+    targets: Sequence[Target],
+    method: Method,
+    options: Mapping[str, float],
+    knowledge: Knowledge | None,
+    store: Store,
+    work: Path,
+    device: str,
+    events: Events,
+) -> None:
+    """:func:`decompose_targets`, with statistics that are collected as they are needed, in the folder ``work``."""
+    statistics = None
+    if knowledge is not None:
+        count = knowledge.tokens
+        events.note(f"calibration on {count:,} tokens of {knowledge.name}")
+        widest = max(max(target.shape) for target in targets)
+        if count < widest:
+            events.note(
+                f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
+                "singular; more --calib-samples give better factors"
+            )
+        modules = [target.module for target in targets]
+        statistics = knowledge.collect(method, modules, device, work, events)
+    decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events)
+
+
 def decompose_targets(
     source: Source,
     targets: Sequence[Target],
     method: Method,
     options: Mapping[str, Any],
-    store: Decompositions,
+    store: Store,
     statistics: StatisticsProvider | None,
     device: torch.device,
     events: Events,
@@ -151,7 +251,7 @@ class _Worker:
         source: Source,
         method: Method,
         options: Mapping[str, Any],
-        store: Decompositions,
+        store: Store,
         device: torch.device,
         events: Events,
     ) -> None:
@@ -167,12 +267,16 @@ class _Worker:
         weight = self.reader.read(info, buffer).to(self.device)
         weight = weight.T if target.transposed else weight
         left, right = (None, None) if statistics is None else self.method.metrics(statistics, self.options)
+        gram = None if statistics is None else statistics.input_gram
+        own = gram is right  # no shrinkage
         left, right = _on(left, self.device), _on(right, self.device)
+        gram = right if own else _on(gram, self.device)
         try:
             found = decompose(weight, self.workspace, left, right)
         except InputError as error:
             raise InputError(f"tensor {target.weight} cannot be converted: {error}") from None
-        self.store.save(target.module, found, right if target.shape[0] >= target.shape[1] else left)
+        outputs = None if gram is None else output_losses(weight, found, left, right, gram)
+        self.store.save(target.module, found, right if target.shape[0] >= target.shape[1] else left, outputs)
         self.events.decomposed(step)
 
 

@@ -32,5 +32,8 @@ class Events:
     def shard(self, name: str, size: int) -> None:
         """A weight file is complete; size in bytes."""
 
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """So much of a long phase is done: ``forward`` and ``backward`` in batches, ``refit`` in blocks."""
+
     def note(self, text: str) -> None:
         """Something the user should know."""

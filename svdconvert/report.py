@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     from svdconvert.job import Outcome
     from svdconvert.perplexity import Evaluation
     from svdconvert.planning import Plan
+    from svdconvert.spectra import MatrixSpectrum, Spectra
+    from svdconvert.sweeping import Sweep
     from svdconvert.verification import Check
+
+
+_PICKS: Mapping[str, Callable[[Sequence[float]], float]] = {"lowest": min, "median": median, "highest": max}
 
 
 def size(count: float) -> str:
@@ -86,6 +92,10 @@ def show_result(console: Console, report: Report) -> None:
         worst = max(report.matrices, key=lambda name: report.matrices[name]["relative_error"])
         mean = sum(errors) / len(errors)
         rows.append(("relative error", f"mean {mean:.4f}, worst {max(errors):.4f} ({worst}){resumed}"))
+    outputs = [float(matrix["output_error"]) for matrix in report.matrices.values() if "output_error" in matrix]
+    if outputs:
+        mean = sum(outputs) / len(outputs)
+        rows.append(("error of the outputs", f"mean {mean:.4f}, worst {max(outputs):.4f}, on the calibration text"))
     rows.append(("time", f"{outcome.seconds:.1f} s"))
     memory = size(outcome.peak_memory_bytes)
     if outcome.peak_device_bytes:
@@ -139,6 +149,61 @@ def show_ablation(console: Console, results: Sequence[GroupResult]) -> None:
         added = f"{math.log(row.perplexity / dense):+.4f}"
         table.add_row(str(row.group), place, f"{row.energy:.2%}", f"{row.perplexity:.2f}", added)
     console.print(table)
+
+
+def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False) -> None:
+    """Print what singular values amount to: lowest, median and highest of each kind of matrix, or every matrix."""
+    from svdconvert.spectra import percent
+
+    columns: dict[str, tuple[Callable[[MatrixSpectrum], float], Callable[[float], str]]] = {
+        "effective rank": (lambda matrix: matrix.effective_rank, "{:,.1f}".format),
+        "stable rank": (lambda matrix: matrix.stable_rank, "{:,.1f}".format),
+        "90%": (lambda matrix: matrix.rank_at(0.90), "{:,.0f}".format),
+        "95%": (lambda matrix: matrix.rank_at(0.95), "{:,.0f}".format),
+        "99%": (lambda matrix: matrix.rank_at(0.99), "{:,.0f}".format),
+        "break-even": (lambda matrix: matrix.break_even, "{:,.1f}".format),
+        "keeps": (lambda matrix: matrix.break_even_energy, percent),
+    }
+    if all(matrix.outputs is not None for matrix in spectra.matrices):
+        columns["output error"] = (lambda matrix: matrix.break_even_output_error or 0.0, "{:.4f}".format)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("target", "shape", *(() if per_layer else ("matrices", ""))):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "matrices" else "left")
+    for heading in columns:
+        table.add_column(heading, no_wrap=True, justify="right")
+    for (kind, shape), matrices in spectra.kinds.items():
+        size = f"{shape[0]} x {shape[1]}"
+        found = {name: [value(matrix) for matrix in matrices] for name, (value, _) in columns.items()}
+        if per_layer:
+            for i, matrix in enumerate(matrices):
+                table.add_row(matrix.module, size, *(told(found[name][i]) for name, (_, told) in columns.items()))
+            continue
+        for i, (name, pick) in enumerate(_PICKS.items()):
+            label = (kind, size, str(len(matrices))) if i == 0 else ("", "", "")
+            table.add_row(*label, name, *(told(pick(found[column])) for column, (_, told) in columns.items()))
+    metrics = "plain" if spectra.method == "svd" else f"in the metrics of {spectra.method}"
+    console.print(f"[bold]{escape(spectra.model)}[/], {metrics}, layout {spectra.layout}")
+    console.print(table)
+    console.print("90%, 95%, 99%: least rank with that share of the energy", style="dim", highlight=False)
+    outputs = ", and the error of the outputs there" if "output error" in columns else ""
+    console.print(f"keeps: share at the highest rank that saves something{outputs}", style="dim", highlight=False)
+    console.print(escape(spectra.headline), highlight=False)
+
+
+def show_sweep(console: Console, sweep: Sweep) -> None:
+    """Print a sweep, the dense model first."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "budget", "parameters", "weight files", "perplexity", "added log-perplexity"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading else "left")
+    dense = sweep.dense
+    table.add_row("dense", "", f"{dense.params:,}", size(dense.bytes), f"{dense.perplexity:.2f}", "")
+    for line, points in sweep.lines.items():
+        for point in points:
+            cells = (f"{point.params:,}", size(point.bytes), f"{point.perplexity:.2f}", f"{point.added:+.4f}")
+            table.add_row(line, point.setting.budget, *cells)
+    console.print(table)
+    console.print(escape(sweep.headline), highlight=False)
+    show_pairs(console, [("written to", str(sweep.folder))])
 
 
 def show_checks(console: Console, checks: Sequence[Check]) -> None:

@@ -26,7 +26,7 @@ ALIASES: Mapping[str, str] = {
 }
 
 # The tool's own commands: `svdconvert verfy DIR` asks for a model of that name, and deserves a better answer.
-COMMANDS = ("convert", "plan", "calibrate", "verify", "evaluate", "ablate", "densify", "fold", "push")
+COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold push".split())
 
 SAFE_SINGLE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

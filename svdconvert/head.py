@@ -1,0 +1,75 @@
+"""The end of a model's forward pass: from the last block's output to the loss, a piece of the positions at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+# The head is applied to so many positions at a time as give logits of this size.
+LOGIT_BYTES = 2**26
+
+
+def next_token_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    vocabulary: int,
+    check: Callable[[Tensor], None],
+    draws: Tensor | None = None,
+    gradient: bool = False,
+) -> tuple[float, int, Tensor]:
+    """Cross-entropy of the next tokens, and its gradient.
+
+    Args:
+        head: [n, hidden] -> logits [n, vocabulary].
+        hidden: [batch, length, hidden], the last block's output.
+        ids: [batch, length], int64.
+        mask: [batch, length], bool; False is padding. A position counts if it and the next one are no padding.
+        vocabulary: size of a row of logits.
+        check: called with every piece of logits; raises where they are not finite.
+        draws: [batch, length] uniform numbers; the gradient is then that of labels drawn from the model itself.
+        gradient: whether to differentiate.
+
+    Returns:
+        ``(sum of -log p of the text's own tokens in nats, tokens predicted, gradient [batch, length, hidden] of the
+        sum)``; the gradient is zero where nothing is predicted, and everywhere without ``gradient``.
+    """
+    has_next = torch.zeros_like(mask)
+    has_next[:, :-1] = mask[:, :-1] & mask[:, 1:]
+    rows = has_next.reshape(-1).nonzero().reshape(-1)
+    targets = torch.roll(ids, -1, dims=1).reshape(-1)[rows].to(hidden.device)
+    drawn = None if draws is None else draws.reshape(-1)[rows].to(hidden.device)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    rows = rows.to(hidden.device)
+    slope = torch.zeros_like(flat)
+    total = 0.0
+    step = max(1, LOGIT_BYTES // (4 * vocabulary))
+    for part in torch.arange(rows.numel(), device=hidden.device).split(step):
+        inputs = flat[rows[part]].requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            logits = head(inputs)
+            # Half types have neither the range nor the digits for a softmax over a vocabulary.
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+        check(logits)
+        with torch.no_grad():
+            losses = nn.functional.cross_entropy(logits, targets[part], reduction="none")
+            total += float(losses.double().sum())
+        if gradient:
+            wanted = targets[part] if drawn is None else _draw(logits.detach(), drawn[part])
+            with torch.enable_grad():
+                loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+            (slope[rows[part]],) = torch.autograd.grad(loss, inputs)
+    return total, rows.numel(), slope.view(hidden.shape)
+
+
+def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One label per row of [n, vocabulary] logits, by inverting the distribution function at ``uniform`` [n]."""
+    cumulative = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
+    # Rounding may leave the sum of all below 1.
+    return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp_(
+        max=logits.shape[-1] - 1
+    )

@@ -1,0 +1,388 @@
+"""Sequential refit: outer factors fitted to the dense model on the inputs that the compressed layers before them give.
+
+A truncation is the best one for the inputs of the dense model; but each layer of the result gets its inputs from
+compressed layers. So the blocks are gone through in order, and the linear layers of each in the order in which they are
+called. With x the input that a layer has in the model compressed so far, and A its input-side factor, the other factor
+B solves the ridge regression
+
+    minimise  sum over tokens of |t - B A x|^2  +  damping * sum_j E[(A x)_j^2] |B_j - B'_j|^2
+
+towards the truncation's own B'. (SVD-LLM, arXiv:2403.07378, refits one factor on the inputs of the compressed model;
+its target is the layer's output for that input. Here it is the dense model's own output, so that errors are made good
+rather than handed on.) The target t is what the layer gives in the dense model; for a layer whose output is added to
+the hidden state it is that plus what the hidden state lacks at this point, so that what the layers before have lost is
+put back, as far as this layer can.
+
+Every eighth sequence is held out. On those the damping is chosen, layer by layer, with the truncation's own B' among
+the candidates; and at the end their loss decides between the refitted factors and the truncation's own.
+
+Beside the dense model's hidden states, those of the model compressed so far are kept, and those of the unrefitted model
+for the held-out sequences. One block is in memory at a time, with its targets twice, and per layer sums of size
+rank x (rank + out) in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from svdconvert.activations import check_room
+from svdconvert.blocks import ModelBlocks, matrix, replaced
+from svdconvert.compute import stored_product, stored_tensors
+from svdconvert.corpus import CalibrationTokens
+from svdconvert.decomposing import Decompositions, load_decomposition
+from svdconvert.errors import InputError
+from svdconvert.events import Events
+from svdconvert.planning import layer_number, suffix
+from svdconvert.ranks import Target
+from svdconvert.replaying import Stream, Weights
+from svdconvert.solver import Workspace, truncate
+from svdconvert.source import Source, read_json
+from svdconvert.writer import atomic_write, disk_errors
+
+# One sequence of so many is held out.
+HELD_OUT = 8
+
+# Weights of the pull towards the truncation's own factor; infinity keeps that factor.
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What a refit came to, as losses of the held-out sequences in nats per token.
+
+    Attributes:
+        dense: the dense model's.
+        truncated: that of the truncation.
+        refitted: that of the refitted model.
+        tokens: tokens that the regressions saw.
+    """
+
+    dense: float
+    truncated: float
+    refitted: float
+    tokens: int
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the refitted factors are better."""
+        return self.refitted < self.truncated
+
+    def __str__(self) -> str:
+        """A sentence for the user."""
+        change = f"{self.truncated:.4f} to {self.refitted:.4f} nats per token on held-out text (dense {self.dense:.4f})"
+        if self.accepted:
+            return f"the refit brought the loss from {change}"
+        return f"the refit would have brought the loss from {change}, so the truncation's own factors are kept"
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens for one layer: z = A x, target t."""
+
+    gram: Tensor  # sum of z z^T, [rank, rank]
+    cross: Tensor  # sum of t z^T, [out, rank]
+    energy: float = 0.0  # sum of |t|^2
+
+    def add(self, inner: Tensor, target: Tensor) -> None:
+        self.gram.addmm_(inner.T, inner)
+        self.cross.addmm_(target.T, inner)
+        self.energy += float(target.square().sum())
+
+    def error(self, up: Tensor) -> float:
+        """Squared error of B, relative to the target's energy."""
+        squared = self.energy - 2 * float((self.cross * up).sum()) + float(((up @ self.gram) * up).sum())
+        return max(squared, 0.0) / self.energy if self.energy else 0.0
+
+
+@dataclass
+class _Layer:
+    """A layer of the block in work."""
+
+    target: Target
+    up: Tensor  # the truncation's own, float64
+    down: Tensor  # as the regression uses it, float64
+    tensors: list[Tensor]  # as stored
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return suffix(self.target.module)
+
+    @property
+    def weight(self) -> Tensor:
+        return stored_product(self.tensors)
+
+
+class RefitFolder:
+    """Refitted factors on disk, a file for each target; a file that is there is finished."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._outcome = folder / "refit.json"
+
+    @property
+    def outcome(self) -> Refit | None:
+        """How the refit ended, if it has."""
+        return Refit(**read_json(self._outcome, "")) if self._outcome.is_file() else None
+
+    def finish(self, outcome: Refit) -> None:
+        """Keep how it ended."""
+        with disk_errors(self._folder):
+            atomic_write(self._outcome, json.dumps(asdict(outcome)).encode())
+
+    def path(self, module: str) -> Path:
+        """File of one target."""
+        return self._folder / f"{module}.safetensors"
+
+    def save(self, module: str, tensors: Sequence[Tensor], report: Mapping[str, Any]) -> None:
+        """Write one target's file, whole or not at all."""
+        named = {str(place): tensor.contiguous().cpu() for place, tensor in enumerate(tensors)}
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.path(module), save(named, {"report": json.dumps(report)}))
+
+
+def load_refitted(path: Path) -> tuple[list[Tensor], dict[str, Any]]:
+    """``(the tensors of a target's layout, their report)``."""
+    found = load_file(path)
+    with safe_open(path, "pt") as handle:
+        report = json.loads(handle.metadata()["report"])
+    return [found[str(place)] for place in range(len(found))], report
+
+
+def refit_targets(
+    source: Source,
+    targets: Sequence[Target],
+    store: Decompositions,
+    tokens: CalibrationTokens,
+    folder: RefitFolder,
+    *,
+    dtype: torch.dtype,
+    work: Path,
+    device: str,
+    batch_size: int,
+    events: Events,
+) -> Refit:
+    """Refit all factored targets, or what is left of it.
+
+    Args:
+        source: the dense model.
+        targets: all targets, with their ranks.
+        store: their decompositions.
+        tokens: the calibration text.
+        folder: where the factors go.
+        dtype: their storage type.
+        work: folder for hidden states.
+        device: where blocks are run.
+        batch_size: sequences at a time.
+        events: receiver of progress.
+
+    Raises:
+        InputError: there are too few sequences, or something is NaN or infinite.
+        JobError: reading or writing failed; the same call goes on.
+    """
+    if folder.outcome is not None:
+        return folder.outcome
+    if len(tokens.ids) < 2:
+        raise InputError("a refit needs 2 calibration sequences at least, one of them held out; raise --calib-samples")
+    run = _Run(source, targets, store, tokens, folder, dtype, work, device, batch_size, events)
+    outcome = run.run()
+    folder.finish(outcome)
+    shutil.rmtree(work, ignore_errors=True)
+    return outcome
+
+
+class _Run:
+    def __init__(
+        self,
+        source: Source,
+        targets: Sequence[Target],
+        store: Decompositions,
+        tokens: CalibrationTokens,
+        folder: RefitFolder,
+        dtype: torch.dtype,
+        work: Path,
+        device: str,
+        batch_size: int,
+        events: Events,
+    ) -> None:
+        self.store, self.folder, self.dtype, self.events = store, folder, dtype, events
+        self.blocks = ModelBlocks(source, device=device)
+        self.writers = self.blocks.writers
+        self.targets: dict[int, list[Target]] = {}
+        for target in targets:
+            if target.rank is not None:
+                self.targets.setdefault(layer_number(target.module), []).append(target)
+        self.workspace = Workspace()
+        held = torch.zeros(len(tokens.ids), dtype=torch.bool)
+        held[HELD_OUT - 1 :: HELD_OUT] = True
+        held[-1] |= not bool(held.any())
+        ranks = {target.module: target.rank for target in targets}
+        key = {"model": source.identity(), "tokens": tokens.digest, "ranks": ranks, "dtype": str(dtype)}
+
+        def stream(name: str, folder_name: str, which: Tensor) -> Stream:
+            return Stream(
+                self.blocks,
+                tokens.ids[which],
+                tokens.mask[which],
+                work / folder_name,
+                key,
+                name=name,
+                batch_size=batch_size,
+            )
+
+        self.dense = {"train": stream("the model", "dense", ~held), "held": stream("the model", "dense-held", held)}
+        name = "the compressed model"
+        self.refitted = {"train": stream(name, "refitted", ~held), "held": stream(name, "refitted-held", held)}
+        self.truncated = stream(name, "truncated-held", held)
+        self.streams = [*self.dense.values(), *self.refitted.values(), self.truncated]
+        check_room([one.store for one in self.streams], 2)
+        self.tokens = int(tokens.mask[~held].sum())
+
+    def run(self) -> Refit:
+        start = max((i for i in range(self.blocks.count + 1) if all(s.has(i) for s in self.streams)), default=-1)
+        if start < 0:
+            with self.blocks.embeddings():
+                for stream in self.streams:
+                    stream.embed()
+            start = 0
+        for index in range(start, self.blocks.count):
+            self.events.progress("refit", index, self.blocks.count)
+            with self.blocks.block(index) as block:
+                self.block(block, index)
+            for stream in self.streams:
+                stream.forget(index)
+        self.events.progress("refit", self.blocks.count, self.blocks.count)
+        with self.blocks.head() as head:
+            losses = [stream.loss(head) for stream in (self.dense["held"], self.truncated, self.refitted["held"])]
+        dense, truncated, refitted = (loss.nll / loss.tokens for loss in losses)
+        return Refit(dense, truncated, refitted, self.tokens)
+
+    def block(self, block: nn.Module, index: int) -> None:
+        """Refit a block's layers, and take all hidden states through it."""
+        layers = {suffix(target.module): self.truncation(block, target) for target in self.targets.get(index, [])}
+        with replaced(block, {path: layer.weight for path, layer in layers.items()}):
+            self.truncated.step(block, index)
+        done: dict[str, Tensor] = {}
+        for path in self.order(block, index):
+            if path in layers:
+                self.fit(block, index, layers[path], done)
+                done[path] = layers[path].weight
+        for layer in layers.values():
+            self.folder.save(layer.target.module, layer.tensors, layer.report)
+        for part in ("train", "held"):
+            self.dense[part].step(block, index)
+            with replaced(block, done):
+                self.refitted[part].step(block, index)
+
+    def truncation(self, block: nn.Module, target: Target) -> _Layer:
+        """The factors that the decomposition gives."""
+        assert target.rank is not None
+        weight = matrix(block, suffix(target.module))
+        found, inner = load_decomposition(self.store.path(target.module), weight.device)
+        left, right = (None, inner) if target.shape[0] >= target.shape[1] else (inner, None)
+        factors = truncate(weight, found, target.rank, torch.float64, self.workspace, left, right)
+        # The regression sees the inner factor as it is stored; pivoting makes another one of the same product.
+        down = factors.down if target.layout.name == "pivoted" else factors.down.to(self.dtype).double()
+        return _Layer(target, factors.up, down, stored_tensors(factors.up, down, target.layout, self.dtype))
+
+    def order(self, block: nn.Module, index: int) -> list[str]:
+        """Paths of the block's targets in the order in which they are called."""
+        called: list[str] = []
+        stream = self.dense["held"]
+        with ExitStack() as hooks, torch.no_grad():
+            for target in self.targets.get(index, []):
+                path = suffix(target.module)
+                _hook(hooks, block, path, lambda layer, args, output, path=path: called.append(path))
+            stream.run(block, index, stream.batches[0])
+        return list(dict.fromkeys(called))
+
+    def fit(self, block: nn.Module, index: int, layer: _Layer, done: Weights) -> None:
+        """Find a layer's outer factor and put it into its stored tensors."""
+        train, held = (self.sums(block, index, layer, done, part) for part in ("train", "held"))
+        before = held.error(layer.up)
+        best, damping, up = before, None, layer.up
+        pull = train.gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+        for candidate in DAMPINGS:
+            root, failed = torch.linalg.cholesky_ex(train.gram + torch.diag(candidate * pull))
+            if int(failed):
+                continue
+            found = torch.cholesky_solve((train.cross + candidate * pull * layer.up).T, root).T
+            error = held.error(found)
+            if error < best:
+                best, damping, up = error, candidate, found
+        if damping is not None:
+            layer.tensors = stored_tensors(up, layer.down, layer.target.layout, self.dtype)
+        layer.report = {"damping": damping, "held_out_error": [before**0.5, best**0.5]}
+
+    def sums(self, block: nn.Module, index: int, layer: _Layer, done: Weights, part: str) -> _Sums:
+        """What the regression of one layer needs, from one part of the sequences."""
+        dense, refitted = self.dense[part], self.refitted[part]
+        earlier = [path for path in done if path in self.writers] if layer.path in self.writers else []
+        rank, out = layer.down.shape[0], layer.up.shape[0]
+        device, bias = layer.up.device, getattr(block.get_submodule(layer.path), "bias", None)
+        sums = _Sums(
+            torch.zeros(rank, rank, dtype=torch.float64, device=device),
+            torch.zeros(out, rank, dtype=torch.float64, device=device),
+        )
+        for batch in dense.batches:
+            target = self.seen(block, index, dense, batch, layer.path, earlier)
+            with replaced(block, done):
+                mine = self.seen(block, index, refitted, batch, layer.path, earlier)
+            wanted = target.outputs[layer.path] if bias is None else target.outputs[layer.path] - bias
+            if layer.path in self.writers:
+                lacking = dense.tokens(dense.read(index, batch), batch).double()
+                lacking -= dense.tokens(refitted.read(index, batch), batch).double()
+                for path in earlier:
+                    lacking += target.outputs[path] - mine.outputs[path]
+                wanted = wanted + lacking
+            sums.add(mine.input @ layer.down.T, wanted)
+        return sums
+
+    def seen(
+        self, block: nn.Module, index: int, stream: Stream, batch: slice, path: str, outputs: Sequence[str]
+    ) -> _Seen:
+        """What goes into a layer and comes out of it and others, in float64; the block is left after the layer."""
+        seen = _Seen()
+
+        def note(other: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.outputs[other] = stream.tokens(output, batch).double()
+            if other == path:
+                seen.input = stream.tokens(args[0], batch).double()
+                raise _Left
+
+        with ExitStack() as hooks, torch.no_grad():
+            for other in (*outputs, path):
+                _hook(hooks, block, other, partial(note, other))
+            try:
+                stream.run(block, index, batch)
+            except _Left:
+                return seen
+        raise AssertionError(f"the block does not call {path}")
+
+
+@dataclass
+class _Seen:
+    input: Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Left(Exception):
+    """Leaves a block's forward pass once everything wanted was seen."""
+
+
+def _hook(hooks: ExitStack, block: nn.Module, path: str, function: Any) -> None:
+    handle = block.get_submodule(path).register_forward_hook(function)
+    hooks.callback(handle.remove)

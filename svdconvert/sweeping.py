@@ -1,0 +1,457 @@
+"""Parameters against perplexity: one model at several budgets, from one calibration and one set of decompositions."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from svdconvert.calibrating import Calibration, calibrate, check_knowledge, find_knowledge
+from svdconvert.checkpoint import digest, versions
+from svdconvert.conversion import chosen_allocation, convert
+from svdconvert.errors import InputError
+from svdconvert.events import Events
+from svdconvert.job import resolve_device
+from svdconvert.layouts import DEFAULT, layout_named
+from svdconvert.metrics import Method, method_named, method_options
+from svdconvert.perplexity import evaluate, read_passage, read_text
+from svdconvert.planning import Plan, make_plan
+from svdconvert.ranks import RankRequest
+from svdconvert.source import Source, local_folder, open_source, read_json
+from svdconvert.steps import Step
+from svdconvert.writer import JOB_FOLDER, atomic_write, disk_errors
+
+RESULT = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to convert.
+
+    Attributes:
+        method: row of :data:`svdconvert.metrics.METHODS`, or ``dense`` for the untouched model.
+        options: the method's settings, names and values.
+        layout: row of :data:`svdconvert.layouts.LAYOUTS`; empty for the untouched model.
+        allocation: ``uniform`` or ``global``; empty for the untouched model.
+        keep: fraction of the target parameters kept, or None.
+        rank: instead, the rank of every target.
+    """
+
+    method: str
+    options: tuple[tuple[str, float], ...]
+    layout: str
+    allocation: str
+    keep: float | None = None
+    rank: int | None = None
+
+    @property
+    def line(self) -> str:
+        """What it shares with the other budgets of its line: ``kfac, global, pivoted, shrinkage 0.1``."""
+        defaults = method_named(self.method).options
+        changed = [f"{name} {value:g}" for name, value in self.options if value != defaults[name]]
+        return ", ".join([self.method, self.allocation, self.layout, *changed])
+
+    @property
+    def budget(self) -> str:
+        """``60 % kept`` or ``rank 128``."""
+        return f"rank {self.rank}" if self.keep is None else f"{100 * self.keep:g} % kept"
+
+    @property
+    def folder(self) -> str:
+        """Name for its model."""
+        options = [f"{name}{value:g}" for name, value in self.options]
+        budget = f"rank{self.rank}" if self.keep is None else f"keep{self.keep:g}"
+        return "-".join([self.method, self.allocation, self.layout, *options, budget])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a sweep.
+
+    Attributes:
+        setting: how the model was converted.
+        params: parameters of the whole model.
+        bytes: of its weight files.
+        perplexity, bits_per_character: on the text, see :class:`svdconvert.Evaluation`.
+        added: log-perplexity on top of the dense model's, nats per token.
+        predicted_loss: what the method expected to add, nats per token; None where it expects nothing.
+        seconds: wall time of conversion and evaluation.
+    """
+
+    setting: Setting
+    params: int
+    bytes: int
+    perplexity: float
+    bits_per_character: float
+    added: float
+    predicted_loss: float | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The row in JSON types: the fields of the setting, then its own."""
+        setting = asdict(self.setting) | {"options": dict(self.setting.options)}
+        return {**setting, **{name: value for name, value in vars(self).items() if name != "setting"}}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Point:
+        """What :meth:`to_json` gave."""
+        own = {**row, "options": tuple(row["options"].items())}
+        setting = Setting(**{name: own.pop(name) for name in Setting.__dataclass_fields__})
+        return cls(setting, **own)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Result of :func:`sweep`.
+
+    Attributes:
+        model, text: what was measured on what.
+        dense: the untouched model.
+        points: all that the folder holds, line after line, the largest budget first.
+        folder: where the files are.
+    """
+
+    model: str
+    text: str
+    dense: Point
+    points: Sequence[Point]
+    folder: Path
+
+    @property
+    def lines(self) -> dict[str, list[Point]]:
+        """The points by what they share, see :attr:`Setting.line`; of each the largest budget first."""
+        found: dict[str, list[Point]] = {}
+        for point in self.points:
+            found.setdefault(point.setting.line, []).append(point)
+        return {name: sorted(points, key=lambda point: -point.params) for name, points in found.items()}
+
+    @property
+    def headline(self) -> str:
+        """The best point of the smallest budget, in one sentence."""
+        if not self.points:
+            return f"perplexity {self.dense.perplexity:.2f}"
+        least = min(self.points, key=lambda point: point.setting.keep or point.setting.rank or 0).setting
+        same = [p for p in self.points if (p.setting.keep, p.setting.rank) == (least.keep, least.rank)]
+        best = min(same, key=lambda point: point.perplexity)
+        return f"at {least.budget} {best.setting.line} is best, perplexity {best.perplexity:.2f}"
+
+    def to_json(self) -> dict[str, Any]:
+        """``model``, ``text``, ``dense`` and ``points``, rows as :meth:`Point.to_json`."""
+        return {
+            "model": self.model,
+            "text": self.text,
+            "dense": self.dense.to_json(),
+            "points": [point.to_json() for point in self.points],
+        }
+
+    def to_markdown(self) -> str:
+        """The table of ``sweep.md``."""
+        head = "| | kept | parameters | bytes | perplexity | added log-perplexity |\n|---|---|---|---|---|---|\n"
+        rows = [("dense", self.dense, "")]
+        rows += [(line, point, f"{point.added:+.4f}") for line, points in self.lines.items() for point in points]
+        return head + "".join(
+            f"| {line} | {'' if line == 'dense' else point.setting.budget.removesuffix(' kept')} | {point.params:,} "
+            f"| {point.bytes:,} | {point.perplexity:.2f} | {added} |\n"
+            for line, point, added in rows
+        )
+
+
+def sweep(
+    model: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    keep: Sequence[float] = (),
+    rank: Sequence[int] = (),
+    methods: Sequence[str] = ("svd",),
+    layouts: Sequence[str] = (DEFAULT.name,),
+    allocation: str | None = None,
+    calibration: Calibration | None = None,
+    stats: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+    shrinkage: float | None = None,
+    targets: Sequence[str] = (),
+    dtype: str = "keep",
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    work: str | os.PathLike[str] | None = None,
+    keep_models: bool = False,
+    plot: bool = True,
+    overwrite: bool = False,
+    workers: int = 1,
+    revision: str | None = None,
+    device: str = "auto",
+    events: Events | None = None,
+) -> Sweep:
+    """Convert a model at every budget by every method and layout, and measure each.
+
+    Writes ``sweep.json`` after every point, then ``sweep.md`` and ``sweep.png``. Points that the folder holds already
+    are not computed again: an interrupted call goes on where it stopped, and another budget, method or layout is
+    added to what is there.
+
+    Args:
+        model, allocation, stats, alpha, shrinkage, targets, dtype, workers, device, events: see
+            :func:`svdconvert.convert`. An option counts for the methods that read it.
+        text: UTF-8 text file to measure perplexity on; it should not be the calibration's.
+        out: folder to write.
+        keep: fractions of the target parameters to keep.
+        rank: instead, ranks of every target.
+        methods: rows of :data:`svdconvert.metrics.METHODS`.
+        layouts: rows of :data:`svdconvert.layouts.LAYOUTS`.
+        calibration: text of the data-aware methods. For more than one of them its statistics are collected once, and
+            kept until the end.
+        window, stride, batch_size: see :func:`svdconvert.evaluate`.
+        work: folder that keeps the decompositions, as ``work`` of :func:`svdconvert.convert`; of several methods each
+            has a folder of its name in it. Without it they are removed when all points are done.
+        keep_models: keep every converted model in ``out/models``.
+        plot: write ``sweep.png``; needs matplotlib.
+        overwrite: give up the points that the folder holds.
+        revision: branch, tag or commit on the Hub; the model is downloaded into the Hugging Face cache.
+
+    Raises:
+        InputError: the request cannot be met, or the folder holds a sweep of something else.
+        JobError: it broke off; the same call continues it.
+    """
+    if plot:
+        from svdconvert.plots import need_matplotlib
+
+        need_matplotlib()
+    events = events or Events()
+    folder = Path(out).expanduser()
+    rows = list({method_named(name).name: method_named(name) for name in methods}.values())
+    given = {"alpha": alpha, "shrinkage": shrinkage}
+    chosen = _settings(rows, layouts, allocation, given, keep, rank)
+    aware = [row for row in rows if row.statistics]
+    check_knowledge((aware or rows)[0], calibration, stats)
+    used = resolve_device(device)
+    internal = folder / JOB_FOLDER
+    _refuse_foreign(folder, overwrite)
+    dense_folder = local_folder(os.fspath(model), revision)
+    source = open_source(os.fspath(model), revision, download_folder=internal / "source")
+    plans = [_plan(source, setting, targets, dtype) for setting in chosen]
+    measuring: dict[str, Any] = {"batch_size": batch_size, "device": used}
+    passage = read_passage(dense_folder, source.config, Path(text).expanduser(), window, stride)
+    measuring |= {"window": passage.window, "stride": passage.stride}
+    knowledge = find_knowledge(source, calibration, stats)
+    settings = {
+        "svdconvert": versions()["svdconvert"],
+        **source.identity(),
+        "text": digest(read_text(Path(text).expanduser()).encode()),
+        "window": passage.window,
+        "stride": passage.stride,
+        "targets": list(targets),
+        "dtype": dtype,
+        "device": used.split(":")[0],
+    }
+    book = _Book(folder, source.name, str(text), settings, None if knowledge is None else knowledge.key, overwrite)
+    if book.dense is None:
+        events.note("measuring the dense model")
+        found = evaluate(dense_folder, text, **measuring)
+        sizes = (plans[0].params_before, plans[0].bytes_before)
+        book.dense = Point(_DENSE, *sizes, found.perplexity, found.bits_per_character, 0.0, None, found.seconds)
+        book.write()
+    dense = book.dense
+
+    def model_folder(setting: Setting) -> Path:
+        return (folder if keep_models else internal) / "models" / setting.folder
+
+    missing = [
+        setting
+        for setting in chosen
+        if setting not in book.points or (keep_models and not (model_folder(setting) / "config.json").is_file())
+    ]
+    if len(missing) < len(chosen):
+        events.note(f"{len(chosen) - len(missing)} of {len(chosen)} points were measured by an earlier run")
+    place = internal / "work" if work is None else Path(work).expanduser()
+    if calibration is not None and len(aware) > 1 and missing:
+        stats = place / f"statistics-{'-'.join(sorted(row.name for row in aware))}"
+        names = [row.name for row in aware]
+        calibrate(model, calibration, stats, methods=names, revision=revision, device=used, events=events)
+        calibration = None
+    quiet = _Quiet(events)
+    for setting in missing:
+        start = time.perf_counter()
+        row, target = method_named(setting.method), model_folder(setting)
+        report = convert(
+            model,
+            target,
+            keep=setting.keep,
+            rank=setting.rank,
+            targets=targets,
+            method=row.name,
+            dtype=dtype,
+            device=used,
+            revision=revision,
+            calibration=calibration if row.statistics else None,
+            stats=stats if row.statistics else None,
+            allocation=setting.allocation,
+            layout=setting.layout,
+            work=place if len(rows) == 1 else place / row.name,
+            workers=workers,
+            check=keep_models,
+            events=quiet,
+            alpha=dict(setting.options).get("alpha"),
+            shrinkage=dict(setting.options).get("shrinkage"),
+        )
+        found = evaluate(target, text, **measuring)
+        added = math.log(found.perplexity / dense.perplexity)
+        book.points[setting] = point = Point(
+            setting,
+            report.plan.params_after,
+            report.plan.bytes_after,
+            found.perplexity,
+            found.bits_per_character,
+            added,
+            report.outcome.record.get("predicted_loss"),
+            time.perf_counter() - start,
+        )
+        book.write()
+        if not keep_models:
+            shutil.rmtree(target)
+        events.note(f"{setting.line}, {setting.budget}: perplexity {point.perplexity:.2f} ({added:+.4f})")
+    result = Sweep(source.name, str(text), dense, list(book.points.values()), folder)
+    with disk_errors(folder):
+        atomic_write(folder / "sweep.md", result.to_markdown().encode())
+    if plot:
+        from svdconvert.plots import save_figure, sweep_figure
+
+        save_figure(sweep_figure(result), folder / "sweep.png")
+    shutil.rmtree(internal, ignore_errors=True)
+    return result
+
+
+_DENSE = Setting("dense", (), "", "")
+
+
+def _settings(
+    methods: Sequence[Method],
+    layouts: Sequence[str],
+    allocation: str | None,
+    given: Mapping[str, float | None],
+    keep: Sequence[float],
+    rank: Sequence[int],
+) -> list[Setting]:
+    """All combinations, line after line, the largest budget first."""
+    if bool(keep) == bool(rank):
+        raise InputError("give either --keep or --rank, the budgets to measure")
+    if not methods or not layouts:
+        raise InputError("give at least one --method and one --layout")
+    for name, value in given.items():
+        if value is not None and not any(name in row.options for row in methods):
+            method_options(methods[0], {name: value})  # refuses it
+    budgets: list[dict[str, Any]] = [{"keep": share} for share in sorted(set(keep), reverse=True)]
+    budgets += [{"rank": number} for number in sorted(set(rank), reverse=True)]
+    found = []
+    for row in methods:
+        options = method_options(row, {name: value for name, value in given.items() if name in row.options})
+        for layout in dict.fromkeys(layout_named(name).name for name in layouts):
+            for budget in budgets:
+                spread = chosen_allocation(row, allocation, RankRequest(**budget))
+                found.append(Setting(row.name, tuple(options.items()), layout, spread, **budget))
+    return found
+
+
+def _plan(source: Source, setting: Setting, targets: Sequence[str], dtype: str) -> Plan:
+    """Refuses what cannot be met before anything is computed."""
+    request = RankRequest(rank=setting.rank, keep=setting.keep)
+    return make_plan(source, request, method=setting.method, targets=targets, dtype=dtype, layout=setting.layout)
+
+
+def _refuse_foreign(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder with --out")
+    if folder.is_dir() and not overwrite and not (folder / RESULT).is_file() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no sweep; give another folder, or --overwrite")
+
+
+class _Book:
+    """``sweep.json``: what was measured, and under what."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        text: str,
+        settings: Mapping[str, Any],
+        calibration: Mapping[str, Any] | None,
+        overwrite: bool,
+    ) -> None:
+        """Open or begin it.
+
+        Raises:
+            InputError: it is of other settings; the field that differs is named.
+        """
+        self._path = folder / RESULT
+        self._head: dict[str, Any] = {"model": model, "text": text}
+        self._head |= json.loads(json.dumps({"settings": settings, "calibration": calibration}))
+        self.dense: Point | None = None
+        self.points: dict[Setting, Point] = {}
+        if overwrite:
+            shutil.rmtree(folder / JOB_FOLDER, ignore_errors=True)
+            shutil.rmtree(folder / "models", ignore_errors=True)
+        elif self._path.is_file():
+            self._resume(read_json(self._path, ""))
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    def _resume(self, theirs: Mapping[str, Any]) -> None:
+        ours = dict(self._head["settings"])
+        other = dict(theirs.get("settings") or {})
+        # A sweep of plain methods alone may be joined by one with a text.
+        if theirs.get("calibration") and self._head["calibration"]:
+            ours |= self._head["calibration"]
+            other |= theirs["calibration"]
+        for field in dict.fromkeys([*ours, *other]):
+            if ours.get(field) != other.get(field):
+                raise InputError(
+                    f"{self._path} was measured with another {field.replace('_', ' ')}; give another --out, or "
+                    "--overwrite to start anew"
+                )
+        self._head["calibration"] = self._head["calibration"] or theirs.get("calibration")
+        self.dense = Point.from_json(theirs["dense"]) if theirs.get("dense") else None
+        for row in theirs.get("points") or []:
+            point = Point.from_json(row)
+            self.points[point.setting] = point
+
+    def write(self) -> None:
+        """Make what was measured durable."""
+        content = {
+            **self._head,
+            "dense": self.dense.to_json() if self.dense else None,
+            "points": [point.to_json() for point in self.points.values()],
+        }
+        with disk_errors(self._path.parent):
+            atomic_write(self._path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+class _Quiet(Events):
+    """Progress of the conversions within a sweep: bars, and every note once."""
+
+    def __init__(self, outer: Events) -> None:
+        self._outer, self._told = outer, set[str]()
+
+    def begin(self, steps: Sequence[Step], done_before: int) -> None:
+        if steps:
+            self._outer.begin(steps, done_before)
+
+    def solving(self, step: Step) -> None:
+        self._outer.solving(step)
+
+    def decomposed(self, step: Step) -> None:
+        self._outer.decomposed(step)
+
+    def solved(self, step: Step, report: Mapping[str, Any]) -> None:
+        self._outer.solved(step, report)
+
+    def note(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._outer.note(text)
