@@ -49,13 +49,18 @@ def _soft_capped(config: Any, logits: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def _scaled_down(config: Any, logits: Tensor) -> Tensor:
+    return logits / config.logits_scaling
+
+
 _LLAMA = Pieces(("embed_tokens",), "layers", ("norm",), ("self_attn.o_proj", "mlp.down_proj"))
 
 PIECES: Mapping[str, Pieces] = {
     "gpt_neox": Pieces(("embed_in",), "layers", ("final_layer_norm",), ("attention.dense", "mlp.dense_4h_to_h")),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _LLAMA),
-    # Another norm comes between those layers and the sum.
+    # In these two, a norm or a factor comes between those layers and the sum.
     "gemma2": replace(_LLAMA, writers=(), logits=_soft_capped),
+    "granite": replace(_LLAMA, writers=(), logits=_scaled_down),
     "opt": Pieces(
         ("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
         "decoder.layers",

@@ -89,6 +89,12 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]})") from None
 
 
+def opening_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text of its own accord, as LLaMA's, Gemma's and OPT's do."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    return int(first) if first is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [first] else None
+
+
 def compute_dtype(config: Mapping[str, Any], device: str) -> torch.dtype:
     """Type to evaluate in: the stored one on a GPU; float32 on the CPU, where half types are slow or missing."""
     import torch

@@ -59,6 +59,12 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
         "final_logit_softcapping": 3.0,
     },
     "phi3": {"rope_scaling": LONGROPE, "original_max_position_embeddings": 32},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.0,
+    },
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 128, "intermediate_size": None, "num_key_value_heads": None},
     "gpt2": {"n_inner": 128, "intermediate_size": None, "num_key_value_heads": None},
 }

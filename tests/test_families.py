@@ -119,7 +119,7 @@ def test_modeling_files_are_rendered() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for row in FACTORED.values():
-        assert modeling_source(row).decode() == module.render(row), f"{row.modeling}: run {path.name}"
+        assert modeling_source(row).decode() == module.render(row), f"{row.modeling}: run `make modeling`"
 
 
 def test_every_family_can_be_calibrated() -> None:

@@ -1,8 +1,8 @@
-"""Render the modeling files of all families: `python modeling/templates/render.py` writes them into modeling/.
+"""Render the modeling files of all families: `make modeling` writes them into modeling/.
 
 Everything that families share is in factored.py.jinja. Two templates fill in the rest: gpt_neox.py.jinja for the family
 whose head and rotary settings have names of their own, decoder.py.jinja for all others. What comes out is checked in,
-since it is what runs in a user's process; `make format` follows, so that names of any length give lines of 120.
+since it is what runs in a user's process, and formatted, since names of any length are put into it.
 """
 
 from __future__ import annotations

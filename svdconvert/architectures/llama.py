@@ -145,4 +145,5 @@ ROWS = (
         targets=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
         config_overrides=rotary.phi3,
     ),
+    _like_llama("granite", "Granite", decoder_shapes(biased_by_config), classifies=False),
 )
