@@ -33,9 +33,14 @@ class Loss:
     tokens: int
 
     @property
+    def mean(self) -> float:
+        """Nats per predicted token."""
+        return self.nll / self.tokens
+
+    @property
     def perplexity(self) -> float:
         """exp of the mean."""
-        return math.exp(self.nll / self.tokens)
+        return math.exp(self.mean)
 
 
 class ActivationStore:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from svdconvert.corpus import CalibrationTokens
 
 
+# Sequences at a time, unless the user says otherwise.
+BATCH_SIZE = 8
+
+
 class StatisticsProvider(Protocol):
     """Gives the statistics of block after block, in whatever order they arise."""
 
@@ -48,7 +52,7 @@ class Calibration:
     samples: int = 128
     length: int | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int = BATCH_SIZE
     labels: str = "empirical"
 
     def __post_init__(self) -> None:
@@ -84,18 +88,27 @@ class Knowledge:
     Attributes:
         name: where they come from, for messages.
         key: what they depend on beside the model, in JSON types.
-        tokens: number of tokens that they were or will be averaged over.
+        text: the text itself, in the model's tokens.
+        batch_size: sequences at a time.
         collect: (method, modules, device, work folder, events) -> their provider.
     """
 
     name: str
     key: Mapping[str, Any]
-    tokens: int
+    text: CalibrationTokens
+    batch_size: int
     collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
 
 
-def check_knowledge(method: Method, calibration: Calibration | None, stats: str | os.PathLike[str] | None) -> None:
-    """See that a method is given what it looks at, and no more.
+def default_method(asked: str | None, calibration: Calibration | None, stats: str | os.PathLike[str] | None) -> str:
+    """The method asked for; else kfac where there is a text to look at, and svd where there is none."""
+    return asked or ("svd" if calibration is None and stats is None else "kfac")
+
+
+def check_knowledge(
+    method: Method, calibration: Calibration | None, stats: str | os.PathLike[str] | None, *, refit: str = "none"
+) -> None:
+    """See that a method, and a refit, are given what they look at, and no more.
 
     Raises:
         InputError: both a text and statistics, neither where one is needed, or one where none is.
@@ -104,7 +117,9 @@ def check_knowledge(method: Method, calibration: Calibration | None, stats: str 
         raise InputError("give either --calib, a text, or --stats, what was collected from one")
     if method.statistics and calibration is None and stats is None:
         raise InputError(f"--method {method.name} needs a text to look at: --calib FILE")
-    if not method.statistics and (calibration is not None or stats is not None):
+    if refit != "none" and calibration is None and stats is None:
+        raise InputError(f"--refit {refit} needs a text to look at: --calib FILE")
+    if not method.statistics and refit == "none" and (calibration is not None or stats is not None):
         raise InputError(f"--calib means nothing to --method {method.name}, which looks at the weights alone")
 
 
@@ -143,7 +158,7 @@ def from_text(source: Source, calibration: Calibration) -> Knowledge:
         "labels": calibration.labels,
         "seed": calibration.seed,
     }
-    return Knowledge(calibration.text, key, tokens.tokens, collect)
+    return Knowledge(calibration.text, key, tokens, calibration.batch_size, collect)
 
 
 def from_folder(source: Source, folder: Path) -> Knowledge:
@@ -169,7 +184,7 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
         return provide
 
     settings = {name: key[name] for name in ("samples", "length", "labels", "seed")}
-    return Knowledge(str(folder), {"calibration": key["tokens"], **settings}, key["samples"] * key["length"], collect)
+    return Knowledge(str(folder), {"calibration": key["tokens"], **settings}, found.tokens(), BATCH_SIZE, collect)
 
 
 def calibrate(
@@ -221,6 +236,7 @@ def calibrate(
     store = StatisticsFolder(folder, key, create=True)
     work = folder / "work"
     run = _run(source, tokens, calibration, kinds, modules, used, work, events, store.blocks)
+    store.save_tokens(tokens)
     save_statistics(store, run)
     shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(folder / "source", ignore_errors=True)
@@ -258,4 +274,5 @@ def _run(
         seed=calibration.seed,
         skip_blocks=skip_blocks,
         events=events,
+        progress=events.progress,
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert import card, checkpoint
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
-from svdconvert.calibrating import Calibration, check_knowledge, find_knowledge
+from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, default_method, find_knowledge
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
@@ -26,6 +27,9 @@ from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
 
 if TYPE_CHECKING:
     from svdconvert.decomposing import Decompositions
+    from svdconvert.refitting import Refit
+
+REFITS = ("none", "sequential")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def plan(
     keep: float | None = None,
     params: int | None = None,
     targets: Sequence[str] = (),
-    method: str = "svd",
+    method: str | None = None,
     dtype: str = "keep",
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
@@ -106,7 +110,7 @@ def plan(
         keep: instead, the fraction of the target parameters to keep.
         params: instead, the parameters of the whole converted model.
         targets: patterns that choose among the linear layers; empty means all of them.
-        method: row of :data:`svdconvert.metrics.METHODS`.
+        method: row of :data:`svdconvert.metrics.METHODS`, by default svd.
         dtype: ``keep``, ``float16``, ``bfloat16`` or ``float32``.
         max_shard_size: limit of a weight file, in bytes or as ``5GB``.
         revision: branch, tag or commit on the Hub.
@@ -121,7 +125,7 @@ def plan(
     return make_plan(
         source,
         request,
-        method=method,
+        method=method or "svd",
         targets=targets,
         dtype=dtype,
         layout=layout,
@@ -137,7 +141,7 @@ def convert(
     keep: float | None = None,
     params: int | None = None,
     targets: Sequence[str] = (),
-    method: str = "svd",
+    method: str | None = None,
     dtype: str = "keep",
     device: str = "auto",
     max_shard_size: str | int = "5GB",
@@ -148,6 +152,7 @@ def convert(
     alpha: float | None = None,
     shrinkage: float | None = None,
     layout: str = DEFAULT.name,
+    refit: str = "none",
     stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
     keep_work: bool = False,
@@ -164,7 +169,8 @@ def convert(
     An interrupted call goes on where it stopped when it is made again with the same arguments.
 
     Args:
-        model, rank, keep, params, targets, method, dtype, max_shard_size, revision, factor_all: see :func:`plan`.
+        model, rank, keep, params, targets, dtype, max_shard_size, revision, factor_all: see :func:`plan`.
+        method: row of :data:`svdconvert.metrics.METHODS`; by default kfac where there is a text, else svd.
         out: folder to write.
         device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         calibration: the text that a data-aware method looks at.
@@ -174,6 +180,8 @@ def convert(
         shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
         layout: ``balanced``, two factors, or ``pivoted``, r rows of each matrix and the coefficients of the others,
             which buys more rank for the same size.
+        refit: ``sequential`` fits the outer factors to the dense model on the inputs that the compressed layers before
+            them give, see :mod:`svdconvert.refitting`; ``none`` leaves the truncation as it is.
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
         work: folder that keeps statistics and decompositions, so that another rank or budget of the same model and
             text starts from them; by default they live in the job's own folder and go with it.
@@ -195,10 +203,13 @@ def convert(
     refuse_foreign(folder, overwrite=overwrite)
     request = _request(rank, keep, params, factor_all)
     max_shard_bytes = _bytes(max_shard_size)
+    method = default_method(method, calibration, stats)
     row = method_named(method)
     options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
     spread = chosen_allocation(row, allocation, request)
-    check_knowledge(row, calibration, stats)
+    if refit not in REFITS:
+        raise InputError(f"--refit {refit!r} is unknown; choose {' or '.join(REFITS)}")
+    check_knowledge(row, calibration, stats, refit=refit)
     if keep_work and work is not None:
         raise InputError(f"give either --keep-work, which keeps them in {kept_work(folder)}, or --work FOLDER")
     used_device = resolve_device(device)
@@ -211,14 +222,16 @@ def convert(
     if method != row.name:
         events.note(f"{method} has the same optimum as {row.name}, which computes it")
     made = make_plan(source, request, method=row.name, **planned)
-    settings = {**made.settings, "allocation": spread, **options}
+    settings = {**made.settings, "allocation": spread, "refit": refit, **options}
     knowledge = find_knowledge(source, calibration, stats)
     if knowledge is not None:
         settings |= knowledge.key
     place = kept_work(folder) if keep_work else None if work is None else Path(work).expanduser()
-    needs_decomposition = bool(row.statistics) or spread == "global" or place is not None
+    needs_decomposition = bool(row.statistics) or spread == "global" or refit != "none" or place is not None
     if spread == "uniform":
         events.planned(made, free_bytes(folder))
+
+    told: dict[str, Any] = {}
 
     def prepare() -> Job:
         nonlocal made
@@ -229,10 +242,20 @@ def convert(
             store = kept_decompositions(source, made.targets, row, options, knowledge, kept, used_device, events)
             ranked = spend(made, request, store) if spread == "global" else made.targets
             files = {target.module: str(store.path(target.module)) for target in ranked}
-            made = make_plan(source, request, method=row.name, ranked=ranked, decompositions=files, **planned)
+            chosen: dict[str, Any] = {"method": row.name, "ranked": ranked, "decompositions": files, **planned}
+            made = make_plan(source, request, **chosen)
             if spread == "global":
                 events.planned(made, free_bytes(folder))
-        return _job(source, made, settings, row)
+            if refit != "none" and made.ranks:
+                assert knowledge is not None
+                found, files = _refit(source, made, store, knowledge, folder / JOB_FOLDER, used_device, events)
+                told["refit"] = asdict(found)
+                if found.accepted:
+                    made = make_plan(source, request, refitted=files, **chosen)
+        measure = None
+        if knowledge is not None and check:
+            measure = partial(_measured, source, made, knowledge, folder, used_device, events)
+        return _job(source, made, settings, row, told, measure)
 
     outcome = run_job(
         "convert",
@@ -262,6 +285,56 @@ def convert(
         events.note(f"uploading to {push_to_hub}")
         url = push(folder, push_to_hub, private=private, revision=hub_revision)
     return Report(made, outcome, url)
+
+
+def _refit(
+    source: Source,
+    made: Plan,
+    store: Decompositions,
+    knowledge: Knowledge,
+    own: Path,
+    device: str,
+    events: Events,
+) -> tuple[Refit, dict[str, str]]:
+    """How the sequential refit of a planned conversion ended, and the files with its factors."""
+    from svdconvert.refitting import RefitFolder, refit_targets
+    from svdconvert.weights import torch_dtype
+
+    folder = RefitFolder(own / "refit")
+    found = refit_targets(
+        source,
+        made.targets,
+        store,
+        knowledge.text,
+        folder,
+        dtypes={step.key: torch_dtype(step.outputs[0].dtype) for step in made.steps},
+        work=own / "refit-states",
+        device=device,
+        batch_size=knowledge.batch_size,
+        events=events,
+    )
+    events.note(str(found))
+    return found, {module: str(folder.path(module)) for module in made.ranks}
+
+
+def _measured(
+    source: Source, made: Plan, knowledge: Knowledge, folder: Path, device: str, events: Events
+) -> dict[str, float]:
+    """Loss of the dense model on the calibration text, and what the written weights add to it, in nats per token."""
+    from svdconvert.replaying import StoredMatrices, measure_losses
+
+    factors = {step.key: [info.name for info in step.outputs] for step in made.steps}
+    written = {target.module: factors[target.weight] for target in made.targets if target.rank is not None}
+    dense, compressed = measure_losses(
+        source,
+        knowledge.text,
+        StoredMatrices([folder / name for name in made.shards], written),
+        work=folder / JOB_FOLDER / "measured",
+        device=device,
+        batch_size=knowledge.batch_size,
+        events=events,
+    )
+    return {"dense_loss": dense.mean, "measured_loss": compressed.mean - dense.mean}
 
 
 def kept_work(folder: Path) -> Path:
@@ -338,7 +411,14 @@ def chosen_allocation(method: Method, asked: str | None, request: RankRequest) -
     return asked
 
 
-def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method) -> Job:
+def _job(
+    source: Source,
+    made: Plan,
+    settings: Mapping[str, Any],
+    method: Method,
+    told: Mapping[str, Any],
+    measure: Callable[[], Mapping[str, float]] | None,
+) -> Job:
     row = dense_architecture(source.config, source.name)
     config = checkpoint.factored_config(source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"])
     config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
@@ -350,6 +430,10 @@ def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method
             found = {name: {**told, "predicted_loss": told["lost"] / 2} for name, told in found.items()}
         return found
 
+    @cache
+    def losses() -> Mapping[str, float]:
+        return {} if measure is None else measure()
+
     def details(reports: Reports) -> dict[str, Any]:
         return {
             "params": {"before": made.params_before, "after": made.params_after},
@@ -358,6 +442,8 @@ def _job(source: Source, made: Plan, settings: Mapping[str, Any], method: Method
             "notes": list(made.notes),
             "matrices": matrices(reports),
             **predicted(reports),
+            **losses(),
+            **told,
         }
 
     def predicted(reports: Reports) -> dict[str, float]:
@@ -393,9 +479,10 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
         words += ["--targets", pattern]
     if settings["factor_all"]:
         words.append("--factor-all")
-    if made.method != "svd":
+    if "calibration" in settings:
         words += ["--method", made.method, "--calib", "TEXT", "--calib-samples", str(settings["samples"])]
         words += ["--calib-length", str(settings["length"]), "--seed", str(settings["seed"])]
+    words += ["--refit", settings["refit"]] if settings["refit"] != "none" else []
     words += ["--layout", settings["layout"]] if settings["layout"] != DEFAULT.name else []
     words += ["--allocation", "global"] if settings["allocation"] == "global" else []
     for option in method_named(made.method).options:

@@ -184,8 +184,8 @@ def decompose_all(
 ) -> None:
     """:func:`decompose_targets`, with statistics that are collected as they are needed, in the folder ``work``."""
     statistics = None
-    if knowledge is not None:
-        count = knowledge.tokens
+    if knowledge is not None and method.statistics:
+        count = knowledge.text.tokens
         events.note(f"calibration on {count:,} tokens of {knowledge.name}")
         widest = max(max(target.shape) for target in targets)
         if count < widest:

@@ -172,6 +172,7 @@ def make_plan(
     max_shard_bytes: int = 5_000_000_000,
     ranked: Sequence[Target] | None = None,
     decompositions: Mapping[str, str] | None = None,
+    refitted: Mapping[str, str] | None = None,
     layout: str = DEFAULT.name,
 ) -> Plan:
     """Plan a conversion.
@@ -186,6 +187,7 @@ def make_plan(
         ranked: the targets with the ranks that a budget has given them; None for those that the request itself gives.
         layout: row of :data:`svdconvert.layouts.LAYOUTS`.
         decompositions: module path -> file with its decomposition, where that was computed beforehand.
+        refitted: module path -> file with its refitted factors, where there are such.
 
     Raises:
         InputError: the source is not supported, lacks tensors, or cannot meet the request.
@@ -204,7 +206,7 @@ def make_plan(
     dense_params = sum(info.size for info in kept.values())
     if ranked is None:
         ranked = assign(candidates, request, dense_params - sum(target.dense_params for target in candidates))
-    steps = _steps(kept, ranked, row, dtype, decompositions or {}, stored)
+    steps = _steps(kept, ranked, row, dtype, {**(decompositions or {})}, {**(refitted or {})}, stored)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
     return Plan(
@@ -305,23 +307,30 @@ def _steps(
     row: Architecture,
     dtype: str,
     decompositions: Mapping[str, str],
+    refitted: Mapping[str, str],
     layout: Layout,
 ) -> list[Step]:
     """One step per source tensor, in the order of the source's files, so that each file is needed once."""
     factored = {target.weight: target for target in targets if target.rank is not None}
-    files = {target.weight: decompositions[target.module] for target in targets if target.module in decompositions}
     factored_biases = {weight.removesuffix("weight") + "bias" for weight in factored}
     steps = []
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start, natural(item[0]))):
         code = info.dtype if dtype == "keep" else CODES[dtype]
         full = row.full_name(name)
-        target = factored.get(name)
-        if target is not None and target.rank is not None:
+        if name in factored:
+            target = factored[name]
+            assert target.rank is not None
             outputs = layout.tensors(full, target.rank, target.shape, code)
-            arguments: dict[str, Any] = {"rank": target.rank, "layout": layout.name, "transposed": target.transposed}
-            if name in files:
-                arguments["decomposition"] = files[name]
-            steps.append(Step("truncate" if name in files else "factorize", name, (info,), outputs, arguments))
+            kind, arguments = "factorize", {"rank": target.rank, "layout": layout.name}
+            if target.transposed:
+                arguments["transposed"] = True
+            for other, argument, files in (
+                ("truncate", "decomposition", decompositions),
+                ("refit", "refitted", refitted),
+            ):
+                if target.module in files:
+                    kind, arguments = other, {**arguments, argument: files[target.module]}
+            steps.append(Step(kind, name, (info,), outputs, arguments))
             continue
         renamed = layout.bias_name(full) if name in factored_biases else row.factored_name(full)
         steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))

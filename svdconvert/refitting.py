@@ -113,6 +113,7 @@ class _Layer:
     target: Target
     up: Tensor  # the truncation's own, float64
     down: Tensor  # as the regression uses it, float64
+    dtype: torch.dtype  # of what is stored
     tensors: list[Tensor]  # as stored
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -169,7 +170,7 @@ def refit_targets(
     tokens: CalibrationTokens,
     folder: RefitFolder,
     *,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     work: Path,
     device: str,
     batch_size: int,
@@ -183,7 +184,7 @@ def refit_targets(
         store: their decompositions.
         tokens: the calibration text.
         folder: where the factors go.
-        dtype: their storage type.
+        dtypes: weight name -> storage type of its factors.
         work: folder for hidden states.
         device: where blocks are run.
         batch_size: sequences at a time.
@@ -197,7 +198,7 @@ def refit_targets(
         return folder.outcome
     if len(tokens.ids) < 2:
         raise InputError("a refit needs 2 calibration sequences at least, one of them held out; raise --calib-samples")
-    run = _Run(source, targets, store, tokens, folder, dtype, work, device, batch_size, events)
+    run = _Run(source, targets, store, tokens, folder, dtypes, work, device, batch_size, events)
     outcome = run.run()
     folder.finish(outcome)
     shutil.rmtree(work, ignore_errors=True)
@@ -212,13 +213,13 @@ class _Run:
         store: Decompositions,
         tokens: CalibrationTokens,
         folder: RefitFolder,
-        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype],
         work: Path,
         device: str,
         batch_size: int,
         events: Events,
     ) -> None:
-        self.store, self.folder, self.dtype, self.events = store, folder, dtype, events
+        self.store, self.folder, self.dtypes, self.events = store, folder, dtypes, events
         self.blocks = ModelBlocks(source, device=device)
         self.writers = self.blocks.writers
         self.targets: dict[int, list[Target]] = {}
@@ -230,7 +231,12 @@ class _Run:
         held[HELD_OUT - 1 :: HELD_OUT] = True
         held[-1] |= not bool(held.any())
         ranks = {target.module: target.rank for target in targets}
-        key = {"model": source.identity(), "tokens": tokens.digest, "ranks": ranks, "dtype": str(dtype)}
+        key = {
+            "model": source.identity(),
+            "tokens": tokens.digest,
+            "ranks": ranks,
+            "dtypes": sorted(map(str, set(dtypes.values()))),
+        }
 
         def stream(name: str, folder_name: str, which: Tensor) -> Stream:
             return Stream(
@@ -295,8 +301,9 @@ class _Run:
         left, right = (None, inner) if target.shape[0] >= target.shape[1] else (inner, None)
         factors = truncate(weight, found, target.rank, torch.float64, self.workspace, left, right)
         # The regression sees the inner factor as it is stored; pivoting makes another one of the same product.
-        down = factors.down if target.layout.name == "pivoted" else factors.down.to(self.dtype).double()
-        return _Layer(target, factors.up, down, stored_tensors(factors.up, down, target.layout, self.dtype))
+        dtype = self.dtypes[target.weight]
+        down = factors.down if target.layout.name == "pivoted" else factors.down.to(dtype).double()
+        return _Layer(target, factors.up, down, dtype, stored_tensors(factors.up, down, target.layout, dtype))
 
     def order(self, block: nn.Module, index: int) -> list[str]:
         """Paths of the block's targets in the order in which they are called."""
@@ -324,7 +331,7 @@ class _Run:
             if error < best:
                 best, damping, up = error, candidate, found
         if damping is not None:
-            layer.tensors = stored_tensors(up, layer.down, layer.target.layout, self.dtype)
+            layer.tensors = stored_tensors(up, layer.down, layer.target.layout, layer.dtype)
         layer.report = {"damping": damping, "held_out_error": [before**0.5, best**0.5]}
 
     def sums(self, block: nn.Module, index: int, layer: _Layer, done: Weights, part: str) -> _Sums:

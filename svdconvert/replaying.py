@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import svdconvert
-from svdconvert.activations import ActivationStore, Loss, check_room
+from svdconvert.activations import ActivationStore, Loss, check_room, read_into
 from svdconvert.blocks import ModelBlocks, replaced
+from svdconvert.compute import stored_product
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
+from svdconvert.events import Events
 from svdconvert.head import next_token_loss
+from svdconvert.headers import read_header
+from svdconvert.planning import layer_number, suffix
 from svdconvert.source import Source
+from svdconvert.weights import torch_dtype
 
 # path within a block -> its matrix [out, in], of any floating type
 Weights = Mapping[str, Tensor]
@@ -118,49 +124,79 @@ class Stream:
             raise InputError(f"{what} NaN or infinite activations on the calibration text; check the source model")
 
 
-def measure_loss(
+class StoredMatrices:
+    """The products of factors in weight files, a block's at a time."""
+
+    def __init__(self, files: Sequence[Path], factors: Mapping[str, Sequence[str]]) -> None:
+        """Find the factors.
+
+        Args:
+            files: weight files in safetensors format.
+            factors: module path -> names of its tensors, in the order of its layout.
+        """
+        self._infos = {info.name: (path, info) for path in files for info in read_header(path)}
+        self._factors: dict[int, dict[str, Sequence[str]]] = {}
+        for module, names in factors.items():
+            self._factors.setdefault(layer_number(module), {})[suffix(module)] = names
+
+    def __call__(self, index: int) -> Weights:
+        """The products of one block, float64."""
+        found = self._factors.get(index, {})
+        return {path: stored_product([self._read(name) for name in names]) for path, names in found.items()}
+
+    def _read(self, name: str) -> Tensor:
+        path, info = self._infos[name]
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        read_into(tensor, path, info.start)
+        return tensor
+
+
+def measure_losses(
     source: Source,
     tokens: CalibrationTokens,
-    weights: Callable[[int], Weights],
-    key: Mapping[str, Any],
+    matrices: Callable[[int], Weights],
     *,
     work: Path,
     device: str,
     batch_size: int,
-) -> Loss:
-    """Loss of a model some of whose matrices are replaced; one block is in memory at a time.
-
-    A call that was broken off goes on from the last finished block.
+    events: Events,
+) -> tuple[Loss, Loss]:
+    """Loss of a model as it is, and with some of its matrices replaced; one block is in memory at a time.
 
     Args:
         source: the dense model.
         tokens: the text.
-        weights: block -> its new matrices.
-        key: what identifies them, in JSON types.
-        work: folder for hidden states, two blocks' worth.
+        matrices: block -> its other matrices.
+        work: folder for hidden states, four blocks' worth; it is removed.
         device: where blocks are run.
         batch_size: sequences at a time.
+        events: told the progress.
 
     Raises:
         InputError: something is NaN or infinite, or the disk is too small.
         JobError: reading or writing failed; the same call goes on.
     """
     blocks = ModelBlocks(source, device=device)
-    key = {"model": source.identity(), "tokens": tokens.digest, **key}
-    stream = Stream(blocks, tokens.ids, tokens.mask, work, key, name="the compressed model", batch_size=batch_size)
-    if stream.store.loss is not None:
-        return stream.store.loss
-    check_room([stream.store], 2)
-    start = max((i for i in range(blocks.count + 1) if stream.has(i)), default=-1)
-    if start < 0:
-        with blocks.embeddings():
-            stream.embed()
-        start = 0
-    for index in range(start, blocks.count):
-        with blocks.block(index) as block, replaced(block, weights(index)):
-            stream.step(block, index)
-        stream.forget(index)
+    key = {"model": source.identity(), "tokens": tokens.digest}
+
+    def stream(name: str, folder: str) -> Stream:
+        return Stream(blocks, tokens.ids, tokens.mask, work / folder, key, name=name, batch_size=batch_size)
+
+    dense, other = stream("the model", "dense"), stream("the compressed model", "compressed")
+    check_room([dense.store, other.store], 2)
+    with blocks.embeddings():
+        dense.embed()
+        other.embed()
+    for index in range(blocks.count):
+        events.progress("measuring", index, blocks.count)
+        with blocks.block(index) as block:
+            dense.step(block, index)
+            with replaced(block, matrices(index)):
+                other.step(block, index)
+        dense.forget(index)
+        other.forget(index)
+    events.progress("measuring", blocks.count, blocks.count)
     with blocks.head() as head:
-        stream.store.loss = loss = stream.loss(head)
-    stream.store.clear()
-    return loss
+        losses = dense.loss(head), other.loss(head)
+    shutil.rmtree(work, ignore_errors=True)
+    return losses

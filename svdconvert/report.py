@@ -96,6 +96,11 @@ def show_result(console: Console, report: Report) -> None:
     if outputs:
         mean = sum(outputs) / len(outputs)
         rows.append(("error of the outputs", f"mean {mean:.4f}, worst {max(outputs):.4f}, on the calibration text"))
+    record = outcome.record
+    if "measured_loss" in record:
+        guess = f"predicted {record['predicted_loss']:+.4f}, " if "predicted_loss" in record else ""
+        measured = f"measured {record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
+        rows.append(("loss added", f"{guess}{measured}, on the calibration text"))
     rows.append(("time", f"{outcome.seconds:.1f} s"))
     memory = size(outcome.peak_memory_bytes)
     if outcome.peak_device_bytes:
@@ -198,9 +203,9 @@ def show_sweep(console: Console, sweep: Sweep) -> None:
     dense = sweep.dense
     table.add_row("dense", "", f"{dense.params:,}", size(dense.bytes), f"{dense.perplexity:.2f}", "")
     for line, points in sweep.lines.items():
-        for point in points:
+        for i, point in enumerate(points):
             cells = (f"{point.params:,}", size(point.bytes), f"{point.perplexity:.2f}", f"{point.added:+.4f}")
-            table.add_row(line, point.setting.budget, *cells)
+            table.add_row("" if i else line, point.setting.budget, *cells)
     console.print(table)
     console.print(escape(sweep.headline), highlight=False)
     show_pairs(console, [("written to", str(sweep.folder))])
@@ -285,6 +290,10 @@ class TerminalEvents(Events):
         if "relative_error" in report:
             parts += [f"energy kept {report['energy_kept']:.4f}", f"relative error {report['relative_error']:.4f}"]
         self._print(", ".join([*parts, f"{report['seconds']:.2f} s"]))
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=phase, total=total, completed=done, current="")
+        self._progress.start()
 
     def shard(self, name: str, size_in_bytes: int) -> None:
         self._print(f"wrote {name} ({size(size_in_bytes)})")

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdconvert.architectures import dense_architecture
-from svdconvert.calibrating import Calibration, check_knowledge, find_knowledge
+from svdconvert.calibrating import Calibration, check_knowledge, default_method, find_knowledge
 from svdconvert.events import Events
 from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, Layout, layout_named
@@ -201,7 +201,7 @@ class Spectra:
 def spectrum(
     model: str | os.PathLike[str],
     *,
-    method: str = "svd",
+    method: str | None = None,
     calibration: Calibration | None = None,
     stats: str | os.PathLike[str] | None = None,
     targets: Sequence[str] = (),
@@ -231,6 +231,7 @@ def spectrum(
     from svdconvert.decomposing import decompose_all, kept_decompositions
 
     events = events or Events()
+    method = default_method(method, calibration, stats)
     row, stored = method_named(method), layout_named(layout)
     options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
     check_knowledge(row, calibration, stats)
@@ -254,7 +255,7 @@ def spectrum(
             for target in chosen:
                 found.take(target.module, kept.spectrum(target.module), kept.outputs(target.module))
             shutil.rmtree(place / "source", ignore_errors=True)
-    told = None if knowledge is None else {"name": knowledge.name, "tokens": knowledge.tokens, **knowledge.key}
+    told = None if knowledge is None else {"name": knowledge.name, "tokens": knowledge.text.tokens, **knowledge.key}
     return Spectra(
         model=source.name,
         commit=source.commit,

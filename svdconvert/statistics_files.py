@@ -27,6 +27,8 @@ from svdconvert.writer import atomic_write, disk_errors, sync_folder
 # How much of a tensor's beginning, middle and end goes into a model's key.
 KEY_BYTES = 4096
 
+TOKENS = "tokens.safetensors"
+
 _FIELDS: Mapping[str, str] = {
     "model": "another model",
     "tokenizer": "another tokenizer",
@@ -176,6 +178,37 @@ class StatisticsFolder:
             _write_tensors(self.folder / file, tensors)
         self._state["blocks"][str(index)] = {"file": file, "modules": modules}
         self._write()
+
+    def save_tokens(self, tokens: CalibrationTokens) -> None:
+        """Keep the text, as the model reads it, for what has to look at it again."""
+        if not (self.folder / TOKENS).is_file():
+            with disk_errors(self.folder):
+                _write_tensors(self.folder / TOKENS, {"ids": tokens.ids, "mask": tokens.mask})
+
+    def tokens(self) -> CalibrationTokens:
+        """The text that the statistics are of.
+
+        Raises:
+            InputError: it is not here, or not that text.
+        """
+        path = self.folder / TOKENS
+        if not path.is_file():
+            raise InputError(f"{self.folder} lacks {TOKENS}; run `svdconvert calibrate` again")
+        ids, mask = self._read(TOKENS, "ids"), self._read(TOKENS, "mask")
+        key = self.key
+        tokens = CalibrationTokens(
+            ids=ids,
+            mask=mask,
+            texts_used=0,
+            tokens=int(mask.sum()),
+            text_digest=key["text"],
+            tokenizer_digest=key["tokenizer"],
+            seed=key["seed"],
+            packed=key["packed"],
+        )
+        if tokens.digest != key["tokens"]:
+            raise InputError(f"{path} is not the text that {self.folder / 'stats.json'} names; calibrate again")
+        return tokens
 
     def load(self, modules: Sequence[str], kinds: Collection[str] | None = None) -> dict[str, ModuleStatistics]:
         """Read statistics of layers of one block, so that shared Grams are read once.

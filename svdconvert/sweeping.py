@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svdconvert.calibrating import Calibration, calibrate, check_knowledge, find_knowledge
+from svdconvert.calibrating import Calibration, calibrate, check_knowledge, default_method, find_knowledge
 from svdconvert.checkpoint import digest, versions
 from svdconvert.conversion import chosen_allocation, convert
 from svdconvert.errors import InputError
@@ -41,6 +41,7 @@ class Setting:
         allocation: ``uniform`` or ``global``; empty for the untouched model.
         keep: fraction of the target parameters kept, or None.
         rank: instead, the rank of every target.
+        refit: ``none`` or ``sequential``.
     """
 
     method: str
@@ -49,25 +50,28 @@ class Setting:
     allocation: str
     keep: float | None = None
     rank: int | None = None
+    refit: str = "none"
 
     @property
     def line(self) -> str:
         """What it shares with the other budgets of its line: ``kfac, global, pivoted, shrinkage 0.1``."""
         defaults = method_named(self.method).options
         changed = [f"{name} {value:g}" for name, value in self.options if value != defaults[name]]
-        return ", ".join([self.method, self.allocation, self.layout, *changed])
+        refit = [] if self.refit == "none" else [f"refit {self.refit}"]
+        return ", ".join([self.method, self.allocation, self.layout, *changed, *refit])
 
     @property
     def budget(self) -> str:
-        """``60 % kept`` or ``rank 128``."""
-        return f"rank {self.rank}" if self.keep is None else f"{100 * self.keep:g} % kept"
+        """``60% kept`` or ``rank 128``."""
+        return f"rank {self.rank}" if self.keep is None else f"{100 * self.keep:g}% kept"
 
     @property
     def folder(self) -> str:
         """Name for its model."""
         options = [f"{name}{value:g}" for name, value in self.options]
         budget = f"rank{self.rank}" if self.keep is None else f"keep{self.keep:g}"
-        return "-".join([self.method, self.allocation, self.layout, *options, budget])
+        refit = [] if self.refit == "none" else [f"refit-{self.refit}"]
+        return "-".join([self.method, self.allocation, self.layout, *options, *refit, budget])
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Point:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Point:
         """What :meth:`to_json` gave."""
-        own = {**row, "options": tuple(row["options"].items())}
+        own = {"refit": "none", **row, "options": tuple(row["options"].items())}
         setting = Setting(**{name: own.pop(name) for name in Setting.__dataclass_fields__})
         return cls(setting, **own)
 
@@ -139,7 +143,8 @@ class Sweep:
         least = min(self.points, key=lambda point: point.setting.keep or point.setting.rank or 0).setting
         same = [p for p in self.points if (p.setting.keep, p.setting.rank) == (least.keep, least.rank)]
         best = min(same, key=lambda point: point.perplexity)
-        return f"at {least.budget} {best.setting.line} is best, perplexity {best.perplexity:.2f}"
+        dense = self.dense.perplexity
+        return f"best at {least.budget}: {best.setting.line}, perplexity {best.perplexity:.2f} (dense {dense:.2f})"
 
     def to_json(self) -> dict[str, Any]:
         """``model``, ``text``, ``dense`` and ``points``, rows as :meth:`Point.to_json`."""
@@ -169,13 +174,14 @@ def sweep(
     *,
     keep: Sequence[float] = (),
     rank: Sequence[int] = (),
-    methods: Sequence[str] = ("svd",),
+    methods: Sequence[str] = (),
     layouts: Sequence[str] = (DEFAULT.name,),
     allocation: str | None = None,
     calibration: Calibration | None = None,
     stats: str | os.PathLike[str] | None = None,
     alpha: float | None = None,
     shrinkage: float | None = None,
+    refit: str = "none",
     targets: Sequence[str] = (),
     dtype: str = "keep",
     window: int | None = None,
@@ -197,13 +203,13 @@ def sweep(
     added to what is there.
 
     Args:
-        model, allocation, stats, alpha, shrinkage, targets, dtype, workers, device, events: see
+        model, allocation, stats, alpha, shrinkage, refit, targets, dtype, workers, device, events: see
             :func:`svdconvert.convert`. An option counts for the methods that read it.
         text: UTF-8 text file to measure perplexity on; it should not be the calibration's.
         out: folder to write.
         keep: fractions of the target parameters to keep.
         rank: instead, ranks of every target.
-        methods: rows of :data:`svdconvert.metrics.METHODS`.
+        methods: rows of :data:`svdconvert.metrics.METHODS`; by default kfac where there is a text, else svd.
         layouts: rows of :data:`svdconvert.layouts.LAYOUTS`.
         calibration: text of the data-aware methods. For more than one of them its statistics are collected once, and
             kept until the end.
@@ -225,11 +231,12 @@ def sweep(
         need_matplotlib()
     events = events or Events()
     folder = Path(out).expanduser()
+    methods = methods or [default_method(None, calibration, stats)]
     rows = list({method_named(name).name: method_named(name) for name in methods}.values())
     given = {"alpha": alpha, "shrinkage": shrinkage}
-    chosen = _settings(rows, layouts, allocation, given, keep, rank)
+    chosen = _settings(rows, layouts, allocation, given, keep, rank, refit)
     aware = [row for row in rows if row.statistics]
-    check_knowledge((aware or rows)[0], calibration, stats)
+    check_knowledge((aware or rows)[0], calibration, stats, refit=refit)
     used = resolve_device(device)
     internal = folder / JOB_FOLDER
     _refuse_foreign(folder, overwrite)
@@ -289,8 +296,9 @@ def sweep(
             dtype=dtype,
             device=used,
             revision=revision,
-            calibration=calibration if row.statistics else None,
-            stats=stats if row.statistics else None,
+            calibration=calibration if row.statistics or refit != "none" else None,
+            stats=stats if row.statistics or refit != "none" else None,
+            refit=refit,
             allocation=setting.allocation,
             layout=setting.layout,
             work=place if len(rows) == 1 else place / row.name,
@@ -337,6 +345,7 @@ def _settings(
     given: Mapping[str, float | None],
     keep: Sequence[float],
     rank: Sequence[int],
+    refit: str,
 ) -> list[Setting]:
     """All combinations, line after line, the largest budget first."""
     if bool(keep) == bool(rank):
@@ -354,7 +363,7 @@ def _settings(
         for layout in dict.fromkeys(layout_named(name).name for name in layouts):
             for budget in budgets:
                 spread = chosen_allocation(row, allocation, RankRequest(**budget))
-                found.append(Setting(row.name, tuple(options.items()), layout, spread, **budget))
+                found.append(Setting(row.name, tuple(options.items()), layout, spread, **budget, refit=refit))
     return found
 
 
@@ -450,6 +459,9 @@ class _Quiet(Events):
 
     def solved(self, step: Step, report: Mapping[str, Any]) -> None:
         self._outer.solved(step, report)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        self._outer.progress(phase, done, total)
 
     def note(self, text: str) -> None:
         if text not in self._told:

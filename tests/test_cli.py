@@ -25,7 +25,7 @@ from svdconvert import __version__
 from svdconvert.cli import main
 
 SCRIPT = Path(sys.executable).parent / "svdconvert"
-COMMANDS = ("convert", "plan", "calibrate", "verify", "evaluate", "ablate", "densify", "fold", "push")
+COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold push".split())
 Run = Callable[..., SimpleNamespace]
 
 

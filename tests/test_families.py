@@ -38,6 +38,8 @@ from svdconvert.calibration import STATISTICS, Needs, statistics
 from svdconvert.checkpoint import modeling_source
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.layouts import LAYOUTS
+from svdconvert.planning import layer_number, suffix
+from svdconvert.replaying import measure_loss
 from svdconvert.source import LocalSource
 from svdconvert.verification import failed
 
@@ -622,10 +624,44 @@ def test_streamed_statistics_equal_those_in_memory(row: Architecture, dense: Pat
                 assert error < 1e-4, (path, kind, error)
 
 
+def test_streamed_loss_of_replaced_weights(
+    row: Architecture, pair: SimpleNamespace, dense: Path, tmp_path: Path
+) -> None:
+    """Blocks of the dense model with the products in the place of their matrices are the densified model."""
+    products = read_weights(pair.densified)
+    factored = read_config(pair.factored)["svd_ranks"]
+
+    def weights(index: int) -> dict[str, Tensor]:
+        found = {}
+        for module in factored:
+            if layer_number(module) == index:
+                product = products[f"{row.prefix}{module}.weight"]
+                found[suffix(module)] = product.T if row.transposed else product
+        return found
+
+    loss = measure_loss(LocalSource(dense), TOKENS, weights, {}, work=tmp_path, device="cpu", batch_size=3)
+    model, expected = AutoModelForCausalLM.from_pretrained(pair.densified).eval(), 0.0
+    for ids, counted in zip(IDS, MASK.sum(dim=1).tolist(), strict=True):
+        found = logits(model, ids[None, :counted])[0, :-1]
+        expected += float(nn.functional.cross_entropy(found, ids[1:counted], reduction="sum"))
+    assert loss.nll == pytest.approx(expected, rel=1e-5)
+
+
 def test_calibrated_conversion_from_the_command_line(row: Architecture, dense: Path, run: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The {n}th story begins with {n * 7} words and ends well." for n in range(40)))
-    options = ("--method", "kfac", "--layout", "pivoted", "--calib", text, "--calib-samples", 8, "--calib-length", 32)
+    options = (
+        "--layout",
+        "pivoted",
+        "--calib",
+        text,
+        "--calib-samples",
+        8,
+        "--calib-length",
+        32,
+        "--refit",
+        "sequential",
+    )
     done = run(dense, "--keep", 0.6, *options, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     done = run("verify", tmp_path / "out", "--against", dense)

@@ -1,14 +1,12 @@
-"""The command line: parses, calls the library, shows the result. No torch before a command needs it."""
+"""The program itself, and the commands that lead to a factored model."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -85,14 +83,14 @@ def _options(*options: Callable[[_Command], _Command]) -> Callable[[_Command], _
 
 _LAYOUTS = click.Choice(["balanced", "pivoted"])
 _DTYPES = click.Choice(["keep", "float16", "bfloat16", "float32"])
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
-_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-_shard_option = click.option(
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+shard_option = click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest weight file to write (decimal units)."
 )
-_overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what the output folder holds.")
-_verbose_option = click.option("-v", "--verbose", is_flag=True, help="A line for every matrix.")
-_private_option = click.option("--private", is_flag=True, help="Create the repository as a private one.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what the output folder holds.")
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="A line for every matrix.")
+private_option = click.option("--private", is_flag=True, help="Create the repository as a private one.")
 
 _plan_options = _options(
     click.option(
@@ -111,9 +109,9 @@ _plan_options = _options(
         metavar="PATTERN",
         help="Factor only linear layers that match (repeatable). [default: the linear layers of every block]",
     ),
-    click.option("--method", default="svd", show_default=True, help="How the factors are computed."),
+    click.option("--method", help="How the factors are computed.  [default: kfac where there is a text, else svd]"),
     click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights."),
-    _shard_option,
+    shard_option,
     click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository."),
     click.option(
         "--layout",
@@ -150,6 +148,13 @@ _allocation_option = click.option(
     type=click.Choice(["uniform", "global"]),
     help="Spend a budget evenly, or where it helps most.  [default: global for kfac, else uniform]",
 )
+_refit_option = click.option(
+    "--refit",
+    type=click.Choice(["none", "sequential"]),
+    default="none",
+    show_default=True,
+    help="Fit outer factors to the dense model on the inputs that the compressed layers before them give.",
+)
 _method_options = _options(
     click.option("--stats", type=click.Path(path_type=Path), help="Instead: folder that `svdconvert calibrate` wrote."),
     click.option("--alpha", type=float, help="Exponent of asvd.  [default: 0.5]"),
@@ -166,19 +171,20 @@ _method_options = _options(
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write.  [required unless --dry-run]")
 @_plan_options
-@_device_option
+@device_option
 @_text_options
 @_allocation_option
 @_method_options
+@_refit_option
 @click.option("--keep-work", is_flag=True, help="Keep them beside the result: short for --work OUT-work.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
-@_overwrite_option
+@overwrite_option
 @click.option("--no-check", is_flag=True, help="Do not load the result afterwards.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen, from headers alone, and stop.")
-@_json_option
-@_verbose_option
+@json_option
+@verbose_option
 @click.option("--push-to-hub", metavar="REPO", help="Upload the result to this repository.")
-@_private_option
+@private_option
 @click.option("--hub-revision", metavar="B", help="Branch to upload to.")
 def convert(
     model: str,
@@ -188,6 +194,7 @@ def convert(
     stats: Path | None,
     alpha: float | None,
     shrinkage: float | None,
+    refit: str,
     work: Path | None,
     keep_work: bool,
     workers: int,
@@ -208,6 +215,9 @@ def convert(
     """
     calibration = _calibration(request)
     if dry_run:
+        from svdconvert.calibrating import default_method
+
+        request["method"] = default_method(request["method"], calibration, stats)
         _show_plan(model, out, as_json, request)
         return
     if out is None:
@@ -215,7 +225,7 @@ def convert(
     from svdconvert.conversion import convert as run
     from svdconvert.report import TerminalEvents, show_result
 
-    console = _console(as_json)
+    console = console_for(as_json)
     with TerminalEvents(console, verbose=verbose) as events:
         result = run(
             model,
@@ -227,6 +237,7 @@ def convert(
             stats=stats,
             alpha=alpha,
             shrinkage=shrinkage,
+            refit=refit,
             work=work,
             keep_work=keep_work,
             workers=workers,
@@ -238,7 +249,7 @@ def convert(
             events=events,
         )
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         show_result(console, result)
 
@@ -247,7 +258,7 @@ def convert(
 @click.argument("model")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder that would be written, for the disk's free room.")
 @_plan_options
-@_json_option
+@json_option
 def plan(model: str, out: Path | None, as_json: bool, **request: Any) -> None:
     """Say what a conversion would do, from config and headers alone.
 
@@ -264,7 +275,7 @@ def plan(model: str, out: Path | None, as_json: bool, **request: Any) -> None:
 )
 @_text_options
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
-@_device_option
+@device_option
 def calibrate(model: str, out: Path, methods: Sequence[str], revision: str | None, device: str, **text: Any) -> None:
     """Collect the statistics of data-aware methods once, for many conversions (`--stats`)."""
     calibration = _calibration(text)
@@ -273,134 +284,24 @@ def calibrate(model: str, out: Path, methods: Sequence[str], revision: str | Non
     from svdconvert.calibrating import calibrate as run
     from svdconvert.report import TerminalEvents
 
-    with TerminalEvents(_console(False)) as events:
+    with TerminalEvents(console_for(False)) as events:
         run(model, calibration, out, methods=methods, revision=revision, device=device, events=events)
     click.echo(f"statistics written to {out}")
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="The dense source, to compare every tensor with.")
-@click.option("--revision", metavar="R", help="Branch, tag or commit of --against.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text for the perplexity of the model, and of --against.")
-@_device_option
-@_json_option
-def verify(
-    folder: Path, against: str | None, revision: str | None, text: Path | None, device: str, as_json: bool
-) -> None:
-    """Check a factored checkpoint: files, ranks, logits, and every tensor against the dense source."""
-    _need_folder(folder)
-    if revision and not against:
-        raise InputError("--revision belongs to --against")
-    from svdconvert.perplexity import evaluate as measure
-    from svdconvert.verification import failed
-    from svdconvert.verification import verify as run
-
-    checks = run(folder, against, revision)
-    evaluations = []
-    if text is not None:
-        evaluations = [measure(folder, text, device=device)]
-        if against:
-            evaluations.append(measure(against, text, revision=revision, device=device))
-    if as_json:
-        _print_json(
-            {
-                "passed": not failed(checks),
-                "checks": [dataclasses.asdict(check) for check in checks],
-                "evaluations": [evaluation.to_json() for evaluation in evaluations],
-            }
-        )
-    else:
-        from svdconvert.report import show_checks, show_evaluation
-
-        console = _console(as_json)
-        show_checks(console, checks)
-        for evaluation in evaluations:
-            console.print(f"[bold]{evaluation.model}[/]")
-            show_evaluation(console, evaluation)
-    if failed(checks):
-        _fail(f"{folder} did not pass: {', '.join(check.name for check in failed(checks))}", 1)
-
-
-@main.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
-@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
-@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
-@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
-@_device_option
-@_json_option
-def evaluate(
-    model: str,
-    text: Path,
-    window: int | None,
-    stride: int | None,
-    batch_size: int,
-    revision: str | None,
-    device: str,
-    as_json: bool,
-) -> None:
-    """Perplexity and bits per character of MODEL, dense or factored, on a text."""
-    from svdconvert.perplexity import evaluate as run
-    from svdconvert.report import bar, show_evaluation
-
-    console = _console(as_json)
-    with bar(console, "tokens") as progress:
-        result = run(
-            model,
-            text,
-            window=window,
-            stride=stride,
-            batch_size=batch_size,
-            revision=revision,
-            device=device,
-            progress=progress,
-        )
-    if as_json:
-        _print_json(result.to_json())
-    else:
-        show_evaluation(console, result)
-
-
-@main.command()
-@click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
-@click.option("--groups", type=int, default=10, show_default=True, help="Groups of singular values.")
-@click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
-@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
-@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
-@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
-@_device_option
-@_json_option
-def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:
-    """What the singular values are worth: perplexity without each group of them in turn."""
-    from svdconvert.ablation import ablate as run
-    from svdconvert.report import TerminalEvents, show_ablation
-
-    console = _console(as_json)
-    with TerminalEvents(console) as events:
-        results = run(model, text, **options, events=events)
-    if as_json:
-        _print_json([result.to_json() for result in results])
-    else:
-        show_ablation(console, results)
-
-
-@main.command()
-@click.argument("model")
-@click.option("--method", default="svd", show_default=True, help="Whose metrics to look in.")
+@click.option("--method", help="Whose metrics to look in.  [default: kfac where there is a text, else svd]")
 @_text_options
 @_method_options
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
 @click.option("--layout", type=_LAYOUTS, default="balanced", show_default=True, help="What break-even is told for.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
-@_device_option
+@device_option
 @click.option("--per-layer", is_flag=True, help="A line for every matrix, instead of three for every kind.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write spectrum.json and spectrum.png to.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw to this .png, .svg or .pdf.")
-@_json_option
+@json_option
 def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Singular values of MODEL's matrices, how they fall off, and what break-even keeps of them.
 
@@ -419,7 +320,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
     from svdconvert.report import TerminalEvents, show_spectra
     from svdconvert.spectra import spectrum as run
 
-    console = _console(as_json)
+    console = console_for(as_json)
     with TerminalEvents(console) as events:
         found = run(model, calibration=calibration, **options, events=events)
     if out is not None:
@@ -431,7 +332,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
     for picture in (*([out / "spectrum.png"] if out else []), *([plot] if plot else [])):
         save_figure(spectrum_figure(found), picture)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         show_spectra(console, found, per_layer=per_layer)
         for place in (out, plot):
@@ -445,7 +346,10 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @click.option("--keep", metavar="FRACTIONS", help="Fractions of the target parameters to keep: 0.3,0.5,0.7.")
 @click.option("--rank", metavar="RANKS", help="Instead: ranks of every target: 128,256.")
 @click.option(
-    "--method", "methods", multiple=True, default=["svd"], show_default=True, help="How to factor (repeatable)."
+    "--method",
+    "methods",
+    multiple=True,
+    help="How to factor (repeatable).  [default: kfac where there is a text, else svd]",
 )
 @click.option(
     "--layout",
@@ -459,6 +363,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @_allocation_option
 @_text_options
 @_method_options
+@_refit_option
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
 @click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights.")
 @click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
@@ -466,12 +371,12 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
-@_device_option
+@device_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for sweep.json, sweep.md, sweep.png.  [required]")
 @click.option("--keep-models", is_flag=True, help="Keep every converted model in OUT/models.")
 @click.option("--no-plot", is_flag=True, help="Write no sweep.png; needs no matplotlib.")
-@_overwrite_option
-@_json_option
+@overwrite_option
+@json_option
 def sweep(
     model: str,
     text: Path,
@@ -498,63 +403,13 @@ def sweep(
     from svdconvert.report import TerminalEvents, show_sweep
     from svdconvert.sweeping import sweep as run
 
-    console = _console(as_json)
+    console = console_for(as_json)
     with TerminalEvents(console) as events:
         result = run(model, text, out, **budgets, **options, calibration=calibration, plot=not no_plot, events=events)
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
         show_sweep(console, result)
-
-
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@_shard_option
-@_device_option
-@_overwrite_option
-@_verbose_option
-def densify(folder: Path, out: Path, **options: Any) -> None:
-    """Multiply the factors out: back to the stock architecture, for GGUF and engines without remote code."""
-    _need_folder(folder)
-    from svdconvert.densifying import densify as run
-
-    with _job_events(options) as events:
-        outcome = run(folder, out, **options, events=events)
-    _show_outcome(outcome)
-
-
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--adapter", type=click.Path(path_type=Path), required=True, help="Folder that peft's save_pretrained wrote."
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
-@_shard_option
-@_device_option
-@_overwrite_option
-@_verbose_option
-def fold(folder: Path, adapter: Path, out: Path, **options: Any) -> None:
-    """Merge a LoRA adapter exactly into the factors: the ranks grow by the adapter's."""
-    _need_folder(folder)
-    from svdconvert.folding import fold as run
-
-    with _job_events(options) as events:
-        outcome = run(folder, adapter, out, **options, events=events)
-    _show_outcome(outcome)
-
-
-@main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("repo")
-@_private_option
-@click.option("--hub-revision", metavar="B", help="Branch to upload to.")
-def push(folder: Path, repo: str, private: bool, hub_revision: str | None) -> None:
-    """Upload a finished result to the Hub."""
-    _need_folder(folder)
-    from svdconvert.conversion import push as run
-
-    click.echo(run(folder, repo, private=private, revision=hub_revision))
 
 
 def _calibration(options: dict[str, Any]) -> Any:
@@ -597,31 +452,17 @@ def _show_plan(model: str, out: Path | None, as_json: bool, options: dict[str, A
 
     made = make(model, **_request(options))
     if as_json:
-        _print_json(made.to_json())
+        print_json(made.to_json())
     else:
-        show_plan(_console(as_json), made, free_bytes(out or Path()))
+        show_plan(console_for(as_json), made, free_bytes(out or Path()))
 
 
-def _need_folder(folder: Path) -> None:
+def need_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
 
 
-@contextmanager
-def _job_events(options: dict[str, Any]) -> Iterator[Any]:
-    from svdconvert.report import TerminalEvents
-
-    with TerminalEvents(_console(False), verbose=options.pop("verbose")) as events:
-        yield events
-
-
-def _show_outcome(outcome: Any) -> None:
-    from svdconvert.report import show_outcome
-
-    show_outcome(_console(False), outcome)
-
-
-def _console(as_json: bool) -> Any:
+def console_for(as_json: bool) -> Any:
     """Where people read: standard output, or standard error while that carries JSON."""
     from rich.console import Console
 
@@ -630,9 +471,5 @@ def _console(as_json: bool) -> Any:
     return Console(file=stream, width=None if stream.isatty() else 140)
 
 
-def _print_json(value: object) -> None:
+def print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-if __name__ == "__main__":
-    main()

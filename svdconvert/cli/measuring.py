@@ -1,0 +1,129 @@
+"""The commands that look at a model: verify, evaluate, ablate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from svdconvert.cli.converting import (
+    console_for,
+    device_option,
+    json_option,
+    main,
+    need_folder,
+    print_json,
+)
+from svdconvert.errors import InputError, JobError
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="The dense source, to compare every tensor with.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of --against.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text for the perplexity of the model, and of --against.")
+@device_option
+@json_option
+def verify(
+    folder: Path, against: str | None, revision: str | None, text: Path | None, device: str, as_json: bool
+) -> None:
+    """Check a factored checkpoint: files, ranks, logits, and every tensor against the dense source."""
+    need_folder(folder)
+    if revision and not against:
+        raise InputError("--revision belongs to --against")
+    from svdconvert.perplexity import evaluate as measure
+    from svdconvert.verification import failed
+    from svdconvert.verification import verify as run
+
+    checks = run(folder, against, revision)
+    evaluations = []
+    if text is not None:
+        evaluations = [measure(folder, text, device=device)]
+        if against:
+            evaluations.append(measure(against, text, revision=revision, device=device))
+    if as_json:
+        print_json(
+            {
+                "passed": not failed(checks),
+                "checks": [dataclasses.asdict(check) for check in checks],
+                "evaluations": [evaluation.to_json() for evaluation in evaluations],
+            }
+        )
+    else:
+        from svdconvert.report import show_checks, show_evaluation
+
+        console = console_for(as_json)
+        show_checks(console, checks)
+        for evaluation in evaluations:
+            console.print(f"[bold]{evaluation.model}[/]")
+            show_evaluation(console, evaluation)
+    if failed(checks):
+        raise JobError(f"{folder} did not pass: {', '.join(check.name for check in failed(checks))}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
+@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
+@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@device_option
+@json_option
+def evaluate(
+    model: str,
+    text: Path,
+    window: int | None,
+    stride: int | None,
+    batch_size: int,
+    revision: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Perplexity and bits per character of MODEL, dense or factored, on a text."""
+    from svdconvert.perplexity import evaluate as run
+    from svdconvert.report import bar, show_evaluation
+
+    console = console_for(as_json)
+    with bar(console, "tokens") as progress:
+        result = run(
+            model,
+            text,
+            window=window,
+            stride=stride,
+            batch_size=batch_size,
+            revision=revision,
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_json())
+    else:
+        show_evaluation(console, result)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
+@click.option("--groups", type=int, default=10, show_default=True, help="Groups of singular values.")
+@click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
+@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
+@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
+@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@device_option
+@json_option
+def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:
+    """What the singular values are worth: perplexity without each group of them in turn."""
+    from svdconvert.ablation import ablate as run
+    from svdconvert.report import TerminalEvents, show_ablation
+
+    console = console_for(as_json)
+    with TerminalEvents(console) as events:
+        results = run(model, text, **options, events=events)
+    if as_json:
+        print_json([result.to_json() for result in results])
+    else:
+        show_ablation(console, results)

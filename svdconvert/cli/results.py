@@ -1,0 +1,85 @@
+"""The commands for what a conversion has written: densify, fold, push."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from svdconvert.cli.converting import (
+    console_for,
+    device_option,
+    main,
+    need_folder,
+    overwrite_option,
+    private_option,
+    shard_option,
+    verbose_option,
+)
+
+
+@contextmanager
+def _job_events(options: dict[str, Any]) -> Iterator[Any]:
+    from svdconvert.report import TerminalEvents
+
+    with TerminalEvents(console_for(False), verbose=options.pop("verbose")) as events:
+        yield events
+
+
+def _show_outcome(outcome: Any) -> None:
+    from svdconvert.report import show_outcome
+
+    show_outcome(console_for(False), outcome)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@shard_option
+@device_option
+@overwrite_option
+@verbose_option
+def densify(folder: Path, out: Path, **options: Any) -> None:
+    """Multiply the factors out: back to the stock architecture, for GGUF and engines without remote code."""
+    need_folder(folder)
+    from svdconvert.densifying import densify as run
+
+    with _job_events(options) as events:
+        outcome = run(folder, out, **options, events=events)
+    _show_outcome(outcome)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--adapter", type=click.Path(path_type=Path), required=True, help="Folder that peft's save_pretrained wrote."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@shard_option
+@device_option
+@overwrite_option
+@verbose_option
+def fold(folder: Path, adapter: Path, out: Path, **options: Any) -> None:
+    """Merge a LoRA adapter exactly into the factors: the ranks grow by the adapter's."""
+    need_folder(folder)
+    from svdconvert.folding import fold as run
+
+    with _job_events(options) as events:
+        outcome = run(folder, adapter, out, **options, events=events)
+    _show_outcome(outcome)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo")
+@private_option
+@click.option("--hub-revision", metavar="B", help="Branch to upload to.")
+def push(folder: Path, repo: str, private: bool, hub_revision: str | None) -> None:
+    """Upload a finished result to the Hub."""
+    need_folder(folder)
+    from svdconvert.conversion import push as run
+
+    click.echo(run(folder, repo, private=private, revision=hub_revision))
