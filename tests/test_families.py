@@ -37,9 +37,10 @@ from svdconvert.blocks import PIECES
 from svdconvert.calibration import STATISTICS, Needs, statistics
 from svdconvert.checkpoint import modeling_source
 from svdconvert.corpus import CalibrationTokens
+from svdconvert.events import Events
 from svdconvert.layouts import LAYOUTS
 from svdconvert.planning import layer_number, suffix
-from svdconvert.replaying import measure_loss
+from svdconvert.replaying import measure_losses
 from svdconvert.source import LocalSource
 from svdconvert.verification import failed
 
@@ -197,6 +198,19 @@ def test_other_forms_of_the_source(row: Architecture, dense: Path, pairs: Any, t
         assert report.plan.params_before == sum(tensor.numel() for tensor in tensors.values())
     assert any("stored once" in note for note in report.plan.notes) == row.tied
     assert not failed(verify(tmp_path / "out", str(bare)))
+    one, two = (
+        measure_losses(
+            LocalSource(folder),
+            TOKENS,
+            lambda index: {},
+            work=tmp_path / "w",
+            device="cpu",
+            batch_size=3,
+            events=Events(),
+        )
+        for folder in (dense, bare)
+    )
+    assert one == two
 
 
 def test_plan_needs_the_config_only(row: Architecture, dense: Path, tmp_path: Path) -> None:
@@ -624,7 +638,7 @@ def test_streamed_statistics_equal_those_in_memory(row: Architecture, dense: Pat
                 assert error < 1e-4, (path, kind, error)
 
 
-def test_streamed_loss_of_replaced_weights(
+def test_streamed_losses_with_and_without_replaced_weights(
     row: Architecture, pair: SimpleNamespace, dense: Path, tmp_path: Path
 ) -> None:
     """Blocks of the dense model with the products in the place of their matrices are the densified model."""
@@ -639,12 +653,15 @@ def test_streamed_loss_of_replaced_weights(
                 found[suffix(module)] = product.T if row.transposed else product
         return found
 
-    loss = measure_loss(LocalSource(dense), TOKENS, weights, {}, work=tmp_path, device="cpu", batch_size=3)
-    model, expected = AutoModelForCausalLM.from_pretrained(pair.densified).eval(), 0.0
-    for ids, counted in zip(IDS, MASK.sum(dim=1).tolist(), strict=True):
-        found = logits(model, ids[None, :counted])[0, :-1]
-        expected += float(nn.functional.cross_entropy(found, ids[1:counted], reduction="sum"))
-    assert loss.nll == pytest.approx(expected, rel=1e-5)
+    losses = measure_losses(
+        LocalSource(dense), TOKENS, weights, work=tmp_path / "w", device="cpu", batch_size=3, events=Events()
+    )
+    for folder, loss in zip((dense, pair.densified), losses, strict=True):
+        model, expected = AutoModelForCausalLM.from_pretrained(folder).eval(), 0.0
+        for ids, counted in zip(IDS, MASK.sum(dim=1).tolist(), strict=True):
+            found = logits(model, ids[None, :counted])[0, :-1]
+            expected += float(nn.functional.cross_entropy(found, ids[1:counted], reduction="sum"))
+        assert loss.nll == pytest.approx(expected, rel=1e-5)
 
 
 def test_calibrated_conversion_from_the_command_line(row: Architecture, dense: Path, run: Any, tmp_path: Path) -> None:
