@@ -10,6 +10,8 @@ balanced: `down` A [r, in] and `up` B [out, r], h = B A x + bias: r (in + out) n
 pivoted: r rows of W in `down` R [r, in] and the coefficients of the others in `up` T [out - r, r], h = P [R x; T R x]
     + bias with a permutation P: r (in + out - r) numbers.
 
+Layers named in `svd_shared` hold `up` alone and use the `down` of an earlier layer, where it is stored once for all.
+
 LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = W x + bias + scale * LB(LA x).
 """
 
@@ -43,12 +45,14 @@ class GraniteSVDConfig(GraniteConfig):
         svd_ranks: `{"layers.0.self_attn.q_proj": 24, ...}`, module paths relative to the base model.
             A linear layer that is not named stays dense.
         svd_layout: "balanced" (SVDLinear) or "pivoted" (PivotedLinear), for all layers in svd_ranks.
+        svd_shared: `{"layers.1.self_attn.q_proj": "layers.0.self_attn.q_proj", ...}`, a layer and the
+            one whose `down` it uses: both in svd_ranks, at the same rank.
         **kwargs: the fields of `GraniteConfig`. The rotary settings may come in the spelling of transformers 4
             (`rope_theta`, `rope_scaling`), of transformers 5 (`rope_parameters`), or in both.
 
     Raises:
-        ValueError: a rank that is not a positive int, an unknown layout, or two rotary spellings that contradict each
-            other.
+        ValueError: a rank that is not a positive int, an unknown layout, a layer that cannot share, or two rotary
+            spellings that contradict each other.
     """
 
     # Not "granite": without trust_remote_code, transformers must refuse. As "granite" it would load the stock model
@@ -59,6 +63,7 @@ class GraniteSVDConfig(GraniteConfig):
         self,
         svd_ranks=None,
         svd_layout="balanced",
+        svd_shared=None,
         rope_theta=None,
         rope_parameters=None,
         rope_scaling=None,
@@ -85,6 +90,9 @@ class GraniteSVDConfig(GraniteConfig):
         if svd_layout not in list(LAYOUTS):  # of a list, because the value may be unhashable
             raise ValueError(f"svd_layout must be one of {', '.join(LAYOUTS)}, got {svd_layout!r}")
         self.svd_layout = svd_layout
+        self.svd_shared = dict(svd_shared or {})
+        for path, owner in self.svd_shared.items():
+            _check_shared(self, path, owner)
 
     @property
     def base_model_tp_plan(self):
@@ -135,6 +143,20 @@ def _agreeing(name, value, other, default):
     return next(v for v in (value, other, default) if v is not None)
 
 
+def _check_shared(config, path, owner):
+    """ValueError if `svd_shared` says of a layer what cannot be."""
+    ranks, where = config.svd_ranks, f"svd_shared[{path!r}] is {owner!r}"
+    if config.svd_layout != "balanced":
+        raise ValueError(f"{where}, but layers share `down` in the balanced layout alone")
+    for name in (path, owner):
+        if not isinstance(name, str) or name not in ranks:
+            raise ValueError(f"{where}, but svd_ranks does not name {name!r}")
+    if owner in config.svd_shared:
+        raise ValueError(f"{where}, which has no `down` of its own: it is in svd_shared itself")
+    if ranks[path] != ranks[owner]:
+        raise ValueError(f"{where}, but their ranks differ: {ranks[path]} and {ranks[owner]}")
+
+
 class FactoredLinear(nn.Module):
     """Linear layer [..., in_features] -> [..., out_features] whose weight is held as two inner ones, `down` and `up`.
 
@@ -167,6 +189,27 @@ class SVDLinear(FactoredLinear):
 
     def forward(self, x):
         return self.up(self.down(x))
+
+
+class SharedSVDLinear(FactoredLinear):
+    """SVDLinear that holds `up` alone and uses the `down` of another one, its owner: y = up(owner.down(x)).
+
+    The owner is no submodule here, so that `down` has one place and one name in the model: it is counted, saved, moved
+    and trained once, and whatever replaces it there (a quantizer, a serving engine) is used by all.
+    """
+
+    def __init__(self, owner, out_features, bias=True, device=None, dtype=None):
+        super().__init__(owner.in_features, out_features, owner.rank)
+        self.__dict__["owner"] = owner  # nn.Module would take it for a submodule
+        self.up = nn.Linear(owner.rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x):
+        down = self.owner.down
+        # Layers of one model may lie on several devices, and what moves inputs between them sees to whole blocks. On
+        # meta, weights are offloaded: they and their input are moved when `down` is called.
+        device = getattr(down, "weight", x).device
+        z = down(x if device.type == "meta" else x.to(device))
+        return self.up(z.to(x.device))
 
 
 class PivotedLinear(FactoredLinear):
@@ -236,11 +279,21 @@ class AdaptableSVDLinear(SVDLinear, _Adaptable):
         return self.up.bias
 
 
+class AdaptableSharedSVDLinear(SharedSVDLinear, _Adaptable):
+    @property
+    def bias(self):
+        return self.up.bias
+
+
 class AdaptablePivotedLinear(PivotedLinear, _Adaptable):
     pass
 
 
-ADAPTABLE = {SVDLinear: AdaptableSVDLinear, PivotedLinear: AdaptablePivotedLinear}
+ADAPTABLE = {
+    SVDLinear: AdaptableSVDLinear,
+    SharedSVDLinear: AdaptableSharedSVDLinear,
+    PivotedLinear: AdaptablePivotedLinear,
+}
 
 
 class _DenseWeight(torch.Tensor):
@@ -279,33 +332,50 @@ def _factor_linears(model, config):
     """Replaces the dense linear layers named in `svd_ranks` by factored ones of the same device and dtype.
 
     Raises:
-        ValueError: a path that is no linear layer of `model`, or a rank that the layout cannot have at its shape.
+        ValueError: a path that is no linear layer of `model`, a rank that the layout cannot have at its shape, or
+            layers that share but read inputs of different sizes.
     """
-    layout = LAYOUTS[config.svd_layout]
+    layout, shared = LAYOUTS[config.svd_layout], config.svd_shared
+    dense = {path: _dense_linear(model, path) for path in config.svd_ranks}
+    sizes = {path: tuple(layer.weight.shape) for path, layer in dense.items()}
     for path, rank in config.svd_ranks.items():
-        try:
-            dense = model.get_submodule(path)
-        except AttributeError:
-            dense = None
-        if not isinstance(dense, nn.Linear):
-            raise ValueError(f"svd_ranks names {path!r}, which is not a linear layer of {type(model).__name__}")
-        out_features, in_features = dense.weight.shape
-        highest = layout.highest_rank(in_features, out_features)
+        owner = shared.get(path, path)
+        if sizes[path][1] != sizes[owner][1]:
+            raise ValueError(
+                f"svd_shared[{path!r}] is {owner!r}, but they read {sizes[path][1]} and {sizes[owner][1]} inputs"
+            )
+        # layers that share are one matrix, stacked
+        users = [user for user in dense if shared.get(user, user) == owner]
+        inputs, outputs = sizes[owner][1], sum(sizes[user][0] for user in users)
+        highest = layout.highest_rank(inputs, outputs)
         if rank > highest:
             raise ValueError(
-                f"svd_ranks[{path!r}] is {rank}, but the layer is {out_features} x {in_features}: "
+                f"svd_ranks[{path!r}] is {rank}, but the layer is {outputs} x {inputs}"
+                f"{' with those that share its `down`' if len(users) > 1 else ''}: "
                 f"the {config.svd_layout} layout has a rank of at most {highest} there"
             )
+    factored = {}
+    for path in sorted(dense, key=shared.__contains__):  # owners first
+        old, (rows, columns) = dense[path], sizes[path]
+        options = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+        if path in shared:
+            new = SharedSVDLinear(factored[shared[path]], rows, **options)
+        else:
+            new = layout(columns, rows, config.svd_ranks[path], **options)
+        factored[path] = new
         parent, _, name = path.rpartition(".")
-        factored = layout(
-            in_features,
-            out_features,
-            rank,
-            bias=dense.bias is not None,
-            device=dense.weight.device,
-            dtype=dense.weight.dtype,
-        )
-        setattr(model.get_submodule(parent), name, factored)
+        setattr(model.get_submodule(parent), name, new)
+
+
+def _dense_linear(model, path):
+    """The linear layer of that path; ValueError if there is none."""
+    try:
+        dense = model.get_submodule(path)
+    except AttributeError:
+        dense = None
+    if not isinstance(dense, nn.Linear):
+        raise ValueError(f"svd_ranks names {path!r}, which is not a linear layer of {type(model).__name__}")
+    return dense
 
 
 def _make_adaptable(model):
@@ -351,7 +421,8 @@ class _Factored:
 
 def _check_factors(model, info):
     """ValueError if `info` (the loading info of transformers) shows factors without a rank or ranks without factors."""
-    ranks, parameters = model.config.svd_ranks, dict(model.named_parameters())
+    ranks, shared = model.config.svd_ranks, model.config.svd_shared
+    parameters = dict(model.named_parameters())
     # With low_cpu_mem_usage alone, transformers 4 takes all missing tensors of one size for tied, does not report them,
     # and leaves them on meta. (All of them are there in a process that is to receive its weights from another one.)
     on_meta = {name for name, parameter in parameters.items() if parameter.is_meta}
@@ -370,8 +441,14 @@ def _check_factors(model, info):
         for key in info["unexpected_keys"]
         if (match := factor.fullmatch(key)) and match[1] not in ranks and match[2] != "bias"
     )
+    doubled = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if (match := factor.fullmatch(key)) and match[1] in shared and match[2].startswith("down.")
+    )
     for keys, what in (
         (unnamed, "the checkpoint holds factors of layers that svd_ranks in its config.json does not name"),
+        (doubled, "the checkpoint holds factors of their own for layers that share another's by its svd_shared"),
         (absent, "the checkpoint lacks factors for svd_ranks in its config.json"),
     ):
         if keys:

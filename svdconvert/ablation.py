@@ -102,7 +102,7 @@ def ablate(
             return math.exp(negative_log_likelihood(loaded, passage, batch_size) / passage.tokens)
 
         results = [GroupResult(0, 0.0, 1.0, 1.0, perplexity())]
-        spectra = [store.spectrum(target.module) for target in chosen]
+        spectra = [store.spectrum(target) for target in chosen]
         total = sum(float(spectrum.sum()) for spectrum in spectra)
         reader = WeightReader(source)
         for group in range(groups):
@@ -138,7 +138,7 @@ def _remove(
     info = source.tensors[target.weight]
     weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(parameter.device).double()
     weight = weight.T if target.transposed else weight
-    found, _ = load_decomposition(store.path(target.module), parameter.device)
+    found, _ = load_decomposition(store.path(target), parameter.device)
     directions = found.basis.flip(1)[:, part].double()
     if target.shape[0] >= target.shape[1]:
         weight -= (weight @ directions) @ directions.T

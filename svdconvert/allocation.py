@@ -22,11 +22,11 @@ from svdconvert.ranks import Target
 
 @dataclass(frozen=True)
 class _Choices:
-    """What one matrix may do: option i costs cost[i] and leaves loss[i]; the last one is to stay dense."""
+    """What one matrix may do: option i costs cost[i] and leaves loss[i]; the last one, rank None, is to stay dense."""
 
+    ranks: Sequence[int | None]
     cost: NDArray[np.float64]
     loss: NDArray[np.float64]
-    lowest: int
 
     def best(self, price: float) -> int:
         """The option of least loss + price * cost."""
@@ -40,6 +40,7 @@ def allocate(
     *,
     cost: Callable[[int, tuple[int, int]], int],
     floor: float = 0.1,
+    multiple: int = 1,
 ) -> list[int | None]:
     """Ranks that leave the least total loss within a budget.
 
@@ -50,6 +51,7 @@ def allocate(
         cost: (rank, shape) -> parameters stored.
         floor: least rank of a matrix, as a fraction of what a uniform share of the budget would give it; keeps a
             layer from being starved where the estimate, good only near the dense model, says that it is worth nothing.
+        multiple: every rank is a multiple of it.
 
     Returns:
         For each matrix its rank, or None where it stays dense.
@@ -59,7 +61,7 @@ def allocate(
     """
     dense = sum(target.dense_params for target in targets)
     choices = [
-        _choices(target, spectrum, cost, floor * budget / dense)
+        _choices(target, spectrum, cost, floor * budget / dense, multiple)
         for target, spectrum in zip(targets, spectra, strict=True)
     ]
     least = sum(int(choice.cost[0]) for choice in choices)
@@ -67,22 +69,25 @@ def allocate(
         raise InputError(f"a budget of {budget:,} parameters is below what the least ranks cost, {least:,}; keep more")
     picked = _priced(choices, budget)
     _spend_rest(choices, picked, budget)
-    return [
-        None if option == len(choice.cost) - 1 else choice.lowest + option
-        for choice, option in zip(choices, picked, strict=True)
-    ]
+    return [choice.ranks[option] for choice, option in zip(choices, picked, strict=True)]
 
 
 def _choices(
-    target: Target, spectrum: NDArray[np.float64], cost: Callable[[int, tuple[int, int]], int], share: float
+    target: Target,
+    spectrum: NDArray[np.float64],
+    cost: Callable[[int, tuple[int, int]], int],
+    share: float,
+    multiple: int,
 ) -> _Choices:
     m, n = target.shape
     uniform = next((r for r in range(min(m, n), 0, -1) if cost(r, target.shape) <= share * target.dense_params), 1)
-    saving = [r for r in range(uniform, min(m, n) + 1) if cost(r, target.shape) < target.dense_params]
+    # The floor's own rank rounded down, so that a coarse multiple does not raise it.
+    lowest = max(uniform - uniform % multiple, multiple)
+    saving = [r for r in range(lowest, min(m, n) + 1, multiple) if cost(r, target.shape) < target.dense_params]
     tails = np.concatenate([np.cumsum(spectrum[::-1])[::-1], [0.0]])  # tails[r]: what rank r leaves
     costs = [cost(r, target.shape) for r in saving] + [target.dense_params]
     losses = [tails[r] for r in saving] + [0.0]
-    return _Choices(np.array(costs, dtype=np.float64), np.array(losses), uniform)
+    return _Choices([*saving, None], np.array(costs, dtype=np.float64), np.array(losses))
 
 
 def _priced(choices: Sequence[_Choices], budget: int) -> list[int]:

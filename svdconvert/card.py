@@ -43,6 +43,7 @@ def factored_card(
         "",
         f"Method `{plan.method}`: {METHODS[plan.method].summary}. Layout `{plan.settings['layout']}`.",
         "",
+        *(_SHARED if plan.shared else ()),
         "| | parameters | bytes |",
         "|---|---|---|",
         f"| dense | {plan.params_before:,} | {plan.bytes_before:,} |",
@@ -94,6 +95,14 @@ def factored_card(
         "`svdconvert.json` holds versions, settings, and the rank and errors of every matrix.",
     ]
     return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+
+
+_SHARED = (
+    "The input-side factor `down` of some layers is that of an earlier one (`svd_shared` in config.json); it is stored "
+    "and counted once. All layers of a group have to be in one stage of a pipeline; with FSDP, shard each `down` as a "
+    "unit of its own, or the whole model as one.",
+    "",
+)
 
 
 def _losses(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -23,7 +23,12 @@ def modeling_source(row: Architecture) -> bytes:
 
 
 def factored_config(
-    source: Mapping[str, Any], row: Architecture, ranks: Mapping[str, int], dtype: str, layout: str
+    source: Mapping[str, Any],
+    row: Architecture,
+    ranks: Mapping[str, int],
+    dtype: str,
+    layout: str,
+    shared: Mapping[str, str],
 ) -> dict[str, Any]:
     """config.json of the factored model: the source's fields, and what makes it loadable.
 
@@ -33,6 +38,7 @@ def factored_config(
         ranks: module path -> rank.
         dtype: ``keep``, or the torch type of the new weights.
         layout: how the products are stored.
+        shared: module path -> that of the layer whose input-side factor it uses.
     """
     config = {key: value for key, value in source.items() if key not in ("_name_or_path", "dtype")}
     config |= row.config_overrides(source) | {"tie_word_embeddings": row.is_tied(source)}
@@ -42,6 +48,7 @@ def factored_config(
         "model_type": row.svd_model_type,
         "svd_ranks": dict(ranks),
         "svd_layout": layout,
+        "svd_shared": dict(shared),
     }
     # transformers before 4.56 knows torch_dtype only; later ones read either.
     stored = source.get("torch_dtype") or source.get("dtype") if dtype == "keep" else dtype
@@ -55,7 +62,7 @@ def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, An
     config = {
         key: value
         for key, value in factored.items()
-        if key not in ("auto_map", "svd_ranks", "svd_layout", "_name_or_path")
+        if key not in ("auto_map", "svd_ranks", "svd_layout", "svd_shared", "_name_or_path")
     }
     config |= row.config_overrides(factored) | {"tie_word_embeddings": row.is_tied(factored)}
     return config | {"architectures": [row.dense_class], "model_type": row.model_type}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
 from svdconvert.layouts import Layout
 from svdconvert.pivoting import full_up, pivot, product, refit
+from svdconvert.sharing import SharedFactors, plain_shared, relative_error, truncate_shared
 from svdconvert.solver import Decomposition, Factors, Workspace, factorize, truncate
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
@@ -22,7 +24,7 @@ Operation = Callable[[Sequence[Tensor], Step, Workspace], tuple[list[Tensor], di
 
 def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W -> the tensors of its layout."""
-    weight = _matrix(inputs[0], step)
+    (weight,) = _matrices(inputs, step)
     rank = step.options["rank"]
     return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), right=None)
 
@@ -31,7 +33,7 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """W and its decomposition, computed beforehand -> the tensors of its layout."""
     from svdconvert.decomposing import load_decomposition
 
-    weight = _matrix(inputs[0], step)
+    (weight,) = _matrices(inputs, step)
     file = Path(step.options["decomposition"])
     found, inner = load_decomposition(file, weight.device)
     tall = weight.shape[0] >= weight.shape[1]
@@ -43,6 +45,10 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
         lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right),
         right if tall else _UNKNOWN,
     )
+    if not tall and left is None and step.options["layout"] == "balanced":
+        # the basis may be that of a metric on the inputs, which is not known here, and neither is the energy in it
+        error = relative_error(weight, tensors[1], tensors[0])
+        report |= {"relative_error": error, "energy_kept": 1 - error**2}
     return tensors, report | _cut_off(found, file, rank)
 
 
@@ -51,7 +57,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     from svdconvert.decomposing import load_decomposition
     from svdconvert.refitting import load_refitted
 
-    weight = _matrix(inputs[0], step)
+    (weight,) = _matrices(inputs, step)
     tensors, fit = load_refitted(Path(step.options["refitted"]))
     file = Path(step.options["decomposition"])
     found, _ = load_decomposition(file, torch.device("cpu"))
@@ -76,9 +82,70 @@ def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
     return told
 
 
-def _matrix(stored: Tensor, step: Step) -> Tensor:
-    """[out, in], whichever way round the dense checkpoint has it; its own inverse."""
-    return stored.T if step.options.get("transposed") else stored
+def _factorize_shared(
+    inputs: Sequence[Tensor], step: Step, workspace: Workspace
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """W of several layers -> one A and a B for each."""
+    inputs = _matrices(inputs, step)
+    factors = plain_shared(inputs, None, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
+    return [factors.down, *factors.ups], _group_report(inputs, factors, None)
+
+
+def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
+    from svdconvert.decomposing import is_second_moment, load_decomposition, load_group, load_metric
+
+    inputs = _matrices(inputs, step)
+    rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
+    path = Path(step.options["decomposition"])
+    metrics = [Path(metric) for metric in step.options["metrics"]]
+    if not metrics:
+        factors = plain_shared(inputs, load_decomposition(path, device)[0], rank, dtype, workspace)
+        return [factors.down, *factors.ups], _group_report(inputs, factors, None)
+    group = load_group(path, device)
+    loads = [partial(load_metric, metric, device) for metric in metrics]
+    factors = truncate_shared(inputs, group.found, rank, dtype, loads)
+    report = _group_report(inputs, factors, group.captured)
+    for layer, weight, up, metric in zip(report["layers"], inputs, factors.ups, metrics, strict=True):
+        if is_second_moment(metric):
+            layer["output_error"] = relative_error(weight, up, factors.down, load_metric(metric, device))
+    return [factors.down, *factors.ups], report
+
+
+def _group_report(inputs: Sequence[Tensor], factors: SharedFactors, captured: Tensor | None) -> dict[str, Any]:
+    """Report of a group: what all have in common, and under ``layers`` what each has of its own.
+
+    Args:
+        inputs: the weights.
+        factors: of them.
+        captured: [layers, k], see :class:`svdconvert.sharing.SharedDecomposition`; None without metrics.
+    """
+    energies = [float(torch.linalg.vector_norm(weight.double())) ** 2 for weight in inputs]
+    losses = [energy * error**2 for energy, error in zip(energies, factors.relative_errors, strict=True)]
+    rank = factors.down.shape[0]
+    layers = []
+    for i, (weight, error) in enumerate(zip(inputs, factors.relative_errors, strict=True)):
+        # the loss that is known is that of the layer's own metrics; without any, that of the weights
+        lost, whole = losses[i], energies[i]
+        if captured is not None:
+            lost, whole = float(captured[i, rank:].sum()), float(captured[i].sum())
+        layers.append(
+            {
+                "shape": list(weight.shape),
+                "relative_error": error,
+                "optimal_error": (lost / whole) ** 0.5 if whole > 0 else 0.0,
+                "energy_kept": 1 - error**2,
+                "lost": lost,
+                "whole": whole,
+            }
+        )
+    error = (sum(losses) / sum(energies)) ** 0.5 if sum(energies) > 0 else 0.0
+    return {"rank": rank, "relative_error": error, "precision": factors.precision, "layers": layers}
+
+
+def _matrices(stored: Sequence[Tensor], step: Step) -> Sequence[Tensor]:
+    """[out, in] each, whichever way round the dense checkpoint has them; its own inverse."""
+    return [tensor.T for tensor in stored] if step.options.get("transposed") else stored
 
 
 # Stands for a metric that there is but that was not kept.
@@ -137,7 +204,7 @@ def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """The tensors of a layout -> W [m, n], multiplied in float32, or float64 for the pivoted layout."""
     down, up, *position = inputs
     dense = product(down, up, position[0]) if position else up.float() @ down.float()
-    return [_matrix(dense.to(torch_dtype(step.outputs[0].dtype)), step)], {"rank": down.shape[0]}
+    return list(_matrices([dense.to(torch_dtype(step.outputs[0].dtype))], step)), {"rank": down.shape[0]}
 
 
 def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -157,19 +224,44 @@ def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple
     return tensors, {"rank": wider.shape[0]}
 
 
+def _extend_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """(down, ups of N layers, A and B of some of them) -> down and ups with the ranks of all adapters.
+
+    An adapter's columns are zeros in the layers that it does not change, so nothing is lost there either.
+    """
+    count = int(step.options["layers"])
+    down, *rest = (tensor.float() for tensor in inputs)
+    ups, pairs = [[up] for up in rest[:count]], iter(rest[count:])
+    rows = [down]
+    for index, scale in step.options["scales"]:
+        lora_a, lora_b = next(pairs), next(pairs)
+        root, sign = abs(scale) ** 0.5, 1.0 if scale >= 0 else -1.0
+        rows.append(root * lora_a)
+        for i, columns in enumerate(ups):
+            own = sign * root * lora_b
+            columns.append(own if i == index else own.new_zeros(columns[0].shape[0], own.shape[1]))
+    dtype = torch_dtype(step.outputs[0].dtype)
+    tensors = [torch.cat(rows), *(torch.cat(columns, dim=1) for columns in ups)]
+    return [tensor.to(dtype) for tensor in tensors], {"rank": tensors[0].shape[0]}
+
+
 def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """(W, A [q, n], B [m, q]) -> W + s B A, the usual merge of a LoRA into a dense weight."""
     weight, lora_a, lora_b = (tensor.float() for tensor in inputs)
-    merged = torch.addmm(_matrix(weight, step), lora_b, lora_a, alpha=float(step.options["scale"]))
-    return [_matrix(merged.to(torch_dtype(step.outputs[0].dtype)), step)], {}
+    (matrix,) = _matrices([weight], step)
+    merged = torch.addmm(matrix, lora_b, lora_a, alpha=float(step.options["scale"]))
+    return list(_matrices([merged.to(torch_dtype(step.outputs[0].dtype))], step)), {}
 
 
 OPERATIONS: Mapping[str, Operation] = {
     "factorize": _factorize,
     "truncate": _truncate,
+    "factorize_shared": _factorize_shared,
+    "truncate_shared": _truncate_shared,
     "refit": _refitted,
     "multiply": _multiply,
     "extend": _extend,
+    "extend_shared": _extend_shared,
     "add": _add,
 }
 

@@ -61,7 +61,7 @@ class Report:
         in the method's metrics and of those cut off. Where the second moments C of the layer's inputs are known
         (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||, the relative error of its outputs on the
         calibration text, before rounding. Where the metrics are those of the loss (kfac): predicted_loss, the loss
-        added, nats per token.
+        added, nats per token. Of a layer that uses the factor of another: shared_with, that other's module path.
         """
         matrices: Mapping[str, Mapping[str, Any]] = self.outcome.record["matrices"]
         return matrices
@@ -100,7 +100,9 @@ def plan(
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     factor_all: bool = False,
+    rank_multiple: int = 1,
     layout: str = DEFAULT.name,
+    share_layers: int = 1,
 ) -> Plan:
     """What :func:`convert` would do, from config and headers alone.
 
@@ -115,13 +117,16 @@ def plan(
         max_shard_size: limit of a weight file, in bytes or as ``5GB``.
         revision: branch, tag or commit on the Hub.
         factor_all: factor also where that saves nothing.
+        rank_multiple: every rank is a multiple of it, 8 or 64 say, as matrix kernels like them; ranks of a budget are
+            rounded down, and a rank that is none is refused.
         layout: how the products are stored, see :func:`convert`.
+        share_layers: consecutive layers that share the input-side factor of each kind of matrix, see :func:`convert`.
 
     Raises:
         InputError: the model or the request cannot be used; the message says why.
     """
     source = open_source(os.fspath(model), revision, need_weights=False)
-    request = _request(rank, keep, params, factor_all)
+    request = _request(rank, keep, params, factor_all, rank_multiple)
     return make_plan(
         source,
         request,
@@ -129,6 +134,7 @@ def plan(
         targets=targets,
         dtype=dtype,
         layout=layout,
+        share_layers=share_layers,
         max_shard_bytes=_bytes(max_shard_size),
     )
 
@@ -147,11 +153,13 @@ def convert(
     max_shard_size: str | int = "5GB",
     revision: str | None = None,
     factor_all: bool = False,
+    rank_multiple: int = 1,
     calibration: Calibration | None = None,
     allocation: str | None = None,
     alpha: float | None = None,
     shrinkage: float | None = None,
     layout: str = DEFAULT.name,
+    share_layers: int = 1,
     refit: str = "none",
     stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
@@ -169,7 +177,8 @@ def convert(
     An interrupted call goes on where it stopped when it is made again with the same arguments.
 
     Args:
-        model, rank, keep, params, targets, dtype, max_shard_size, revision, factor_all: see :func:`plan`.
+        model, rank, keep, params, targets, dtype, max_shard_size, revision, factor_all, rank_multiple: see
+            :func:`plan`.
         method: row of :data:`svdconvert.metrics.METHODS`; by default kfac where there is a text, else svd.
         out: folder to write.
         device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -180,6 +189,8 @@ def convert(
         shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
         layout: ``balanced``, two factors, or ``pivoted``, r rows of each matrix and the coefficients of the others,
             which buys more rank for the same size.
+        share_layers: groups of so many consecutive layers have one input-side factor for each kind of matrix, which is
+            stored once and buys more rank for the same size. A group is one matrix to ranks and budgets.
         refit: ``sequential`` fits the outer factors to the dense model on the inputs that the compressed layers before
             them give, see :mod:`svdconvert.refitting`; ``none`` leaves the truncation as it is.
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
@@ -201,7 +212,7 @@ def convert(
     events = events or Events()
     folder = Path(out).expanduser()
     refuse_foreign(folder, overwrite=overwrite)
-    request = _request(rank, keep, params, factor_all)
+    request = _request(rank, keep, params, factor_all, rank_multiple)
     max_shard_bytes = _bytes(max_shard_size)
     method = default_method(method, calibration, stats)
     row = method_named(method)
@@ -209,6 +220,8 @@ def convert(
     spread = chosen_allocation(row, allocation, request)
     if refit not in REFITS:
         raise InputError(f"--refit {refit!r} is unknown; choose {' or '.join(REFITS)}")
+    if refit != "none" and share_layers != 1:
+        raise InputError(f"--refit {refit} does not go with --share-layers; leave one of them out")
     check_knowledge(row, calibration, stats, refit=refit)
     if keep_work and work is not None:
         raise InputError(f"give either --keep-work, which keeps them in {kept_work(folder)}, or --work FOLDER")
@@ -218,7 +231,13 @@ def convert(
 
         check_push(push_to_hub, private=private, revision=hub_revision)
     source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
-    planned: dict[str, Any] = {"targets": targets, "dtype": dtype, "layout": layout, "max_shard_bytes": max_shard_bytes}
+    planned: dict[str, Any] = {
+        "targets": targets,
+        "dtype": dtype,
+        "layout": layout,
+        "share_layers": share_layers,
+        "max_shard_bytes": max_shard_bytes,
+    }
     if method != row.name:
         events.note(f"{method} has the same optimum as {row.name}, which computes it")
     made = make_plan(source, request, method=row.name, **planned)
@@ -241,17 +260,17 @@ def convert(
             kept = place or folder / JOB_FOLDER / "work"
             store = kept_decompositions(source, made.targets, row, options, knowledge, kept, used_device, events)
             ranked = spend(made, request, store) if spread == "global" else made.targets
-            files = {target.module: str(store.path(target.module)) for target in ranked}
+            files = {target.module: store.options(target) for target in ranked}
             chosen: dict[str, Any] = {"method": row.name, "ranked": ranked, "decompositions": files, **planned}
             made = make_plan(source, request, **chosen)
             if spread == "global":
                 events.planned(made, free_bytes(folder))
             if refit != "none" and made.ranks:
                 assert knowledge is not None
-                found, files = _refit(source, made, store, knowledge, folder / JOB_FOLDER, used_device, events)
+                found, refitted = _refit(source, made, store, knowledge, folder / JOB_FOLDER, used_device, events)
                 told["refit"] = asdict(found)
                 if found.accepted:
-                    made = make_plan(source, request, refitted=files, **chosen)
+                    made = make_plan(source, request, refitted=refitted, **chosen)
         measure = None
         if knowledge is not None and check:
             measure = partial(_measured, source, made, knowledge, folder, used_device, events)
@@ -324,7 +343,12 @@ def _measured(
     from svdconvert.replaying import StoredMatrices, measure_losses
 
     factors = {step.key: [info.name for info in step.outputs] for step in made.steps}
-    written = {target.module: factors[target.weight] for target in made.targets if target.rank is not None}
+    written = {}
+    for target in made.targets:
+        if target.rank is not None:
+            first, *rest = factors[target.weight]
+            for i, part in enumerate(target.parts):
+                written[part.module] = [first, rest[i]] if target.followers else [first, *rest]
     dense, compressed = measure_losses(
         source,
         knowledge.text,
@@ -376,18 +400,15 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
         InputError: the budget is below what the least ranks cost.
     """
     targets = [replace(target, rank=None, reason="") for target in made.targets]
-    untouched = made.params_before - sum(target.dense_params for target in targets)
-    if request.params is not None:
-        budget = request.params - untouched
-    elif request.keep is not None:
-        budget = int(request.keep * sum(target.dense_params for target in targets))
-    else:
+    budget = request.budget(targets, made.params_before - sum(target.dense_params for target in targets))
+    if budget is None:
         budget = sum(target.params for target in made.targets)
     ranks = allocate(
         targets,
-        [store.spectrum(target.module).numpy() for target in targets],
+        [store.spectrum(target).numpy() for target in targets],
         budget,
         cost=layout_named(made.settings["layout"]).cost,
+        multiple=request.multiple,
     )
     return [
         replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
@@ -420,12 +441,19 @@ def _job(
     measure: Callable[[], Mapping[str, float]] | None,
 ) -> Job:
     row = dense_architecture(source.config, source.name)
-    config = checkpoint.factored_config(source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"])
+    config = checkpoint.factored_config(
+        source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"], made.shared
+    )
     config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
     command = command_line(source, made, settings)
 
     def matrices(reports: Reports) -> dict[str, dict[str, Any]]:
-        found = {target.module: dict(reports[target.weight]) for target in made.targets if target.rank is not None}
+        found = {
+            module: dict(report)
+            for target in made.targets
+            if target.rank is not None
+            for module, report in _by_layer(target, reports[target.weight]).items()
+        }
         if method.in_loss:  # half of what the second-order estimate sums up to
             found = {name: {**told, "predicted_loss": told["lost"] / 2} for name, told in found.items()}
         return found
@@ -438,7 +466,7 @@ def _job(
         return {
             "params": {"before": made.params_before, "after": made.params_after},
             "bytes": {"before": made.bytes_before, "after": made.bytes_after},
-            "dense_targets": {t.module: t.reason for t in made.targets if t.rank is None},
+            "dense_targets": {part.module: t.reason for t in made.targets if t.rank is None for part in t.parts},
             "notes": list(made.notes),
             "matrices": matrices(reports),
             **predicted(reports),
@@ -465,6 +493,19 @@ def _job(
     )
 
 
+def _by_layer(target: Target, report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Module path -> report of its matrix; the time of a group is spread evenly."""
+    if not target.followers:
+        return {target.module: report}
+    common = {name: value for name, value in report.items() if name != "layers"}
+    common["seconds"] = round(report["seconds"] / len(target.parts), 4)
+    owner = {part.module: {"shared_with": target.module} for part in target.followers}
+    return {
+        part.module: {**common, **layer, **owner.get(part.module, {})}
+        for part, layer in zip(target.parts, report["layers"], strict=True)
+    }
+
+
 def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str:
     """The command that makes this result again."""
     words = ["svdconvert", source.repo or source.name]
@@ -477,6 +518,8 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
         words += ["--rank", f"{pattern}={rank}"]
     for pattern in settings["targets"]:
         words += ["--targets", pattern]
+    if settings["rank_multiple"] != 1:
+        words += ["--rank-multiple", str(settings["rank_multiple"])]
     if settings["factor_all"]:
         words.append("--factor-all")
     if "calibration" in settings:
@@ -484,6 +527,7 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
         words += ["--calib-length", str(settings["length"]), "--seed", str(settings["seed"])]
     words += ["--refit", settings["refit"]] if settings["refit"] != "none" else []
     words += ["--layout", settings["layout"]] if settings["layout"] != DEFAULT.name else []
+    words += ["--share-layers", str(settings["share_layers"])] if settings["share_layers"] > 1 else []
     words += ["--allocation", "global"] if settings["allocation"] == "global" else []
     for option in method_named(made.method).options:
         words += [f"--{option}", f"{settings[option]:g}"]
@@ -493,11 +537,11 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
 
 
 def _request(
-    rank: int | Mapping[str, int] | None, keep: float | None, params: int | None, factor_all: bool
+    rank: int | Mapping[str, int] | None, keep: float | None, params: int | None, factor_all: bool, multiple: int
 ) -> RankRequest:
     patterns = dict(rank) if isinstance(rank, Mapping) else {}
     default = patterns.pop("*", None) if isinstance(rank, Mapping) else rank
-    return RankRequest(default, patterns, keep, params, factor_all)
+    return RankRequest(default, patterns, keep, params, factor_all, multiple)
 
 
 def _bytes(size: str | int) -> int:

@@ -3,27 +3,34 @@
 Per target there is one file with the squared singular values, the directions, the metric that the least-squares
 partner needs, and, where the inputs' second moments are known, the outputs' error at every rank: 12 k^2 bytes for a
 matrix whose smaller side is k. A file that is there is finished.
+
+Layers that share a factor are decomposed together, but their statistics come block by block. So each layer's metrics
+wait in files of their own, 16 n^2 bytes for n inputs, until those of the whole group are there; then half of them goes,
+and 8 n^2 bytes a layer stay for the least-squares partners.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.headers import TensorInfo
 from svdconvert.metrics import Method
 from svdconvert.planning import layer_number
 from svdconvert.ranks import Target
-from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses
+from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_statistic
+from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
 from svdconvert.source import Source, read_json
 from svdconvert.steps import Step
 from svdconvert.weights import WeightReader
@@ -37,15 +44,15 @@ if TYPE_CHECKING:
 class Store(Protocol):
     """Where decompositions go."""
 
-    def has(self, module: str) -> bool:
+    def has(self, target: Target) -> bool:
         """Whether a target is done."""
         ...
 
-    def save(self, module: str, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
         """Take one target's decomposition; it is valid until the next one.
 
         Args:
-            module: the target.
+            target: a matrix; a group only where it has no metrics.
             found: its decomposition.
             inner: metric on the smaller side.
             outputs: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known.
@@ -82,16 +89,43 @@ class Decompositions:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(found, json.dumps(wanted, indent=1).encode())
 
-    def path(self, module: str) -> Path:
+    def path(self, target: Target) -> Path:
         """File of one target."""
-        return self.folder / f"{module}.safetensors"
+        # the layers of a group follow one another, so that the first one and their number say which they are
+        group = f"+{len(target.followers)}" if target.followers else ""
+        return self.folder / f"{target.module}{group}.safetensors"
 
-    def has(self, module: str) -> bool:
+    def metric_path(self, target: Target, index: int) -> Path:
+        """File of the input metric of one layer of a group."""
+        return self.path(target).with_suffix(f".{index}.inner")
+
+    def waiting_path(self, target: Target, index: int) -> Path:
+        """File of what else is needed of that layer until the group is decomposed; written after the other one."""
+        return self.path(target).with_suffix(f".{index}.outer")
+
+    def has(self, target: Target) -> bool:
         """Whether a target is done."""
-        return self.path(module).is_file()
+        return self.path(target).is_file()
 
-    def save(self, module: str, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def options(self, target: Target) -> dict[str, Any]:
+        """What the step that truncates a target has to know."""
+        options: dict[str, Any] = {"decomposition": str(self.path(target))}
+        if target.followers:
+            paths = [self.metric_path(target, index) for index in range(len(target.parts))]
+            options["metrics"] = [str(path) for path in paths if path.is_file()]
+        return options
+
+    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
         """Write one target's file, whole or not at all; see :meth:`Store.save`."""
+        self._save(target, found, metric=inner, outputs=outputs)
+
+    def save_group(self, target: Target, found: SharedDecomposition) -> None:
+        """Write the file of a group that has metrics, and give up what waited for it."""
+        self._save(target, found.found, captured=found.captured)
+        for index in range(len(target.parts)):
+            self.waiting_path(target, index).unlink()
+
+    def _save(self, target: Target, found: Decomposition, **more: Metric) -> None:
         tensors = {
             "values": found.values,
             # Half the room; what is lost is far below what the least-squares partner makes good.
@@ -99,22 +133,22 @@ class Decompositions:
             "double": torch.tensor(found.basis.dtype == torch.float64),
             "scale": torch.tensor(found.scale, dtype=torch.float64),
         }
-        if inner is not None:
-            tensors["metric"] = inner
-        if outputs is not None:
-            tensors["outputs"] = outputs
-        with disk_errors(self.folder):
-            atomic_write(self.path(module), save({name: tensor.cpu() for name, tensor in tensors.items()}))
+        self.write(self.path(target), tensors | {name: tensor for name, tensor in more.items() if tensor is not None})
 
-    def spectrum(self, module: str) -> torch.Tensor:
-        """[k] float64, descending: squared singular values in the metrics."""
-        with safe_open(self.path(module), "pt") as handle:
+    def write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write a file of the collection, whole or not at all."""
+        with disk_errors(self.folder):
+            atomic_write(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+
+    def spectrum(self, target: Target) -> torch.Tensor:
+        """[k] float64, descending: squared singular values in the metrics; of a group, what each rank captures."""
+        with safe_open(self.path(target), "pt") as handle:
             values, scale = handle.get_tensor("values"), float(handle.get_tensor("scale"))
         return Decomposition(values, torch.empty(0), scale).spectrum
 
-    def outputs(self, module: str) -> torch.Tensor | None:
+    def outputs(self, target: Target) -> torch.Tensor | None:
         """[k + 1] float64: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known."""
-        return load_outputs(self.path(module))
+        return load_outputs(self.path(target))
 
 
 def load_outputs(path: Path) -> torch.Tensor | None:
@@ -129,6 +163,23 @@ def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition,
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
     found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
     return found, tensors.get("metric")
+
+
+def load_group(path: Path, device: torch.device) -> SharedDecomposition:
+    """The decomposition of a group that has metrics."""
+    tensors = load_file(path, device=str(device))
+    return SharedDecomposition(Decomposition(tensors["values"], tensors["basis"].double()), tensors["captured"])
+
+
+def is_second_moment(path: Path) -> bool:
+    """Whether the input metric of a layer is the second moment of its inputs itself."""
+    with safe_open(path, "pt") as handle:
+        return bool(handle.get_tensor("moments"))
+
+
+def load_metric(path: Path, device: torch.device) -> Tensor:
+    """The input metric of one layer of a group."""
+    return load_file(path, device=str(device))["metric"]
 
 
 def decompositions_key(
@@ -187,13 +238,13 @@ def decompose_all(
     if knowledge is not None and method.statistics:
         count = knowledge.text.tokens
         events.note(f"calibration on {count:,} tokens of {knowledge.name}")
-        widest = max(max(target.shape) for target in targets)
+        widest = max(max(part.rows, target.shape[1]) for target in targets for part in target.parts)
         if count < widest:
             events.note(
                 f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
                 "singular; more --calib-samples give better factors"
             )
-        modules = [target.module for target in targets]
+        modules = [part.module for target in targets for part in target.parts]
         statistics = knowledge.collect(method, modules, device, work, events)
     decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events)
 
@@ -222,7 +273,7 @@ def decompose_targets(
     Raises:
         InputError: a matrix or a statistic has NaN or infinite entries; it is named.
     """
-    missing = [target for target in targets if not store.has(target.module)]
+    missing = [target for target in targets if not store.has(target)]
     done = len(targets) - len(missing)
     events.begin([_announcement(source, target) for target in missing], done)
     if not missing:
@@ -231,16 +282,24 @@ def decompose_targets(
     try:
         if statistics is None:
             for target in missing:
-                worker.run(target, None)
+                worker.run(target)
             return
-        by_block: dict[int, list[Target]] = {}
         for target in missing:
-            by_block.setdefault(layer_number(target.module), []).append(target)
-        every = {layer_number(target.module) for target in targets}
+            worker.finish_group(target)
+        by_block: dict[int, list[tuple[Target, int]]] = {}
+        for target in missing:
+            for index, part in enumerate(target.parts):
+                if not store.has(target) and not (target.followers and worker.is_waiting(target, index)):
+                    by_block.setdefault(layer_number(part.module), []).append((target, index))
+        if not by_block:
+            return
+        every = {layer_number(part.module) for target in targets for part in target.parts}
         for block, found in statistics(skip_blocks=every - by_block.keys()):
-            for target in by_block.get(block, []):
-                worker.run(target, found[target.module])
+            for target, index in by_block.get(block, []):
+                worker.learn(target, index, found[target.parts[index].module])
             del found  # one block's Gram matrices at a time
+            for target, _ in by_block.get(block, []):
+                worker.finish_group(target)
     finally:
         worker.reader.close()
 
@@ -259,25 +318,98 @@ class _Worker:
         self.device, self.events = device, events
         self.reader, self.workspace = WeightReader(source), Workspace()
 
-    def run(self, target: Target, statistics: ModuleStatistics | None) -> None:
-        step = _announcement(self.source, target)
-        self.events.solving(step)
-        info = self.source.tensors[target.weight]
-        buffer = self.workspace.take("weight", (info.nbytes,), torch.uint8, torch.device("cpu"))
-        weight = self.reader.read(info, buffer).to(self.device)
-        weight = weight.T if target.transposed else weight
-        left, right = (None, None) if statistics is None else self.method.metrics(statistics, self.options)
-        gram = None if statistics is None else statistics.input_gram
+    @property
+    def groups(self) -> Decompositions:
+        """The store, where metrics of groups can wait."""
+        assert isinstance(self.store, Decompositions)
+        return self.store
+
+    def run(self, target: Target) -> None:
+        """Decompose a target without metrics."""
+        self.events.solving(_announcement(self.source, target))
+        weights = self.weights(target)
+        for part, weight in zip(target.parts, weights, strict=True):
+            with _naming(part.weight):
+                refuse_not_finite(weight)
+        stack = torch.cat(weights) if target.followers else weights[0]
+        self.store.save(target, decompose(stack, self.workspace), None, None)
+        self.events.decomposed(_announcement(self.source, target))
+
+    def learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
+        """Decompose a target in its metrics; of a group, keep what has to be known of one layer."""
+        self.events.solving(_announcement(self.source, target))
+        part, tall = target.parts[index], target.shape[0] >= target.shape[1]
+        weight = self.weights(target, index)[0]
+        left, right = self.method.metrics(statistics, self.options)
+        gram = statistics.input_gram
         own = gram is right  # no shrinkage
         left, right = _on(left, self.device), _on(right, self.device)
-        gram = right if own else _on(gram, self.device)
-        try:
-            found = decompose(weight, self.workspace, left, right)
-        except InputError as error:
-            raise InputError(f"tensor {target.weight} cannot be converted: {error}") from None
-        outputs = None if gram is None else output_losses(weight, found, left, right, gram)
-        self.store.save(target.module, found, right if target.shape[0] >= target.shape[1] else left, outputs)
-        self.events.decomposed(step)
+        with _naming(part.weight):
+            if not target.followers:
+                found = decompose(weight, self.workspace, left, right)
+                gram = right if own else _on(gram, self.device)
+                outputs = None if gram is None else output_losses(weight, found, left, right, gram)
+                self.store.save(target, found, right if tall else left, outputs)
+                self.events.decomposed(_announcement(self.source, target))
+                return
+            outer = outer_statistic(weight, left, tall=tall)
+        assert right is not None  # every method that looks at a text has a metric on the inputs
+        store = self.groups
+        store.write(store.metric_path(target, index), {"metric": right, "moments": torch.tensor(own)})
+        waiting = {"tokens": torch.tensor(statistics.tokens)} | ({} if outer is None else {"outer": outer})
+        store.write(store.waiting_path(target, index), waiting)
+
+    def is_waiting(self, target: Target, index: int) -> bool:
+        """Whether all that has to be known of one layer of a group is there."""
+        return self.groups.waiting_path(target, index).is_file()
+
+    def finish_group(self, target: Target) -> None:
+        """Decompose a group if all its layers are known."""
+        if not target.followers:
+            return
+        places = [self.groups.waiting_path(target, index) for index in range(len(target.parts))]
+        if not all(place.is_file() for place in places):
+            return
+        wide = target.shape[0] < target.shape[1]
+
+        def outer(place: Path) -> Metric:
+            return _on(load_file(place).get("outer"), self.device)
+
+        found = decompose_shared(
+            [partial(outer, place) for place in places],
+            [partial(load_metric, self.groups.metric_path(target, i), self.device) for i in range(len(places))],
+            [_tokens(place) for place in places],
+            self.weights(target) if wide else None,
+            self.workspace,
+        )
+        self.groups.save_group(target, found)
+        self.events.decomposed(_announcement(self.source, target))
+
+    def weights(self, target: Target, index: int | None = None) -> list[Tensor]:
+        """Matrices of a target, or one of them; valid until the next call."""
+        infos = [self.source.tensors[part.weight] for part in target.parts]
+        infos = infos if index is None else infos[index : index + 1]
+        buffer = self.workspace.take("weight", (sum(i.nbytes for i in infos),), torch.uint8, torch.device("cpu"))
+        found, start = [], 0
+        for info in infos:
+            weight = self.reader.read(info, buffer[start:]).to(self.device)
+            found.append(weight.T if target.transposed else weight)
+            start += info.nbytes
+        return found
+
+
+def _tokens(path: Path) -> int:
+    with safe_open(path, "pt") as handle:
+        return int(handle.get_tensor("tokens"))
+
+
+@contextmanager
+def _naming(weight: str) -> Iterator[None]:
+    """Say which tensor an InputError is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"tensor {weight} cannot be converted: {error}") from None
 
 
 def _on(metric: Metric, device: torch.device) -> Metric:
@@ -286,5 +418,4 @@ def _on(metric: Metric, device: torch.device) -> Metric:
 
 def _announcement(source: Source, target: Target) -> Step:
     """A step for the progress display."""
-    info: TensorInfo = source.tensors[target.weight]
-    return Step("decompose", target.weight, (info,), ())
+    return Step("decompose", target.weight, tuple(source.tensors[part.weight] for part in target.parts), ())

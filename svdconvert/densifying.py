@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
-from svdconvert.layouts import layout_of
+from svdconvert.layouts import layout_of, shared_layers, stored_names
 from svdconvert.planning import natural
 from svdconvert.source import Source, listing, open_source
 from svdconvert.steps import Step, parse_size, shard
@@ -57,7 +57,7 @@ def densify(
     def dense_name(name: str) -> str:
         return biases.get(name) or row.dense_name(name)
 
-    steps = factored_steps(source, row, lambda _, *args: [_multiply_step(row, *args)], dense_name)
+    steps = factored_steps(source, row, lambda layers: [_multiply_step(row, layer) for layer in layers], dense_name)
     outputs = [info for step in steps for info in step.outputs]
 
     def model_card(reports: Reports) -> str:
@@ -91,41 +91,60 @@ def densify(
     )
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A factored layer of a checkpoint.
+
+    Attributes:
+        module: path in the base model.
+        weight: name that its dense weight would have.
+        stored: its tensors; the first one may be another layer's.
+    """
+
+    module: str
+    weight: str
+    stored: tuple[TensorInfo, ...]
+
+
 def factored_steps(
     source: Source,
     row: Architecture,
-    factored_step: Callable[[str, str, tuple[TensorInfo, ...]], list[Step]],
+    factored_step: Callable[[Sequence[Layer]], list[Step]],
     copied_name: Callable[[str], str],
 ) -> list[Step]:
-    """Steps over a factored checkpoint: one for each pair of factors, a copy for everything else.
+    """Steps over a factored checkpoint: those for each layer or group of layers, a copy for everything else.
 
     Args:
         source: the factored checkpoint.
         row: its architecture.
-        factored_step: (module, weight name, its tensors) -> the steps that make something of them.
+        factored_step: a layer, and those that share its input-side factor -> the steps that make something of them.
         copied_name: name in the source -> name in the result, for the tensors that are copied.
 
     Raises:
-        InputError: config.json names a factor that the files do not have.
+        InputError: config.json names a factor that the files do not have, or an owner that there is not.
     """
-    layout = layout_of(source.config)
-    steps: list[Step] = []
+    ranks, shared = source.config["svd_ranks"], shared_layers(source.config)
+    groups: dict[str, list[Layer]] = {module: [] for module in ranks if module not in shared}
     factors: set[str] = set()
-    for module, rank in source.config["svd_ranks"].items():
-        weight = f"{row.prefix}{module}.weight"
-        names = layout.names(weight)
+    for module, rank in sorted(ranks.items(), key=lambda item: item[0] in shared):
+        names = stored_names(source.config, row.prefix, module)
         missing = [name for name in names if name not in source.tensors]
         if missing:
             raise InputError(f"{source.name} lacks {listing(missing)}, which its config.json promises")
         stored = tuple(source.tensors[name] for name in names)
         if stored[0].shape[0] != rank or stored[1].shape[1] != rank:
             raise InputError(f"{module} of {source.name} has rank {stored[0].shape[0]}, but config.json says {rank}")
-        steps += factored_step(module, weight, stored)
+        owner = shared.get(module, module)
+        if owner not in groups:
+            raise InputError(f"config.json of {source.name} lets {module} share with {owner}, which has no factor")
+        groups[owner].append(Layer(module, f"{row.prefix}{module}.weight", stored))
         factors.update(names)
+    steps = [step for layers in groups.values() for step in factored_step(layers)]
     for name, info in source.tensors.items():
         if name not in factors:
             steps.append(copy_step(info, copied_name(name)))
-    return sorted(steps, key=lambda step: (step.inputs[0].file, step.inputs[0].start, natural(step.key)))
+    # where the last tensor of a step is read
+    return sorted(steps, key=lambda step: (*max((info.file, info.start) for info in step.inputs), natural(step.key)))
 
 
 def copy_step(info: TensorInfo, name: str) -> Step:
@@ -139,6 +158,6 @@ def outer_shape(stored: Sequence[TensorInfo]) -> tuple[int, int]:
     return (position[0].shape[0] if position else up.shape[0]), down.shape[1]
 
 
-def _multiply_step(row: Architecture, weight: str, stored: tuple[TensorInfo, ...]) -> Step:
-    product = TensorInfo(weight, stored[0].dtype, row.matrix_shape(outer_shape(stored)))
-    return Step("multiply", weight, stored, (product,), {"transposed": row.transposed})
+def _multiply_step(row: Architecture, layer: Layer) -> Step:
+    product = TensorInfo(layer.weight, layer.stored[0].dtype, row.matrix_shape(outer_shape(layer.stored)))
+    return Step("multiply", layer.weight, layer.stored, (product,), {"transposed": row.transposed})

@@ -1,7 +1,8 @@
 """Exact merge of a LoRA adapter into a factored checkpoint.
 
 An adapter beside a factored layer, h = B(A x) + s LB(LA x), is itself a product of rank q; so the sum is a product of
-rank r + q, [B, s LB] [A; LA], and nothing is lost. On a layer that stayed dense the usual W + s LB LA applies.
+rank r + q, [B, s LB] [A; LA], and nothing is lost. On a layer that stayed dense the usual W + s LB LA applies. Layers
+that share A go on sharing it: it gets the rows LA of all their adapters, and each B zeros for those of the others.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from svdconvert import card, checkpoint
 from svdconvert.architectures import factored_architecture
-from svdconvert.densifying import copy_step, factored_steps, outer_shape
+from svdconvert.densifying import Layer, copy_step, factored_steps, outer_shape
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters, read_header
@@ -183,20 +185,34 @@ def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
         if (pair[1].shape[0], pair[0].shape[1]) != shape:
             raise InputError(f"the adapter's weights for {module} do not fit a {shape[0]} x {shape[1]} layer")
 
-    def extend(module: str, weight: str, stored: tuple[TensorInfo, ...]) -> list[Step]:
-        pair = left.pop(f"{row.prefix}{module}", None)
-        if pair is None:
+    def extend(layers: Sequence[Layer]) -> list[Step]:
+        pairs = {i: left.pop(f"{row.prefix}{layer.module}", None) for i, layer in enumerate(layers)}
+        adapted = {i: pair for i, pair in pairs.items() if pair is not None}
+        # the first tensor is that of all of them
+        stored = (*layers[0].stored, *(info for layer in layers[1:] for info in layer.stored[1:]))
+        if not adapted:
             return [copy_step(info, info.name) for info in stored]
-        shape = outer_shape(stored)
-        check(module, shape, pair)
-        rank = ranks[module] = stored[0].shape[0] + pair[0].shape[0]
+        shapes = [outer_shape(layer.stored) for layer in layers]
+        for i, pair in adapted.items():
+            check(layers[i].module, shapes[i], pair)
+        shape = (sum(rows for rows, _ in shapes), shapes[0][1])
+        rank = stored[0].shape[0] + sum(pair[0].shape[0] for pair in adapted.values())
         if rank > min(shape) or (layout.index and rank == shape[0]):
             raise InputError(
-                f"folding would raise {module} to rank {rank}, more than a {shape[0]} x {shape[1]} matrix has; "
+                f"folding would raise {layers[0].module} to rank {rank}, more than a {shape[0]} x {shape[1]} matrix "
+                f"{'with the layers that share with it ' if len(layers) > 1 else ''}has; "
                 "run `svdconvert densify` and merge the adapter into the dense model"
             )
-        outputs = layout.tensors(weight, rank, shape, stored[0].dtype)
-        return [Step("extend", weight, (*stored, *pair), outputs, {"scale": lora.scale(f"{row.prefix}{module}")})]
+        ranks.update({layer.module: rank for layer in layers})
+        weight, scales = layers[0].weight, {i: lora.scale(f"{row.prefix}{layers[i].module}") for i in adapted}
+        inputs = (*stored, *(info for pair in adapted.values() for info in pair))
+        if len(layers) == 1:
+            outputs = layout.tensors(weight, rank, shape, stored[0].dtype)
+            return [Step("extend", weight, inputs, outputs, {"scale": scales[0]})]
+        wider = [replace(info, shape=(info.shape[0], rank), file="", start=-1) for info in stored[1:]]
+        down = replace(stored[0], shape=(rank, shape[1]), file="", start=-1)
+        options = {"layers": len(layers), "scales": list(scales.items())}
+        return [Step("extend_shared", weight, inputs, (down, *wider), options)]
 
     steps = []
     for step in factored_steps(source, row, extend, lambda name: name):

@@ -18,7 +18,7 @@ from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, layout
 from svdconvert.source import LocalSource, Source
-from svdconvert.steps import Step
+from svdconvert.steps import Step, files_here
 from svdconvert.writer import JOB_FOLDER, OutputFolder, read_record
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -127,7 +127,7 @@ def run_job(
     target = torch.device(device)
     with output:
         job = prepare()
-        preflight_disk(folder, job.shards, source)
+        preflight_disk(folder, job, source)
         pipeline = Pipeline(source, job.steps, job.shards, output, device=target, workers=workers, events=events)
         reports = pipeline.run()
         record = checkpoint.record(command, source, everything, job.details(reports))
@@ -179,7 +179,7 @@ def refuse_same_folder(source: Source, folder: Path) -> None:
         raise InputError(f"--out {folder} is the source's own folder; give another one")
 
 
-def preflight_disk(folder: Path, shards: Mapping[str, Sequence[TensorInfo]], source: Source) -> None:
+def preflight_disk(folder: Path, job: Job, source: Source) -> None:
     """Compare the room that the result needs with what is free.
 
     Raises:
@@ -187,12 +187,11 @@ def preflight_disk(folder: Path, shards: Mapping[str, Sequence[TensorInfo]], sou
     """
     needed = sum(
         layout(infos)[2]
-        for name, infos in shards.items()
+        for name, infos in job.shards.items()
         # What an interrupted run has written or reserved is taken already.
         if not (folder / name).exists() and not (folder / JOB_FOLDER / f"{name}.partial").exists()
     )
-    # The weight file in work and the next one are here at the same time.
-    needed += sum(sorted(source.download_bytes.values())[-2:])
+    needed += sum(sorted(source.download_bytes.values())[-files_here(job.steps) :])
     free = free_bytes(folder)
     if needed > free:
         raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
@@ -95,6 +96,27 @@ def layout_named(name: str) -> Layout:
     if name not in LAYOUTS:
         raise InputError(f"--layout {name!r} is unknown; known: {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
+
+
+def stored_names(config: Mapping[str, Any], prefix: str, module: str) -> tuple[str, ...]:
+    """Names of the tensors that a factored layer is made of, as :meth:`Layout.names`.
+
+    A layer that shares has the first one where its owner has it.
+
+    Args:
+        config: of the factored checkpoint.
+        prefix: of the base model in tensor names.
+        module: path of the layer in the base model.
+    """
+    layout = layout_of(config)
+    names = layout.names(f"{prefix}{module}.weight")
+    owner = shared_layers(config).get(module)
+    return names if owner is None else (layout.names(f"{prefix}{owner}.weight")[0], *names[1:])
+
+
+def shared_layers(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Layer -> the one whose input-side factor it uses, of a factored checkpoint."""
+    return dict(config.get("svd_shared") or {})
 
 
 def layout_of(config: Mapping[str, object]) -> Layout:

@@ -22,13 +22,11 @@ from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
-from svdconvert.steps import Step
+from svdconvert.steps import Step, files_here
 from svdconvert.weights import WeightReader, as_bytes
 from svdconvert.writer import OutputFolder, ShardWriter
 
 _ALIGN = 64
-# Files of a Hub source that may be here at a time: the one in work and the one being fetched.
-_FILES_AT_A_TIME = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Pipeline:
         self._todo = [step for step in steps if not self._writer.is_done(step.key)]
         self._open = Counter(file for step in self._todo for file in step.files)
         self._count_lock = threading.Lock()
-        self._files = threading.Semaphore(_FILES_AT_A_TIME if source.repo else max(len(source.files), 2))
+        self._files = threading.Semaphore(files_here(self._todo) if source.repo else max(len(source.files), 2))
         self._fetched: set[str] = set()
         self._stop = threading.Event()
         self._error: BaseException | None = None

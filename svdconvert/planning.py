@@ -16,7 +16,7 @@ from svdconvert.errors import InputError
 from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo, parameters
 from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named
-from svdconvert.ranks import RankRequest, Target, assign, matches
+from svdconvert.ranks import Part, RankRequest, Target, assign, matches
 from svdconvert.source import Source, listing
 from svdconvert.steps import Step, files_bytes, shard
 
@@ -33,12 +33,13 @@ class Group:
 
     Attributes:
         name: suffix of the module paths.
-        shape: ``(out, in)``.
+        shape: ``(out, in)`` of each.
         count: number of matrices.
         ranks: lowest and highest rank among those that are factored, or None where none is.
         dense: how many stay dense.
-        break_even: the rank from which on nothing is saved.
+        break_even: the rank from which on nothing is saved; where layers share, in the largest group.
         dense_params, params: parameters of all of them, before and after.
+        shared: layers that share one input-side factor.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Group:
     break_even: float
     dense_params: int
     params: int
+    shared: int = 1
 
     @property
     def rank(self) -> str:
@@ -96,29 +98,36 @@ class Plan:
     @property
     def ranks(self) -> dict[str, int]:
         """Module path -> rank, as config.json's ``svd_ranks``."""
-        return {target.module: target.rank for target in self.targets if target.rank is not None}
+        return {part.module: t.rank for t in self.targets if t.rank is not None for part in t.parts}
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Module path -> that of the layer whose input-side factor it uses, as config.json's ``svd_shared``."""
+        return {part.module: t.module for t in self.targets if t.rank is not None for part in t.followers}
 
     @cached_property
     def groups(self) -> list[Group]:
         """The targets, summed up by kind."""
 
+        kinds: dict[tuple[str, tuple[int, int]], list[Target]] = {}
+        for target in self.targets:
+            kinds.setdefault((suffix(target.module), (target.parts[0].rows, target.shape[1])), []).append(target)
         groups = []
-        for name in dict.fromkeys(suffix(target.module) for target in self.targets):
-            for shape in dict.fromkeys(target.shape for target in self.targets if suffix(target.module) == name):
-                same = [t for t in self.targets if suffix(t.module) == name and t.shape == shape]
-                ranks = [t.rank for t in same if t.rank is not None]
-                groups.append(
-                    Group(
-                        name=name,
-                        shape=shape,
-                        count=len(same),
-                        ranks=(min(ranks), max(ranks)) if ranks else None,
-                        dense=len(same) - len(ranks),
-                        break_even=same[0].break_even,
-                        dense_params=sum(t.dense_params for t in same),
-                        params=sum(t.params for t in same),
-                    )
+        for (name, shape), same in kinds.items():
+            ranks = [t.rank for t in same if t.rank is not None]
+            groups.append(
+                Group(
+                    name=name,
+                    shape=shape,
+                    count=sum(len(t.parts) for t in same),
+                    ranks=(min(ranks), max(ranks)) if ranks else None,
+                    dense=sum(len(t.parts) for t in same if t.rank is None),
+                    break_even=max(t.break_even for t in same),
+                    dense_params=sum(t.dense_params for t in same),
+                    params=sum(t.params for t in same),
+                    shared=max(len(t.parts) for t in same),
                 )
+            )
         return groups
 
     @property
@@ -131,15 +140,17 @@ class Plan:
 
     @cached_property
     def peak_bytes(self) -> int:
-        """Estimated peak of host memory when solving on the CPU: one matrix, the next one and a workspace."""
+        """Estimated peak of host memory when solving on the CPU: a matrix or group, the next one and a workspace."""
         work = 0
         for target, step in ((t, s) for t in self.targets if t.rank for s in self.steps if s.key == t.weight):
             k = min(target.shape)
-            raw = step.inputs[0].nbytes
+            raw = sum(info.nbytes for info in step.inputs)
             # Up to three results that wait to be written, and the smaller factor with its inverse in float32.
             factors = 3 * sum(info.nbytes for info in step.outputs) + 4 * 4 * k * (target.rank or 0)
             # Two staging buffers, and three k x k arrays in float32: the Gram matrix and LAPACK's workspace.
-            work = max(work, 2 * raw + 3 * 4 * k * k + factors)
+            # The matrices of a group are stacked in a copy.
+            copies = 3 if target.followers else 2
+            work = max(work, copies * raw + 3 * 4 * k * k + factors)
         return BASE_BYTES + work
 
     def to_json(self) -> dict[str, Any]:
@@ -154,6 +165,7 @@ class Plan:
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
             "groups": [asdict(group) for group in self.groups],
             "svd_ranks": self.ranks,
+            "svd_shared": self.shared,
             "shards": {file: sum(info.nbytes for info in infos) for file, infos in self.shards.items()},
             "peak_memory_bytes": self.peak_bytes,
             "training_bytes": {"before": before, "after": after},
@@ -171,9 +183,10 @@ def make_plan(
     dtype: str = "keep",
     max_shard_bytes: int = 5_000_000_000,
     ranked: Sequence[Target] | None = None,
-    decompositions: Mapping[str, str] | None = None,
+    decompositions: Mapping[str, Mapping[str, Any]] | None = None,
     refitted: Mapping[str, str] | None = None,
     layout: str = DEFAULT.name,
+    share_layers: int = 1,
 ) -> Plan:
     """Plan a conversion.
 
@@ -186,8 +199,10 @@ def make_plan(
         max_shard_bytes: limit of a weight file.
         ranked: the targets with the ranks that a budget has given them; None for those that the request itself gives.
         layout: row of :data:`svdconvert.layouts.LAYOUTS`.
-        decompositions: module path -> file with its decomposition, where that was computed beforehand.
+        decompositions: module path -> options of the step that truncates its decomposition, where that was computed
+            beforehand.
         refitted: module path -> file with its refitted factors, where there are such.
+        share_layers: consecutive layers that share their input-side factor.
 
     Raises:
         InputError: the source is not supported, lacks tensors, or cannot meet the request.
@@ -203,10 +218,12 @@ def make_plan(
 
     stored = layout_named(layout)
     candidates = [replace(target, layout=stored) for target in choose_targets(kept, row, targets)]
+    candidates = share(candidates, share_layers, kept)
     dense_params = sum(info.size for info in kept.values())
+    untouched = dense_params - sum(target.dense_params for target in candidates)
     if ranked is None:
-        ranked = assign(candidates, request, dense_params - sum(target.dense_params for target in candidates))
-    steps = _steps(kept, ranked, row, dtype, {**(decompositions or {})}, {**(refitted or {})}, stored)
+        ranked = assign(candidates, request, untouched)
+    steps = _steps(kept, ranked, row, dtype, decompositions or {}, refitted or {}, stored)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
     return Plan(
@@ -221,13 +238,14 @@ def make_plan(
         params_after=parameters(outputs),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
-        notes=tuple(_notes(source, dropped, copies, ranked)),
+        notes=tuple(_notes(source, dropped, copies, ranked, request, untouched, share_layers)),
         settings={
             "method": method,
             "targets": list(targets),
             **request.settings(),
             "dtype": dtype,
             "layout": layout,
+            "share_layers": share_layers,
             "max_shard_bytes": max_shard_bytes,
         },
     )
@@ -290,6 +308,46 @@ def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, pattern
     return [t for t in found if not patterns or any(matches(t.module, pattern) for pattern in patterns)]
 
 
+def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorInfo]) -> list[Target]:
+    """Put targets of one kind in consecutive layers together, so many at a time; what is left makes a smaller group.
+
+    Args:
+        targets: single ones, by layer.
+        layers: how many; 1 leaves everything as it is.
+        tensors: of the source.
+
+    Raises:
+        InputError: the number, or the layout, does not allow it.
+    """
+    if layers < 1:
+        raise InputError(f"--share-layers {layers} is not possible; the least is 1, where nothing is shared")
+    if layers == 1:
+        return list(targets)
+    if any(target.layout.index for target in targets):
+        raise InputError(
+            f"--share-layers {layers} does not go with --layout {targets[0].layout.name}, whose rows are those of one "
+            "matrix each; use --layout balanced"
+        )
+    groups: list[list[Target]] = []
+    growing: dict[tuple[str, int, str], list[Target]] = {}
+    for target in targets:
+        kind = (suffix(target.module), target.shape[1], tensors[target.weight].dtype)
+        group = growing.get(kind, [])
+        if group and len(group) < layers and layer_number(target.module) == layer_number(group[-1].module) + 1:
+            group.append(target)
+        else:
+            growing[kind] = [target]
+            groups.append(growing[kind])
+    return [
+        replace(
+            first,
+            shape=(first.shape[0] + sum(other.shape[0] for other in others), first.shape[1]),
+            followers=tuple(Part(other.module, other.weight, other.shape[0]) for other in others),
+        )
+        for first, *others in groups
+    ]
+
+
 def suffix(module: str) -> str:
     """``layers.3.attention.dense`` -> ``attention.dense``."""
     return re.sub(r"^.*?\.\d+\.", "", module)
@@ -306,35 +364,56 @@ def _steps(
     targets: Sequence[Target],
     row: Architecture,
     dtype: str,
-    decompositions: Mapping[str, str],
+    decompositions: Mapping[str, Mapping[str, Any]],
     refitted: Mapping[str, str],
     layout: Layout,
 ) -> list[Step]:
-    """One step per source tensor, in the order of the source's files, so that each file is needed once."""
-    factored = {target.weight: target for target in targets if target.rank is not None}
-    factored_biases = {weight.removesuffix("weight") + "bias" for weight in factored}
+    """One step per source tensor or group, in the order of the source's files, so that each file is needed once.
+
+    A group's step comes where its last tensor is read.
+    """
+    owners = {part.weight: target for target in targets if target.rank is not None for part in target.parts}
+    factored_biases = {weight.removesuffix("weight") + "bias" for weight in owners}
+    unread = {target.weight: len(target.parts) for target in owners.values()}
     steps = []
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start, natural(item[0]))):
         code = info.dtype if dtype == "keep" else CODES[dtype]
-        full = row.full_name(name)
-        if name in factored:
-            target = factored[name]
-            assert target.rank is not None
-            outputs = layout.tensors(full, target.rank, target.shape, code)
-            kind, arguments = "factorize", {"rank": target.rank, "layout": layout.name}
-            if target.transposed:
-                arguments["transposed"] = True
-            for other, argument, files in (
-                ("truncate", "decomposition", decompositions),
-                ("refit", "refitted", refitted),
-            ):
-                if target.module in files:
-                    kind, arguments = other, {**arguments, argument: files[target.module]}
-            steps.append(Step(kind, name, (info,), outputs, arguments))
+        if name in owners:
+            target = owners[name]
+            unread[target.weight] -= 1
+            if not unread[target.weight]:
+                options = dict(decompositions.get(target.module, {}))
+                if target.module in refitted:
+                    options["refitted"] = refitted[target.module]
+                steps.append(_factor_step(tensors, target, row, code, layout, options))
             continue
+        full = row.full_name(name)
         renamed = layout.bias_name(full) if name in factored_biases else row.factored_name(full)
         steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))
     return steps
+
+
+def _factor_step(
+    tensors: Mapping[str, TensorInfo],
+    target: Target,
+    row: Architecture,
+    code: str,
+    layout: Layout,
+    options: Mapping[str, Any],
+) -> Step:
+    """Weights of a target -> the tensors of its layout; of a group, the shared one first, then one for each layer."""
+    rank = target.rank
+    assert rank is not None
+    inputs = tuple(tensors[part.weight] for part in target.parts)
+    # all but the first tensor of a layout belong to the layer itself
+    names = [f"{row.prefix}{part.module}.weight" for part in target.parts]
+    shapes = [(part.rows, target.shape[1]) for part in target.parts]
+    outputs = [layout.tensors(name, rank, shape, code) for name, shape in zip(names, shapes, strict=True)]
+    stored = (*outputs[0], *(info for infos in outputs[1:] for info in infos[1:]))
+    kind = "refit" if "refitted" in options else "truncate" if "decomposition" in options else "factorize"
+    kind += "_shared" if target.followers else ""
+    settings = {"rank": rank, "layout": layout.name, **({"transposed": True} if target.transposed else {})}
+    return Step(kind, target.weight, inputs, stored, {**settings, **options})
 
 
 def natural(name: str) -> tuple[Any, ...]:
@@ -342,8 +421,20 @@ def natural(name: str) -> tuple[Any, ...]:
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
-def _notes(source: Source, dropped: Sequence[str], copies: Sequence[str], targets: Sequence[Target]) -> list[str]:
+def _notes(
+    source: Source,
+    dropped: Sequence[str],
+    copies: Sequence[str],
+    targets: Sequence[Target],
+    request: RankRequest,
+    untouched: int,
+    share_layers: int,
+) -> list[str]:
     notes = []
+    smaller = [target for target in targets if len(target.parts) < share_layers]
+    if smaller:
+        sizes = dict.fromkeys(f"{len(t.parts)} from layer {layer_number(t.module)} on" for t in smaller)
+        notes.append(f"groups of fewer than {share_layers} layers: {listing(list(sizes))}")
     if source.config_only:
         notes.append(f"{source.name} has no weights here; the plan was made from config.json alone")
     if dropped:
@@ -351,8 +442,15 @@ def _notes(source: Source, dropped: Sequence[str], copies: Sequence[str], target
         notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
     if copies:
         notes.append(f"{copies[0]} is dropped: by config.json it is a copy of the embedding, which is stored once")
+    budget = request.budget(targets, untouched)
+    if request.multiple > 1 and budget is not None:
+        left = budget - sum(target.params for target in targets)
+        notes.append(
+            f"ranks are multiples of {request.multiple}, which leaves {left:,} parameters of the budget unused "
+            f"({left / budget:.1%})"
+        )
     dense = [target for target in targets if target.rank is None]
     for reason in dict.fromkeys(target.reason for target in dense):
-        names = [target.module for target in dense if target.reason == reason]
-        notes.append(f"{len(names)} targets stay dense, {reason}: {listing(names)}")
+        modules = [part.module for target in dense if target.reason == reason for part in target.parts]
+        notes.append(f"{len(modules)} targets stay dense, {reason}: {listing(modules)}")
     return notes

@@ -297,7 +297,7 @@ class _Run:
         """The factors that the decomposition gives."""
         assert target.rank is not None
         weight = matrix(block, suffix(target.module))
-        found, inner = load_decomposition(self.store.path(target.module), weight.device)
+        found, inner = load_decomposition(self.store.path(target), weight.device)
         left, right = (None, inner) if target.shape[0] >= target.shape[1] else (inner, None)
         factors = truncate(weight, found, target.rank, torch.float64, self.workspace, left, right)
         # The regression sees the inner factor as it is stored; pivoting makes another one of the same product.

@@ -48,7 +48,9 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
         free: room on the disk of the output folder, or None where there is none.
     """
     commit = f" @ {plan.commit[:12]}" if plan.commit else ""
-    console.print(f"[bold]{escape(plan.source)}[/]{commit} ({plan.architecture}), method {plan.method}")
+    layers = plan.settings["share_layers"]
+    shared = f", input-side factors shared by {layers} layers" if layers > 1 else ""
+    console.print(f"[bold]{escape(plan.source)}[/]{commit} ({plan.architecture}), method {plan.method}{shared}")
     table = Table(box=None, pad_edge=False)
     for heading in ("target", "shape", "matrices", "rank", "break-even", "parameters", "kept"):
         table.add_column(heading, no_wrap=True, justify="left" if heading in ("target", "shape") else "right")

@@ -158,10 +158,20 @@ def decompose(
             if float(values[-1]) <= FLOAT32_EIGENVALUE_RATIO * smallest or float(values[-1]) == 0:
                 break
         return Decomposition(values, vectors, matrix.scale)
-    _scale(weight)  # refuses what is not finite; float64 needs no scaling
+    refuse_not_finite(weight)  # float64 needs no scaling
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
-    gram = _gram(matrix, outer, torch.float64)
+    return decompose_gram(_gram(matrix, outer, torch.float64), inner, work)
+
+
+def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decomposition:
+    """The same from what metrics leave of a matrix.
+
+    Args:
+        gram: lower triangle of W^T L W if W is tall, of W R W^T if it is wide, [k, k] float64; overwritten.
+        inner: the metric on the smaller side.
+        work: its buffers hold the result until it is used again.
+    """
     if inner is None:
         return Decomposition(*_eigenvectors(gram, work))
     root = _root(gram)
@@ -211,7 +221,7 @@ def truncate(
     # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
     half = math.sqrt(matrix.scale)
     small = (basis * lengths.sqrt() / half).to(dtype)
-    _refuse_overflow(small)
+    refuse_overflow(small)
     lifted = small.to(basis.dtype) * half
     if left is None and right is None:
         large, loss = _plain_partner(matrix, lifted, half, dtype, total)
@@ -222,7 +232,7 @@ def truncate(
         stored = large.to(other.dtype) * half
         loss = _metric_loss(matrix, lifted, stored, other, total, outer, inner)
         plain, energy = _residual(matrix, lifted, large, half)
-    _refuse_overflow(large)
+    refuse_overflow(large)
     return Factors(
         down=small.T.contiguous() if matrix.tall else large,
         up=large if matrix.tall else small,
@@ -280,18 +290,29 @@ def _relative(squared: float, total: float) -> float:
     return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
 
-def _scale(weight: Tensor) -> float:
-    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
+def refuse_not_finite(weight: Tensor) -> float:
+    """The largest absolute entry.
+
+    Raises:
+        InputError: it is NaN or infinite.
+    """
     low, high = torch.aminmax(weight)  # NaN wins in both
     largest = max(abs(float(low)), abs(float(high)))
     if not math.isfinite(largest):
         raise InputError("it has NaN or infinite entries")
+    return largest
+
+
+def _scale(weight: Tensor) -> float:
+    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
+    largest = refuse_not_finite(weight)
     if largest == 0 or 2**-12 <= largest <= 2**12:
         return 1.0
     return 4.0 ** -math.floor(math.log2(largest) / 2)
 
 
-def _refuse_overflow(factor: Tensor) -> None:
+def refuse_overflow(factor: Tensor) -> None:
+    """Raise InputError if a factor has left the range of its type."""
     if not bool(torch.isfinite(factor).all()):
         raise InputError(f"its factors exceed the range of {str(factor.dtype)[6:]}; choose --dtype bfloat16 or float32")
 

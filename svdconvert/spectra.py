@@ -27,6 +27,7 @@ from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named, method_options
 from svdconvert.planning import choose_targets, suffix
+from svdconvert.ranks import Target
 from svdconvert.source import open_source
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def spectrum(
         else:
             kept = kept_decompositions(source, chosen, row, options, knowledge, place, used, events)
             for target in chosen:
-                found.take(target.module, kept.spectrum(target.module), kept.outputs(target.module))
+                found.take(target.module, kept.spectrum(target), kept.outputs(target))
             shutil.rmtree(place / "source", ignore_errors=True)
     told = None if knowledge is None else {"name": knowledge.name, "tokens": knowledge.text.tokens, **knowledge.key}
     return Spectra(
@@ -273,11 +274,11 @@ class _Values:
     def __init__(self) -> None:
         self.of: dict[str, tuple[Array, Array | None]] = {}
 
-    def has(self, module: str) -> bool:
-        return module in self.of
+    def has(self, target: Target) -> bool:
+        return target.module in self.of
 
-    def save(self, module: str, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
-        self.take(module, found.spectrum, outputs)
+    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+        self.take(target.module, found.spectrum, outputs)
 
     def take(self, module: str, spectrum: torch.Tensor, outputs: torch.Tensor | None) -> None:
         self.of[module] = (spectrum.cpu().numpy(), None if outputs is None else outputs.cpu().numpy())

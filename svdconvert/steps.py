@@ -35,6 +35,21 @@ class Step:
         return frozenset(info.file for info in self.inputs)
 
 
+def files_here(steps: Sequence[Step]) -> int:
+    """How many files of a Hub source may be here at a time, for steps that are done in this order.
+
+    The one in work and the one being fetched; more where steps read from several files, none of which can go before.
+    """
+    last = {file: number for number, step in enumerate(steps) for file in step.files}
+    needed: set[str] = set()
+    most = 2
+    for number, step in enumerate(steps):
+        needed |= step.files
+        most = max(most, len(needed))
+        needed = {file for file in needed if last[file] > number}
+    return most
+
+
 def shard(outputs: Iterable[TensorInfo], max_shard_bytes: int) -> dict[str, list[TensorInfo]]:
     """Distribute tensors over weight files in the order given, as Hugging Face names them.
 

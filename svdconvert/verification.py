@@ -15,9 +15,10 @@ from svdconvert.checkpoint import modeling_source
 from svdconvert.densifying import outer_shape
 from svdconvert.errors import InputError, JobError
 from svdconvert.headers import DTYPES, TensorInfo
-from svdconvert.layouts import layout_of
+from svdconvert.layouts import layout_of, stored_names
 from svdconvert.loading import available_memory_bytes, factored_classes, load_model, quiet_transformers
 from svdconvert.pivoting import full_up
+from svdconvert.sharing import relative_error
 from svdconvert.source import LocalSource, Source, listing, open_source
 from svdconvert.weights import WeightReader
 from svdconvert.writer import RECORD
@@ -106,7 +107,7 @@ def _modeling_file(folder: Path, row: Architecture) -> Check:
 def _ranks(source: Source, row: Architecture) -> Check:
     ranks = source.config["svd_ranks"]
     for module, rank in ranks.items():
-        down, up, *position = layout_of(source.config).names(f"{row.prefix}{module}.weight")
+        down, up, *position = stored_names(source.config, row.prefix, module)
         if position and position[0] not in source.tensors:
             return Check("ranks", False, f"{position[0]} is missing, so the order of the outputs is unknown")
         for name, axis in ((down, 0), (up, 1)):
@@ -177,7 +178,6 @@ def _compare(factored: Source, dense: Source, row: Architecture, folder: Path) -
         raise InputError(f"{dense.name} is a {dense.config.get('model_type')} model, not the source of {folder}")
     recorded = _recorded_errors(folder)
     ours, theirs = WeightReader(factored), WeightReader(dense)
-    layout = layout_of(factored.config)
     copied, different, errors, off = 0, [], [], []
     for name, info in dense.tensors.items():
         full = row.full_name(name)
@@ -185,14 +185,14 @@ def _compare(factored: Source, dense: Source, row: Architecture, folder: Path) -
         if row.is_dropped(name) or (name == row.head[0] and row.is_tied(dense.config)):
             continue
         if module in factored.config["svd_ranks"] and name.endswith(".weight"):
-            stored = [factored.tensors[key] for key in layout.names(full)]
+            stored = [factored.tensors[key] for key in stored_names(factored.config, row.prefix, module)]
             if outer_shape(stored) != row.matrix_shape(info.shape):
                 raise InputError(f"{name} has another shape in {dense.name} than in {folder}; it is not its source")
             down, up, *position = (_whole(ours, part) for part in stored)
             if position:
                 up = full_up(up, position[0])
             weight = _whole(theirs, info)
-            error = _product_error(weight.T if row.transposed else weight, up, down)
+            error = relative_error(weight.T if row.transposed else weight, up, down)
             errors.append(error)
             if module in recorded and abs(error - recorded[module]) > _ERROR_TOLERANCE * max(recorded[module], 1e-3):
                 off.append(module)
@@ -232,17 +232,6 @@ def _recorded_errors(folder: Path) -> dict[str, float]:
 
 def _whole(reader: WeightReader, info: TensorInfo) -> torch.Tensor:
     return reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
-
-
-def _product_error(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, rows: int = 1024) -> float:
-    """||W - up @ down||_F / ||W||_F, a block of rows at a time."""
-    residual = energy = 0.0
-    narrow = down.double()
-    for piece, factor in zip(weight.split(rows), up.split(rows), strict=True):
-        exact = piece.double()
-        residual += float(torch.linalg.vector_norm(exact - factor.double() @ narrow) ** 2)
-        energy += float(torch.linalg.vector_norm(exact) ** 2)
-    return (residual / energy) ** 0.5 if energy else 0.0
 
 
 def _same(ours: WeightReader, theirs: WeightReader, mine: TensorInfo, other: TensorInfo) -> bool:

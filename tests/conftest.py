@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 # Matrices this small are faster on one thread, far more so on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +14,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+if TYPE_CHECKING:
+    from svdconvert import Calibration
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_polyglot"
@@ -34,6 +38,24 @@ def factored(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("factored") / "tiny-r16"
     convert(dense, folder, rank=16, device="cpu")
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to calibrate on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["호랑이", "tiger", "옛날", "mountain", "살았다", "0123"]
+    lines = [" ".join(words[(7 * i + 3 * j * j) % 6] for j in range(12)) for i in range(60)]
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def calibration(text: Path) -> Calibration:
+    """24 sequences of 48 tokens of it."""
+    from svdconvert import Calibration
+
+    return Calibration(str(text), samples=24, length=48, batch_size=5)
 
 
 @pytest.fixture

@@ -42,12 +42,15 @@ def problems(draw):
 
 
 @settings(max_examples=80, deadline=None)
-@given(problem=problems(), cost=st.sampled_from([balanced, pivoted]))
-def test_near_the_best_of_all(problem, cost) -> None:
+@given(problem=problems(), cost=st.sampled_from([balanced, pivoted]), multiple=st.sampled_from([1, 1, 2, 3]))
+def test_near_the_best_of_all(problem, cost, multiple) -> None:
     """Never over the budget, nothing more fits, and within one matrix's step of what brute force finds."""
     targets, spectra, share = problem
     budget = int(share * sum(t.dense_params for t in targets))
-    options = [[r for r in range(1, min(t.shape) + 1) if cost(r, t.shape) < t.dense_params] + [None] for t in targets]
+    options = [
+        [r for r in range(multiple, min(t.shape) + 1, multiple) if cost(r, t.shape) < t.dense_params] + [None]
+        for t in targets
+    ]
     feasible = [
         outcome(targets, spectra, ranks, cost)
         for ranks in itertools.product(*options)
@@ -55,9 +58,9 @@ def test_near_the_best_of_all(problem, cost) -> None:
     ]
     if not feasible:
         with pytest.raises(InputError, match="below"):
-            allocate(targets, spectra, budget, cost=cost, floor=0)
+            allocate(targets, spectra, budget, cost=cost, floor=0, multiple=multiple)
         return
-    ranks = allocate(targets, spectra, budget, cost=cost, floor=0)
+    ranks = allocate(targets, spectra, budget, cost=cost, floor=0, multiple=multiple)
     spent, left = outcome(targets, spectra, ranks, cost)
     assert spent <= budget
     for i, rank in enumerate(ranks):
@@ -108,3 +111,16 @@ def test_pivoted_buys_more_rank() -> None:
     two, one = (allocate(targets, spectra, 2400, cost=cost)[0] for cost in (pivoted, balanced))
     assert one == 18
     assert two == 22
+
+
+def test_multiples() -> None:
+    """The budget is spent in steps of the multiple, and the floor is rounded down to one."""
+    random = np.random.default_rng(1)
+    targets = [target(64, 64) for _ in range(4)]
+    spectra = [np.sort(random.exponential(1.0, 64))[::-1] * 4.0**i for i in range(4)]
+    budget = 4 * 15 * 128
+    ranks = allocate(targets, spectra, budget, cost=balanced, multiple=8, floor=0.8)
+    assert all(rank is None or (rank % 8 == 0 and rank >= 8) for rank in ranks)
+    spent, _ = outcome(targets, spectra, ranks, balanced)
+    assert 0 <= budget - spent < 8 * 128
+    assert 8 in ranks  # uniform would be 15, the floor 12

@@ -155,7 +155,7 @@ def test_shell_completion_script(shell: str) -> None:
     [
         ("svdconvert pl", {"plan"}),
         ("svdconvert verify DIR --ag", {"--against"}),
-        ("svdconvert polyglot-ko-1.3b --ra", {"--rank"}),
+        ("svdconvert polyglot-ko-1.3b --ra", {"--rank", "--rank-multiple"}),
         ("svdconvert polyglot-ko-1.3b --rank 8 --d", {"--device", "--dtype", "--dry-run"}),
         ("svdconvert --rank 8 --dty", {"--dtype"}),
         ("svdconvert polyglot-ko-1.3b --dtype b", {"bfloat16"}),

@@ -34,12 +34,14 @@ def reference(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Te
 
 def products(folder: Path) -> dict[str, torch.Tensor]:
     """A factored checkpoint with its factors multiplied out, under the source's names."""
-    tensors = read_weights(folder)
+    tensors, shared = read_weights(folder), read_config(folder)["svd_shared"]
     result = {}
     for name, tensor in tensors.items():
         if name.endswith(".up.weight"):
             stem = name.removesuffix(".up.weight")
-            down, up = tensors[f"{stem}.down.weight"].double(), tensor.double()
+            module = stem.removeprefix("gpt_neox.")
+            down = tensors[f"gpt_neox.{shared.get(module, module)}.down.weight"].double()
+            up = tensor.double()
             position = tensors.get(f"{stem}.position")
             result[f"{stem}.weight"] = up @ down if position is None else torch.cat([down, up @ down])[position]
         elif name.endswith(".position"):

@@ -19,12 +19,13 @@ MODULES = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 FACTORED = ["query_key_value", "attention.dense", "dense_h_to_4h"]
 
 
-@pytest.fixture(scope="module", params=["balanced", "pivoted"])
+@pytest.fixture(scope="module", params=["balanced", "pivoted", "shared"])
 def precise(request: pytest.FixtureRequest, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Factored in float32 with one kind of target left dense, so that no rounding hides an error."""
     folder = tmp_path_factory.mktemp("precise") / "model"
-    convert(dense, folder, rank=16, targets=FACTORED, device="cpu", dtype="float32", layout=request.param)
-    assert read_config(folder)["svd_layout"] == request.param
+    how = {"share_layers": 2} if request.param == "shared" else {"layout": request.param}
+    convert(dense, folder, rank=16, targets=FACTORED, device="cpu", dtype="float32", **how)
+    assert len(read_config(folder)["svd_shared"]) == (3 if request.param == "shared" else 0)
     assert "layers.0.mlp.dense_4h_to_h" not in read_config(folder)["svd_ranks"]
     return folder
 
@@ -55,7 +56,7 @@ def test_densified_config_is_stock(precise: Path, dense: Path, tmp_path: Path) -
     config = read_config(tmp_path / "out")
     assert config["model_type"] == "gpt_neox"
     assert config["architectures"] == ["GPTNeoXForCausalLM"]
-    assert not {"auto_map", "svd_ranks", "svd_layout"} & config.keys()
+    assert not {"auto_map", "svd_ranks", "svd_layout", "svd_shared"} & config.keys()
     assert (config["rotary_pct"], config["rotary_emb_base"]) == (0.5, 10000)
     assert config["rope_parameters"]["partial_rotary_factor"] == 0.5
     assert not list((tmp_path / "out").glob("*.py"))
@@ -109,7 +110,10 @@ def test_ranks_grow_by_the_adapters(precise: Path, tmp_path: Path) -> None:
     adapter(precise, tmp_path / "adapter", target_modules=["query_key_value", "dense_4h_to_h"])
     fold(precise, tmp_path / "adapter", tmp_path / "out", device="cpu")
     ranks = read_config(tmp_path / "out")["svd_ranks"]
-    assert ranks["layers.1.attention.query_key_value"] == 20
+    shared = read_config(precise)["svd_shared"]
+    assert read_config(tmp_path / "out")["svd_shared"] == shared
+    # a group has the ranks of the adapters of all its layers
+    assert [ranks[f"layers.{n}.attention.query_key_value"] for n in range(3)] == ([24, 24, 20] if shared else [20] * 3)
     assert ranks["layers.1.attention.dense"] == 16
     # Dense layers take a LoRA in the usual way.
     assert "layers.1.mlp.dense_4h_to_h" not in ranks
@@ -127,6 +131,27 @@ def test_fold_twice_and_densify(precise: Path, tmp_path: Path) -> None:
     fold(tmp_path / "one", tmp_path / "b", tmp_path / "two", device="cpu")
     densify(tmp_path / "two", tmp_path / "dense", device="cpu")
     assert float((logits(tmp_path / "dense") - expected).abs().max()) < 5e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_fold_into_one_of_the_layers_that_share(layer: int, dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "model", rank=16, share_layers=3, device="cpu", dtype="float32")
+    expected = adapter(tmp_path / "model", tmp_path / "adapter", target_modules=[f"layers.{layer}.attention.dense"])
+    fold(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", device="cpu")
+    config, before = read_config(tmp_path / "out"), read_config(tmp_path / "model")
+    assert config["svd_shared"] == before["svd_shared"]
+    wider = {f"layers.{n}.attention.dense": 20 for n in range(3)}
+    assert config["svd_ranks"] == before["svd_ranks"] | wider
+    assert float((logits(tmp_path / "out") - expected).abs().max()) < 2e-5 * float(expected.abs().max())
+
+
+def test_fold_beyond_the_rank_of_a_group(dense: Path, tmp_path: Path) -> None:
+    convert(
+        dense, tmp_path / "model", rank=50, share_layers=3, targets=["mlp.dense_h_to_4h"], device="cpu", check=False
+    )
+    adapter(tmp_path / "model", tmp_path / "adapter", r=8, target_modules=["dense_h_to_4h"])
+    with pytest.raises(InputError, match="to rank 74, more than a 768 x 64 matrix with the layers that share"):
+        fold(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", device="cpu")
 
 
 def test_fold_beyond_the_full_rank_is_refused(dense: Path, tmp_path: Path) -> None:

@@ -168,6 +168,18 @@ def test_verify(dense: Path, pair: SimpleNamespace) -> None:
     assert not failed(verify(pair.factored, str(dense)))
 
 
+def test_layers_that_share_a_factor(row: Architecture, dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "shared", keep=0.6, share_layers=2, device="cpu")
+    densify(tmp_path / "shared", tmp_path / "densified", device="cpu")
+    model, stock = load(tmp_path / "shared"), load(tmp_path / "densified")
+    assert len(model.config.svd_shared) == len(row.targets)
+    assert distance(logits(model), logits(stock)) < 1e-4
+    assert not failed(verify(tmp_path / "shared", str(dense)))
+    model.save_pretrained(tmp_path / "again")
+    assert_sound(tmp_path / "again", row, tmp_path / "shared")
+    assert distance(logits(load(tmp_path / "again")), logits(model)) == 0
+
+
 def test_embedding_is_stored_once(row: Architecture, pair: SimpleNamespace) -> None:
     names = read_weights(pair.factored).keys()
     assert ("lm_head.weight" in names) != row.tied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,22 +14,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from svdconvert import Calibration, InputError, calibrate, convert, decomposing
 from svdconvert.metrics import METHODS, method_named, shrink
+from svdconvert.ranks import Target
 
 DATA_AWARE = [name for name, row in METHODS.items() if row.statistics]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = ["호랑이", "tiger", "옛날", "mountain", "살았다", "0123"]
-    lines = [" ".join(words[(7 * i + 3 * j * j) % 6] for j in range(12)) for i in range(60)]
-    path.write_text("\n\n".join(lines), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def calibration(text: Path) -> Calibration:
-    return Calibration(str(text), samples=24, length=48, batch_size=5)
 
 
 @pytest.mark.parametrize("layout", ["balanced", "pivoted"])
@@ -112,6 +100,16 @@ def test_kfac_is_optimal_in_both_metrics(dense: Path, calibration: Calibration, 
     assert report.outcome.record["predicted_loss"] == pytest.approx(total / 2, rel=1e-3)
 
 
+def following_step(targets: Sequence[Target], multiple: int = 1) -> int:
+    """Parameters of the cheapest step that any matrix could still take, to its next rank or to staying dense."""
+    steps = []
+    for target in targets:
+        if target.rank is not None:
+            cost = target.layout.cost(target.rank + multiple, target.shape)
+            steps.append(min(cost, target.dense_params) - target.params)
+    return min(steps)
+
+
 @pytest.mark.parametrize("layout", ["balanced", "pivoted"])
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.9])
 def test_global_budget_is_spent(
@@ -132,13 +130,7 @@ def test_global_budget_is_spent(
     spent = sum(target.params for target in report.plan.targets)
     assert spent <= keep * whole
     # What is left does not buy one more rank of any matrix.
-    following = min(
-        (t.layout.cost(t.rank + 1, t.shape) if t.layout.cost(t.rank + 1, t.shape) < t.dense_params else t.dense_params)
-        - t.params
-        for t in report.plan.targets
-        if t.rank is not None
-    )
-    assert keep * whole - spent < following
+    assert keep * whole - spent < following_step(report.plan.targets)
     if keep < 0.9:
         assert len(set(read_config(tmp_path / "out")["svd_ranks"].values())) > 2
     uniform = convert(
@@ -146,6 +138,20 @@ def test_global_budget_is_spent(
         allocation="uniform", check=False,
     )  # fmt: skip
     assert report.outcome.record["predicted_loss"] <= uniform.outcome.record["predicted_loss"]
+
+
+def test_global_budget_in_multiples(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    report = convert(
+        dense, tmp_path / "out", keep=0.6, method="kfac", calibration=calibration, rank_multiple=8, check=False
+    )
+    ranks = set(read_config(tmp_path / "out")["svd_ranks"].values())
+    assert len(ranks) > 1
+    assert not any(rank % 8 for rank in ranks)
+    budget = int(0.6 * sum(target.dense_params for target in report.plan.targets))
+    unused = budget - sum(target.params for target in report.plan.targets)
+    assert 0 <= unused < following_step(report.plan.targets, 8)
+    assert f"leaves {unused:,} parameters of the budget unused" in " ".join(report.plan.notes)
+    assert "--keep 0.6 --rank-multiple 8 --method kfac" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_finished_budget_is_reported_as_it_was_spent(dense: Path, calibration: Calibration, tmp_path: Path) -> None:

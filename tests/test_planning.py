@@ -219,3 +219,15 @@ def test_names() -> None:
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(InputError):
         parse_size(text)
+
+
+def test_rank_multiple_and_what_it_costs(dense: Path) -> None:
+    """The note counts what the budget allows and the rounded ranks leave."""
+    free, rounded = plan(dense, keep=0.6), plan(dense, keep=0.6, rank_multiple=8)
+    assert [rank // 8 * 8 for rank in free.ranks.values()] == list(rounded.ranks.values())
+    budget = int(0.6 * sum(target.dense_params for target in rounded.targets))
+    unused = budget - sum(target.params for target in rounded.targets)
+    assert f"multiples of 8, which leaves {unused:,} parameters of the budget unused" in " ".join(rounded.notes)
+    assert not any("multiples" in note for note in free.notes)
+    assert not any("multiples" in note for note in plan(dense, rank=16, rank_multiple=8).notes)
+    assert rounded.settings["rank_multiple"] == 8

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from svdconvert.errors import InputError
+from svdconvert.layouts import LAYOUTS
 from svdconvert.ranks import RankRequest, Target, assign, matches, parse_count, parse_rank_options
 
 SQUARE, TALL, WIDE = (
@@ -46,6 +49,37 @@ def test_keep_is_never_exceeded(keep: float) -> None:
         assert target.rank is not None
         assert target.params <= keep * target.dense_params + 1e-6 * target.dense_params
         assert target.params + sum(target.shape) > keep * target.dense_params
+
+
+@given(st.floats(0.5, 0.99), st.sampled_from([2, 8, 16]), st.sampled_from(["balanced", "pivoted"]))
+def test_multiples_round_down(keep: float, multiple: int, layout: str) -> None:
+    """The highest multiple that the fraction allows."""
+    targets = [replace(target, layout=LAYOUTS[layout]) for target in (SQUARE, TALL, WIDE)]
+    exact = assign(targets, RankRequest(keep=keep), 0)
+    for target, free in zip(assign(targets, RankRequest(keep=keep, multiple=multiple), 0), exact, strict=True):
+        assert target.rank == (free.rank or 0) // multiple * multiple
+
+
+def test_multiples_of_given_ranks() -> None:
+    request = RankRequest(16, {"tall": 24}, multiple=8)
+    assert ranks(assign([SQUARE, TALL], request, 0)) == [16, 24]
+    with pytest.raises(InputError, match=r"rank 20 is no multiple of 8.* 16 or 24"):
+        RankRequest(20, multiple=8)
+    with pytest.raises(InputError, match=r"rank 7 for tall is no multiple of 8.* give 8$"):
+        RankRequest(16, {"tall": 7}, multiple=8)
+
+
+def test_multiple_beyond_a_matrix() -> None:
+    with pytest.raises(InputError, match=r"--rank-multiple 32 leaves no rank .* layers.0.square, a 64 x 64"):
+        assign([SQUARE, TALL], RankRequest(keep=0.9, multiple=32), 0)
+    assert ranks(assign([TALL], RankRequest(keep=0.9, multiple=32), 0)) == [32]
+    with pytest.raises(InputError, match=r"a rank of 5 at most, below the multiple 8; keep at least 0.157"):
+        assign([TALL], RankRequest(keep=0.1, multiple=8), 0)
+    # 8 (256 + 64) / (256 x 64) = 0.15625, and what the message says is enough
+    assert ranks(assign([TALL], RankRequest(keep=0.157, multiple=8), 0)) == [8]
+    with pytest.raises(InputError, match=r"allow from 2,560 \(no matrix below rank 8\)"):
+        assign([TALL], RankRequest(params=2559, multiple=8), 0)
+    assert ranks(assign([TALL], RankRequest(params=2560, multiple=8), 0)) == [8]
 
 
 @given(st.integers(1000 + 36_864 // 32, 1000 + 64 * 64 + 2 * 64 * 256 - 1))

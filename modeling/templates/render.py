@@ -44,6 +44,7 @@ def render(row: Architecture) -> str:
 def _fields(row: Architecture) -> dict[str, Any]:
     endings = ("Config", row.causal, *(("ForSequenceClassification",) if row.classifies else ()))
     rotary = row.config_overrides({})
+    blocks = BLOCKS.get(row.model_type, "layers")
     return {
         "title": TITLES.get(row.model_type, row.stock),
         "stock": row.stock,
@@ -57,8 +58,9 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "imports": sorted(row.stock + ending for ending in (*endings, "Model", "PreTrainedModel")),
         "base": row.prefix.removesuffix("."),
         "linear": "Conv1D" if row.transposed else "nn.Linear",
-        "sizes": "in_features, out_features" if row.transposed else "out_features, in_features",
-        "example": f"{BLOCKS.get(row.model_type, 'layers')}.0.{row.targets[0]}",
+        "sizes": "tuple(reversed(layer.weight.shape))" if row.transposed else "tuple(layer.weight.shape)",
+        "example": f"{blocks}.0.{row.targets[0]}",
+        "second": f"{blocks}.1.{row.targets[0]}",
         "width": WIDTHS.get(row.model_type, "hidden_size"),
         "rotary": bool(rotary),
         "partial": row.model_type == "phi3",

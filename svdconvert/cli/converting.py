@@ -120,6 +120,22 @@ _plan_options = _options(
         show_default=True,
         help="Two factors, or rows of each matrix and the coefficients of the others: more rank for the same size.",
     ),
+    click.option(
+        "--rank-multiple",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Every rank a multiple of N, 8 or 64 say, as matrix kernels like them; budgets are rounded down.",
+    ),
+    click.option(
+        "--share-layers",
+        type=int,
+        metavar="N",
+        default=1,
+        show_default=True,
+        help="Consecutive layers that share the input-side factor of each kind of matrix, stored once.",
+    ),
     click.option("--factor-all", is_flag=True, help="Factor also where the rank saves nothing."),
 )
 

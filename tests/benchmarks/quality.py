@@ -31,6 +31,7 @@ class Row:
     method: str
     allocation: str
     layout: str = "balanced"
+    share_layers: int = 1
 
 
 ROWS = (
@@ -44,6 +45,11 @@ ROWS = (
     Row("kfac, uniform", "kfac", "uniform"),
     Row("kfac, global", "kfac", "global"),
     Row("kfac, global, pivoted", "kfac", "global", "pivoted"),
+    *(
+        Row(f"{method}, {allocation}, shared by {layers} layers", method, allocation, share_layers=layers)
+        for method, allocation in (("svd", "uniform"), ("whiten", "uniform"), ("kfac", "global"))
+        for layers in (2, 3)
+    ),
 )
 
 
@@ -98,6 +104,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 method=row.method,
                 allocation=row.allocation,
                 layout=row.layout,
+                share_layers=row.share_layers,
                 calibration=calibration if METHODS[row.method].statistics else None,
                 work=(options.work or folder) / f"work-{row.method}",
                 device="cpu",

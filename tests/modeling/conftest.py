@@ -121,12 +121,31 @@ def pivoted(u, s, vh):
     return {"down.weight": down, "up.weight": up, "position": position}, product
 
 
-LAYOUTS = {"balanced": (balanced, "up.bias"), "pivoted": (pivoted, "bias")}
+# "shared" is the balanced layout with one `down` for both layers of a kind
+LAYOUTS = {"balanced": (balanced, "up.bias"), "pivoted": (pivoted, "bias"), "shared": (balanced, "up.bias")}
+
+
+def shared_layers(ranks):
+    """svd_shared of the layout "shared": layer 1 uses the factor of layer 0 where both have the same rank."""
+    pairs = [(f"layers.1.{name}", f"layers.0.{name}") for name in LINEARS]
+    return {path: owner for path, owner in pairs if path in ranks and ranks[path] == ranks.get(owner)}
 
 
 def factor(ranks, layout="balanced"):
     """The factored state dict, and the dense one whose weights are the products of the factors."""
     factored, product = dict(dense_tensors()), dict(dense_tensors())
+    if layout == "shared":
+        pairs = shared_layers(ranks)
+        for path, owner in pairs.items():
+            keys = [f"gpt_neox.{name}." for name in (owner, path)]
+            u, s, vh = torch.linalg.svd(torch.cat([factored.pop(key + "weight") for key in keys]).double(), False)
+            rank = ranks[path]
+            parts, dense = balanced(u[:, :rank], s[:rank], vh[:rank])
+            factored[keys[0] + "down.weight"] = parts["down.weight"].contiguous()
+            for key, up, weight in zip(keys, parts["up.weight"].chunk(2), dense.chunk(2), strict=True):
+                factored[key + "up.weight"], product[key + "weight"] = up.contiguous(), weight.float().contiguous()
+                factored[key + "up.bias"] = factored.pop(key + "bias")
+        ranks = {path: rank for path, rank in ranks.items() if path not in {*pairs, *pairs.values()}}
     decompose, bias = LAYOUTS[layout]
     for path, rank in ranks.items():
         key = f"gpt_neox.{path}."
@@ -140,18 +159,24 @@ def factor(ranks, layout="balanced"):
 
 
 def full_ranks(layout):
-    """The highest rank of each layer at which a layout can hold the original weight: r < out if it is pivoted."""
+    """The highest rank of each layer at which a layout can hold the original weight: r < out if it is pivoted.
+
+    Two layers that share are one matrix of twice as many outputs.
+    """
     hidden = GEOMETRY["hidden_size"]
-    return dict.fromkeys(layer_paths(LINEARS if layout == "balanced" else (LINEARS[0], LINEARS[2])), hidden)
+    ranks = dict.fromkeys(layer_paths((LINEARS[0], LINEARS[2]) if layout == "pivoted" else LINEARS), hidden)
+    return ranks | (dict.fromkeys(layer_paths(LINEARS[3:]), 2 * hidden) if layout == "shared" else {})
 
 
 def write_checkpoint(folder, ranks=24, layout="balanced", dtype=torch.float32, config=None):
     """Writes a factored checkpoint of every linear layer at one rank, or of those in a dict {path: rank}.
 
-    Returns path, config (dict), ranks, tensors (factored) and product (the dense equivalent), in float32.
+    Returns path, config (dict), ranks, shared (svd_shared), layout, svd_layout, tensors (factored) and product (the
+    dense equivalent), in float32.
     """
     ranks = dict.fromkeys(layer_paths(), ranks) if isinstance(ranks, int) else ranks
     tensors, product = factor(ranks, layout)
+    shared = shared_layers(ranks) if layout == "shared" else {}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -164,14 +189,24 @@ def write_checkpoint(folder, ranks=24, layout="balanced", dtype=torch.float32, c
         "torch_dtype": str(dtype).removeprefix("torch."),
         "svd_ranks": ranks,
         # not for the balanced layout: checkpoints from before there was another one do not name it
-        **({} if layout == "balanced" else {"svd_layout": layout}),
+        **({"svd_layout": layout} if layout == "pivoted" else {}),
+        **({"svd_shared": shared} if layout == "shared" else {}),
         **(config or {}),
     }
     write_config(folder, settings)
     stored = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     shutil.copy(MODELING_FILE, folder)
-    return SimpleNamespace(path=folder, config=settings, ranks=ranks, layout=layout, tensors=tensors, product=product)
+    return SimpleNamespace(
+        path=folder,
+        config=settings,
+        ranks=ranks,
+        shared=shared,
+        layout=layout,
+        svd_layout=settings.get("svd_layout", "balanced"),
+        tensors=tensors,
+        product=product,
+    )
 
 
 def write_config(folder, settings):
@@ -218,6 +253,7 @@ def layout(request):
 
 
 ONE_LAYOUT = pytest.mark.parametrize("layout", ["balanced"], indirect=True)  # what it tests has no part in layouts
+UNSHARED = pytest.mark.parametrize("layout", ["balanced", "pivoted"], indirect=True)  # test_sharing.py has the rest
 PIVOTED = pytest.mark.parametrize("layout", ["pivoted"], indirect=True)
 
 

@@ -12,6 +12,7 @@ from conftest import (
     GEOMETRY,
     ONE_LAYOUT,
     PIVOTED,
+    UNSHARED,
     dense_tensors,
     distance,
     full_ranks,
@@ -84,14 +85,15 @@ def test_config(tiny):
     config = AutoConfig.from_pretrained(tiny.path, trust_remote_code=True)
     assert config.model_type == "polyglot_svd"
     assert config.svd_ranks == tiny.ranks
-    assert config.svd_layout == config.to_dict()["svd_layout"] == tiny.layout
+    assert config.svd_layout == config.to_dict()["svd_layout"] == tiny.svd_layout
+    assert config.svd_shared == config.to_dict()["svd_shared"] == tiny.shared
     assert config.hidden_size == GEOMETRY["hidden_size"]
 
 
 def test_parameters_are_as_many_as_the_layout_promises(tiny, model):
-    """r (in + out) or r (in + out - r) per layer, and its bias."""
+    """r (in + out) or r (in + out - r) per layer, or r out where the factor of another is used, and its bias."""
     saved = sum(
-        (t.numel() - (m + n - (tiny.layout == "pivoted") * rank) * rank)
+        (t.numel() - (m + (path not in tiny.shared) * n - (tiny.layout == "pivoted") * rank) * rank)
         for path, rank in tiny.ranks.items()
         for t in [tiny.product[f"gpt_neox.{path}.weight"]]
         for m, n in [t.shape]
@@ -311,13 +313,13 @@ def test_attention_implementations_agree(tiny, ids, expected):
 def test_layer_is_a_linear_layer_to_others_but_owns_no_dense_weight(tiny, model):
     layer = model.gpt_neox.get_submodule(QKV)
     assert isinstance(layer, nn.Linear)
-    own = {"balanced": {"up.bias"}, "pivoted": {"bias", "position"}}[tiny.layout]
+    own = {"bias", "position"} if tiny.layout == "pivoted" else {"up.bias"}
     assert set(layer.state_dict()) == {"down.weight", "up.weight", *own}
     assert (layer.in_features, layer.out_features, layer.rank) == (64, 192, 24)
     assert "in_features=64, out_features=192, rank=24" in repr(layer)
     weight = layer.weight
     assert (weight.shape, weight.dtype, weight.device) == ((192, 64), torch.float32, torch.device("cpu"))
-    assert layer.bias is (layer.up.bias if tiny.layout == "balanced" else layer._parameters["bias"])
+    assert layer.bias is (layer._parameters["bias"] if tiny.layout == "pivoted" else layer.up.bias)
     assert layer.bias.shape == (192,)
     assert "no dense weight" in repr(weight)
 
@@ -358,6 +360,7 @@ def test_layout_that_there_is_not(tiny, layout_named):
         config_class(svd_layout=layout_named)
 
 
+@UNSHARED
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
 def test_layout_that_differs_from_the_factors(tiny, edited, low_cpu_mem_usage):
     folder = edited(svd_layout={"balanced": "pivoted", "pivoted": None}[tiny.layout])
@@ -375,6 +378,7 @@ def test_rank_that_is_no_positive_int(tiny, edited, rank):
         AutoConfig.from_pretrained(folder, trust_remote_code=True)
 
 
+@UNSHARED
 def test_rank_above_the_dimensions_of_the_layer(tiny, edited):
     with pytest.raises(ValueError, match="is 65, but the layer is 192 x 64"):
         load(edited(svd_ranks={**tiny.ranks, QKV: 65}))
@@ -400,6 +404,7 @@ def test_name_of_no_linear_layer(tiny, edited, path):
         load(edited(svd_ranks={**tiny.ranks, path: 8}))
 
 
+@UNSHARED
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
 @pytest.mark.parametrize("kept", [[], layer_paths()[1:]], ids=["none", "all but one"])
 def test_factors_that_the_config_does_not_name(tiny, edited, auto, kept):
@@ -410,6 +415,7 @@ def test_factors_that_the_config_does_not_name(tiny, edited, auto, kept):
     assert ("and 21 more" if not kept else f"{QKV}.down.weight") in str(error.value)
 
 
+@UNSHARED
 def test_svd_ranks_lost_from_the_config(edited):
     with pytest.raises(ValueError, match=UNNAMED):
         load(edited(svd_ranks=None))
@@ -434,7 +440,7 @@ def test_ranks_without_factors(tmp_path, tiny, auto):
 @pytest.mark.parametrize("lost", ["down.weight", "up.weight", "bias", "position"])
 def test_a_lost_factor(tiny, edited, lost, options, auto):
     """Above all no identity in place of the positions."""
-    if tiny.layout == "balanced":
+    if tiny.layout != "pivoted":
         lost = {"bias": "up.bias", "position": "down.weight"}.get(lost, lost)
     folder, key = edited(), f"gpt_neox.{QKV}.{lost}"
     assert key in tiny.tensors
@@ -470,6 +476,7 @@ def test_layers_without_bias(tmp_path, tiny, ids):
     assert distance(logits(model, ids), logits(stock_model(product, attention_bias=False), ids)) < 2e-5
 
 
+@UNSHARED
 def test_rank_that_differs_from_the_factors(tiny, edited):
     folder = edited(svd_ranks={**tiny.ranks, QKV: 23})
     with pytest.raises(RuntimeError, match="mismatch"):

@@ -49,8 +49,10 @@ def test_factors_are_quantized(tiny, ids, expected, settings, cls, tolerance):
     model = quantized(tiny.path, settings)
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     inner = {f"gpt_neox.{path}.{side}": cls for path in tiny.ranks for side in ("down", "up")}
-    adaptable = {"balanced": "AdaptableSVDLinear", "pivoted": "AdaptablePivotedLinear"}[tiny.layout]
+    inner = {name: cls for name, cls in inner.items() if name not in {f"gpt_neox.{path}.down" for path in tiny.shared}}
+    adaptable = "AdaptablePivotedLinear" if tiny.layout == "pivoted" else "AdaptableSVDLinear"
     outer = {f"gpt_neox.{path}": adaptable if path in tiny.ranks else cls for path in layer_paths()}
+    outer |= dict.fromkeys((f"gpt_neox.{path}" for path in tiny.shared), "AdaptableSharedSVDLinear")
     assert kinds == {**inner, **outer, "lm_head": "Linear"}
     error = (logits(model, ids) - expected).pow(2).mean().sqrt() / expected.std()
     # the coefficients of a pivoted layer are no smaller than its weights, so the roundings of its rows add up

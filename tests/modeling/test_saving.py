@@ -46,7 +46,8 @@ def test_round_trip(tiny, model, ids, expected, tmp_path):
     assert_sound(tmp_path, tiny.tensors)
     config = read_config(tmp_path)
     assert config["architectures"] == ["PolyglotSVDForCausalLM"]
-    assert config["svd_layout"] == tiny.layout
+    assert config["svd_layout"] == tiny.svd_layout
+    assert config["svd_shared"] == tiny.shared
     assert {key: config[key] for key in ("svd_ranks", "vocab_size", "bos_token_id", "eos_token_id")} == {
         key: tiny.config[key] for key in ("svd_ranks", "vocab_size", "bos_token_id", "eos_token_id")
     }
@@ -74,7 +75,9 @@ def test_class_imported_directly_saves_a_complete_checkpoint(tiny, ids, expected
     sys.modules[spec.name] = module  # save_pretrained looks the file up there
     try:
         spec.loader.exec_module(module)
-        config = module.PolyglotSVDConfig(**GEOMETRY, **ROTARY_V4, svd_ranks=tiny.ranks, svd_layout=tiny.layout)
+        config = module.PolyglotSVDConfig(
+            **GEOMETRY, **ROTARY_V4, svd_ranks=tiny.ranks, svd_layout=tiny.svd_layout, svd_shared=tiny.shared
+        )
         model = module.PolyglotSVDForCausalLM(config)
         missing, unexpected = model.load_state_dict(tiny.tensors, strict=False)
         assert not unexpected

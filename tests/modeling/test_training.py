@@ -27,18 +27,24 @@ def test_every_parameter_has_a_gradient(model, ids, tiny):
 
 
 def test_gradients_are_those_of_the_product(model, ids, tiny):
-    """dL/dA = B^T dL/dW and dL/dB = dL/dW A^T, with dL/dW from the stock model; pivoted, B is [I; T]."""
+    """dL/dA = B^T dL/dW and dL/dB = dL/dW A^T, with dL/dW from the stock model; pivoted, B is [I; T].
+
+    A shared A gets the sum over its layers.
+    """
     grads, dense = gradients(model, ids), gradients(stock_model(tiny.product), ids)
+    of_down = {}
     for path in tiny.ranks:
-        key = f"gpt_neox.{path}."
-        down, up, dw = tiny.tensors[key + "down.weight"], tiny.tensors[key + "up.weight"], dense[key + "weight"]
+        key, owner = f"gpt_neox.{path}.", f"gpt_neox.{tiny.shared.get(path, path)}."
+        down, up, dw = tiny.tensors[owner + "down.weight"], tiny.tensors[key + "up.weight"], dense[key + "weight"]
         bias = "up.bias"
         if tiny.layout == "pivoted":
             order, bias = tiny.tensors[key + "position"].argsort(), "bias"
             rows, dw = dw[order].split([len(down), len(up)])
-        assert distance(grads[key + "down.weight"], up.T @ dw + (rows if tiny.layout == "pivoted" else 0)) < 1e-5
+        of_down[owner] = of_down.get(owner, 0) + up.T @ dw + (rows if tiny.layout == "pivoted" else 0)
         assert distance(grads[key + "up.weight"], dw @ down.T) < 1e-5
         assert distance(grads[key + bias], dense[key + "bias"]) < 1e-5
+    for owner, gradient in of_down.items():
+        assert distance(grads[owner + "down.weight"], gradient) < 1e-5
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -75,7 +81,8 @@ def test_trainer(tiny, model, ids, expected, tmp_path):
     for folder in (tmp_path / "checkpoint-8", tmp_path / "final"):
         assert (folder / MODELING_FILE.name).exists()
         assert read_config(folder)["svd_ranks"] == tiny.ranks
-        assert read_config(folder)["svd_layout"] == tiny.layout
+        assert read_config(folder)["svd_layout"] == tiny.svd_layout
+        assert read_config(folder)["svd_shared"] == tiny.shared
         again, info = load(folder, output_loading_info=True)
         assert not any(info.values())
         assert distance(logits(again, ids), trained) == 0
