@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert import card, checkpoint
+from svdconvert import card, checkpoint, processes
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, default_method, find_knowledge
@@ -229,11 +229,12 @@ def convert(
     if keep_work and work is not None:
         raise InputError(f"give either --keep-work, which keeps them in {kept_work(folder)}, or --work FOLDER")
     used_device = resolve_device(device)
-    if push_to_hub:
+    group = processes.current()
+    if push_to_hub and group.leader:
         from svdconvert.hub import check_push
 
         check_push(push_to_hub, private=private, revision=hub_revision)
-    source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
+    source = open_source(os.fspath(model), revision, download_folder=group.own(folder / JOB_FOLDER / "source"))
     planned: dict[str, Any] = {
         "targets": targets,
         "dtype": dtype,
@@ -305,7 +306,9 @@ def convert(
     url = None
     if push_to_hub:
         events.note(f"uploading to {push_to_hub}")
-        url = push(folder, push_to_hub, private=private, revision=hub_revision)
+        if group.leader:
+            url = push(folder, push_to_hub, private=private, revision=hub_revision)
+        url = group.share(url)
     return Report(made, outcome, url)
 
 
@@ -323,18 +326,19 @@ def _refit(
     from svdconvert.weights import torch_dtype
 
     folder = RefitFolder(own / "refit")
-    found = refit_targets(
-        source,
-        made.targets,
-        store,
-        knowledge.text,
-        folder,
-        dtypes={step.key: torch_dtype(step.outputs[0].dtype) for step in made.steps},
-        work=own / "refit-states",
-        device=device,
-        batch_size=knowledge.batch_size,
-        events=events,
-    )
+    with processes.current().leader_first():  # one layer after the other: the leader's work alone
+        found = refit_targets(
+            source,
+            made.targets,
+            store,
+            knowledge.text,
+            folder,
+            dtypes={step.key: torch_dtype(step.outputs[0].dtype) for step in made.steps},
+            work=own / "refit-states",
+            device=device,
+            batch_size=knowledge.batch_size,
+            events=events,
+        )
     events.note(str(found))
     return found, {module: str(folder.path(module)) for module in made.ranks}
 

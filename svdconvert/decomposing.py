@@ -28,7 +28,9 @@ from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.metrics import Method
+from svdconvert.partition import matrix_cost, split
 from svdconvert.planning import layer_number
+from svdconvert.processes import current
 from svdconvert.ranks import Target
 from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_statistic
 from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
@@ -225,7 +227,9 @@ def kept_decompositions(
     Raises:
         InputError: see :func:`decompose_targets`, or the folder is of other settings.
     """
-    store = Decompositions(folder / "decompositions", decompositions_key(source, method, options, knowledge, device))
+    key = decompositions_key(source, method, options, knowledge, device)
+    with current().leader_first():
+        store = Decompositions(folder / "decompositions", key)
     decompose_all(source, targets, method, options, knowledge, store, folder / "statistics", device, events)
     return store
 
@@ -267,7 +271,7 @@ def decompose_targets(
     device: torch.device,
     events: Events,
 ) -> None:
-    """Compute what is missing in a collection.
+    """Compute what is missing in a collection; of several processes each does its share, block by block.
 
     Args:
         source: the dense model.
@@ -281,35 +285,58 @@ def decompose_targets(
     Raises:
         InputError: a matrix or a statistic has NaN or infinite entries; it is named.
     """
-    missing = [target for target in targets if not store.has(target)]
+    group = current()
+    known = group.share({target.module for target in targets if store.has(target)})
+    missing = [target for target in targets if target.module not in known]
     done = len(targets) - len(missing)
-    events.begin([_announcement(source, target) for target in missing], done)
+    parts: dict[int, list[Target]] = {}
+    for target in missing:  # without statistics there is no need to go block by block
+        parts.setdefault(layer_number(target.module) if statistics else 0, []).append(target)
+    mine = {
+        block: split(part, group.size, lambda target: matrix_cost(target.shape))[group.rank]
+        for block, part in parts.items()
+    }
+    events.begin([_announcement(source, target) for part in mine.values() for target in part], done)
     if not missing:
         return
     worker = _Worker(source, method, options, store, device, events)
     try:
         if statistics is None:
-            for target in missing:
+            for target in mine[0]:
                 worker.run(target)
-            return
-        for target in missing:
-            worker.finish_group(target)
-        by_block: dict[int, list[tuple[Target, int]]] = {}
-        for target in missing:
-            for index, part in enumerate(target.parts):
-                if not store.has(target) and not (target.followers and worker.is_waiting(target, index)):
-                    by_block.setdefault(layer_number(part.module), []).append((target, index))
-        if not by_block:
-            return
-        every = {layer_number(part.module) for target in targets for part in target.parts}
-        for block, found in statistics(skip_blocks=every - by_block.keys()):
-            for target, index in by_block.get(block, []):
-                worker.learn(target, index, found[target.parts[index].module])
-            del found  # one block's Gram matrices at a time
-            for target, _ in by_block.get(block, []):
-                worker.finish_group(target)
+        else:
+            own = {target.module for part in mine.values() for target in part}
+            for target in missing:
+                if target.module in own:
+                    worker.finish_group(target)
+            group.wait()
+            needed = group.share(_needed(missing, store, worker))
+            by_block: dict[int, list[tuple[Target, int]]] = {}
+            for target in missing:
+                for index, part in enumerate(target.parts):
+                    if (target.module, index) in needed:
+                        by_block.setdefault(layer_number(part.module), []).append((target, index))
+            every = {layer_number(part.module) for target in targets for part in target.parts}
+            for block, found in statistics(skip_blocks=every - by_block.keys()) if by_block else ():
+                here = [(target, index) for target, index in by_block.get(block, []) if target.module in own]
+                for target, index in here:
+                    worker.learn(target, index, found[target.parts[index].module])
+                del found  # one block's Gram matrices at a time
+                for target, _ in here:
+                    worker.finish_group(target)
     finally:
         worker.reader.close()
+    group.wait()
+
+
+def _needed(missing: Sequence[Target], store: Store, worker: _Worker) -> set[tuple[str, int]]:
+    """Layers whose statistics are needed, as targets and places within their groups."""
+    return {
+        (target.module, index)
+        for target in missing
+        for index in range(len(target.parts))
+        if not store.has(target) and not (target.followers and worker.is_waiting(target, index))
+    }
 
 
 class _Worker:
@@ -401,7 +428,8 @@ class _Worker:
         buffer = self.workspace.take("weight", (sum(i.nbytes for i in infos),), torch.uint8, torch.device("cpu"))
         found, start = [], 0
         for info in infos:
-            found.append(self.reader.read(info, buffer[start:]).to(self.device))
+            weight = self.reader.read(info, buffer[start:]).to(self.device)
+            found.append(weight.T if target.transposed else weight)
             start += info.nbytes
         return found
 

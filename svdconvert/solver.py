@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from svdconvert import lapack
 from svdconvert.errors import InputError
 from svdconvert.rounding import BASES, SMALLEST_SHARE, round_with_feedback
 
@@ -79,8 +80,8 @@ class Decomposition:
 
     Attributes:
         values: [k] float64, ascending: squared singular values of L^1/2 W R^1/2, k = min(m, n).
-        basis: [k, k], column j belongs to value j: a row of `down` if W is tall, a column of `up` if it is wide, up
-            to its length.
+        basis: [k, c], the last column belongs to the last value, and so on: a row of `down` if W is tall, a column of
+            `up` if it is wide, up to its length. c is k, or the highest rank that was asked for.
         scale: power of four that the matrix was multiplied with; `values` and `basis` are of the scaled matrix.
     """
 
@@ -155,7 +156,8 @@ def decompose(
     Args:
         weight, left, right: see :func:`factorize`.
         workspace: its buffers hold the result until it is used again.
-        rank: the highest rank that will be asked for; decides on float64 for plain SVD. None means all.
+        rank: the highest rank that will be asked for; decides on float64 for plain SVD, and spares the work for the
+            vectors beyond it. None means all.
 
     Raises:
         InputError: the matrix has NaN or infinite entries.
@@ -164,7 +166,7 @@ def decompose(
     if left is None and right is None:
         matrix = _Scaled(weight, _scale(weight), work)
         for dtype in (torch.float32, torch.float64):
-            values, vectors = _eigenvectors(_gram(matrix, None, dtype), work)
+            values, vectors = _eigenvectors(_gram(matrix, None, dtype), work, rank)
             smallest = float(values[-(rank or values.numel())])
             if float(values[-1]) <= FLOAT32_EIGENVALUE_RATIO * smallest or float(values[-1]) == 0:
                 break
@@ -172,22 +174,29 @@ def decompose(
     refuse_not_finite(weight)  # float64 needs no scaling
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
-    return decompose_gram(_gram(matrix, outer, torch.float64), inner, work)
+    return decompose_gram(_gram(matrix, outer, torch.float64), inner, work, rank)
 
 
-def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decomposition:
+def decompose_gram(gram: Tensor, inner: Metric, work: Workspace, rank: int | None = None) -> Decomposition:
     """The same from what metrics leave of a matrix.
 
     Args:
         gram: lower triangle of W^T L W if W is tall, of W R W^T if it is wide, [k, k] float64; overwritten.
         inner: the metric on the smaller side.
         work: its buffers hold the result until it is used again.
+        rank: the highest rank that will be asked for; None means all.
     """
     if inner is None:
-        return Decomposition(*_eigenvectors(gram, work))
-    root = _root(gram)
+        return Decomposition(*_eigenvectors(gram, work, rank))
+    root, triangular = _root(gram)
+    if gram.device.type == "cpu" and triangular and inner.dim() == 2:
+        weighted = work.take("weighted", tuple(gram.shape), gram.dtype, gram.device).copy_(inner)
+        lapack.congruence(weighted, root)
+        values, vectors = _eigenvectors(weighted, work, rank)
+        lapack.multiply_rows(root, vectors.T)
+        return Decomposition(values, vectors)
     weighted = root.T @ apply_metric(inner, root)
-    values, vectors = _eigenvectors(weighted, work)
+    values, vectors = _eigenvectors(weighted, work, rank)
     return Decomposition(values, root @ vectors)
 
 
@@ -350,21 +359,24 @@ class _Scaled:
             yield part, piece
 
 
-def _eigenvectors(gram: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+def _eigenvectors(gram: Tensor, work: Workspace, count: int | None) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending, float64) and eigenvectors (columns) of a symmetric matrix given by its lower half.
 
-    The matrix is overwritten.
+    Args:
+        gram: [k, k], contiguous; overwritten.
+        work: gets the vectors.
+        count: how many vectors, those of the largest values; None means all.
     """
     k = gram.shape[0]
-    values = torch.empty(k, dtype=gram.dtype, device=gram.device)
+    count = count or k
+    vectors = work.take("eigenvectors", (k, k), gram.dtype, gram.device)
     if gram.device.type == "cpu":
-        # LAPACK works in place on columns: the rows' lower half is the columns' upper one, and nothing is copied.
-        vectors = gram.T
-        torch.linalg.eigh(vectors, UPLO="U", out=(values, vectors))
+        space = work.take("eigenwork", (lapack.work_size(k),), gram.dtype, gram.device)
+        values = lapack.top_eigenvectors(gram, count, vectors, space)
     else:
-        vectors = work.take("eigenvectors", (k, k), gram.dtype, gram.device).T
-        torch.linalg.eigh(gram, UPLO="L", out=(values, vectors))
-    return values.double(), vectors
+        values = torch.empty(k, dtype=gram.dtype, device=gram.device)
+        torch.linalg.eigh(gram, UPLO="L", out=(values, vectors.T))
+    return values.double(), vectors[k - count :].T
 
 
 def _gram(matrix: _Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
@@ -386,25 +398,33 @@ def _gram(matrix: _Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
             else:
                 gram.addmm_(whole @ block.T, piece.T)
         return gram
-    # Block columns from the diagonal down spare 7/16 of the arithmetic of the full product.
+    # Block columns from the diagonal down spare 7/16 of the arithmetic of the full product; BLAS spares all of it.
     width = max(k // 8, 256)
     for part, piece in matrix.panels(dtype):
-        rows = piece if matrix.tall else piece.T  # [p, k]
         if outer is not None:
-            rows = rows * outer[part].to(dtype).sqrt()[:, None]
+            roots = outer[part].to(dtype).sqrt()
+            piece = piece * (roots[:, None] if matrix.tall else roots)
+        if piece.device.type == "cpu":
+            lapack.add_gram(piece, gram, transposed=not matrix.tall)
+            continue
+        rows = piece if matrix.tall else piece.T  # [p, k]
         for start in range(0, k, width):
             stop = min(start + width, k)
             gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
     return gram
 
 
-def _root(gram: Tensor) -> Tensor:
-    """T with T T^T = P, for P given by its lower half: Cholesky, or by eigenvectors where P is singular."""
+def _root(gram: Tensor) -> tuple[Tensor, bool]:
+    """T with T T^T = P, for P given by its lower half: Cholesky's, or by eigenvectors where P is singular.
+
+    Returns:
+        ``(T, whether it is lower triangular)``.
+    """
     factor, failed = torch.linalg.cholesky_ex(gram)
     if not int(failed):
-        return factor.tril()
+        return factor.tril().contiguous(), True
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
-    return vectors * values.clamp_min(0).sqrt()
+    return vectors * values.clamp_min(0).sqrt(), False
 
 
 def apply_metric(metric: Metric, columns: Tensor) -> Tensor:
