@@ -138,7 +138,7 @@ def _remove(
     info = source.tensors[target.weight]
     weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(parameter.device).double()
     weight = weight.T if target.transposed else weight
-    found, _ = load_decomposition(store.path(target), parameter.device)
+    found, _, _ = load_decomposition(store.path(target), parameter.device)
     directions = found.basis.flip(1)[:, part].double()
     if target.shape[0] >= target.shape[1]:
         weight -= (weight @ directions) @ directions.T
