@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -554,6 +556,53 @@ def test_tensor_parallel_plan(row: Architecture, pair: SimpleNamespace) -> None:
                 assert stock[rule] == style
                 assert not any(module.endswith(rule.partition("*")[2]) for module in ranks)
     assert "base_model_tp_plan" not in config.to_dict()
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist
+from transformers import AutoModelForCausalLM
+dist.init_process_group("gloo")
+ids = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder + "/made", trust_remote_code=True, tp_plan="auto").eval()
+    with torch.no_grad():
+        found = model(ids).logits
+    plan = model.config.base_model_tp_plan
+    ends = tuple(rule.partition("*")[2] + ".weight" for rule, style in plan.items() if style[:3] in ("col", "row"))
+    for name, parameter in model.named_parameters():
+        if name.endswith(ends):
+            assert parameter.to_local().numel() * 2 == parameter.numel(), name
+    if dist.get_rank() == 0:
+        torch.save(found, folder + "/parallel.pt")
+    dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VERSION < (5,), reason="native tensor parallelism on CPU is measured for transformers 5")
+def test_tensor_parallel(tmp_path: Path) -> None:
+    """All families that have a plan in one run of two processes, one of them with shared factors."""
+    torch.save(IDS, tmp_path / "ids.pt")
+    expected = {}
+    for name in FAMILIES:
+        folder = tmp_path / name
+        share = 2 if name == "mistral" else 1
+        convert(write_family(folder / "dense", name), folder / "made", keep=0.6, share_layers=share, device="cpu")
+        model = load(folder / "made")
+        if model.config.base_model_tp_plan:
+            expected[folder] = logits(model)
+    assert len(expected) == len(FAMILIES) - 2
+    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command += [str(path) for path in (tmp_path / "run.py", tmp_path / "ids.pt", *expected)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for folder, alone in expected.items():
+        assert distance(torch.load(folder / "parallel.pt"), alone) < 1e-4, folder.name
 
 
 def test_engine_that_brings_its_own_attention(row: Architecture, pairs: Any) -> None:
