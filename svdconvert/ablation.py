@@ -137,7 +137,7 @@ def _remove(
     """Set a parameter to the source's matrix without some of its singular directions."""
     info = source.tensors[target.weight]
     weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(parameter.device).double()
-    found, _ = load_decomposition(store.path(target), parameter.device)
+    found, _, _ = load_decomposition(store.path(target), parameter.device)
     directions = found.basis.flip(1)[:, part].double()
     if target.shape[0] >= target.shape[1]:
         weight -= (weight @ directions) @ directions.T

@@ -78,12 +78,15 @@ def majority_dtype(infos: Sequence[TensorInfo]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    packages = ("svdconvert", "torch", "safetensors", "numpy")
+    packages = ("svdconvert", "torch", "safetensors", "numpy", "scipy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def record(command: str, source: Source, settings: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
-    """``svdconvert.json``: how a folder came about. Times aside, the same job always writes the same record.
+    """``svdconvert.json``: how a folder came about.
+
+    The same job always writes the same record, but for ``timing`` (wall and CPU seconds of the stages of the run that
+    finished it, one entry per process) and the ``seconds`` of each matrix.
 
     Args:
         command: which of the tool's commands made it.

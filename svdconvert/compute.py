@@ -13,9 +13,9 @@ from torch import Tensor
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
 from svdconvert.layouts import Layout
-from svdconvert.pivoting import full_up, pivot, product, refit
+from svdconvert.pivoting import full_up, pivot, product, rounded_coefficients
 from svdconvert.sharing import SharedFactors, plain_shared, relative_error, truncate_shared
-from svdconvert.solver import Decomposition, Factors, Workspace, factorize, truncate
+from svdconvert.solver import Decomposition, Factors, Metric, Workspace, apply_metric, factorize, truncate
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
 
@@ -26,7 +26,7 @@ def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tu
     """W -> the tensors of its layout."""
     (weight,) = inputs
     rank = step.options["rank"]
-    return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), right=None)
+    return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), None, None)
 
 
 def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -35,20 +35,12 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
 
     (weight,) = inputs
     file = Path(step.options["decomposition"])
-    found, inner = load_decomposition(file, weight.device)
-    tall = weight.shape[0] >= weight.shape[1]
-    left, right = (None, inner) if tall else (inner, None)
+    found, inner, outer = load_decomposition(file, weight.device)
+    left, right = (outer, inner) if weight.shape[0] >= weight.shape[1] else (inner, outer)
     rank = step.options["rank"]
     tensors, report = _stored(
-        weight,
-        step,
-        lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right),
-        right if tall else _UNKNOWN,
+        weight, step, lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right), left, right
     )
-    if not tall and left is None and step.options["layout"] == "balanced":
-        # the basis may be that of a metric on the inputs, which is not known here, and neither is the energy in it
-        error = relative_error(weight, tensors[1], tensors[0])
-        report |= {"relative_error": error, "energy_kept": 1 - error**2}
     return tensors, report | _cut_off(found, file, rank)
 
 
@@ -60,7 +52,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     (weight,) = inputs
     tensors, fit = load_refitted(Path(step.options["refitted"]))
     file = Path(step.options["decomposition"])
-    found, _ = load_decomposition(file, torch.device("cpu"))
+    found, _, _ = load_decomposition(file, torch.device("cpu"))
     cut = _cut_off(found, file, step.options["rank"])
     optimal = (cut["lost"] / cut["whole"]) ** 0.5 if cut["whole"] else 0.0
     error = _relative_error(weight.cpu(), tensors)
@@ -70,7 +62,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
 def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
     """What a truncation loses and what there was, in the method's own metrics, and its error of the outputs.
 
-    The metric on the longer side is not kept, so that what rounding adds there is not known.
+    All of it is before rounding.
     """
     from svdconvert.decomposing import load_outputs
 
@@ -141,26 +133,31 @@ def _group_report(inputs: Sequence[Tensor], factors: SharedFactors, captured: Te
     return {"rank": rank, "relative_error": error, "precision": factors.precision, "layers": layers}
 
 
-# Stands for a metric that there is but that was not kept.
-_UNKNOWN = torch.empty(0)
-
-
 def _stored(
-    weight: Tensor, step: Step, solve: Callable[[torch.dtype], Factors], right: Tensor | None
+    weight: Tensor, step: Step, solve: Callable[[torch.dtype], Factors], left: Metric, right: Metric
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Factors in the layout that the step asks for, and their report."""
+    """Factors in the layout that the step asks for, and their report.
+
+    Of the metric on the longer side the diagonal is enough.
+    """
     dtype = torch_dtype(step.outputs[0].dtype)
     if step.options["layout"] == "balanced":
         factors = solve(dtype)
         tensors, error = [factors.down, factors.up], factors.relative_error
+        told: dict[str, Any] = {"rounding_excess": factors.rounding_excess, "basis": factors.basis}
     else:
         factors = solve(torch.float64)
-        rows, coefficients, position = pivot(factors.up, factors.down, dtype)
-        if right is not _UNKNOWN:  # the rounding of the rows can be made good
-            coefficients = refit(weight, rows, position, right).to(dtype)
-        tensors = [rows, coefficients, position]
+        exact = factors.up @ factors.down
+        rows, _, position = pivot(factors.up, factors.down, dtype)
+        # Where only the diagonal of the inputs' metric is known, that the truncation is the best one is not to be seen
+        # in it; but what rounding the rows has changed is.
+        wanted = weight if weight.shape[0] >= weight.shape[1] else exact
+        tensors = [rows, rounded_coefficients(wanted, rows, position, right, dtype), position]
         error = _relative_error(weight, tensors)
-    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision)
+        lost = exact - stored_product(tensors)
+        added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
+        told = {"rounding_excess": added / factors.metric_loss if factors.metric_loss > 0 else None}
+    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision) | told
 
 
 def _report(step: Step, weight: Tensor, error: float, optimal_error: float, precision: str) -> dict[str, Any]:

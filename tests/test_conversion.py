@@ -57,6 +57,7 @@ def files(folder: Path) -> dict[str, bytes]:
     """All files of a result, the record without its times."""
     content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     record = json.loads(content["svdconvert.json"])
+    record.pop("timing")
     for matrix in record["matrices"].values():
         matrix.pop("seconds")
     content["svdconvert.json"] = json.dumps(record).encode()
