@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from svdconvert.architectures import dense_architecture
+from svdconvert import processes
+from svdconvert.architectures import dense_architecture, longest_input
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import resolve_device
@@ -76,7 +77,7 @@ class Calibration:
         if not source.side_files:
             raise InputError(f"{source.name} has no tokenizer, so no text can be read with it")
         tokenizer = load_tokenizer(folder)
-        length = self.length or min(2048, int(source.config.get("max_position_embeddings", 2048)))
+        length = self.length or min(2048, longest_input(source.config, 2048))
         texts = load_texts(self.text, field=self.field)
         return sample_tokens(texts, tokenizer, samples=self.samples, length=length, seed=self.seed)
 
@@ -225,22 +226,26 @@ def calibrate(
     kinds = sorted({kind for row in rows for kind in row.statistics})
     if not kinds:
         raise InputError(f"--method {', '.join(row.name for row in rows)} looks at no text; choose another")
-    used = resolve_device(device)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "stats.json").is_file():
+    used, group = resolve_device(device), processes.current()
+    if group.leader and folder.is_dir() and any(folder.iterdir()) and not (folder / "stats.json").is_file():
         raise InputError(f"{folder} is not empty and holds no statistics; give another folder")
-    source = open_source(os.fspath(model), revision, download_folder=folder / "source")
+    source = open_source(os.fspath(model), revision, download_folder=group.own(folder / "source"))
     architecture = dense_architecture(source.config, source.name)
     modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
     tokens = calibration.tokens(source)
     key = statistics_key(source, tokens, _needs(kinds), labels=calibration.labels, seed=calibration.seed)
-    store = StatisticsFolder(folder, key, create=True)
+    with group.leader_first():
+        store = StatisticsFolder(folder, key, create=True)
     work = folder / "work"
-    run = _run(source, tokens, calibration, kinds, modules, used, work, events, store.blocks)
-    store.save_tokens(tokens)
+    run = _run(source, tokens, calibration, kinds, modules, used, work, events, group.share(store.blocks))
+    if group.leader:
+        store.save_tokens(tokens)
     save_statistics(store, run)
-    shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(folder / "source", ignore_errors=True)
-    return store.loss.perplexity if store.loss else None
+    group.wait()
+    for left in (group.own(folder / "source"), work):
+        shutil.rmtree(left, ignore_errors=True)
+    loss = group.share(store.loss)
+    return loss.perplexity if loss else None
 
 
 def _needs(kinds: Collection[str]) -> Needs:

@@ -20,13 +20,17 @@ float64; what one block's forward and backward passes hold for B T tokens; for t
 square; and the logits of :mod:`svdconvert.head`, a few times over. On the host: the same Grams once more where the
 device is another, and a batch of activations. On disk: N T h numbers for each block where gradients are needed, for two
 blocks where they are not.
+
+Several processes (``processes.py``) take a part of the sequences each, and a block's sums are added up over them, in
+float64 and with the same bits for all. They differ from a single process's by the order of the additions alone, a few
+units of 1e-16 of the largest entries; what is between blocks is each process's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,7 @@ from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.head import next_token_loss
 from svdconvert.planning import layer_number, suffix
+from svdconvert.processes import Group, current
 from svdconvert.source import Source
 
 LABELS = ("empirical", "sampled")
@@ -188,15 +193,19 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             raise InputError(f"a batch of {batch_size} sequences is not possible; use at least 1")
         self._blocks = ModelBlocks(source, device=device, dtype=dtype)
         self._name, self._tokens, self._needs, self._labels, self._seed = source.name, tokens, needs, labels, seed
-        self._batches = [slice(i, i + batch_size) for i in range(0, tokens.ids.shape[0], batch_size)]
-        self._events, self._progress = events, progress
+        self._events, self._progress, self._group = events, progress, current()
         self._check_tokens()
+        self._draw_shape, self._part = tokens.ids.shape, self._group.portion(tokens.ids.shape[0])
+        self._tokens = replace(tokens, ids=tokens.ids[self._part], mask=tokens.mask[self._part])
+        count = self._tokens.ids.shape[0]
+        self._batches = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
         self._modules = _by_block(self._blocks, modules)
         self._todo = sorted(set(self._modules) - set(skip_blocks)) if needs != Needs() else []
         key = {
             "model": source.identity(),
             "config": dict(source.config),
             "tokens": tokens.digest,
+            "part": [self._part.start, self._part.stop],
             "batch_size": batch_size,
             "dtype": str(dtype),
             "device": torch.device(device).type,
@@ -204,11 +213,11 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             "seed": seed,
             "code": [svdconvert.__version__, torch.__version__],
         }
-        shape = (*tokens.ids.shape, self._blocks.hidden_size)
-        self._store = ActivationStore(work / "activations", key, shape, dtype)
+        shape = (*self._tokens.ids.shape, self._blocks.hidden_size)
+        self._store = ActivationStore(self._group.own(work / "activations"), key, shape, dtype)
         copies = self._blocks.count + 2 if needs.gradients else 2
         check_room([self._store], copies)
-        self.loss: Loss | None = self._store.loss
+        self.loss: Loss | None = self._store.loss if self._group.all(self._store.loss is not None) else None
         self._generator = self._backward() if needs.gradients else self._forward()
 
     def __next__(self) -> tuple[int, dict[str, ModuleStatistics]]:
@@ -220,6 +229,11 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
 
     def _check_tokens(self) -> None:
         blocks, ids = self._blocks, self._tokens.ids
+        if ids.shape[0] < self._group.size:
+            raise InputError(
+                f"{ids.shape[0]} calibration sequences do not suffice for {self._group.size} processes; "
+                "raise --calib-samples or start fewer"
+            )
         if ids.numel() == 0 or not bool(self._tokens.mask[:, 1:].any()):
             raise InputError("the calibration text has no token to predict; give more text")
         if int(ids.max()) >= blocks.vocabulary or int(ids.min()) < 0:
@@ -236,7 +250,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     def _forward(self) -> _Blocks:
         """One pass; statistics of inputs alone."""
         count = self._blocks.count
-        present = [i for i in range(count + 1) if self._store.has(f"hidden-{i}")]
+        present = [i for i in range(count + 1) if self._has(f"hidden-{i}")]
         if self._todo:
             present = [i for i in present if i <= self._todo[0]]
         elif self.loss is not None or not present:
@@ -260,7 +274,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         if not self._todo:
             return
         lowest, count = self._todo[0], self._blocks.count
-        starts = [i for i in range(self._todo[-1] + 1, count + 1) if self._store.has(f"gradient-{i}")]
+        starts = [i for i in range(self._todo[-1] + 1, count + 1) if self._has(f"gradient-{i}")]
         start = min(starts, default=count)
         self._keep_hidden(range(lowest, start if starts else count + 1))
         if not starts:
@@ -269,7 +283,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         for index in reversed(range(lowest, start)):
             if index in self._todo:
                 yield index, self._differentiate(index, collect=True, pass_on=index > lowest)
-            elif not self._store.has(f"gradient-{index}"):
+            elif not self._has(f"gradient-{index}"):
                 self._differentiate(index, collect=False, pass_on=True)
             self._store.remove(f"hidden-{index}")
             self._store.remove(f"gradient-{index + 1}")
@@ -278,9 +292,9 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     def _keep_hidden(self, needed: Sequence[int]) -> None:
         """Have the inputs of these blocks on disk, computing those that are missing."""
         for index in needed:
-            if self._store.has(f"hidden-{index}"):
+            if self._has(f"hidden-{index}"):
                 continue
-            start = max((i for i in range(index) if self._store.has(f"hidden-{i}")), default=-1)
+            start = max((i for i in range(index) if self._has(f"hidden-{i}")), default=-1)
             if start < 0:
                 self._embed()
                 start = 0
@@ -288,6 +302,10 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._run_block(i, collect=False)
                 if i < needed[0]:
                     self._store.remove(f"hidden-{i}")
+
+    def _has(self, name: str) -> bool:
+        """Whether a file is there, in every process: their steps must be the same."""
+        return self._group.all(self._store.has(name))
 
     def _embed(self) -> None:
         with self._blocks.embeddings(), self._store.writing("hidden-0") as write, torch.no_grad():
@@ -348,7 +366,8 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 total, count = total + nll, count + predicted
                 self._check(slope, "the head gives", batch, "gradients")
                 write(slope)
-            self.loss = Loss(total, count)
+            sums = self._group.add(torch.tensor([total, count], dtype=torch.float64))
+            self.loss = Loss(float(sums[0]), int(sums[1]))
             self._store.loss = self.loss
         self._events.note(
             f"the model's perplexity on the calibration text is {self.loss.perplexity:,.2f} "
@@ -369,9 +388,9 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         )
 
     def _draws(self, batch: slice) -> Tensor:
-        """A uniform number for each position, the same whatever the batches are."""
+        """A uniform number for each position, the same whatever the batches and processes are."""
         generator = torch.Generator().manual_seed(self._seed)
-        return torch.rand(self._tokens.ids.shape, generator=generator, dtype=torch.float64)[batch]
+        return torch.rand(self._draw_shape, generator=generator, dtype=torch.float64)[self._part][batch]
 
     def _read(self, name: str, batch: slice) -> Tensor:
         return self._store.read(name, batch).to(self._blocks.device)
@@ -379,7 +398,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     @contextmanager
     def _collecting(self, block: nn.Module, index: int, collect: bool) -> Iterator[Collector]:
         modules = {name: suffix(name) for name in self._modules.get(index, [])} if collect else {}
-        with Collector(block, modules, self._needs, self._blocks.device) as collector:
+        with Collector(block, modules, self._needs, self._blocks.device, self._group) as collector:
             yield collector
 
     def _check(self, tensor: Tensor, what: str, batch: slice, kind: str = "activations") -> None:
@@ -388,8 +407,8 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             return
         type_hint = "" if self._blocks.dtype in (torch.float32, torch.float64) else " in float32"
         raise InputError(
-            f"{what} NaN or infinite {kind} on the calibration text (sequences {batch.start} to "
-            f"{min(batch.stop, len(self._tokens.ids)) - 1}); check the source model{type_hint}"
+            f"{what} NaN or infinite {kind} on the calibration text (sequences {self._part.start + batch.start} to "
+            f"{self._part.start + batch.stop - 1}); check the source model{type_hint}"
         )
 
 
@@ -435,9 +454,9 @@ class GramSum:
                 end = begin + PANEL
                 self._sum[begin:end, begin:].addmm_(exact[:, begin:end].T, exact[:, begin:])
 
-    def mean(self, count: int) -> Tensor:
-        """The symmetric mean over ``count`` rows, on the CPU; ends the sum."""
-        mean = self._sum.cpu()
+    def mean(self, count: int, group: Group | None = None) -> Tensor:
+        """The symmetric mean over ``count`` rows of all processes, on the CPU; ends the sum."""
+        mean = (group or Group()).add(self._sum.cpu())
         del self._sum
         for begin in range(0, mean.shape[0], PANEL):
             end = begin + PANEL
@@ -451,7 +470,12 @@ class Collector:
     """Hooks on the linear layers of one block. Use as a context manager."""
 
     def __init__(
-        self, block: nn.Module, modules: Mapping[str, str], needs: Needs, device: torch.device | None = None
+        self,
+        block: nn.Module,
+        modules: Mapping[str, str],
+        needs: Needs,
+        device: torch.device | None = None,
+        group: Group | None = None,
     ) -> None:
         """Prepare.
 
@@ -460,8 +484,10 @@ class Collector:
             modules: name -> path within the block.
             needs: what to collect; gradients need a backward pass for every forward one.
             device: where the block is.
+            group: processes that collect the same from other sequences.
         """
         self._block, self._modules, self._needs = block, modules, needs
+        self._group = group or Group()
         self._device = device or torch.device("cpu")
         self._leaders: dict[str, str] = {}
         self._input_grams: dict[str, GramSum] = {}
@@ -498,13 +524,17 @@ class Collector:
         self._seen = {}
 
     def result(self) -> dict[str, ModuleStatistics]:
-        """The statistics of all batches; ends the collection.
+        """The statistics of all batches of all processes; ends the collection.
 
         Raises:
             InputError: an input or gradient was NaN or infinite; the layer is named.
         """
-        grams = {name: gram.mean(self._tokens) for name, gram in self._input_grams.items()}
-        absolutes = {name: (total / self._tokens).cpu() for name, total in self._abs.items()}
+        group = self._group
+        counts = group.add(torch.tensor([self._tokens, self._samples]))
+        tokens, samples = map(int, counts)
+        # In one order, which every process has: that in which the block calls its layers.
+        grams = {name: gram.mean(tokens, group) for name, gram in self._input_grams.items()}
+        absolutes = {name: group.add(total.cpu()) / tokens for name, total in self._abs.items()}
         found = {}
         for name in self._modules:
             leader = self._leaders[name]
@@ -512,11 +542,11 @@ class Collector:
             fisher = self._fisher.get(name)
             found[name] = ModuleStatistics(
                 input_gram=grams.get(leader),
-                output_gram=None if output is None else output.mean(self._tokens),
+                output_gram=None if output is None else output.mean(tokens, group),
                 input_abs=absolutes.get(leader),
-                fisher=None if fisher is None else (fisher / self._samples).cpu(),
-                tokens=self._tokens,
-                samples=self._samples,
+                fisher=None if fisher is None else group.add(fisher.cpu()) / samples,
+                tokens=tokens,
+                samples=samples,
             )
             for kind, tensor in statistic_tensors(found[name]).items():
                 if not bool(torch.isfinite(tensor).all()):
@@ -528,8 +558,8 @@ class Collector:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            assert x.shape[:2] == self._mask.shape, (name, x.shape)
+            # OPT hands the tokens of all sequences to its MLP in one row.
+            x = args[0].detach().reshape(*self._mask.shape, -1)
             # Layers that read one tensor share its statistics. The tensor is kept until the batch is over, so that
             # no other can take its address; its version tells whether it was changed in between.
             key = (x.data_ptr(), x.shape, x.stride(), x._version)
@@ -539,7 +569,8 @@ class Collector:
             if leader == name:
                 self._add_input(name, x)
             if self._needs.gradients:
-                output.register_hook(lambda gradient: self._add_gradient(name, x, gradient.detach()))
+                shape = (*self._mask.shape, output.shape[-1])
+                output.register_hook(lambda gradient: self._add_gradient(name, x, gradient.detach().reshape(shape)))
 
         return hook
 

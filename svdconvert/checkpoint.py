@@ -41,7 +41,7 @@ def factored_config(
         shared: module path -> that of the layer whose input-side factor it uses.
     """
     config = {key: value for key, value in source.items() if key not in ("_name_or_path", "dtype")}
-    config |= row.config_overrides(source)
+    config |= row.config_overrides(source) | {"tie_word_embeddings": row.is_tied(source)}
     config |= {
         "architectures": [row.causal_class],
         "auto_map": row.auto_map,
@@ -64,7 +64,7 @@ def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, An
         for key, value in factored.items()
         if key not in ("auto_map", "svd_ranks", "svd_layout", "svd_shared", "_name_or_path")
     }
-    config |= row.config_overrides(factored)
+    config |= row.config_overrides(factored) | {"tie_word_embeddings": row.is_tied(factored)}
     return config | {"architectures": [row.dense_class], "model_type": row.model_type}
 
 
@@ -78,12 +78,15 @@ def majority_dtype(infos: Sequence[TensorInfo]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    packages = ("svdconvert", "torch", "safetensors", "numpy")
+    packages = ("svdconvert", "torch", "safetensors", "numpy", "scipy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def record(command: str, source: Source, settings: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
-    """``svdconvert.json``: how a folder came about. Times aside, the same job always writes the same record.
+    """``svdconvert.json``: how a folder came about.
+
+    The same job always writes the same record, but for ``timing`` (wall and CPU seconds of the stages of the run that
+    finished it, one entry per process) and the ``seconds`` of each matrix.
 
     Args:
         command: which of the tool's commands made it.

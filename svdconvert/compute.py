@@ -13,9 +13,9 @@ from torch import Tensor
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
 from svdconvert.layouts import Layout
-from svdconvert.pivoting import full_up, pivot, product, refit
+from svdconvert.pivoting import full_up, pivot, product, rounded_coefficients
 from svdconvert.sharing import SharedFactors, plain_shared, relative_error, truncate_shared
-from svdconvert.solver import Decomposition, Factors, Workspace, factorize, truncate
+from svdconvert.solver import Decomposition, Factors, Metric, Workspace, apply_metric, factorize, truncate
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
 
@@ -24,31 +24,23 @@ Operation = Callable[[Sequence[Tensor], Step, Workspace], tuple[list[Tensor], di
 
 def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W -> the tensors of its layout."""
-    (weight,) = inputs
+    (weight,) = _matrices(inputs, step)
     rank = step.options["rank"]
-    return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), right=None)
+    return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), None, None)
 
 
 def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W and its decomposition, computed beforehand -> the tensors of its layout."""
     from svdconvert.decomposing import load_decomposition
 
-    (weight,) = inputs
+    (weight,) = _matrices(inputs, step)
     file = Path(step.options["decomposition"])
-    found, inner = load_decomposition(file, weight.device)
-    tall = weight.shape[0] >= weight.shape[1]
-    left, right = (None, inner) if tall else (inner, None)
+    found, inner, outer = load_decomposition(file, weight.device)
+    left, right = (outer, inner) if weight.shape[0] >= weight.shape[1] else (inner, outer)
     rank = step.options["rank"]
     tensors, report = _stored(
-        weight,
-        step,
-        lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right),
-        right if tall else _UNKNOWN,
+        weight, step, lambda dtype: truncate(weight, found, rank, dtype, workspace, left, right), left, right
     )
-    if not tall and left is None and step.options["layout"] == "balanced":
-        # the basis may be that of a metric on the inputs, which is not known here, and neither is the energy in it
-        error = relative_error(weight, tensors[1], tensors[0])
-        report |= {"relative_error": error, "energy_kept": 1 - error**2}
     return tensors, report | _cut_off(found, file, rank)
 
 
@@ -57,10 +49,10 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     from svdconvert.decomposing import load_decomposition
     from svdconvert.refitting import load_refitted
 
-    (weight,) = inputs
+    (weight,) = _matrices(inputs, step)
     tensors, fit = load_refitted(Path(step.options["refitted"]))
     file = Path(step.options["decomposition"])
-    found, _ = load_decomposition(file, torch.device("cpu"))
+    found, _, _ = load_decomposition(file, torch.device("cpu"))
     cut = _cut_off(found, file, step.options["rank"])
     optimal = (cut["lost"] / cut["whole"]) ** 0.5 if cut["whole"] else 0.0
     error = _relative_error(weight.cpu(), tensors)
@@ -70,7 +62,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
 def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
     """What a truncation loses and what there was, in the method's own metrics, and its error of the outputs.
 
-    The metric on the longer side is not kept, so that what rounding adds there is not known.
+    All of it is before rounding.
     """
     from svdconvert.decomposing import load_outputs
 
@@ -86,6 +78,7 @@ def _factorize_shared(
     inputs: Sequence[Tensor], step: Step, workspace: Workspace
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """W of several layers -> one A and a B for each."""
+    inputs = _matrices(inputs, step)
     factors = plain_shared(inputs, None, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
     return [factors.down, *factors.ups], _group_report(inputs, factors, None)
 
@@ -94,6 +87,7 @@ def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace)
     """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
     from svdconvert.decomposing import is_second_moment, load_decomposition, load_group, load_metric
 
+    inputs = _matrices(inputs, step)
     rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
     path = Path(step.options["decomposition"])
     metrics = [Path(metric) for metric in step.options["metrics"]]
@@ -141,26 +135,36 @@ def _group_report(inputs: Sequence[Tensor], factors: SharedFactors, captured: Te
     return {"rank": rank, "relative_error": error, "precision": factors.precision, "layers": layers}
 
 
-# Stands for a metric that there is but that was not kept.
-_UNKNOWN = torch.empty(0)
+def _matrices(stored: Sequence[Tensor], step: Step) -> Sequence[Tensor]:
+    """[out, in] each, whichever way round the dense checkpoint has them; its own inverse."""
+    return [tensor.T for tensor in stored] if step.options.get("transposed") else stored
 
 
 def _stored(
-    weight: Tensor, step: Step, solve: Callable[[torch.dtype], Factors], right: Tensor | None
+    weight: Tensor, step: Step, solve: Callable[[torch.dtype], Factors], left: Metric, right: Metric
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """Factors in the layout that the step asks for, and their report."""
+    """Factors in the layout that the step asks for, and their report.
+
+    Of the metric on the longer side the diagonal is enough.
+    """
     dtype = torch_dtype(step.outputs[0].dtype)
     if step.options["layout"] == "balanced":
         factors = solve(dtype)
         tensors, error = [factors.down, factors.up], factors.relative_error
+        told: dict[str, Any] = {"rounding_excess": factors.rounding_excess, "basis": factors.basis}
     else:
         factors = solve(torch.float64)
-        rows, coefficients, position = pivot(factors.up, factors.down, dtype)
-        if right is not _UNKNOWN:  # the rounding of the rows can be made good
-            coefficients = refit(weight, rows, position, right).to(dtype)
-        tensors = [rows, coefficients, position]
+        exact = factors.up @ factors.down
+        rows, _, position = pivot(factors.up, factors.down, dtype)
+        # Where only the diagonal of the inputs' metric is known, that the truncation is the best one is not to be seen
+        # in it; but what rounding the rows has changed is.
+        wanted = weight if weight.shape[0] >= weight.shape[1] else exact
+        tensors = [rows, rounded_coefficients(wanted, rows, position, right, dtype), position]
         error = _relative_error(weight, tensors)
-    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision)
+        lost = exact - stored_product(tensors)
+        added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
+        told = {"rounding_excess": added / factors.metric_loss if factors.metric_loss > 0 else None}
+    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision) | told
 
 
 def _report(step: Step, weight: Tensor, error: float, optimal_error: float, precision: str) -> dict[str, Any]:
@@ -197,7 +201,7 @@ def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """The tensors of a layout -> W [m, n], multiplied in float32, or float64 for the pivoted layout."""
     down, up, *position = inputs
     dense = product(down, up, position[0]) if position else up.float() @ down.float()
-    return [dense.to(torch_dtype(step.outputs[0].dtype))], {"rank": down.shape[0]}
+    return list(_matrices([dense.to(torch_dtype(step.outputs[0].dtype))], step)), {"rank": down.shape[0]}
 
 
 def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -241,8 +245,9 @@ def _extend_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -
 def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """(W, A [q, n], B [m, q]) -> W + s B A, the usual merge of a LoRA into a dense weight."""
     weight, lora_a, lora_b = (tensor.float() for tensor in inputs)
-    merged = torch.addmm(weight, lora_b, lora_a, alpha=float(step.options["scale"]))
-    return [merged.to(torch_dtype(step.outputs[0].dtype))], {}
+    (matrix,) = _matrices([weight], step)
+    merged = torch.addmm(matrix, lora_b, lora_a, alpha=float(step.options["scale"]))
+    return list(_matrices([merged.to(torch_dtype(step.outputs[0].dtype))], step)), {}
 
 
 OPERATIONS: Mapping[str, Operation] = {

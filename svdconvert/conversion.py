@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert import card, checkpoint
+from svdconvert import card, checkpoint, processes
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, default_method, find_knowledge
@@ -57,11 +57,14 @@ class Report:
 
         rank, shape ``[out, in]``, precision (of the eigenproblem), seconds; relative_error, ||W - BA|| / ||W|| of the
         stored factors, optimal_error, the same of the best product in the method's metrics, before rounding,
-        energy_kept, 1 - relative_error^2. With decompositions: whole and lost, the sum of the squared singular values
-        in the method's metrics and of those cut off. Where the second moments C of the layer's inputs are known
-        (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||, the relative error of its outputs on the
-        calibration text, before rounding. Where the metrics are those of the loss (kfac): predicted_loss, the loss
-        added, nats per token. Of a layer that uses the factor of another: shared_with, that other's module path.
+        energy_kept, 1 - relative_error^2; rounding_excess, what the storage type adds to the loss in the method's
+        metrics, relative to the best product's (of independent rounding errors), and for two factors basis, the one
+        that was rounded (``singular vectors``, or a row of :data:`svdconvert.rounding.BASES`). With decompositions:
+        whole and lost, the sum of the squared singular values in the method's metrics and of those cut off. Where the
+        second moments C of the layer's inputs are known (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||,
+        the relative error of its outputs on the calibration text, before rounding. Where the metrics are those of the
+        loss (kfac): predicted_loss, the loss added, nats per token. Of a layer that uses the factor of another:
+        shared_with, that other's module path.
         """
         matrices: Mapping[str, Mapping[str, Any]] = self.outcome.record["matrices"]
         return matrices
@@ -226,11 +229,12 @@ def convert(
     if keep_work and work is not None:
         raise InputError(f"give either --keep-work, which keeps them in {kept_work(folder)}, or --work FOLDER")
     used_device = resolve_device(device)
-    if push_to_hub:
+    group = processes.current()
+    if push_to_hub and group.leader:
         from svdconvert.hub import check_push
 
         check_push(push_to_hub, private=private, revision=hub_revision)
-    source = open_source(os.fspath(model), revision, download_folder=folder / JOB_FOLDER / "source")
+    source = open_source(os.fspath(model), revision, download_folder=group.own(folder / JOB_FOLDER / "source"))
     planned: dict[str, Any] = {
         "targets": targets,
         "dtype": dtype,
@@ -302,7 +306,9 @@ def convert(
     url = None
     if push_to_hub:
         events.note(f"uploading to {push_to_hub}")
-        url = push(folder, push_to_hub, private=private, revision=hub_revision)
+        if group.leader:
+            url = push(folder, push_to_hub, private=private, revision=hub_revision)
+        url = group.share(url)
     return Report(made, outcome, url)
 
 
@@ -320,18 +326,19 @@ def _refit(
     from svdconvert.weights import torch_dtype
 
     folder = RefitFolder(own / "refit")
-    found = refit_targets(
-        source,
-        made.targets,
-        store,
-        knowledge.text,
-        folder,
-        dtypes={step.key: torch_dtype(step.outputs[0].dtype) for step in made.steps},
-        work=own / "refit-states",
-        device=device,
-        batch_size=knowledge.batch_size,
-        events=events,
-    )
+    with processes.current().leader_first():  # one layer after the other: the leader's work alone
+        found = refit_targets(
+            source,
+            made.targets,
+            store,
+            knowledge.text,
+            folder,
+            dtypes={step.key: torch_dtype(step.outputs[0].dtype) for step in made.steps},
+            work=own / "refit-states",
+            device=device,
+            batch_size=knowledge.batch_size,
+            events=events,
+        )
     events.note(str(found))
     return found, {module: str(folder.path(module)) for module in made.ranks}
 

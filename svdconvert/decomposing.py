@@ -1,8 +1,9 @@
 """The decomposition of every target, computed once and kept as files: another rank or budget is then a small job.
 
 Per target there is one file with the squared singular values, the directions, the metric that the least-squares
-partner needs, and, where the inputs' second moments are known, the outputs' error at every rank: 12 k^2 bytes for a
-matrix whose smaller side is k. A file that is there is finished.
+partner needs, the diagonal of the other metric, by which rounding is judged, and, where the inputs' second moments are
+known, the outputs' error at every rank: 12 k^2 bytes for a matrix whose smaller side is k. A file that is there is
+finished.
 
 Layers that share a factor are decomposed together, but their statistics come block by block. So each layer's metrics
 wait in files of their own, 16 n^2 bytes for n inputs, until those of the whole group are there; then half of them goes,
@@ -27,7 +28,9 @@ from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.metrics import Method
+from svdconvert.partition import matrix_cost, split
 from svdconvert.planning import layer_number
+from svdconvert.processes import current
 from svdconvert.ranks import Target
 from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_statistic
 from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
@@ -48,13 +51,16 @@ class Store(Protocol):
         """Whether a target is done."""
         ...
 
-    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(
+        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
         """Take one target's decomposition; it is valid until the next one.
 
         Args:
             target: a matrix; a group only where it has no metrics.
             found: its decomposition.
             inner: metric on the smaller side.
+            outer: metric on the longer side.
             outputs: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known.
         """
         ...
@@ -115,9 +121,13 @@ class Decompositions:
             options["metrics"] = [str(path) for path in paths if path.is_file()]
         return options
 
-    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(
+        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
         """Write one target's file, whole or not at all; see :meth:`Store.save`."""
-        self._save(target, found, metric=inner, outputs=outputs)
+        # rounding errors see no more of the other metric
+        diagonal = outer.diagonal() if outer is not None and outer.dim() == 2 else outer
+        self._save(target, found, metric=inner, outer=diagonal, outputs=outputs)
 
     def save_group(self, target: Target, found: SharedDecomposition) -> None:
         """Write the file of a group that has metrics, and give up what waited for it."""
@@ -157,12 +167,12 @@ def load_outputs(path: Path) -> torch.Tensor | None:
         return handle.get_tensor("outputs") if "outputs" in handle.keys() else None  # noqa: SIM118 - no mapping
 
 
-def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric]:
-    """``(decomposition, metric on the smaller side)`` of a target's file."""
+def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric, Metric]:
+    """``(decomposition, metric on the smaller side, diagonal of that on the longer side)`` of a target's file."""
     tensors = load_file(path, device=str(device))
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
     found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
-    return found, tensors.get("metric")
+    return found, tensors.get("metric"), tensors.get("outer")
 
 
 def load_group(path: Path, device: torch.device) -> SharedDecomposition:
@@ -217,7 +227,9 @@ def kept_decompositions(
     Raises:
         InputError: see :func:`decompose_targets`, or the folder is of other settings.
     """
-    store = Decompositions(folder / "decompositions", decompositions_key(source, method, options, knowledge, device))
+    key = decompositions_key(source, method, options, knowledge, device)
+    with current().leader_first():
+        store = Decompositions(folder / "decompositions", key)
     decompose_all(source, targets, method, options, knowledge, store, folder / "statistics", device, events)
     return store
 
@@ -259,7 +271,7 @@ def decompose_targets(
     device: torch.device,
     events: Events,
 ) -> None:
-    """Compute what is missing in a collection.
+    """Compute what is missing in a collection; of several processes each does its share, block by block.
 
     Args:
         source: the dense model.
@@ -273,35 +285,58 @@ def decompose_targets(
     Raises:
         InputError: a matrix or a statistic has NaN or infinite entries; it is named.
     """
-    missing = [target for target in targets if not store.has(target)]
+    group = current()
+    known = group.share({target.module for target in targets if store.has(target)})
+    missing = [target for target in targets if target.module not in known]
     done = len(targets) - len(missing)
-    events.begin([_announcement(source, target) for target in missing], done)
+    parts: dict[int, list[Target]] = {}
+    for target in missing:  # without statistics there is no need to go block by block
+        parts.setdefault(layer_number(target.module) if statistics else 0, []).append(target)
+    mine = {
+        block: split(part, group.size, lambda target: matrix_cost(target.shape))[group.rank]
+        for block, part in parts.items()
+    }
+    events.begin([_announcement(source, target) for part in mine.values() for target in part], done)
     if not missing:
         return
     worker = _Worker(source, method, options, store, device, events)
     try:
         if statistics is None:
-            for target in missing:
+            for target in mine[0]:
                 worker.run(target)
-            return
-        for target in missing:
-            worker.finish_group(target)
-        by_block: dict[int, list[tuple[Target, int]]] = {}
-        for target in missing:
-            for index, part in enumerate(target.parts):
-                if not store.has(target) and not (target.followers and worker.is_waiting(target, index)):
-                    by_block.setdefault(layer_number(part.module), []).append((target, index))
-        if not by_block:
-            return
-        every = {layer_number(part.module) for target in targets for part in target.parts}
-        for block, found in statistics(skip_blocks=every - by_block.keys()):
-            for target, index in by_block.get(block, []):
-                worker.learn(target, index, found[target.parts[index].module])
-            del found  # one block's Gram matrices at a time
-            for target, _ in by_block.get(block, []):
-                worker.finish_group(target)
+        else:
+            own = {target.module for part in mine.values() for target in part}
+            for target in missing:
+                if target.module in own:
+                    worker.finish_group(target)
+            group.wait()
+            needed = group.share(_needed(missing, store, worker))
+            by_block: dict[int, list[tuple[Target, int]]] = {}
+            for target in missing:
+                for index, part in enumerate(target.parts):
+                    if (target.module, index) in needed:
+                        by_block.setdefault(layer_number(part.module), []).append((target, index))
+            every = {layer_number(part.module) for target in targets for part in target.parts}
+            for block, found in statistics(skip_blocks=every - by_block.keys()) if by_block else ():
+                here = [(target, index) for target, index in by_block.get(block, []) if target.module in own]
+                for target, index in here:
+                    worker.learn(target, index, found[target.parts[index].module])
+                del found  # one block's Gram matrices at a time
+                for target, _ in here:
+                    worker.finish_group(target)
     finally:
         worker.reader.close()
+    group.wait()
+
+
+def _needed(missing: Sequence[Target], store: Store, worker: _Worker) -> set[tuple[str, int]]:
+    """Layers whose statistics are needed, as targets and places within their groups."""
+    return {
+        (target.module, index)
+        for target in missing
+        for index in range(len(target.parts))
+        if not store.has(target) and not (target.followers and worker.is_waiting(target, index))
+    }
 
 
 class _Worker:
@@ -332,7 +367,7 @@ class _Worker:
             with _naming(part.weight):
                 refuse_not_finite(weight)
         stack = torch.cat(weights) if target.followers else weights[0]
-        self.store.save(target, decompose(stack, self.workspace), None, None)
+        self.store.save(target, decompose(stack, self.workspace), None, None, None)
         self.events.decomposed(_announcement(self.source, target))
 
     def learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
@@ -349,7 +384,8 @@ class _Worker:
                 found = decompose(weight, self.workspace, left, right)
                 gram = right if own else _on(gram, self.device)
                 outputs = None if gram is None else output_losses(weight, found, left, right, gram)
-                self.store.save(target, found, right if tall else left, outputs)
+                inner, outer = (right, left) if tall else (left, right)
+                self.store.save(target, found, inner, outer, outputs)
                 self.events.decomposed(_announcement(self.source, target))
                 return
             outer = outer_statistic(weight, left, tall=tall)
@@ -392,7 +428,8 @@ class _Worker:
         buffer = self.workspace.take("weight", (sum(i.nbytes for i in infos),), torch.uint8, torch.device("cpu"))
         found, start = [], 0
         for info in infos:
-            found.append(self.reader.read(info, buffer[start:]).to(self.device))
+            weight = self.reader.read(info, buffer[start:]).to(self.device)
+            found.append(weight.T if target.transposed else weight)
             start += info.nbytes
         return found
 

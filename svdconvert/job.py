@@ -9,16 +9,18 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svdconvert import checkpoint
+from svdconvert import checkpoint, processes
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, layout
 from svdconvert.source import LocalSource, Source
 from svdconvert.steps import Step, files_here
+from svdconvert.timing import StageTimes
 from svdconvert.writer import JOB_FOLDER, OutputFolder, read_record
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -84,7 +86,7 @@ def run_job(
     check: bool = True,
     events: Events | None = None,
 ) -> Outcome:
-    """Do a job, or what is left of it.
+    """Do a job, or what is left of it; several processes (``processes.py``) share the work.
 
     Args:
         command: name of the tool's command.
@@ -112,36 +114,51 @@ def run_job(
         **settings,
         "device": device.split(":")[0],
     }
-    output = OutputFolder(folder, everything, overwrite=overwrite)
-    if output.finished:
-        # A kill between config.json and the end may have left something.
-        output.clean_up()
-        events.note(f"{folder} already holds this result; nothing to compute")
-        seconds = time.perf_counter() - start
-        return Outcome(folder, read_record(folder), seconds, checkpoint.peak_memory_bytes(), already_done=True)
+    group = processes.current()
+    times = StageTimes()
+    with ExitStack() as stack:
+        with group.leader_first():
+            output = OutputFolder(folder, everything, overwrite=overwrite, group=group)
+            if not output.finished:
+                stack.enter_context(output)
+            elif group.leader:
+                # A kill between config.json and the end may have left something.
+                output.clean_up()
+        if output.finished:
+            events.note(f"{folder} already holds this result; nothing to compute")
+            seconds = time.perf_counter() - start
+            return Outcome(folder, read_record(folder), seconds, checkpoint.peak_memory_bytes(), already_done=True)
 
-    import torch
+        import torch
 
-    from svdconvert.pipeline import Pipeline
+        from svdconvert.pipeline import Pipeline
 
-    target = torch.device(device)
-    with output:
-        job = prepare()
-        preflight_disk(folder, job, source)
-        pipeline = Pipeline(source, job.steps, job.shards, output, device=target, workers=workers, events=events)
-        reports = pipeline.run()
-        record = checkpoint.record(command, source, everything, job.details(reports))
-        checkpoint.write_model_files(
-            output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
+        target = torch.device(device)
+        with times.measure("prepare", process=True):
+            job = prepare()
+        if group.leader:
+            preflight_disk(folder, job, source)
+        pipeline = Pipeline(
+            source, job.steps, job.shards, output, device=target, workers=workers, events=events, times=times
         )
+        reports = pipeline.run()
         peak = checkpoint.peak_memory_bytes()
+        timing = group.gather(times.to_json())
+        record: dict[str, Any] = {}
         checks: Sequence[str] = ()
-        if check:
-            from svdconvert.verification import self_check
+        if group.leader:
+            record = checkpoint.record(command, source, everything, {**job.details(reports), "timing": timing})
+            checkpoint.write_model_files(
+                output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
+            )
+            peak = checkpoint.peak_memory_bytes()
+            if check:
+                from svdconvert.verification import self_check
 
-            events.note("checking the result")
-            checks = self_check(folder, job.config)
-        checkpoint.write_config(output, job.config)
+                events.note("checking the result")
+                checks = self_check(folder, job.config)
+            checkpoint.write_config(output, job.config)
+        record, checks = group.share((record, checks))
     return Outcome(
         folder,
         record,
@@ -167,7 +184,12 @@ def resolve_device(device: str) -> str:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return "cuda" if count else "cpu"
+        device = "cuda" if count else "cpu"
+    group = processes.current()
+    if device == "cuda" and count and group.size > 1:  # a GPU for each process of a machine, as far as they go
+        return f"cuda:{group.local_rank % count}"
+    if device == "cpu":
+        return device
     if int(device.partition(":")[2] or 0) >= count:
         raise InputError(f"--device {device} is not there: torch sees {count} CUDA devices; use --device cpu")
     return device

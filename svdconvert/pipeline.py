@@ -1,7 +1,13 @@
 """Running a job: read ahead, solve, write behind, each in its own thread and each with a bound on memory.
 
 Every step reads from the source, computes, writes its tensors at their places and is recorded. Solvers hold one
-matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind.
+matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind. Of several
+processes each does its share of the steps.
+
+The stages' times say which of them is the bottleneck. Wall seconds are of work, without waiting for other stages;
+those of several solvers add up. CPU seconds of reading and writing are of their threads; solving has the rest of what
+the process takes while the pipeline runs, since torch computes in threads of its own. Copied tensors are read by the
+writer and count as writing.
 """
 
 from __future__ import annotations
@@ -17,12 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert import lapack
 from svdconvert.compute import convert_piece, run
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
+from svdconvert.partition import split_steps
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
 from svdconvert.steps import Step, files_here
+from svdconvert.timing import StageTimes
 from svdconvert.weights import WeightReader, as_bytes
 from svdconvert.writer import OutputFolder, ShardWriter
 
@@ -60,6 +69,7 @@ class Pipeline:
         device: torch.device,
         workers: int = 1,
         events: Events | None = None,
+        times: StageTimes | None = None,
     ) -> None:
         """Prepare; nothing is read yet.
 
@@ -71,12 +81,17 @@ class Pipeline:
             device: what computes.
             workers: matrices solved at the same time. Memory grows with it.
             events: who is told about progress.
+            times: gets the seconds of the stages ``read``, ``solve`` and ``write``.
         """
         self._source, self._device, self._workers = source, device, workers
-        self._events = events or Events()
+        self._events, self._times = events or Events(), times or StageTimes()
+        for stage in ("read", "solve", "write"):  # in this order, whoever comes first
+            self._times.add(stage, 0.0, 0.0)
         self._writer = ShardWriter(output, shards)
         self.resumed = sum(1 for report in self._writer.reports.values() if report)
-        self._todo = [step for step in steps if not self._writer.is_done(step.key)]
+        left = [step for step in steps if not self._writer.is_done(step.key)]
+        group = output.group
+        self._todo = split_steps(left, group.size, whole_files=source.repo is not None)[group.rank]
         self._open = Counter(file for step in self._todo for file in step.files)
         self._count_lock = threading.Lock()
         self._files = threading.Semaphore(files_here(self._todo) if source.repo else max(len(source.files), 2))
@@ -91,10 +106,11 @@ class Pipeline:
         self._to_write: queue.Queue[Step | _Solved | None] = queue.Queue(maxsize=2)
 
     def run(self) -> dict[str, dict[str, Any]]:
-        """Do what is left of the job.
+        """Do what is left of the job, or this process's share of it, and wait for the others.
 
         Returns:
-            The report of every computed step by its key, those of earlier runs included.
+            The report of every computed step by its key, those of earlier runs included; of several processes the
+            leader alone has those of the others.
 
         Raises:
             InputError, JobError: what the first failing thread raised; finished steps stay recorded.
@@ -102,19 +118,20 @@ class Pipeline:
         """
         self._events.begin([step for step in self._todo if step.kind != "copy"], self.resumed)
         # Workers share the cores; threads started from here on inherit the number.
-        threads_before = torch.get_num_threads()
+        threads_before, cpu_before = torch.get_num_threads(), time.process_time()
         torch.set_num_threads(max(1, threads_before // self._workers))
         threads = [self._thread(self._read_all, "read")]
         threads += [self._thread(self._solve_all, f"solve-{i}") for i in range(self._workers)]
         writing = self._thread(self._write_all, "write")
         try:
-            for thread in [*threads, writing]:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            if not self._stop.is_set():
-                self._put(self._to_write, None)
-            writing.join()
+            with lapack.threads(torch.get_num_threads()):
+                for thread in [*threads, writing]:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                if not self._stop.is_set():
+                    self._put(self._to_write, None)
+                writing.join()
         except KeyboardInterrupt:
             self._events.note("stopping after the matrix in work; press Ctrl-C again to stop at once")
             self._stop.set()
@@ -125,11 +142,15 @@ class Pipeline:
             torch.set_num_threads(threads_before)
             if not any(thread.is_alive() for thread in [*threads, writing]):
                 try:
-                    self._shards_done(self._writer.record())
+                    with self._times.measure("write"):
+                        self._shards_done(self._writer.record())
                 finally:
                     self._writer.close()
+            spent = time.process_time() - cpu_before
+            self._times.add("solve", 0.0, spent - self._times.cpu("read", "write"))
         if self._error is not None:
             raise self._error
+        self._shards_done(self._writer.join())
         return {key: report for key, report in self._writer.reports.items() if report}
 
     def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
@@ -171,9 +192,10 @@ class Pipeline:
                     continue
                 buffer = self._get(self._free)
                 inputs, position = [], 0
-                for info in step.inputs:
-                    inputs.append(reader.read(info, buffer[position:]))
-                    position += _aligned(info)
+                with self._times.measure("read"):
+                    for info in step.inputs:
+                        inputs.append(reader.read(info, buffer[position:]))
+                        position += _aligned(info)
                 self._put(self._to_solve, _Read(step, inputs, buffer))
         finally:
             reader.close()
@@ -186,7 +208,8 @@ class Pipeline:
             while not self._files.acquire(timeout=0.2):
                 if self._stop.is_set():
                     raise _Stopped
-            self._source.path(file)
+            with self._times.measure("read"):
+                self._source.path(file)
             self._fetched.add(file)
 
     def _solve_all(self) -> None:
@@ -196,7 +219,9 @@ class Pipeline:
             start = time.perf_counter()
             inputs = [tensor.to(self._device, non_blocking=True) for tensor in item.inputs]
             outputs, report = run(item.step, inputs, workspace)
-            report["seconds"] = round(time.perf_counter() - start, 4)
+            seconds = time.perf_counter() - start
+            report["seconds"] = round(seconds, 4)
+            self._times.add("solve", seconds, 0.0)
             del inputs
             self._free.put(item.buffer)
             self._put(self._to_write, _Solved(item.step, outputs, report))
@@ -206,20 +231,25 @@ class Pipeline:
         try:
             while (item := self._get(self._to_write)) is not None:
                 step = item if isinstance(item, Step) else item.step
-                report: dict[str, Any] = {}
-                if isinstance(item, Step):
-                    self._copy(reader, item)
-                else:
-                    report = item.report
-                    for info, tensor in zip(step.outputs, item.outputs, strict=True):
-                        self._writer.write(info.name, as_bytes(tensor))
-                finished = self._writer.finish(step.key, [info.name for info in step.outputs], report)
+                with self._times.measure("write"):
+                    report, finished = self._write(reader, item)
                 if report:
                     self._events.solved(step, report)
                 self._shards_done(finished)
                 self._release(step, reader)
         finally:
             reader.close()
+
+    def _write(self, reader: WeightReader, item: Step | _Solved) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+        """Returns the step's report and the weight files that it made complete."""
+        if isinstance(item, Step):
+            self._copy(reader, item)
+            step, report = item, {}
+        else:
+            step, report = item.step, item.report
+            for info, tensor in zip(step.outputs, item.outputs, strict=True):
+                self._writer.write(info.name, as_bytes(tensor))
+        return report, self._writer.finish(step.key, [info.name for info in step.outputs], report)
 
     def _copy(self, reader: WeightReader, step: Step) -> None:
         (source,), (target,) = step.inputs, step.outputs

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svdconvert.rounding import round_with_feedback
 from svdconvert.solver import Metric, apply_metric
 
 # No coefficient is left above this. At 1 the choice would be a local maximum of the rows' volume; a little more saves
@@ -61,16 +62,37 @@ def refit(weight: Tensor, rows: Tensor, position: Tensor, right: Metric) -> Tens
     Returns:
         [m - r, r] float64.
     """
+    return _refit(weight, rows, position, right)[0]
+
+
+def rounded_coefficients(weight: Tensor, rows: Tensor, position: Tensor, right: Metric, dtype: torch.dtype) -> Tensor:
+    """:func:`refit`, rounded to a storage type: to 16 bits with feedback, as rows that were chosen are far from
+    orthogonal and their coefficients can make up for each other.
+
+    Args:
+        weight, rows, position, right: see :func:`refit`.
+        dtype: storage type.
+
+    Returns:
+        [m - r, r] in ``dtype``.
+    """
+    found, gram = _refit(weight, rows, position, right)
+    return found.to(dtype) if dtype.itemsize > 2 else round_with_feedback(found, gram, dtype)
+
+
+def _refit(weight: Tensor, rows: Tensor, position: Tensor, right: Metric) -> tuple[Tensor, Tensor]:
+    """``(coefficients, Gram matrix of the rows in the metric)``."""
     exact = rows.double()
     weighted = apply_metric(right, exact.T)  # [n, r]
     others = weight[torch.argsort(position)[rows.shape[0] :]].double()
     gram = exact @ weighted
     scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
-    root, failed = torch.linalg.cholesky_ex(gram * scale[:, None] * scale)
+    near = gram * scale[:, None] * scale
+    root, failed = torch.linalg.cholesky_ex(near)
     products = (others @ weighted) * scale
     if int(failed):
-        return (products @ torch.linalg.pinv(gram * scale[:, None] * scale, hermitian=True)) * scale
-    return torch.cholesky_solve(products.T, root).T * scale
+        return (products @ torch.linalg.pinv(near, hermitian=True)) * scale, gram
+    return torch.cholesky_solve(products.T, root).T * scale, gram
 
 
 def product(rows: Tensor, coefficients: Tensor, position: Tensor) -> Tensor:

@@ -297,8 +297,8 @@ class _Run:
         """The factors that the decomposition gives."""
         assert target.rank is not None
         weight = matrix(block, suffix(target.module))
-        found, inner = load_decomposition(self.store.path(target), weight.device)
-        left, right = (None, inner) if target.shape[0] >= target.shape[1] else (inner, None)
+        found, inner, outer = load_decomposition(self.store.path(target), weight.device)
+        left, right = (outer, inner) if target.shape[0] >= target.shape[1] else (inner, outer)
         factors = truncate(weight, found, target.rank, torch.float64, self.workspace, left, right)
         # The regression sees the inner factor as it is stored; pivoting makes another one of the same product.
         dtype = self.dtypes[target.weight]

@@ -103,7 +103,7 @@ def show_result(console: Console, report: Report) -> None:
         guess = f"predicted {record['predicted_loss']:+.4f}, " if "predicted_loss" in record else ""
         measured = f"measured {record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
         rows.append(("loss added", f"{guess}{measured}, on the calibration text"))
-    rows.append(("time", f"{outcome.seconds:.1f} s"))
+    rows += _times(outcome)
     memory = size(outcome.peak_memory_bytes)
     if outcome.peak_device_bytes:
         memory += f" on the host, {size(outcome.peak_device_bytes)} on the GPU"
@@ -136,12 +136,28 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
         console,
         [
             ("parameters", f"{outcome.record['params']:,}"),
-            ("time", f"{outcome.seconds:.1f} s"),
+            *_times(outcome),
             ("peak memory", size(outcome.peak_memory_bytes)),
             *(("checked", check) for check in outcome.checks),
             ("written to", str(outcome.folder)),
         ],
     )
+
+
+def _times(outcome: Outcome) -> list[tuple[str, str]]:
+    """The whole and its stages; those that took no time worth telling are left out."""
+    rows = [("time", f"{outcome.seconds:.1f} s")]
+    if outcome.already_done:
+        return rows
+    for number, stages in enumerate(processes := outcome.record["timing"]):
+        told = [
+            f"{stage} {spent['wall_seconds']:.1f} s (CPU {spent['cpu_seconds']:.1f} s)"
+            for stage, spent in stages.items()
+            if max(spent.values()) >= 0.05
+        ]
+        if told:
+            rows.append(("stages" if len(processes) == 1 else f"stages of process {number}", ", ".join(told)))
+    return rows
 
 
 def show_ablation(console: Console, results: Sequence[GroupResult]) -> None:

@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from svdconvert import lapack
 from svdconvert.errors import InputError
+from svdconvert.rounding import BASES, SMALLEST_SHARE, round_with_feedback
 
 # float32 is good while lambda_1 <= this * lambda_r, that is sigma_1 / sigma_r <= 50.
 FLOAT32_EIGENVALUE_RATIO = 2.5e3
@@ -34,6 +36,11 @@ PANEL = 1024
 
 # Below this squared relative error, total minus captured energy loses its digits; the residual is then formed.
 CANCELLATION = {torch.float32: 1e-3, torch.float64: 1e-9}
+
+# A share of the truncation's own loss that rounding may add without other bases being tried.
+NEGLIGIBLE_EXCESS = 1e-4
+
+SINGULAR = "singular vectors"
 
 # Identity, the diagonal of a diagonal metric, or a symmetric positive semi-definite matrix.
 Metric = Tensor | None
@@ -50,6 +57,9 @@ class Factors:
         optimal_error: the relative error, in the metrics, of the best rank-r product.
         metric_error: the relative error, in the metrics, of the factors as they are stored.
         metric_loss: the square of the same, not relative: tr(L E R E^T) with E = W - up @ down.
+        rounding_excess: what the storage type adds to the loss in the metrics, relative to that of the best product;
+            None where that one loses nothing.
+        basis: ``singular vectors``, or the name of a row of :data:`svdconvert.rounding.BASES`.
         precision: ``float32`` or ``float64``, what the eigenproblem was solved in.
     """
 
@@ -59,6 +69,8 @@ class Factors:
     optimal_error: float
     metric_error: float
     metric_loss: float
+    rounding_excess: float | None
+    basis: str
     precision: str
 
 
@@ -68,8 +80,8 @@ class Decomposition:
 
     Attributes:
         values: [k] float64, ascending: squared singular values of L^1/2 W R^1/2, k = min(m, n).
-        basis: [k, k], column j belongs to value j: a row of `down` if W is tall, a column of `up` if it is wide, up
-            to its length.
+        basis: [k, c], the last column belongs to the last value, and so on: a row of `down` if W is tall, a column of
+            `up` if it is wide, up to its length. c is k, or the highest rank that was asked for.
         scale: power of four that the matrix was multiplied with; `values` and `basis` are of the scaled matrix.
     """
 
@@ -127,7 +139,9 @@ def factorize(
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise InputError(f"rank {rank} is impossible for a {m} x {n} matrix")
-    found = decompose(weight, work, left, right, rank=rank)
+    plain = left is None and right is None
+    # in a metric, the loss of rounded factors is told from all vectors
+    found = decompose(weight, work, left, right, rank=rank if plain else None)
     return truncate(weight, found, rank, dtype, work, left, right)
 
 
@@ -144,7 +158,8 @@ def decompose(
     Args:
         weight, left, right: see :func:`factorize`.
         workspace: its buffers hold the result until it is used again.
-        rank: the highest rank that will be asked for; decides on float64 for plain SVD. None means all.
+        rank: for plain SVD, the highest rank that will be asked for; decides on float64, and spares the work for the
+            vectors beyond it. None means all, which rounding in metrics needs.
 
     Raises:
         InputError: the matrix has NaN or infinite entries.
@@ -153,7 +168,7 @@ def decompose(
     if left is None and right is None:
         matrix = _Scaled(weight, _scale(weight), work)
         for dtype in (torch.float32, torch.float64):
-            values, vectors = _eigenvectors(_gram(matrix, None, dtype), work)
+            values, vectors = _eigenvectors(_gram(matrix, None, dtype), work, rank)
             smallest = float(values[-(rank or values.numel())])
             if float(values[-1]) <= FLOAT32_EIGENVALUE_RATIO * smallest or float(values[-1]) == 0:
                 break
@@ -173,10 +188,16 @@ def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decompositio
         work: its buffers hold the result until it is used again.
     """
     if inner is None:
-        return Decomposition(*_eigenvectors(gram, work))
-    root = _root(gram)
+        return Decomposition(*_eigenvectors(gram, work, None))
+    root, triangular = _root(gram)
+    if gram.device.type == "cpu" and triangular and inner.dim() == 2:
+        weighted = work.take("weighted", tuple(gram.shape), gram.dtype, gram.device).copy_(inner)
+        lapack.congruence(weighted, root)
+        values, vectors = _eigenvectors(weighted, work, None)
+        lapack.multiply_rows(root, vectors.T)
+        return Decomposition(values, vectors)
     weighted = root.T @ apply_metric(inner, root)
-    values, vectors = _eigenvectors(weighted, work)
+    values, vectors = _eigenvectors(weighted, work, None)
     return Decomposition(values, root @ vectors)
 
 
@@ -194,10 +215,13 @@ def truncate(
     Every component is shared evenly between both factors, which keeps the intermediate activations within float16's
     range and the factors fit for 4-bit quantisation; without metrics this is (U sqrt(S)) (sqrt(S) V^T). The factor on
     the smaller side is rounded to the storage type first, and the other one solves the least-squares problem for the
-    rounded one, so that its rounding is made good.
+    rounded one, so that its rounding is made good. Where rounding to 16 bits still loses much in the metrics, other
+    bases of the same product are tried (``rounding.py``), and the one that loses least is taken.
 
     Args:
-        weight, rank, dtype, workspace, left, right: see :func:`factorize`.
+        weight, rank, dtype, workspace: see :func:`factorize`.
+        left, right: likewise. Of the one on the longer side the diagonal is enough; the loss is then that of rounding
+            errors that are independent of each other.
         found: what :func:`decompose` made of the same matrix and metrics.
 
     Raises:
@@ -210,28 +234,19 @@ def truncate(
     total = float(values.sum())
     tail = float(values[:-rank].sum()) if rank < values.numel() else 0.0
 
-    basis = found.basis[:, -rank:].flip(1)
-    if left is None and right is None:  # orthonormal, and the partner's columns will have length sigma
-        lengths = values[-rank:].flip(0).sqrt().to(basis.dtype)
-    else:
-        partner = _least_squares_partner(matrix, basis, inner)
-        lengths = torch.linalg.vector_norm(partner, dim=0 if matrix.tall else 1)
-        lengths = lengths / torch.linalg.vector_norm(basis, dim=0).clamp_min(torch.finfo(basis.dtype).tiny)
-        del partner
-    # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
-    half = math.sqrt(matrix.scale)
-    small = (basis * lengths.sqrt() / half).to(dtype)
-    refuse_overflow(small)
-    lifted = small.to(basis.dtype) * half
     if left is None and right is None:
-        large, loss = _plain_partner(matrix, lifted, half, dtype, total)
-        plain, energy = loss, total
+        basis = found.basis[:, -rank:].flip(1)  # orthonormal, and the partner's columns will have length sigma
+        lengths = values[-rank:].flip(0).sqrt().to(basis.dtype)
+        # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
+        half = math.sqrt(matrix.scale)
+        small = (basis * lengths.sqrt() / half).to(dtype)
+        refuse_overflow(small)
+        large, loss = _plain_partner(matrix, small.to(basis.dtype) * half, half, dtype, total)
+        plain, energy, name = loss, total, SINGULAR
     else:
-        other = _least_squares_partner(matrix, lifted, inner)
-        large = (other / half).to(dtype)
-        stored = large.to(other.dtype) * half
-        loss = _metric_loss(matrix, lifted, stored, other, total, outer, inner)
-        plain, energy = _residual(matrix, lifted, large, half)
+        chosen = _Rounding(matrix, found, rank, dtype, outer, inner).best(tail)
+        small, large, loss, name = chosen.small, chosen.large, chosen.loss, chosen.basis
+        plain, energy = _residual(matrix, small.double(), large, 1.0)
     refuse_overflow(large)
     return Factors(
         down=small.T.contiguous() if matrix.tall else large,
@@ -240,7 +255,9 @@ def truncate(
         optimal_error=_relative(tail, total),
         metric_error=_relative(loss, total),
         metric_loss=loss / matrix.scale**2,
-        precision=str(basis.dtype)[6:],
+        rounding_excess=(loss - tail) / tail if tail > 0 else None,
+        basis=name,
+        precision=str(found.basis.dtype)[6:],
     )
 
 
@@ -343,21 +360,24 @@ class _Scaled:
             yield part, piece
 
 
-def _eigenvectors(gram: Tensor, work: Workspace) -> tuple[Tensor, Tensor]:
+def _eigenvectors(gram: Tensor, work: Workspace, count: int | None) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending, float64) and eigenvectors (columns) of a symmetric matrix given by its lower half.
 
-    The matrix is overwritten.
+    Args:
+        gram: [k, k], contiguous; overwritten.
+        work: gets the vectors.
+        count: how many vectors, those of the largest values; None means all.
     """
     k = gram.shape[0]
-    values = torch.empty(k, dtype=gram.dtype, device=gram.device)
+    count = count or k
+    vectors = work.take("eigenvectors", (k, k), gram.dtype, gram.device)
     if gram.device.type == "cpu":
-        # LAPACK works in place on columns: the rows' lower half is the columns' upper one, and nothing is copied.
-        vectors = gram.T
-        torch.linalg.eigh(vectors, UPLO="U", out=(values, vectors))
+        space = work.take("eigenwork", (lapack.work_size(k),), gram.dtype, gram.device)
+        values = lapack.top_eigenvectors(gram, count, vectors, space)
     else:
-        vectors = work.take("eigenvectors", (k, k), gram.dtype, gram.device).T
-        torch.linalg.eigh(gram, UPLO="L", out=(values, vectors))
-    return values.double(), vectors
+        values = torch.empty(k, dtype=gram.dtype, device=gram.device)
+        torch.linalg.eigh(gram, UPLO="L", out=(values, vectors.T))
+    return values.double(), vectors[k - count :].T
 
 
 def _gram(matrix: _Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
@@ -379,25 +399,33 @@ def _gram(matrix: _Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
             else:
                 gram.addmm_(whole @ block.T, piece.T)
         return gram
-    # Block columns from the diagonal down spare 7/16 of the arithmetic of the full product.
+    # Block columns from the diagonal down spare 7/16 of the arithmetic of the full product; BLAS spares all of it.
     width = max(k // 8, 256)
     for part, piece in matrix.panels(dtype):
-        rows = piece if matrix.tall else piece.T  # [p, k]
         if outer is not None:
-            rows = rows * outer[part].to(dtype).sqrt()[:, None]
+            roots = outer[part].to(dtype).sqrt()
+            piece = piece * (roots[:, None] if matrix.tall else roots)
+        if piece.device.type == "cpu":
+            lapack.add_gram(piece, gram, transposed=not matrix.tall)
+            continue
+        rows = piece if matrix.tall else piece.T  # [p, k]
         for start in range(0, k, width):
             stop = min(start + width, k)
             gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
     return gram
 
 
-def _root(gram: Tensor) -> Tensor:
-    """T with T T^T = P, for P given by its lower half: Cholesky, or by eigenvectors where P is singular."""
+def _root(gram: Tensor) -> tuple[Tensor, bool]:
+    """T with T T^T = P, for P given by its lower half: Cholesky's, or by eigenvectors where P is singular.
+
+    Returns:
+        ``(T, whether it is lower triangular)``.
+    """
     factor, failed = torch.linalg.cholesky_ex(gram)
     if not int(failed):
-        return factor.tril()
+        return factor.tril().contiguous(), True
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
-    return vectors * values.clamp_min(0).sqrt()
+    return vectors * values.clamp_min(0).sqrt(), False
 
 
 def apply_metric(metric: Metric, columns: Tensor) -> Tensor:
@@ -473,30 +501,78 @@ def _plain_partner(
     return large, max(loss, 0.0)
 
 
-def _metric_loss(
-    matrix: _Scaled, small: Tensor, large: Tensor, other: Tensor, total: float, outer: Metric, inner: Metric
-) -> float:
-    """tr(L E R E^T) of the rounded factors.
+@dataclass(frozen=True)
+class _Rounded:
+    """Factors in the storage type, [k, r] and [m, r] or [r, n]; their loss in the metrics; the name of their basis."""
 
-    ``other`` solves the normal equations, so the residual is orthogonal to ``small``, and the loss is that of W,
-    minus what the product captures, plus what rounding ``other`` to ``large`` adds.
+    small: Tensor
+    large: Tensor
+    loss: float
+    basis: str
+
+
+class _Rounding:
+    """The ways to round a truncation in a pair of metrics.
+
+    The larger factor solves the normal equations before it is rounded, so that the loss is the sum of two: what the
+    rounded smaller factor cannot span, and what rounding the larger one adds. With S the smaller factor at full rank,
+    the first is |(1 - Pi) S|^2 in the inner metric, Pi the projection onto the rounded factor; it does not cancel.
     """
-    if total == 0:
-        return 0.0
-    gram = small.T @ apply_metric(inner, small)
 
-    def of_product(columns: Tensor, metric: Metric) -> float:
-        return float(((columns @ gram) * apply_metric(metric, columns)).sum(dtype=torch.float64))
+    def __init__(
+        self, matrix: _Scaled, found: Decomposition, rank: int, dtype: torch.dtype, outer: Metric, inner: Metric
+    ) -> None:
+        self.matrix, self.dtype, self.outer, self.inner = matrix, dtype, outer, inner
+        self.all = found.basis if inner is not None else found.basis * found.values.clamp_min(0).sqrt()
+        self.sigma = found.values[-rank:].flip(0).clamp_min(0).sqrt()
+        self.leading = found.basis[:, -rank:].flip(1)
+        self.partner = self._long(_least_squares_partner(matrix, self.leading, inner))
 
-    best, stored = (other, large) if matrix.tall else (other.T, large.T)  # [long side, r]
-    # A diagonal metric lets the rows be taken a panel at a time, so that no further copies of the factor are made.
-    step = PANEL if outer is None or outer.dim() == 1 else best.shape[0]
-    loss = total
-    for start in range(0, best.shape[0], step):
-        part = slice(start, start + step)
-        metric = outer[part] if outer is not None and outer.dim() == 1 else outer
-        loss += of_product(stored[part] - best[part], metric) - of_product(best[part], metric)
-    return max(loss, 0.0)
+    def best(self, tail: float) -> _Rounded:
+        """The one of the smallest loss; others than the singular vectors are tried where those lose much."""
+        chosen = self._round(SINGULAR, self.leading, self.partner)
+        refuse_overflow(chosen.small)
+        if self.dtype.itemsize > 2 or len(self.sigma) < 2 or chosen.loss <= (1 + NEGLIGIBLE_EXCESS) * tail:
+            return chosen
+        # Both factors with columns that are orthonormal in their metrics.
+        norms = (self.leading * apply_metric(self.inner, self.leading)).sum(dim=0).clamp_min(0).sqrt()
+        norms = norms.clamp_min(max(float(norms.max()) * SMALLEST_SHARE, torch.finfo(norms.dtype).tiny))
+        floor = max(float(self.sigma[0]) * SMALLEST_SHARE, torch.finfo(self.sigma.dtype).tiny)
+        small, large = self.leading / norms, self.partner * (norms / self.sigma.clamp_min(floor))
+        for name, mix in BASES.items():
+            x, y = mix(self.sigma)
+            found = self._round(name, small @ y, large @ x, x)
+            if found.loss < chosen.loss and bool(torch.isfinite(found.large).all()):
+                chosen = found
+        return chosen
+
+    def _round(self, name: str, small: Tensor, large: Tensor, mixing: Tensor | None = None) -> _Rounded:
+        """Round the factors of a product, [k, r] and [long side, r], balanced."""
+        lengths = torch.linalg.vector_norm(large, dim=0)
+        lengths = (lengths / torch.linalg.vector_norm(small, dim=0).clamp_min(torch.finfo(small.dtype).tiny)).sqrt()
+        if mixing is None:
+            first = (small * lengths).to(self.dtype)
+        else:
+            mixing = mixing / lengths.clamp_min(torch.finfo(small.dtype).tiny)
+            first = round_with_feedback(small * lengths, mixing.T @ mixing, self.dtype)
+        lifted = first.to(small.dtype)
+        best = self._long(_least_squares_partner(self.matrix, lifted, self.inner))
+        gram = lifted.T @ apply_metric(self.inner, lifted)
+        second = best.to(self.dtype) if mixing is None else round_with_feedback(best, gram, self.dtype)
+        lost = self.all - lifted @ (_pseudo_inverse(lifted, self.inner) @ self.all)
+        loss = float((lost * apply_metric(self.inner, lost)).sum())
+        # A diagonal metric lets the rows be taken a panel at a time, so that no further copies of the factor are made.
+        step = PANEL if self.outer is None or self.outer.dim() == 1 else best.shape[0]
+        for start in range(0, best.shape[0], step):
+            part = slice(start, start + step)
+            error = second[part].to(best.dtype) - best[part]
+            metric = self.outer[part] if self.outer is not None and self.outer.dim() == 1 else self.outer
+            loss += float(((error @ gram) * apply_metric(metric, error)).sum())
+        return _Rounded(first, self._long(second).contiguous(), max(loss, 0.0), name)
+
+    def _long(self, factor: Tensor) -> Tensor:
+        """The larger factor as [long side, r], or back."""
+        return factor if self.matrix.tall else factor.T
 
 
 def _residual(matrix: _Scaled, small: Tensor, large: Tensor, half: float) -> tuple[float, float]:

@@ -277,7 +277,9 @@ class _Values:
     def has(self, target: Target) -> bool:
         return target.module in self.of
 
-    def save(self, target: Target, found: Decomposition, inner: Metric, outputs: torch.Tensor | None) -> None:
+    def save(
+        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
         self.take(target.module, found.spectrum, outputs)
 
     def take(self, module: str, spectrum: torch.Tensor, outputs: torch.Tensor | None) -> None:

@@ -20,6 +20,7 @@ from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, TensorInfo, layout, read_header
 from svdconvert.planning import layer_number
+from svdconvert.processes import current
 from svdconvert.source import LocalSource, Source, listing, read_json
 from svdconvert.weights import as_bytes, torch_dtype
 from svdconvert.writer import atomic_write, disk_errors, sync_folder
@@ -258,15 +259,17 @@ class StatisticsFolder:
 
 
 def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
-    """Store what a run yields, as it comes, and the loss.
+    """Store what a run yields, as it comes, and the loss; of several processes the leader does.
 
     Raises:
         As :func:`statistics` and :meth:`StatisticsFolder.save`.
     """
+    leader = current().leader
     for index, found in run:
-        folder.save(index, found)
+        if leader:
+            folder.save(index, found)
         del found  # or two blocks' Grams would be in memory
-    if run.loss is not None and folder.loss != run.loss:
+    if leader and run.loss is not None and folder.loss != run.loss:
         folder.set_loss(run.loss)
 
 

@@ -3,6 +3,10 @@
 While a job runs, everything lives in ``DIR/.svdconvert/``: the settings it runs under, a journal of finished steps,
 and each weight file under a partial name. A weight file gets its final name when it is complete and on the disk;
 ``config.json`` comes last of all, so that a folder with it is a whole model and one without it is none.
+
+Several processes (``processes.py``) write into the same weight files, each at the places of its own steps and with a
+journal of its own; the leader gives the files their names when all are through. A lost process loses what it had not
+recorded, as a single one would.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from typing import Any
 
 from svdconvert.errors import InputError, JobError
 from svdconvert.headers import TensorInfo, layout
-from svdconvert.source import PICKLE_INDEX, SAFE_INDEX, read_json
+from svdconvert.processes import Group
+from svdconvert.source import PICKLE_INDEX, SAFE_INDEX, listing, read_json
 
 # What may be lost to a kill: data are made durable and recorded in batches, since every batch costs several fsyncs.
 BATCH_BYTES = 32_000_000
@@ -31,6 +36,7 @@ JOB_FOLDER = ".svdconvert"
 # Folders in it whose content is worth going on with: downloads, statistics, decompositions.
 WORK_FOLDERS = ("source", "work")
 RECORD = "svdconvert.json"
+JOURNAL = "journal.jsonl"
 
 
 def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
@@ -55,20 +61,26 @@ def read_record(folder: Path) -> dict[str, Any]:
 class OutputFolder:
     """The folder that a job writes: who owns it, what of the job is done, and its files.
 
-    Use as a context manager: it holds a lock, so that two jobs never write into one folder.
+    Use as a context manager: it holds a lock, so that two jobs never write into one folder. Of several processes the
+    leader enters first, and all of them share its lock.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False, group: Group | None = None
+    ) -> None:
         """Look at the folder; nothing is written yet.
 
         Args:
             folder: where the checkpoint goes; created when the job starts.
             settings: everything the result depends on, in JSON types.
             overwrite: give up what is in the folder already.
+            group: the processes that write it.
 
         Raises:
             InputError: the folder holds something else, or a job or result of other settings.
         """
+        self.group = group or Group()
+        overwrite = overwrite and self.group.leader
         self.folder = folder
         self.job = folder / JOB_FOLDER
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
@@ -106,20 +118,31 @@ class OutputFolder:
             self._lock = os.open(self.job / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise InputError(f"{self.folder} cannot be written ({error.strerror}); give another --out") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise InputError(f"{self.folder} is being written by another svdconvert; wait for it to end") from None
+        self._flock(fcntl.LOCK_EX if self.group.leader else fcntl.LOCK_SH)
+        if not self.group.leader:
+            return self
         if self.overwrite:
             self._clear()
         with disk_errors(self.folder):
             atomic_write(self.job / "job.json", json.dumps({"settings": self.settings}, indent=1).encode())
+        if self.group.size > 1:
+            self._flock(fcntl.LOCK_SH)
         return self
+
+    def _flock(self, kind: int) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, kind | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise InputError(f"{self.folder} is being written by another svdconvert; wait for it to end") from None
 
     def __exit__(self, *exception: object) -> None:
         """Let go of the folder."""
         assert self._lock is not None
+        if not self.group.leader:
+            os.close(self._lock)
+            return
         if self.finished or not self._worth_keeping():
             # A job that failed before anything was done must not bind the next command to its settings.
             self.clean_up()
@@ -129,10 +152,11 @@ class OutputFolder:
 
     def _worth_keeping(self) -> bool:
         """Whether there is anything that a continuation need not do again."""
-        journal = self.job / "journal.jsonl"
-        if journal.is_file() and journal.stat().st_size:
+        if any(journal.stat().st_size for journal in journals(self.job)):
             return True
-        return any((self.job / name).is_dir() and any((self.job / name).iterdir()) for name in WORK_FOLDERS)
+        return any(
+            folder.is_dir() and any(folder.iterdir()) for name in WORK_FOLDERS for folder in self.job.glob(f"{name}*")
+        )
 
     def clean_up(self) -> None:
         """Remove what only an unfinished job needs."""
@@ -161,10 +185,16 @@ class OutputFolder:
             atomic_write(self.folder / name, data)
 
 
+def journals(job: Path) -> list[Path]:
+    """The journals in a job's folder: of all processes of the last run, and what earlier runs left."""
+    return sorted(job.glob(f"{Path(JOURNAL).stem}*{Path(JOURNAL).suffix}"))
+
+
 class ShardWriter:
     """The weight files of one job: laid out beforehand, filled in any order, tensor by tensor.
 
-    Thread-safe: solvers may finish in any order. Memory does not depend on the size of the files.
+    Thread-safe: solvers may finish in any order. Memory does not depend on the size of the files. With several
+    processes, all of them make one, and :meth:`join` completes the files.
     """
 
     def __init__(self, output: OutputFolder, shards: Mapping[str, Sequence[TensorInfo]]) -> None:
@@ -178,33 +208,75 @@ class ShardWriter:
         self._files = {name: _ShardFile(output, name, infos) for name, infos in shards.items()}
         self._where = {info.name: file for file in self._files.values() for info in file.infos}
         self._lock = threading.Lock()
-        self._journal_path = output.job / "journal.jsonl"
+        self._group = output.group
+        self._journal_path = self._group.own(output.job / Path(JOURNAL).stem).with_suffix(Path(JOURNAL).suffix)
         self.reports: dict[str, dict[str, Any]] = {}
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes = 0
         self._recorded = time.monotonic()
-        self._resume()
-        self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._note_done(self._group.share(self._resume() if self._group.leader else []))
+        with disk_errors(output.folder):
+            self._journal = os.open(self._journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def _resume(self) -> None:
-        if not self._journal_path.is_file():
-            return
-        kept = []
-        for line in self._journal_path.read_bytes().splitlines(keepends=True):
+    def _resume(self) -> list[dict[str, Any]]:
+        """What earlier runs have finished, in one journal from here on."""
+        found = journals(self._output.job)
+        entries = [entry for path in found for entry in self._read_journal(path)]
+        with disk_errors(self._output.folder):
+            if found:
+                data = b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)
+                atomic_write(self._output.job / JOURNAL, data)
+            for path in found:
+                if path.name != JOURNAL:
+                    path.unlink()
+            if self._group.size > 1:
+                # Several processes that reserve room at once could meet in what another one has written.
+                for file in self._files.values():
+                    file.prepare()
+        return entries
+
+    def _read_journal(self, path: Path) -> list[dict[str, Any]]:
+        entries = []
+        for line in path.read_bytes().splitlines(keepends=True):
             try:
                 entry = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:
                 entry = None
             # A torn last line is a step whose end was not recorded: it is done again. So is one whose file is gone.
-            if entry is None or not all(
+            if entry is not None and all(
                 name in self._where and self._where[name].survives() for name in entry["tensors"]
             ):
-                continue
-            kept.append(line)
+                entries.append(entry)
+        return entries
+
+    def _note_done(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        for entry in entries:
             self.reports[entry["step"]] = entry["report"]
             for name in entry["tensors"]:
                 self._where[name].done.add(name)
-        atomic_write(self._journal_path, b"".join(kept))
+
+    def join(self) -> list[tuple[str, int]]:
+        """Wait until every process has done its share and closed; the leader then gives the files their final names.
+
+        Returns:
+            As :meth:`finish`; nothing but in the leader of several processes.
+
+        Raises:
+            JobError: another process has ended, or what it wrote cannot be seen from here.
+        """
+        self._group.wait()
+        if self._group.size == 1 or not self._group.leader:
+            return []
+        for path in journals(self._output.job):
+            self._note_done(self._read_journal(path))
+        missing = [file.name for file in self._files.values() if not file.is_full()]
+        if missing:
+            raise JobError(
+                f"{listing(missing)} lack what another process wrote; all must see the same {self._output.folder}, "
+                "and the same command goes on where it stopped"
+            )
+        with disk_errors(self._output.folder):
+            return self._complete()
 
     def is_done(self, key: str) -> bool:
         """Whether a step was finished, now or before an interruption."""
@@ -249,7 +321,10 @@ class ShardWriter:
                 os.fsync(self._journal)
                 self.reports.update({entry["step"]: entry["report"] for entry in self._pending})
             self._pending, self._pending_bytes, self._recorded = [], 0, time.monotonic()
-            return [(file.name, file.size) for file in self._files.values() if file.complete_if_full()]
+            return self._complete() if self._group.size == 1 else []
+
+    def _complete(self) -> list[tuple[str, int]]:
+        return [(file.name, file.size) for file in self._files.values() if file.complete_if_full()]
 
     def close(self) -> None:
         """Close all files; what is not finished stays for the next run."""
@@ -274,6 +349,12 @@ class _ShardFile:
     def survives(self) -> bool:
         """Whether what an earlier run wrote is still there."""
         return any(path.is_file() and path.stat().st_size == self.size for path in (self._final, self._partial))
+
+    def prepare(self) -> None:
+        """Reserve the room, unless the file is complete."""
+        if not self._final.is_file() or self._final.stat().st_size != self.size:
+            self._open()
+            self.close()
 
     def write(self, name: str, data: memoryview, offset: int) -> None:
         assert offset + len(data) <= self.sizes[name]

@@ -165,3 +165,20 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 def read_config(folder: Path) -> dict[str, Any]:
     """Parsed config.json."""
     return json.loads((folder / "config.json").read_text())  # type: ignore[no-any-return]
+
+
+def content(path: Path) -> object:
+    """What must be equal: everything but how long it took."""
+    if path.name != "svdconvert.json":
+        return path.read_bytes()
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: timeless(v) for key, v in value.items() if key not in ("seconds", "timing")}
+        return value
+
+    return timeless(json.loads(path.read_text()))
+
+
+def tree(folder: Path) -> dict[str, object]:
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -117,7 +117,7 @@ def give_a_merge(file: Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
-# Families that llama.cpp computes in full and whose tokenizer need not be a sentencepiece model, with what to leave out of
+# Families that llama.cpp computes in full and whose tokenizer need not be of sentencepiece, with what to leave out of
 # the tiny model: plain LLaMA has no biases, and no scaling for so short a context.
 IN_LLAMA_CPP = {"gpt_neox": {}, "llama": {"attention_bias": False, "mlp_bias": False, "rope_scaling": None}}
 

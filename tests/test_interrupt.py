@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CONFIG, random_tensors, write_checkpoint
+from checkpoints import CONFIG, content, random_tensors, tree, write_checkpoint
 from safetensors.torch import load_file
 
 from svdconvert import checkpoint, convert, metrics
@@ -194,23 +194,6 @@ def reference(zygote: Zygote, small: Path, tmp_path_factory: pytest.TempPathFact
 
 def command(model: Path, out: Path, *options: object) -> list[object]:
     return [model, "--rank", 16, "--max-shard-size", "30KB", "--device", "cpu", "--no-check", "--out", out, *options]
-
-
-def content(path: Path) -> object:
-    """What must be equal: everything but how long it took."""
-    if path.name != "svdconvert.json":
-        return path.read_bytes()
-
-    def timeless(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: timeless(v) for key, v in value.items() if key != "seconds"}
-        return value
-
-    return timeless(json.loads(path.read_text()))
-
-
-def tree(folder: Path) -> dict[str, object]:
-    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def assert_nothing_half(folder: Path, expected: Path) -> None:

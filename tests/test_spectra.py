@@ -227,7 +227,7 @@ def test_json_and_per_layer(dense: Path, run: Run) -> None:
         ("needs a text", ["--method", "whiten"]),
         ("unknown; known: svd", ["--method", "nonsense"]),
         ("matches no linear layer", ["--targets", "nonsense"]),
-        ("means nothing to --method svd", ["--calib", "text.txt"]),
+        ("means nothing to --method svd", ["--method", "svd", "--calib", "text.txt"]),
         ("means nothing to --method svd", ["--alpha", "0.5"]),
     ],
 )

@@ -198,7 +198,7 @@ def test_another_model_text_or_calibration(dense: Path, text: Path, calibration:
         ("is larger than", ["--rank", "8,1000"]),
         ("needs a text", ["--keep", "0.5", "--method", "svd", "--method", "kfac"]),
         ("means nothing to --method svd", ["--keep", "0.5", "--alpha", "0.3"]),
-        ("means nothing to --method svd", ["--keep", "0.5", "--calib", "somewhere.txt"]),
+        ("means nothing to --method svd", ["--keep", "0.5", "--method", "svd", "--calib", "somewhere.txt"]),
         ("unknown; known", ["--keep", "0.5", "--method", "nonsense"]),
         ("--window 1000 is not possible", ["--keep", "0.5", "--window", "1000"]),
     ],

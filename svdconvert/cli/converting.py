@@ -6,15 +6,22 @@ import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
+from svdconvert import processes
 from svdconvert.errors import InputError, JobError, SvdconvertError
 
 DEFAULT_COMMAND = "convert"
+# What several processes can share; under a launcher, the first of them does the others alone.
+SHARED_COMMANDS = ("convert", "calibrate", "densify", "fold")
+# Launchers end all processes when one has failed: in so many seconds another one has said what was wrong.
+_LET_SPEAK = 1.0
+
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
@@ -31,9 +38,22 @@ class DefaultGroup(click.Group):
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if processes.launched() and not ctx.resilient_parsing:
+            if name in SHARED_COMMANDS:
+                processes.join()
+            elif processes.launched_rank() > 0:
+                ctx.exit()
+        return name, command, rest
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            processes.leave()
+            return result
         except KeyboardInterrupt:
             # click itself would say "Aborted!" and no more.
             raise JobError("interrupted; the same command goes on where it stopped") from None
@@ -42,6 +62,9 @@ class DefaultGroup(click.Group):
         # OpenMP's threads wait for each other by spinning; where other processes hold a core, an eigen-decomposition
         # then takes up to ten times as long (docs/measurements.md). It is read when torch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if processes.launched_rank() > 0:
+            # One process speaks for all.
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         try:
             return super().main(*args, **kwargs)
         except SvdconvertError as error:
@@ -53,10 +76,23 @@ class DefaultGroup(click.Group):
             if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
                 raise
             _fail("out of memory on the device; use --device cpu, the same command goes on otherwise", 1)
+        except SystemExit as end:
+            if end.code and processes.launched_rank() > 0:
+                time.sleep(_LET_SPEAK)
+            raise
+        finally:
+            if processes.launched_rank() > 0:
+                sys.stderr = sys.__stderr__  # a traceback is for everybody to see
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    group = processes.current()
+    if group.size == 1:
+        click.echo(f"Error: {message}", err=True)
+    elif group.claim_error():
+        click.echo(f"Error: {message}", file=sys.__stderr__)
+    else:
+        time.sleep(_LET_SPEAK)
     sys.exit(exit_code)
 
 

@@ -113,6 +113,21 @@ def test_from_samples_to_scores_and_tally(prepared: Path, tmp_path: Path) -> Non
     assert "판단불가" in good("sheet", "tally", sheet)
 
 
+def test_baselines_copy_what_is_there(prepared: Path, tmp_path: Path) -> None:
+    data = prepared / "validation.jsonl"
+    samples, _ = read_jsonl(data)
+    for what, expected in {
+        "grounding": [sample.passage[slice(*sample.grounding)] for sample in samples],
+        "passage": [sample.passage for sample in samples],
+        "question": [sample.question for sample in samples],
+    }.items():
+        good("baseline", what, "--data", data, "--out", tmp_path / f"{what}.jsonl")
+        settings, answers = read_predictions(tmp_path / f"{what}.jsonl")
+        assert (settings, list(answers.values())) == ({"baseline": what}, expected)
+    result = run("baseline", "grounding", "--data", TABLE2, "--out", tmp_path / "x.jsonl")
+    assert (result.returncode, "table2_1 has no grounding span" in result.stderr) == (2, True)
+
+
 def _save(sheet: Path, rows: list[dict[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0])
@@ -180,7 +195,7 @@ def test_folders_that_cannot_be_written(prepared: Path, tmp_path: Path) -> None:
     assert (result.returncode, "cannot be written" in result.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("command", ["prepare", "generate", "evaluate", "sheet"])
+@pytest.mark.parametrize("command", ["baseline", "prepare", "generate", "evaluate", "sheet"])
 def test_help_loads_no_torch(command: str) -> None:
     code = f"import sys; sys.argv = ['x', '--help']; from examples.dialogue.{command} import main\n"
     code += "try:\n    main()\nexcept SystemExit:\n    pass\n"

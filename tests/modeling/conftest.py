@@ -52,6 +52,7 @@ AUTO_MAP = {
     "AutoConfig": "modeling_polyglot_svd.PolyglotSVDConfig",
     "AutoModel": "modeling_polyglot_svd.PolyglotSVDModel",
     "AutoModelForCausalLM": "modeling_polyglot_svd.PolyglotSVDForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_polyglot_svd.PolyglotSVDForSequenceClassification",
 }
 
 
@@ -252,7 +253,7 @@ def layout(request):
 
 
 ONE_LAYOUT = pytest.mark.parametrize("layout", ["balanced"], indirect=True)  # what it tests has no part in layouts
-UNSHARED = pytest.mark.parametrize("layout", ["balanced", "pivoted"], indirect=True)  # test_sharing.py has the rest
+UNSHARED = pytest.mark.parametrize("layout", ["balanced", "pivoted"], indirect=True)  # test_shared.py has the rest
 PIVOTED = pytest.mark.parametrize("layout", ["pivoted"], indirect=True)
 
 

@@ -1,0 +1,81 @@
+"""Where the time of a job goes."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+from svdconvert.timing import StageTimes
+
+
+def spin(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+def test_waiting_is_wall_time_and_work_is_both() -> None:
+    times = StageTimes()
+    with times.measure("read"):
+        time.sleep(0.05)
+    with times.measure("write"):
+        spin(0.05)
+    found = times.to_json()
+    assert list(found) == ["read", "write"]
+    assert found["read"]["wall_seconds"] >= 0.05 > 10 * found["read"]["cpu_seconds"]
+    assert found["write"]["wall_seconds"] >= found["write"]["cpu_seconds"] - 0.002
+    assert found["write"]["cpu_seconds"] >= 0.05
+    assert times.cpu("read", "write", "none") >= 0.05
+
+
+def test_threads_add_up_and_do_not_count_each_other() -> None:
+    times = StageTimes()
+
+    def work() -> None:
+        with times.measure("solve"):
+            spin(0.05)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    with times.measure("idle"), times.measure("all", process=True):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    found = times.to_json()
+    assert found["solve"]["cpu_seconds"] >= 0.15
+    assert found["all"]["cpu_seconds"] >= 0.15
+    assert found["idle"]["cpu_seconds"] < 0.05
+
+
+def test_a_stage_that_fails_is_counted() -> None:
+    times = StageTimes()
+    try:
+        with times.measure("read"):
+            spin(0.01)
+            raise OSError
+    except OSError:
+        pass
+    assert times.cpu("read") >= 0.01
+
+
+def test_a_conversion_says_where_its_time_went(
+    dense: Path, run: Callable[..., SimpleNamespace], tmp_path: Path
+) -> None:
+    result = run(dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out")
+    assert result.code == 0, result
+    record = json.loads((tmp_path / "out" / "svdconvert.json").read_text())
+    (stages,) = record["timing"]
+    assert list(stages) == ["prepare", "read", "solve", "write"]
+    solver = sum(matrix["seconds"] for matrix in record["matrices"].values())
+    assert abs(stages["solve"]["wall_seconds"] - solver) < 0.01
+    assert stages["write"]["wall_seconds"] > 0
+    table = re.search(r"^stages +(.+)$", result.out, re.MULTILINE)
+    shown = {stage: spent for stage, spent in stages.items() if max(spent.values()) >= 0.05}
+    for stage, spent in shown.items():
+        assert table is not None
+        assert f"{stage} {spent['wall_seconds']:.1f} s (CPU {spent['cpu_seconds']:.1f} s)" in table[1]
