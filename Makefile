@@ -5,7 +5,7 @@ NEWEST := .venv
 OLDEST := .venv-oldest
 PYTEST := -m pytest
 
-.PHONY: demo test test-all lint format bench table1 clean
+.PHONY: demo test test-all lint format modeling bench table1 clean
 
 demo: $(NEWEST)/.runtime
 	$(NEWEST)/bin/python examples/tiny_polyglot/demo.py
@@ -15,7 +15,7 @@ demo: $(NEWEST)/.runtime
 test: $(NEWEST)/.dev $(OLDEST)/.dev
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(OLDEST)/bin/python) $(NEWEST)/bin/python $(PYTEST) -m "not slow"
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(NEWEST)/bin/python) $(OLDEST)/bin/python $(PYTEST) -m "not slow" \
-		tests/modeling tests/test_conversion.py tests/test_densify_fold.py tests/test_verify_evaluate.py
+		tests/modeling tests/test_families.py tests/test_conversion.py tests/test_densify_fold.py tests/test_verify_evaluate.py
 
 test-all: $(NEWEST)/.dev $(OLDEST)/.dev
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(OLDEST)/bin/python) $(NEWEST)/bin/python $(PYTEST)
@@ -30,8 +30,12 @@ format: $(NEWEST)/.dev
 	$(NEWEST)/bin/ruff check --fix .
 	$(NEWEST)/bin/ruff format .
 
+# The modeling files of all families, from their templates.
+modeling: $(NEWEST)/.dev
+	$(NEWEST)/bin/python modeling/templates/render.py
+
 bench: $(NEWEST)/.dev
-	$(NEWEST)/bin/python -m tests.benchmarks.conversion
+	$(NEWEST)/bin/python -m tests.benchmarks
 
 # The dialogue example's Table 1 on the bundled model; rows that are done stay done.
 table1: $(NEWEST)/.dev

@@ -19,12 +19,19 @@ import re
 
 import torch
 from torch import nn
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
+    GPTNeoXModel,
+    GPTNeoXPreTrainedModel,
+)
 
 AUTO_MAP = {
     "AutoConfig": "modeling_polyglot_svd.PolyglotSVDConfig",
     "AutoModel": "modeling_polyglot_svd.PolyglotSVDModel",
     "AutoModelForCausalLM": "modeling_polyglot_svd.PolyglotSVDForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_polyglot_svd.PolyglotSVDForSequenceClassification",
 }
 
 NO_DENSE_WEIGHT = (
@@ -344,16 +351,16 @@ def _factor_linears(model, config):
     """
     layout, shared = LAYOUTS[config.svd_layout], config.svd_shared
     dense = {path: _dense_linear(model, path) for path in config.svd_ranks}
+    sizes = {path: tuple(layer.weight.shape) for path, layer in dense.items()}
     for path, rank in config.svd_ranks.items():
         owner = shared.get(path, path)
-        if dense[path].in_features != dense[owner].in_features:
+        if sizes[path][1] != sizes[owner][1]:
             raise ValueError(
-                f"svd_shared[{path!r}] is {owner!r}, but they read {dense[path].in_features} and "
-                f"{dense[owner].in_features} inputs"
+                f"svd_shared[{path!r}] is {owner!r}, but they read {sizes[path][1]} and {sizes[owner][1]} inputs"
             )
         # layers that share are one matrix, stacked
         users = [user for user in dense if shared.get(user, user) == owner]
-        inputs, outputs = dense[owner].in_features, sum(dense[user].out_features for user in users)
+        inputs, outputs = sizes[owner][1], sum(sizes[user][0] for user in users)
         highest = layout.highest_rank(inputs, outputs)
         if rank > highest:
             raise ValueError(
@@ -363,12 +370,12 @@ def _factor_linears(model, config):
             )
     factored = {}
     for path in sorted(dense, key=shared.__contains__):  # owners first
-        old = dense[path]
+        old, (rows, columns) = dense[path], sizes[path]
         options = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
         if path in shared:
-            new = SharedSVDLinear(factored[shared[path]], old.out_features, **options)
+            new = SharedSVDLinear(factored[shared[path]], rows, **options)
         else:
-            new = layout(old.in_features, old.out_features, config.svd_ranks[path], **options)
+            new = layout(columns, rows, config.svd_ranks[path], **options)
         factored[path] = new
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
@@ -392,7 +399,7 @@ def _make_adaptable(model):
 
 
 class _Factored:
-    """What the two model classes share: the switch to adaptable layers, and the check of what was loaded."""
+    """What the model classes share: the switch to adaptable layers, and the check of what was loaded."""
 
     def _init_weights(self, module):
         # an adaptable layer passes for an nn.Linear, but has no weight to fill
@@ -510,7 +517,21 @@ class PolyglotSVDForCausalLM(_Factored, GPTNeoXForCausalLM):
         self.lm_head = new_embeddings
 
 
+class PolyglotSVDForSequenceClassification(_Factored, GPTNeoXForSequenceClassification):
+    """GPTNeoXForSequenceClassification around a PolyglotSVDModel."""
+
+    config_class = PolyglotSVDConfig
+
+    def __init__(self, config):
+        GPTNeoXPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = PolyglotSVDModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 PolyglotSVDConfig.register_for_auto_class()
 PolyglotSVDModel.register_for_auto_class("AutoModel")
 PolyglotSVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PolyglotSVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

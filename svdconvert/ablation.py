@@ -110,7 +110,7 @@ def ablate(
             for target, spectrum in zip(chosen, spectra, strict=True):
                 part = _part(spectrum.numel(), group, groups)
                 energy += float(spectrum[part].sum())
-                _remove(loaded.get_parameter(target.weight), target, store, part, source, reader)
+                _remove(loaded.get_parameter(row.full_name(target.weight)), target, store, part, source, reader)
             results.append(
                 GroupResult(
                     group + 1, group / groups, (group + 1) / groups, energy / total if total else 0.0, perplexity()
@@ -137,10 +137,11 @@ def _remove(
     """Set a parameter to the source's matrix without some of its singular directions."""
     info = source.tensors[target.weight]
     weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(parameter.device).double()
+    weight = weight.T if target.transposed else weight
     found, _, _ = load_decomposition(store.path(target), parameter.device)
     directions = found.basis.flip(1)[:, part].double()
     if target.shape[0] >= target.shape[1]:
         weight -= (weight @ directions) @ directions.T
     else:
         weight -= directions @ (directions.T @ weight)
-    parameter.copy_(weight)
+    parameter.copy_(weight.T if target.transposed else weight)

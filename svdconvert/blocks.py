@@ -2,16 +2,16 @@
 
 The stock class of transformers is built without weights; a piece gets its weights from the source's tensors for as long
 as it is in use. What a block is called with (masks, position embeddings, cache positions) differs from one version of
-transformers to the next, so it is not written down here: the base model's own forward is run with a recorder in the
-place of its blocks.
+transformers to the next and, where some blocks have a sliding window, from block to block. So it is not written down
+here: the base model's own forward is run with recorders in the place of its blocks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,29 +30,54 @@ class Pieces:
 
     Attributes:
         embeddings: modules with weights that run before the first block; the first one is what a tied head shares.
+            A module that a model does not have is passed over.
         blocks: the list of blocks.
-        norm: what runs between the last block and the head.
+        final: what runs between the last block and the head; passed over likewise.
+        logits: (config, what the head gives) -> the model's logits.
         writers: linear layers of a block whose output is added to the hidden state as it is.
     """
 
     embeddings: tuple[str, ...]
     blocks: str
-    norm: str
+    final: tuple[str, ...]
     writers: tuple[str, ...] = ()
+    logits: Callable[[Any, Tensor], Tensor] = lambda config, logits: logits
 
+
+def _soft_capped(config: Any, logits: Tensor) -> Tensor:
+    cap = config.final_logit_softcapping
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _scaled_down(config: Any, logits: Tensor) -> Tensor:
+    return logits / config.logits_scaling
+
+
+_LLAMA = Pieces(("embed_tokens",), "layers", ("norm",), ("self_attn.o_proj", "mlp.down_proj"))
 
 PIECES: Mapping[str, Pieces] = {
-    "gpt_neox": Pieces(("embed_in",), "layers", "final_layer_norm", ("attention.dense", "mlp.dense_4h_to_h"))
+    "gpt_neox": Pieces(("embed_in",), "layers", ("final_layer_norm",), ("attention.dense", "mlp.dense_4h_to_h")),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _LLAMA),
+    # In these two, a norm or a factor comes between those layers and the sum.
+    "gemma2": replace(_LLAMA, writers=(), logits=_soft_capped),
+    "granite": replace(_LLAMA, writers=(), logits=_scaled_down),
+    "opt": Pieces(
+        ("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
+        "decoder.layers",
+        ("decoder.final_layer_norm", "decoder.project_out"),
+        ("self_attn.out_proj", "fc2"),
+    ),
+    "gpt2": Pieces(("wte", "wpe"), "h", ("ln_f",), ("attn.c_proj", "mlp.c_proj")),
 }
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the base model hands to its first block.
+    """What the base model hands to one of its blocks.
 
     Attributes:
-        hidden: [batch, length, hidden], the first block's input.
-        args, kwargs: everything else, the same for every block.
+        hidden: [batch, length, hidden], the block's input; it is the model's own for the first block only.
+        args, kwargs: everything else.
     """
 
     hidden: Tensor
@@ -83,25 +108,32 @@ class ModelBlocks:
             known = ", ".join(sorted(PIECES))
             raise InputError(f"{source.name} ({row.model_type}) cannot be run block by block; known: {known}")
         self._source, self._row, self._pieces = source, row, PIECES[row.model_type]
-        self.writers = self._pieces.writers
+        self._tensors = {row.full_name(name): info for name, info in source.tensors.items()}
         self.device, self.dtype = torch.device(device), dtype
         self._model = _skeleton(source)
+        # Where norms come after the sums (an OPT of that kind), a block's outputs do not add up.
+        self.writers = self._pieces.writers if getattr(self._model.config, "do_layer_norm_before", True) else ()
         self._base: nn.Module = self._model.base_model
-        self._layers: list[nn.Module] = list(getattr(self._base, self._pieces.blocks))
-        setattr(self._base, self._pieces.blocks, nn.ModuleList([_Recorder()]))
+        self._layers: list[nn.Module] = list(self._base.get_submodule(self._pieces.blocks))
+        self._calls: list[Call] = []
+        recorders = [_Recorder(layer, self._calls) for layer in self._layers]
+        recorders[-1].last = True
+        _set(self._base, self._pieces.blocks, nn.ModuleList(recorders))
         _move_buffers(self._base, self.device)
+        for module in self._present(self._pieces.embeddings[1:]).values():
+            _hollow(module, self.device, dtype)
         self.count = len(self._layers)
-        self.hidden_size: int = self._model.get_input_embeddings().weight.shape[1]
+        self.hidden_size: int = self._model.config.hidden_size
         self.vocabulary: int = self._model.get_output_embeddings().weight.shape[0]
-        # Polyglot and its like know their longest input; a model without a limit has none of these fields.
-        self.longest: int | None = source.config.get("max_position_embeddings")
-        self._arguments: dict[tuple[int, ...], Call] = {}
+        # A model without a limit does not have the field.
+        self.longest: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        self._arguments: dict[tuple[int, ...], list[Call]] = {}
 
     @contextmanager
     def embeddings(self) -> Iterator[None]:
         """Have the embeddings' weights on the device; :meth:`embed` works inside."""
         prefix = self._row.prefix
-        parts = {name: getattr(self._base, name) for name in self._pieces.embeddings}
+        parts = self._present(self._pieces.embeddings)
         with self._weights(
             (module, {key: f"{prefix}{name}.{key}" for key, _ in module.named_parameters()})
             for name, module in parts.items()
@@ -118,11 +150,13 @@ class ModelBlocks:
         Returns:
             [batch, length, hidden] on the device.
         """
-        return self._record({"input_ids": ids.to(self.device)}, mask).hidden
+        return self._record({"input_ids": ids.to(self.device)}, mask)[0].hidden
 
     def is_linear(self, index: int, path: str) -> bool:
         """Whether a block has a linear layer of this path."""
-        return isinstance(dict(self._layers[index].named_modules()).get(path), nn.Linear)
+        from transformers.pytorch_utils import Conv1D
+
+        return isinstance(dict(self._layers[index].named_modules()).get(path), (nn.Linear, Conv1D))
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -148,7 +182,7 @@ class ModelBlocks:
         Returns:
             [batch, length, hidden], differentiable with respect to ``hidden``.
         """
-        call = self._call(hidden, mask)
+        call = self._call(self._layers.index(block), hidden, mask)
         output = block(hidden, *call.args, **call.kwargs)
         # transformers 4 returns a tuple; 5 returns the tensor itself, of which [0] would be the first sample.
         return output[0] if isinstance(output, tuple) else output
@@ -160,31 +194,43 @@ class ModelBlocks:
         Yields:
             [..., hidden] -> logits [..., vocabulary], each position by itself.
         """
-        norm, head = getattr(self._base, self._pieces.norm), self._model.get_output_embeddings()
-        stored = self._row.head[0]
-        if self._source.config.get("tie_word_embeddings", False) or stored not in self._source.tensors:
-            stored = f"{self._row.prefix}{self._pieces.embeddings[0]}.weight"
+        final, head = self._present(self._pieces.final), self._model.get_output_embeddings()
+        stored, prefix = self._row.head[0], self._row.prefix
+        if self._row.is_tied(self._source.config) or stored not in self._tensors:
+            stored = f"{prefix}{self._pieces.embeddings[0]}.weight"
         names = {key: stored if key == "weight" else self._row.head[0][:-6] + key for key, _ in head.named_parameters()}
-        prefix = f"{self._row.prefix}{self._pieces.norm}."
-        with self._weights([(norm, {key: prefix + key for key, _ in norm.named_parameters()}), (head, names)]):
-            yield nn.Sequential(norm, head)
+        parts = [
+            (module, {key: f"{prefix}{name}.{key}" for key, _ in module.named_parameters()})
+            for name, module in final.items()
+        ]
+        with self._weights([*parts, (head, names)]):
+            yield nn.Sequential(*final.values(), head, _Logits(self._pieces.logits, self._model.config))
 
-    def _call(self, hidden: Tensor, mask: Tensor) -> Call:
-        """What every block is called with for this batch; it depends on the mask and on the input's shape alone."""
+    def _present(self, names: Sequence[str]) -> dict[str, nn.Module]:
+        """Those of the modules that this model has."""
+        modules = dict(self._base.named_modules())
+        return {name: modules[name] for name in names if name in modules}
+
+    def _call(self, index: int, hidden: Tensor, mask: Tensor) -> Call:
+        """What a block is called with for this batch; it depends on the mask and on the input's shape alone."""
+        width = self._model.get_input_embeddings().weight.shape[1]
+        inputs = {"inputs_embeds": hidden.new_zeros(()).expand(*mask.shape, width)}
         if not bool(mask.all()):
-            return self._record({"inputs_embeds": hidden.detach()}, mask)
+            return self._record(inputs, mask)[index]
         key = tuple(mask.shape)
         if key not in self._arguments:
-            self._arguments = {key: self._record({"inputs_embeds": hidden.detach()}, mask)}
-        return self._arguments[key]
+            self._arguments = {key: self._record(inputs, mask)}
+        return self._arguments[key][index]
 
-    def _record(self, inputs: Mapping[str, Tensor], mask: Tensor) -> Call:
-        with torch.no_grad():
-            try:
-                self._base(**inputs, attention_mask=mask.to(self.device), use_cache=False)
-            except _Recorded as recorded:
-                return recorded.call
-        raise AssertionError("the base model never called its blocks")
+    def _record(self, inputs: Mapping[str, Tensor], mask: Tensor) -> list[Call]:
+        """What each block is called with."""
+        self._calls.clear()
+        with torch.no_grad(), suppress(_Recorded):
+            self._base(**inputs, attention_mask=mask.to(self.device), use_cache=False)
+        calls = list(self._calls)
+        self._calls.clear()
+        assert len(calls) == self.count, "the base model did not call its blocks in their order"
+        return calls
 
     @contextmanager
     def _weights(self, parts: Any) -> Iterator[None]:
@@ -206,7 +252,7 @@ class ModelBlocks:
                 setattr(owner, last, empty)
 
     def _read(self, reader: WeightReader, name: str, like: Tensor) -> Tensor:
-        info = self._source.tensors.get(name)
+        info = self._tensors.get(name)
         if info is None:
             raise InputError(f"{self._source.name} lacks {name}; the checkpoint is incomplete, fetch it again")
         if info.shape != tuple(like.shape):
@@ -225,9 +271,10 @@ class ModelBlocks:
 
 def matrix(block: nn.Module, path: str) -> Tensor:
     """Weight [out, in] of a linear layer in a block."""
-    weight = block.get_submodule(path).weight
+    layer = block.get_submodule(path)
+    weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight
+    return weight if isinstance(layer, nn.Linear) else weight.T  # Conv1D
 
 
 @contextmanager
@@ -236,7 +283,10 @@ def replaced(block: nn.Module, matrices: Mapping[str, Tensor]) -> Iterator[None]
     dense: dict[str, Any] = {path: block.get_submodule(path).weight for path in matrices}
     try:
         for path, other in matrices.items():
-            block.get_submodule(path).weight = nn.Parameter(other.to(dense[path]), requires_grad=False)
+            layer = block.get_submodule(path)
+            weight = other.to(dense[path])
+            # Conv1D of GPT-2 has it as [in, out]
+            layer.weight = nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.T, requires_grad=False)
         yield
     finally:
         for path, weight in dense.items():
@@ -244,17 +294,53 @@ def replaced(block: nn.Module, matrices: Mapping[str, Tensor]) -> Iterator[None]
 
 
 class _Recorded(Exception):
-    """Leaves the base model's forward where its first block would begin."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    """Leaves the base model's forward where its last block would begin."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for the blocks and keeps what they are called with."""
+    """Stands in for one block and keeps what it is called with."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raise _Recorded(Call(hidden_states, args, kwargs))
+    def __init__(self, layer: nn.Module, calls: list[Call]) -> None:
+        super().__init__()
+        self._calls = calls
+        # Some versions choose a block's mask by it.
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.last = False
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        self._calls.append(Call(hidden_states, args, kwargs))
+        if self.last:
+            raise _Recorded
+        # A version that wants a tensor takes the tuple on to the next recorder, which does not look at it.
+        return (hidden_states,)
+
+
+class _Logits(nn.Module):
+    """What a family does with its head's output."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], config: Any) -> None:
+        super().__init__()
+        self._function, self._config = function, config
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return self._function(self._config, logits)
+
+
+def _hollow(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Put zeros that take no memory in the place of parameters on the meta device.
+
+    Blocks are called with what does not depend on embeddings, but a forward that adds positions to what it is given
+    needs some that can be added.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            zeros = torch.zeros((), dtype=dtype, device=device).expand(parameter.shape)
+            setattr(part, name, nn.Parameter(zeros, requires_grad=False))
+
+
+def _set(module: nn.Module, path: str, value: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)
 
 
 def _skeleton(source: Source) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from svdconvert import processes
-from svdconvert.architectures import dense_architecture
+from svdconvert.architectures import dense_architecture, longest_input
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import resolve_device
@@ -77,7 +77,7 @@ class Calibration:
         if not source.side_files:
             raise InputError(f"{source.name} has no tokenizer, so no text can be read with it")
         tokenizer = load_tokenizer(folder)
-        length = self.length or min(2048, int(source.config.get("max_position_embeddings", 2048)))
+        length = self.length or min(2048, longest_input(source.config, 2048))
         texts = load_texts(self.text, field=self.field)
         return sample_tokens(texts, tokenizer, samples=self.samples, length=length, seed=self.seed)
 

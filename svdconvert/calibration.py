@@ -558,8 +558,8 @@ class Collector:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            assert x.shape[:2] == self._mask.shape, (name, x.shape)
+            # OPT hands the tokens of all sequences to its MLP in one row.
+            x = args[0].detach().reshape(*self._mask.shape, -1)
             # Layers that read one tensor share its statistics. The tensor is kept until the batch is over, so that
             # no other can take its address; its version tells whether it was changed in between.
             key = (x.data_ptr(), x.shape, x.stride(), x._version)
@@ -569,7 +569,8 @@ class Collector:
             if leader == name:
                 self._add_input(name, x)
             if self._needs.gradients:
-                output.register_hook(lambda gradient: self._add_gradient(name, x, gradient.detach()))
+                shape = (*self._mask.shape, output.shape[-1])
+                output.register_hook(lambda gradient: self._add_gradient(name, x, gradient.detach().reshape(shape)))
 
         return hook
 

@@ -73,14 +73,14 @@ def factored_card(
         'path = "THIS_REPOSITORY"',
         "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
         "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
-        'inputs = tokenizer("안녕하세요", return_tensors="pt", return_token_type_ids=False)',
+        f'inputs = tokenizer("{_greeting(source)}", return_tensors="pt", return_token_type_ids=False)',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
         "```",
         "",
         "LoRA (peft) runs in parallel to each whole product, h = B(A x) + scale * LB(LA x), with",
         "",
         "```python",
-        f"target_modules = {[name.split('.')[-1] for name in row.targets]!r}",
+        f"target_modules = {list(dict.fromkeys(name.split('.')[-1] for name in row.targets))!r}",
         "```",
         "",
         "To merge such an adapter use `svdconvert fold`; `svdconvert densify` gives a stock "
@@ -126,6 +126,11 @@ def plain_card(source: Source, title: str, text: str, command: str, tags: Sequen
     """Card of a result that needs little explanation (densified, folded)."""
     body = f"# {title}\n\n{text}\n\n```\n{command}\n```\n"
     return _front_matter(source, ["svdconvert", *tags]) + body
+
+
+def _greeting(source: Source) -> str:
+    """A prompt in the model's language, as far as its card names one."""
+    return "안녕하세요" if "ko" in str(_source_metadata(source).get("language")) else "Hello"
 
 
 def _link(source: Source) -> str:

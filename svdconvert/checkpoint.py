@@ -41,7 +41,7 @@ def factored_config(
         shared: module path -> that of the layer whose input-side factor it uses.
     """
     config = {key: value for key, value in source.items() if key not in ("_name_or_path", "dtype")}
-    config |= row.config_overrides(source)
+    config |= row.config_overrides(source) | {"tie_word_embeddings": row.is_tied(source)}
     config |= {
         "architectures": [row.causal_class],
         "auto_map": row.auto_map,
@@ -64,7 +64,7 @@ def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, An
         for key, value in factored.items()
         if key not in ("auto_map", "svd_ranks", "svd_layout", "svd_shared", "_name_or_path")
     }
-    config |= row.config_overrides(factored)
+    config |= row.config_overrides(factored) | {"tie_word_embeddings": row.is_tied(factored)}
     return config | {"architectures": [row.dense_class], "model_type": row.model_type}
 
 

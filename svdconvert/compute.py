@@ -24,7 +24,7 @@ Operation = Callable[[Sequence[Tensor], Step, Workspace], tuple[list[Tensor], di
 
 def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W -> the tensors of its layout."""
-    (weight,) = inputs
+    (weight,) = _matrices(inputs, step)
     rank = step.options["rank"]
     return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), None, None)
 
@@ -33,7 +33,7 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """W and its decomposition, computed beforehand -> the tensors of its layout."""
     from svdconvert.decomposing import load_decomposition
 
-    (weight,) = inputs
+    (weight,) = _matrices(inputs, step)
     file = Path(step.options["decomposition"])
     found, inner, outer = load_decomposition(file, weight.device)
     left, right = (outer, inner) if weight.shape[0] >= weight.shape[1] else (inner, outer)
@@ -49,7 +49,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     from svdconvert.decomposing import load_decomposition
     from svdconvert.refitting import load_refitted
 
-    (weight,) = inputs
+    (weight,) = _matrices(inputs, step)
     tensors, fit = load_refitted(Path(step.options["refitted"]))
     file = Path(step.options["decomposition"])
     found, _, _ = load_decomposition(file, torch.device("cpu"))
@@ -78,6 +78,7 @@ def _factorize_shared(
     inputs: Sequence[Tensor], step: Step, workspace: Workspace
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """W of several layers -> one A and a B for each."""
+    inputs = _matrices(inputs, step)
     factors = plain_shared(inputs, None, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
     return [factors.down, *factors.ups], _group_report(inputs, factors, None)
 
@@ -86,6 +87,7 @@ def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace)
     """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
     from svdconvert.decomposing import is_second_moment, load_decomposition, load_group, load_metric
 
+    inputs = _matrices(inputs, step)
     rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
     path = Path(step.options["decomposition"])
     metrics = [Path(metric) for metric in step.options["metrics"]]
@@ -131,6 +133,11 @@ def _group_report(inputs: Sequence[Tensor], factors: SharedFactors, captured: Te
         )
     error = (sum(losses) / sum(energies)) ** 0.5 if sum(energies) > 0 else 0.0
     return {"rank": rank, "relative_error": error, "precision": factors.precision, "layers": layers}
+
+
+def _matrices(stored: Sequence[Tensor], step: Step) -> Sequence[Tensor]:
+    """[out, in] each, whichever way round the dense checkpoint has them; its own inverse."""
+    return [tensor.T for tensor in stored] if step.options.get("transposed") else stored
 
 
 def _stored(
@@ -194,7 +201,7 @@ def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """The tensors of a layout -> W [m, n], multiplied in float32, or float64 for the pivoted layout."""
     down, up, *position = inputs
     dense = product(down, up, position[0]) if position else up.float() @ down.float()
-    return [dense.to(torch_dtype(step.outputs[0].dtype))], {"rank": down.shape[0]}
+    return list(_matrices([dense.to(torch_dtype(step.outputs[0].dtype))], step)), {"rank": down.shape[0]}
 
 
 def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -238,8 +245,9 @@ def _extend_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -
 def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """(W, A [q, n], B [m, q]) -> W + s B A, the usual merge of a LoRA into a dense weight."""
     weight, lora_a, lora_b = (tensor.float() for tensor in inputs)
-    merged = torch.addmm(weight, lora_b, lora_a, alpha=float(step.options["scale"]))
-    return [merged.to(torch_dtype(step.outputs[0].dtype))], {}
+    (matrix,) = _matrices([weight], step)
+    merged = torch.addmm(matrix, lora_b, lora_a, alpha=float(step.options["scale"]))
+    return list(_matrices([merged.to(torch_dtype(step.outputs[0].dtype))], step)), {}
 
 
 OPERATIONS: Mapping[str, Operation] = {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import InputError
+from svdconvert.loading import opening_token
 from svdconvert.source import listing
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -240,13 +241,15 @@ class _cut(_Rows):
 
 
 def _tokenized(texts: Iterator[str], tokenizer: Any, batch: int = 64) -> Iterator[array[int]]:
-    """Token ids of each document, the end-of-text token included; a document without tokens gives none."""
+    """Token ids of each document, with what belongs before and after a text; a document without tokens gives none."""
+    opening = opening_token(tokenizer)
+    begin = [] if opening is None else [opening]
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     while group := list(islice(texts, batch)):
         # verbose: documents may well be longer than the model's longest input, and are cut.
         for ids in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
             if len(ids):
-                yield array("q", [*ids, *end])
+                yield array("q", [*begin, *ids, *end])
 
 
 def _filler(tokenizer: Any) -> int:

@@ -428,7 +428,8 @@ class _Worker:
         buffer = self.workspace.take("weight", (sum(i.nbytes for i in infos),), torch.uint8, torch.device("cpu"))
         found, start = [], 0
         for info in infos:
-            found.append(self.reader.read(info, buffer[start:]).to(self.device))
+            weight = self.reader.read(info, buffer[start:]).to(self.device)
+            found.append(weight.T if target.transposed else weight)
             start += info.nbytes
         return found
 

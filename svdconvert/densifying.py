@@ -57,7 +57,7 @@ def densify(
     def dense_name(name: str) -> str:
         return biases.get(name) or row.dense_name(name)
 
-    steps = factored_steps(source, row, _multiply_steps, dense_name)
+    steps = factored_steps(source, row, lambda layers: [_multiply_step(row, layer) for layer in layers], dense_name)
     outputs = [info for step in steps for info in step.outputs]
 
     def model_card(reports: Reports) -> str:
@@ -158,13 +158,6 @@ def outer_shape(stored: Sequence[TensorInfo]) -> tuple[int, int]:
     return (position[0].shape[0] if position else up.shape[0]), down.shape[1]
 
 
-def _multiply_steps(layers: Sequence[Layer]) -> list[Step]:
-    return [
-        Step(
-            "multiply",
-            layer.weight,
-            layer.stored,
-            (TensorInfo(layer.weight, layer.stored[0].dtype, outer_shape(layer.stored)),),
-        )
-        for layer in layers
-    ]
+def _multiply_step(row: Architecture, layer: Layer) -> Step:
+    product = TensorInfo(layer.weight, layer.stored[0].dtype, row.matrix_shape(outer_shape(layer.stored)))
+    return Step("multiply", layer.weight, layer.stored, (product,), {"transposed": row.transposed})

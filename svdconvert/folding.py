@@ -24,6 +24,7 @@ from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters, read_header
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
+from svdconvert.planning import suffix
 from svdconvert.source import LocalSource, Source, listing, read_json
 from svdconvert.steps import Step, parse_size, shard
 
@@ -44,7 +45,6 @@ class _Adapter:
             ("bias", "none"),
             ("modules_to_save", None),
             ("lora_bias", False),
-            ("fan_in_fan_out", False),
         ):
             if config.get(field, plain) not in (plain, [] if plain is None else plain):
                 raise InputError(
@@ -175,6 +175,8 @@ def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
         InputError: the adapter names a layer that the model does not have, or one of another shape.
     """
     row = factored_architecture(source.config, source.name)
+    if lora.config.get("fan_in_fan_out") and not row.transposed:
+        raise InputError(f"{lora.folder} cannot be folded: its fan_in_fan_out is True, but {source.name} has no Conv1D")
     ranks = dict(source.config["svd_ranks"])
     left = dict(lora.pairs)
     layout = layout_of(source.config)
@@ -220,8 +222,11 @@ def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
             steps.append(step)
             continue
         info = step.inputs[0]
-        check(module, (info.shape[0], info.shape[1]), pair)
-        steps.append(Step("add", step.key, (info, *pair), step.outputs, {"scale": lora.scale(module)}))
+        # Only the linear layers of blocks are stored the other way round.
+        transposed = row.transposed and suffix(module.removeprefix(row.prefix)) in row.targets
+        check(module, (info.shape[1], info.shape[0]) if transposed else (info.shape[0], info.shape[1]), pair)
+        options = {"scale": lora.scale(module), "transposed": transposed}
+        steps.append(Step("add", step.key, (info, *pair), step.outputs, options))
     if left:
         raise InputError(
             f"the adapter changes {listing(sorted(left))}, which {source.name} does not have as layers of its own; "

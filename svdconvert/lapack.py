@@ -102,15 +102,11 @@ def top_eigenvectors(gram: Tensor, count: int, vectors: Tensor, work: Tensor) ->
     # In Fortran's eyes the lower triangle is the upper one.
     _call("sytrd", dtype, "U", k, gram, k, values, off, tau, work, work.numel(), info)
     assert info.value == 0, info
-    _call(
-        "stedc", dtype, "I", k, values, off, vectors, k, work, work.numel(), integers, integers.numel(), info
-    )  # fmt: skip
+    _call("stedc", dtype, "I", k, values, off, vectors, k, work, work.numel(), integers, integers.numel(), info)
     if info.value:
         raise LinAlgError(f"the eigenvalues did not converge (stedc: {info.value})")
     wanted = vectors[k - count :]
-    _call(
-        "ormtr", dtype, "L", "U", "N", k, count, gram, k, tau, wanted, k, work, work.numel(), info
-    )  # fmt: skip
+    _call("ormtr", dtype, "L", "U", "N", k, count, gram, k, tau, wanted, k, work, work.numel(), info)
     assert info.value == 0, info
     return values
 

@@ -73,16 +73,26 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: it has none; no other is used in its place.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     # transformers 5 makes up an empty tokenizer where there is none.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise InputError(f"{folder} has no usable tokenizer (none of {', '.join(_VOCABULARIES)})")
+    file = folder / "config.json"
+    row = FACTORED.get(str(read_json(file, "").get("model_type"))) if file.is_file() else None
+    # Left to itself, transformers 5 reads config.json as one of no particular kind, which some rotary scalings break.
+    options = {"config": AutoConfig.for_model(row.model_type)} if row else {}
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise InputError(f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]})") from None
+
+
+def opening_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text of its own accord, as LLaMA's, Gemma's and OPT's do."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    return int(first) if first is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [first] else None
 
 
 def compute_dtype(config: Mapping[str, Any], device: str) -> torch.dtype:

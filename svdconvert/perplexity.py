@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from svdconvert.architectures import longest_input
 from svdconvert.errors import InputError
 from svdconvert.job import resolve_device
-from svdconvert.loading import compute_dtype, load_model, load_tokenizer
+from svdconvert.loading import compute_dtype, load_model, load_tokenizer, opening_token
 from svdconvert.source import local_folder, read_json
 
 
@@ -65,8 +66,8 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a text file under a dense or factored model.
 
-    The text is tokenised as one sequence after the end-of-text token, so that its first token is predicted too, and
-    read in overlapping windows.
+    The text is tokenised as one sequence after the token that opens a text, or else the one that ends it, so that its
+    first token is predicted too, and read in overlapping windows.
 
     Args:
         model: a local folder, or a model on the Hub, which is then downloaded into the Hugging Face cache.
@@ -141,7 +142,7 @@ def read_passage(
         InputError: the text, the tokenizer or the window cannot be used.
     """
     content = read_text(text)
-    longest = int(config.get("max_position_embeddings", 1024))
+    longest = longest_input(config, 1024)
     window = min(1024, longest) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
     if not 2 <= window <= longest:
@@ -154,7 +155,8 @@ def read_passage(
         raise InputError(f"{text} has no tokens; give a text with content")
     if int(ids.max()) >= int(config["vocab_size"]):
         raise InputError(f"the tokenizer of {folder} has more tokens than the model; it belongs to another model")
-    first = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else int(config.get("eos_token_id") or 0)
+    candidates = (opening_token(tokenizer), tokenizer.eos_token_id, config.get("eos_token_id"), 0)
+    first = next(token for token in candidates if isinstance(token, int))
     return Passage(torch.cat([torch.tensor([first]), ids]), len(content), window, stride)
 
 

@@ -212,7 +212,8 @@ def make_plan(
     if dtype != "keep" and CODES.get(dtype) not in FLOATS - {"F64"}:
         raise InputError(f"--dtype {dtype!r} is unknown; choose keep, float16, bfloat16 or float32")
     dropped = [name for name in source.tensors if row.is_dropped(name)]
-    kept = {name: info for name, info in source.tensors.items() if not row.is_dropped(name)}
+    copies = [name for name in source.tensors if name == row.head[0] and row.is_tied(source.config)]
+    kept = {name: info for name, info in source.tensors.items() if name not in {*dropped, *copies}}
     check_tensors(kept, row, source)
 
     stored = layout_named(layout)
@@ -237,7 +238,7 @@ def make_plan(
         params_after=parameters(outputs),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
-        notes=tuple(_notes(source, dropped, ranked, request, untouched, share_layers)),
+        notes=tuple(_notes(source, dropped, copies, ranked, request, untouched, share_layers)),
         settings={
             "method": method,
             "targets": list(targets),
@@ -257,23 +258,27 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
         InputError: a tensor is missing, has another shape, is none the architecture knows, or is not floating point.
     """
     try:
-        expected = row.shapes(source.config)
+        expected = row.parameters(source.config)
     except (KeyError, TypeError) as error:
         raise InputError(f"config.json of {source.name} lacks {error}, so the model's shape is unknown") from None
-    missing = [name for name in expected if name not in tensors]
+    found = {row.full_name(name): info for name, info in tensors.items()}
+    missing = [name for name in expected if name not in found]
     if missing:
         raise InputError(f"{source.name} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
+    if len(found) < len(tensors):
+        twice = next(name for name in tensors if row.prefix + name in tensors)
+        raise InputError(f"{source.name} has both {twice} and {row.prefix}{twice}; remove one of them")
     for name, info in tensors.items():
-        # A tied head may be stored all the same.
-        if name not in expected and name != row.head[0]:
+        shape = expected.get(row.full_name(name))
+        if shape is None:
             raise InputError(
                 f"{source.name} has the tensor {name} ({info.file}), which {row.dense_class} does not know; "
                 "remove it from the checkpoint or correct config.json"
             )
-        if name in expected and info.shape != expected[name]:
+        if info.shape != shape:
             raise InputError(
                 f"tensor {name} of {source.name} has shape {list(info.shape)}, but by config.json it must be "
-                f"{list(expected[name])}; config and weights are not of one model"
+                f"{list(shape)}; config and weights are not of one model"
             )
         if info.dtype not in FLOATS:
             raise InputError(
@@ -290,15 +295,15 @@ def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, pattern
     """
     found = []
     for name, info in tensors.items():
-        module = name.removeprefix(row.prefix).removesuffix(".weight")
+        module = row.full_name(name).removeprefix(row.prefix).removesuffix(".weight")
         if name.endswith(".weight") and suffix(module) in row.targets:
-            found.append(Target(module, name, (info.shape[0], info.shape[1])))
+            found.append(Target(module, name, row.matrix_shape(info.shape), transposed=row.transposed))
     found.sort(key=lambda target: (layer_number(target.module), row.targets.index(suffix(target.module))))
     for pattern in patterns:
         if not any(matches(target.module, pattern) for target in found):
             raise InputError(
                 f"--targets {pattern} matches no linear layer of the model; they are named like "
-                f"{', '.join(f'layers.0.{name}' for name in row.targets)}"
+                f"{', '.join(target.module for target in found[: len(row.targets)])}"
             )
     return [t for t in found if not patterns or any(matches(t.module, pattern) for pattern in patterns)]
 
@@ -380,9 +385,10 @@ def _steps(
                 options = dict(decompositions.get(target.module, {}))
                 if target.module in refitted:
                     options["refitted"] = refitted[target.module]
-                steps.append(_factor_step(tensors, target, code, layout, options))
+                steps.append(_factor_step(tensors, target, row, code, layout, options))
             continue
-        renamed = layout.bias_name(name) if name in factored_biases else row.factored_name(name)
+        full = row.full_name(name)
+        renamed = layout.bias_name(full) if name in factored_biases else row.factored_name(full)
         steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))
     return steps
 
@@ -390,6 +396,7 @@ def _steps(
 def _factor_step(
     tensors: Mapping[str, TensorInfo],
     target: Target,
+    row: Architecture,
     code: str,
     layout: Layout,
     options: Mapping[str, Any],
@@ -399,11 +406,14 @@ def _factor_step(
     assert rank is not None
     inputs = tuple(tensors[part.weight] for part in target.parts)
     # all but the first tensor of a layout belong to the layer itself
-    outputs = [layout.tensors(part.weight, rank, (part.rows, target.shape[1]), code) for part in target.parts]
+    names = [f"{row.prefix}{part.module}.weight" for part in target.parts]
+    shapes = [(part.rows, target.shape[1]) for part in target.parts]
+    outputs = [layout.tensors(name, rank, shape, code) for name, shape in zip(names, shapes, strict=True)]
     stored = (*outputs[0], *(info for infos in outputs[1:] for info in infos[1:]))
     kind = "refit" if "refitted" in options else "truncate" if "decomposition" in options else "factorize"
     kind += "_shared" if target.followers else ""
-    return Step(kind, target.weight, inputs, stored, {"rank": rank, "layout": layout.name, **options})
+    settings = {"rank": rank, "layout": layout.name, **({"transposed": True} if target.transposed else {})}
+    return Step(kind, target.weight, inputs, stored, {**settings, **options})
 
 
 def natural(name: str) -> tuple[Any, ...]:
@@ -414,6 +424,7 @@ def natural(name: str) -> tuple[Any, ...]:
 def _notes(
     source: Source,
     dropped: Sequence[str],
+    copies: Sequence[str],
     targets: Sequence[Target],
     request: RankRequest,
     untouched: int,
@@ -429,6 +440,8 @@ def _notes(
     if dropped:
         kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
         notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
+    if copies:
+        notes.append(f"{copies[0]} is dropped: by config.json it is a copy of the embedding, which is stored once")
     budget = request.budget(targets, untouched)
     if request.multiple > 1 and budget is not None:
         left = budget - sum(target.params for target in targets)

@@ -45,6 +45,7 @@ class Target:
         rank: rank it is given, or None where it stays dense.
         reason: why it stays dense; empty otherwise.
         layout: how its product is stored.
+        transposed: whether the source stores it as [in, out].
         followers: the other layers of the group.
     """
 
@@ -54,6 +55,7 @@ class Target:
     rank: int | None = None
     reason: str = ""
     layout: Layout = DEFAULT
+    transposed: bool = False
     followers: tuple[Part, ...] = ()
 
     @property
@@ -240,6 +242,11 @@ def _fixed(targets: Sequence[Target], request: RankRequest) -> list[Target]:
             result.append(replace(target, reason="no --rank names it"))
             continue
         if rank > min(target.shape):
+            if not chosen and any(rank <= min(other.shape) for other in targets):
+                # Keys and values of grouped-query attention are far smaller than the rest.
+                reason = f"rank {rank} is more than they have (break-even {target.break_even:,.1f})"
+                result.append(replace(target, reason=reason))
+                continue
             raise InputError(
                 f"rank {rank} is larger than {target.module} allows, a {target.shape[0]} x {target.shape[1]} matrix"
                 f"{' with the layers that share with it' if target.followers else ''}; "

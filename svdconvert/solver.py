@@ -139,7 +139,9 @@ def factorize(
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise InputError(f"rank {rank} is impossible for a {m} x {n} matrix")
-    found = decompose(weight, work, left, right, rank=rank)
+    plain = left is None and right is None
+    # in a metric, the loss of rounded factors is told from all vectors
+    found = decompose(weight, work, left, right, rank=rank if plain else None)
     return truncate(weight, found, rank, dtype, work, left, right)
 
 
@@ -156,8 +158,8 @@ def decompose(
     Args:
         weight, left, right: see :func:`factorize`.
         workspace: its buffers hold the result until it is used again.
-        rank: the highest rank that will be asked for; decides on float64 for plain SVD, and spares the work for the
-            vectors beyond it. None means all.
+        rank: for plain SVD, the highest rank that will be asked for; decides on float64, and spares the work for the
+            vectors beyond it. None means all, which rounding in metrics needs.
 
     Raises:
         InputError: the matrix has NaN or infinite entries.
@@ -174,29 +176,28 @@ def decompose(
     refuse_not_finite(weight)  # float64 needs no scaling
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
-    return decompose_gram(_gram(matrix, outer, torch.float64), inner, work, rank)
+    return decompose_gram(_gram(matrix, outer, torch.float64), inner, work)
 
 
-def decompose_gram(gram: Tensor, inner: Metric, work: Workspace, rank: int | None = None) -> Decomposition:
+def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decomposition:
     """The same from what metrics leave of a matrix.
 
     Args:
         gram: lower triangle of W^T L W if W is tall, of W R W^T if it is wide, [k, k] float64; overwritten.
         inner: the metric on the smaller side.
         work: its buffers hold the result until it is used again.
-        rank: the highest rank that will be asked for; None means all.
     """
     if inner is None:
-        return Decomposition(*_eigenvectors(gram, work, rank))
+        return Decomposition(*_eigenvectors(gram, work, None))
     root, triangular = _root(gram)
     if gram.device.type == "cpu" and triangular and inner.dim() == 2:
         weighted = work.take("weighted", tuple(gram.shape), gram.dtype, gram.device).copy_(inner)
         lapack.congruence(weighted, root)
-        values, vectors = _eigenvectors(weighted, work, rank)
+        values, vectors = _eigenvectors(weighted, work, None)
         lapack.multiply_rows(root, vectors.T)
         return Decomposition(values, vectors)
     weighted = root.T @ apply_metric(inner, root)
-    values, vectors = _eigenvectors(weighted, work, rank)
+    values, vectors = _eigenvectors(weighted, work, None)
     return Decomposition(values, root @ vectors)
 
 

@@ -287,7 +287,7 @@ def tensors_from_config(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     if row is None:
         return {}
     dtype = CODES.get(str(config.get("torch_dtype") or config.get("dtype") or "float32"), "F32")
-    return {name: TensorInfo(name, dtype, shape) for name, shape in row.shapes(config).items()}
+    return {name: TensorInfo(name, dtype, shape) for name, shape in row.parameters(config).items()}
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:
 def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Parameters of the model that a config describes, under their names on the disk."""
     if "svd_ranks" not in config:
-        return dense_architecture(config, "the result").shapes(config)
+        return dense_architecture(config, "the result").parameters(config)
     config_class, model_class = factored_classes(factored_architecture(config, "the result"))
     with torch.device("meta"), quiet_transformers():
         model = model_class(config_class(**config))
@@ -180,22 +180,24 @@ def _compare(factored: Source, dense: Source, row: Architecture, folder: Path) -
     ours, theirs = WeightReader(factored), WeightReader(dense)
     copied, different, errors, off = 0, [], [], []
     for name, info in dense.tensors.items():
-        module = name.removeprefix(row.prefix).removesuffix(".weight")
-        if row.is_dropped(name):
+        full = row.full_name(name)
+        module = full.removeprefix(row.prefix).removesuffix(".weight")
+        if row.is_dropped(name) or (name == row.head[0] and row.is_tied(dense.config)):
             continue
         if module in factored.config["svd_ranks"] and name.endswith(".weight"):
             stored = [factored.tensors[key] for key in stored_names(factored.config, row.prefix, module)]
-            if outer_shape(stored) != info.shape:
+            if outer_shape(stored) != row.matrix_shape(info.shape):
                 raise InputError(f"{name} has another shape in {dense.name} than in {folder}; it is not its source")
             down, up, *position = (_whole(ours, part) for part in stored)
             if position:
                 up = full_up(up, position[0])
-            error = relative_error(_whole(theirs, info), up, down)
+            weight = _whole(theirs, info)
+            error = relative_error(weight.T if row.transposed else weight, up, down)
             errors.append(error)
             if module in recorded and abs(error - recorded[module]) > _ERROR_TOLERANCE * max(recorded[module], 1e-3):
                 off.append(module)
             continue
-        target = factored.tensors.get(_copied_name(name, row, factored))
+        target = factored.tensors.get(_copied_name(full, row, factored))
         if target is None or target.shape != info.shape or not _same(ours, theirs, target, info):
             different.append(name)
         copied += 1

@@ -122,8 +122,25 @@ def pickled(value: object, **options: Any) -> Callable[[Path], None]:
 
 
 SINGLE_FILE_FAULTS = {
-    "unknown architecture": (edit_config(model_type="llama"), "'llama'", "supported: gpt_neox"),
-    "no architecture": (edit_config(model_type=None), "model_type None", "supported: gpt_neox"),
+    "unknown architecture": (edit_config(model_type="mpt"), "'mpt', which is not", "types gemma2, gpt2, gpt_neox, "),
+    "no architecture": (
+        edit_config(model_type=None),
+        "model_type None, which is not",
+        "types gemma2, gpt2, gpt_neox, ",
+    ),
+    "experts": (
+        edit_config(model_type="mixtral", num_local_experts=8),
+        "'mixtral', a mixture of experts, which is not",
+    ),
+    "hidden experts": (
+        edit_config(model_type="some_vl_moe", text_config={"num_experts": 60}),
+        "'some_vl_moe', a mixture of experts, which is not",
+    ),
+    "images": (
+        edit_config(model_type="llava", vision_config={}, text_config={"model_type": "llama"}),
+        "'llava', a model that sees or hears, which is not",
+    ),
+    "encoder": (edit_config(model_type="t5", is_encoder_decoder=True), "'t5', an encoder with a decoder, which is not"),
     "quantised config": (
         edit_config(quantization_config={"quant_method": "bitsandbytes"}),
         "already quantised (bitsandbytes)",
@@ -729,13 +746,19 @@ def test_faulty_adapter(fault: str, factored: Path, run: Run, tmp_path: Path) ->
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["embed_in"]}, "modules_to_save"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ],
 )
 def test_adapter_of_another_kind(config: dict[str, Any], word: str, factored: Path, run: Run, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", **config)
     result = run("fold", factored, "--adapter", folder, "--out", tmp_path / "out")
     assert_refused(result, folder, word, "only a plain LoRA")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_for_transposed_layers(factored: Path, run: Run, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", fan_in_fan_out=True)
+    result = run("fold", factored, "--adapter", folder, "--out", tmp_path / "out")
+    assert_refused(result, folder, "fan_in_fan_out", "no Conv1D")
     assert not (tmp_path / "out").exists()
 
 

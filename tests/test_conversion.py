@@ -251,7 +251,8 @@ def test_config(dense: Path, factored: Path) -> None:
     source, config = read_config(dense), read_config(factored)
     assert config["model_type"] == "polyglot_svd"
     assert config["architectures"] == ["PolyglotSVDForCausalLM"]
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    autos = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    assert set(config["auto_map"]) == autos
     assert (config["rotary_pct"], config["rotary_emb_base"]) == (0.5, 10000)
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5}
     changed = {"architectures", "model_type", "_name_or_path"}

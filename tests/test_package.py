@@ -45,6 +45,7 @@ def test_wheel_has_everything(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"svdconvert/py.typed", "svdconvert/modeling/modeling_polyglot_svd.py", "svdconvert/__main__.py"} <= names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "svdconvert").rglob("*.py")}
+    modules |= {f"svdconvert/modeling/{path.name}" for path in (ROOT / "modeling").glob("modeling_*.py")}
     assert modules <= names
     assert any(re.fullmatch(r"svdconvert-[\d.]+\.dist-info/(licenses/)?LICENSE", name) for name in names)
     surplus = {name for name in names if not name.startswith(("svdconvert/", "svdconvert-"))}

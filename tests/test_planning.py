@@ -53,6 +53,76 @@ def test_dense_sizes_of_the_family(tmp_path: Path, name: str) -> None:
     assert plan(polyglot(tmp_path / name, name), rank=64).params_before == POLYGLOT[name][4]
 
 
+def decoder(hidden: int, inner: int, layers: int, heads: int, vocab: int, **fields: object) -> dict[str, object]:
+    """Geometry under the names that most families give it."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 2048,
+        **fields,
+    }
+
+
+# Published models with the parameters that their cards and files say, embeddings shared with the head counted once.
+PUBLISHED = {
+    "llama-1-7b": ("llama", decoder(4096, 11008, 32, 32, 32000), 6_738_415_616),
+    "llama-3.1-8b": ("llama", decoder(4096, 14336, 32, 32, 128256, num_key_value_heads=8), 8_030_261_248),
+    "llama-3-70b": ("llama", decoder(8192, 28672, 80, 64, 128256, num_key_value_heads=8), 70_553_706_496),
+    "mistral-7b": ("mistral", decoder(4096, 14336, 32, 32, 32000, num_key_value_heads=8), 7_241_732_096),
+    "qwen2.5-7b": ("qwen2", decoder(3584, 18944, 28, 28, 152064, num_key_value_heads=4), 7_615_616_512),
+    "qwen3-8b": ("qwen3", decoder(4096, 12288, 36, 32, 151936, num_key_value_heads=8, head_dim=128), 8_190_735_360),
+    "gemma-2-9b": ("gemma2", decoder(3584, 14336, 42, 16, 256000, num_key_value_heads=8, head_dim=256), 9_241_705_984),
+    "phi-3-mini": ("phi3", decoder(3072, 8192, 32, 32, 32064, num_key_value_heads=32), 3_821_079_552),
+    "opt-6.7b": ("opt", decoder(4096, 0, 32, 32, 50272, ffn_dim=16384), 6_658_473_984),
+    "opt-350m": (
+        "opt",
+        decoder(1024, 0, 24, 16, 50272, ffn_dim=4096, word_embed_proj_dim=512, do_layer_norm_before=False),
+        331_196_416,
+    ),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
+        124_439_808,
+    ),
+    "granite-3.1-8b": (
+        "granite",
+        decoder(4096, 12800, 40, 32, 49155, num_key_value_heads=8, tie_word_embeddings=True),
+        8_170_848_256,
+    ),
+    "pythia-12b": ("gpt_neox", decoder(5120, 20480, 36, 40, 50688), 11_846_072_320),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_of_published_models(tmp_path: Path, name: str) -> None:
+    model_type, config, parameters = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "torch_dtype": "bfloat16", **config}))
+    assert plan(tmp_path, rank=64).params_before == parameters
+
+
+def test_rank_above_what_keys_and_values_have(tmp_path: Path) -> None:
+    """LLaMA-3-70B: 1024 x 8192, with a break-even rank of 910.2; never clamped in silence."""
+    model_type, config, _ = PUBLISHED["llama-3-70b"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **config}))
+    for rank, reason in (
+        (900, ""),
+        (911, "rank 911 saves nothing (break-even 910.2)"),
+        (2048, "rank 2048 is more than they have (break-even 910.2)"),
+    ):
+        made = plan(tmp_path, rank=rank)
+        small = {"self_attn.k_proj", "self_attn.v_proj"}
+        factored = {suffix(module) for module in made.ranks}
+        assert len(factored) == (5 if reason else 7)
+        assert {group.name for group in made.groups if group.ranks is None} == (small if reason else set())
+        assert all(made.ranks[module] == rank for module in made.ranks)
+        assert [note for note in made.notes if "stay dense" in note and reason in note] if reason else True
+    with pytest.raises(InputError, match=r"rank 2048 is larger than layers\.0\.self_attn\.k_proj allows"):
+        plan(tmp_path, rank={"*": 2048, "k_proj": 2048})
+
+
 def test_plan_of_weights_equals_the_plan_of_the_config(fresh: Callable[..., Path], tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

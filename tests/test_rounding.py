@@ -68,8 +68,9 @@ def test_massive_channels(
     assert theirs > NEGLIGIBLE_EXCESS
     assert ours < theirs / 5
     assert factors.basis in BASES
-    # Of the longer side the diagonal is known alone.
-    assert factors.rounding_excess == pytest.approx(ours, rel=0.5)
+    # Of the longer side the diagonal is known alone, which takes errors of massive channels for independent.
+    assert factors.rounding_excess is not None
+    assert ours / 3 < factors.rounding_excess < 3 * ours
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -10,12 +10,13 @@ import math
 from pathlib import Path
 
 import torch
-from conftest import TINY
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from svdconvert import Calibration, convert
 from svdconvert.source import LocalSource
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny_polyglot"
 
 
 def perplexity(model: nn.Module, ids: torch.Tensor) -> float:

@@ -70,7 +70,10 @@ def _separate_keys_values(attention: Any, prompt: Tensor, heads: int) -> tuple[T
 
 _NEOX = Family("attention", "query_key_value", "dense", _fused_queries, _fused_keys_values)
 _LLAMA = Family("self_attn", "q_proj", "o_proj", _separate_queries, _separate_keys_values)
-FAMILIES = {"gpt_neox": _NEOX, "polyglot_svd": _NEOX, "llama": _LLAMA, "mistral": _LLAMA}
+FAMILIES = {
+    **dict.fromkeys(("gpt_neox", "polyglot_svd"), _NEOX),
+    **dict.fromkeys(("llama", "llama_svd", "mistral", "mistral_svd", "qwen2", "qwen2_svd"), _LLAMA),
+}
 
 
 class AdapterPrompt(nn.Module):

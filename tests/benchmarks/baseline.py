@@ -27,6 +27,39 @@ def factor_by_full_svd(weight: Any, rank: int) -> tuple[Any, Any]:
     return root[:, None] * v[:rank], u[:, :rank] * root
 
 
+def factor_by_whitening(weight: Any, rank: int, right: Any, left: Any = None) -> tuple[Any, Any]:
+    """The recipe of SVD-LLM (arXiv:2403.07378): Cholesky, full SVD of the whitened matrix, inverse; in float64.
+
+    Args:
+        weight: [m, n].
+        rank: of the factors.
+        right: [n, n], second moment of the inputs.
+        left: [m, m], of the output gradients, for the same recipe on both sides; None leaves it out.
+
+    Returns:
+        ``(down, up)``, float64.
+    """
+    import torch
+
+    def root(metric: Any) -> Any:
+        factor, failed = torch.linalg.cholesky_ex(metric)
+        damping = 1e-6 * float(metric.diagonal().mean())
+        while int(failed):  # as the recipe does where the metric is singular
+            factor, failed = torch.linalg.cholesky_ex(metric + damping * torch.eye(len(metric), dtype=metric.dtype))
+            damping *= 10
+        return factor
+
+    inner = root(right)
+    whitened = weight.double() @ inner
+    outer = None if left is None else root(left)
+    if outer is not None:
+        whitened = outer.T @ whitened
+    u, s, v = torch.linalg.svd(whitened, full_matrices=False)
+    shared = s[:rank].sqrt()
+    up, down = u[:, :rank] * shared, (shared[:, None] * v[:rank]) @ torch.linalg.inv(inner)
+    return down, up if outer is None else torch.linalg.inv(outer).T @ up
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.baseline")

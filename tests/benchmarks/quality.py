@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ class Row:
     allocation: str
     layout: str = "balanced"
     share_layers: int = 1
+    refit: str = "none"
+    shrinkage: float | None = None
+    labels: str = "empirical"
+
+    @property
+    def work(self) -> str:
+        """Rows of one such name start from the same decompositions."""
+        parts = [self.method, *([] if self.shrinkage is None else [f"{self.shrinkage:g}"]), self.labels]
+        return "-".join(["work", *parts, *([str(self.share_layers)] if self.share_layers > 1 else [])])
 
 
 ROWS = (
@@ -45,6 +54,14 @@ ROWS = (
     Row("kfac, uniform", "kfac", "uniform"),
     Row("kfac, global", "kfac", "global"),
     Row("kfac, global, pivoted", "kfac", "global", "pivoted"),
+    Row("whiten, uniform, refit", "whiten", "uniform", refit="sequential"),
+    Row("kfac, global, refit", "kfac", "global", refit="sequential"),
+    Row("kfac, global, pivoted, refit", "kfac", "global", "pivoted", refit="sequential"),
+    Row("kfac, global, pivoted, sampled labels", "kfac", "global", "pivoted", labels="sampled"),
+    *(
+        Row(f"kfac, global, pivoted, shrinkage {amount:g}", "kfac", "global", "pivoted", shrinkage=amount)
+        for amount in (0.0, 0.02, 0.3)
+    ),
     *(
         Row(f"{method}, {allocation}, shared by {layers} layers", method, allocation, share_layers=layers)
         for method, allocation in (("svd", "uniform"), ("whiten", "uniform"), ("kfac", "global"))
@@ -105,8 +122,10 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 allocation=row.allocation,
                 layout=row.layout,
                 share_layers=row.share_layers,
-                calibration=calibration if METHODS[row.method].statistics else None,
-                work=(options.work or folder) / f"work-{row.method}",
+                refit=row.refit,
+                shrinkage=row.shrinkage,
+                calibration=replace(calibration, labels=row.labels) if METHODS[row.method].statistics else None,
+                work=(options.work or folder) / row.work,
                 device="cpu",
                 check=False,
             )

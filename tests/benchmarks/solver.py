@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .baseline import factor_by_full_svd
-from .geometry import MODELS, SPECTRA, Weights
+from .geometry import MODELS, SPECTRA, Weights, resized
 from .measure import machine, machine_line, markdown_table, save
 
 if TYPE_CHECKING:
@@ -65,7 +65,9 @@ def error(weight: Tensor, down: Tensor, up: Tensor) -> float:
     return total**0.5
 
 
-def benchmark(models: Sequence[str], spectrum: str, repeats: int, skip: Sequence[str] = ()) -> dict[str, Any]:
+def benchmark(
+    models: Sequence[str], spectrum: str, repeats: int, skip: Sequence[str] = (), hidden: int = 0
+) -> dict[str, Any]:
     """All matrices and methods.
 
     Args:
@@ -73,6 +75,7 @@ def benchmark(models: Sequence[str], spectrum: str, repeats: int, skip: Sequence
         spectrum: see ``geometry``.
         repeats: rounds.
         skip: methods to leave out.
+        hidden: another hidden size, or 0.
     """
     import torch
 
@@ -80,8 +83,9 @@ def benchmark(models: Sequence[str], spectrum: str, repeats: int, skip: Sequence
     chosen = {name: method for name, method in methods().items() if name not in skip}
     rows = []
     for model in models:
-        weights, rank = Weights(spectrum), MODELS[model].hidden // 4
-        for layer, shape in MODELS[model].linears.items():
+        geometry = resized(MODELS[model], hidden=hidden)
+        weights, rank = Weights(spectrum), geometry.hidden // 4
+        for layer, shape in geometry.linears.items():
             weight = weights.matrix(shape, layer)
             best = optimum(weight, rank)
             seconds: dict[str, list[float]] = {name: [] for name in chosen}
@@ -134,12 +138,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.solver")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["1.3b", "3.8b"])
+    parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
     parser.add_argument("--spectrum", choices=SPECTRA, default="llm")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=["linalg.svd", "svd_lowrank"])
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
     options = parser.parse_args()
-    result = benchmark(options.models, options.spectrum, options.repeats, options.skip)
+    result = benchmark(options.models, options.spectrum, options.repeats, options.skip, options.hidden)
     save(options.out, f"solver-{options.spectrum}", result, markdown(result))
 
 

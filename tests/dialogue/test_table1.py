@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from runs import settings_for
 
+from examples.dialogue.evaluation import TOTAL
 from examples.dialogue.experiment import read_experiment
 from examples.dialogue.page import PAPER, paper_table
 from svdconvert.errors import InputError
@@ -59,7 +60,7 @@ adapters = "Adapters"
 
 
 def write(folder: Path, dense: Path, text: str = HEAD + ROWS) -> Path:
-    settings_for(folder, dense, speech={"samples": 1})
+    settings_for(folder, dense, speech={"samples": 1}, training={"epochs": 8, "learning_rate": 5e-3})
     path = folder / "table.toml"
     path.write_text(text, encoding="utf-8")
     return path
@@ -92,17 +93,20 @@ def test_the_table(dense, tmp_path):
     assert list(rows) == ["m", "m-P-S", "m-P-S-8bit", "A"]
     for name, row in rows.items():
         assert row["scores"]["pairs"] == 4
-        line = next(line for line in page.splitlines() if line.startswith(f"| {name} |"))
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        scores = [row["scores"]["scores"][score] for score in ("F1", "METEOR", "ROUGE-L", "SacreBLEU")]
-        at = cells.index(f"{sum(scores):.2f}", 1)
-        assert cells[at - 4 : at] == [f"{score:.2f}" for score in scores]
+        lines = page.splitlines()
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"| {name} |"))
+        header = next(line for line in reversed(lines[:at]) if line.startswith(("| model |", "| method |")))
+        shown = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, lines[at])), strict=True))
+        scores = [row["scores"]["scores"][score] for score in TOTAL]
+        assert [shown[score] for score in TOTAL] == [f"{score:.2f}" for score in scores]
+        assert shown["Total"] == f"{sum(scores):.2f}"
+    assert any(sum(row["scores"]["scores"][score] for score in TOTAL) > 20 for row in rows.values())
     # the pipeline's second half starts from the first row's result
     assert rows["m-P-S"]["run"]["source_parameters"] > rows["m-P-S"]["run"]["start_parameters"]
     assert rows["m-P-S-8bit"]["statistics"]["weights"] < rows["m-P-S"]["statistics"]["weights"]
     assert rows["A"]["run"]["memory"]["trainable"] == 2 * (4 * 64 + 4)
     html = (folder / "index.html").read_text(encoding="utf-8")
-    assert html.count("<tr>") == page.count("\n|") - page.count("| ---")
+    assert html.count("<tr>") == page.count("\n|") - page.count("\n| --- |")
     for name in ("total.png", "evaluation_loss.png"):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
         assert f"]({name})" in page

@@ -52,6 +52,7 @@ AUTO_MAP = {
     "AutoConfig": "modeling_polyglot_svd.PolyglotSVDConfig",
     "AutoModel": "modeling_polyglot_svd.PolyglotSVDModel",
     "AutoModelForCausalLM": "modeling_polyglot_svd.PolyglotSVDForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_polyglot_svd.PolyglotSVDForSequenceClassification",
 }
 
 

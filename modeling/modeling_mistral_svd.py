@@ -1,0 +1,503 @@
+"""Mistral whose linear layers are stored as rank-r factors.
+
+The file travels inside the checkpoint and needs only torch and transformers (4.46 to 5.23). Load with
+
+    AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+
+In place of a dense W [out, in], a factored layer holds, as `svd_layout` in config.json says,
+
+balanced: `down` A [r, in] and `up` B [out, r], h = B A x + bias: r (in + out) numbers;
+pivoted: r rows of W in `down` R [r, in] and the coefficients of the others in `up` T [out - r, r], h = P [R x; T R x]
+    + bias with a permutation P: r (in + out - r) numbers.
+
+Layers named in `svd_shared` hold `up` alone and use the `down` of an earlier layer, where it is stored once for all.
+
+LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = W x + bias + scale * LB(LA x).
+"""
+
+import re
+
+import torch
+from torch import nn
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    MistralForSequenceClassification,
+    MistralModel,
+    MistralPreTrainedModel,
+)
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_mistral_svd.MistralSVDConfig",
+    "AutoModel": "modeling_mistral_svd.MistralSVDModel",
+    "AutoModelForCausalLM": "modeling_mistral_svd.MistralSVDForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mistral_svd.MistralSVDForSequenceClassification",
+}
+
+NO_DENSE_WEIGHT = (
+    "this layer is factored and has no dense weight to read or to merge into; "
+    "to fold a LoRA adapter into the factors use `svdconvert fold`"
+)
+
+
+class MistralSVDConfig(MistralConfig):
+    """Mistral configuration plus the ranks of the factored layers and the way they are stored.
+
+    Args:
+        svd_ranks: `{"layers.0.self_attn.q_proj": 24, ...}`, module paths relative to the base model.
+            A linear layer that is not named stays dense.
+        svd_layout: "balanced" (SVDLinear) or "pivoted" (PivotedLinear), for all layers in svd_ranks.
+        svd_shared: `{"layers.1.self_attn.q_proj": "layers.0.self_attn.q_proj", ...}`, a layer and the
+            one whose `down` it uses: both in svd_ranks, at the same rank.
+        **kwargs: the fields of `MistralConfig`. The rotary settings may come in the spelling of transformers 4
+            (`rope_theta`, `rope_scaling`), of transformers 5 (`rope_parameters`), or in both.
+
+    Raises:
+        ValueError: a rank that is not a positive int, an unknown layout, a layer that cannot share, or two rotary
+            spellings that contradict each other.
+    """
+
+    # Not "mistral": without trust_remote_code, transformers must refuse. As "mistral" it would load the stock model
+    # with random weights in place of every factored layer, and only print a report.
+    model_type = "mistral_svd"
+
+    def __init__(
+        self,
+        svd_ranks=None,
+        svd_layout="balanced",
+        svd_shared=None,
+        rope_theta=None,
+        rope_parameters=None,
+        rope_scaling=None,
+        dtype=None,
+        torch_dtype=None,
+        **kwargs,
+    ):
+        rope = dict(rope_parameters or {})
+        rope_theta = _agreeing("rope_theta", rope_theta, rope.pop("rope_theta", None), 10000.0)
+        if rope_scaling is None and rope.get("rope_type", "default") != "default":
+            rope_scaling = rope
+        # every version understands the older spellings as arguments
+        super().__init__(
+            rope_theta=rope_theta,
+            rope_scaling=dict(rope_scaling) if rope_scaling else None,
+            # transformers 5 writes dtype, which 4.46 takes for an unknown setting and would keep beside its own
+            torch_dtype=dtype if dtype is not None else torch_dtype,
+            **kwargs,
+        )
+        self.svd_ranks = dict(svd_ranks or {})
+        for path, rank in self.svd_ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"svd_ranks[{path!r}] must be a positive int, got {rank!r}")
+        if svd_layout not in list(LAYOUTS):  # of a list, because the value may be unhashable
+            raise ValueError(f"svd_layout must be one of {', '.join(LAYOUTS)}, got {svd_layout!r}")
+        self.svd_layout = svd_layout
+        self.svd_shared = dict(svd_shared or {})
+        for path, owner in self.svd_shared.items():
+            _check_shared(self, path, owner)
+
+    @property
+    def base_model_tp_plan(self):
+        """Tensor-parallel plan (module path pattern -> style) for the factors, or for the layers left dense.
+
+        The stock plan, where this version has one, names the outer layers. Of a column-parallel layer `up` is sharded,
+        of a row-parallel one `down`, so that the all-reduce moves r numbers per token. A pattern covers all layers, so
+        a projection factored in some layers only leaves its whole block (attention or MLP) unsharded. So does the
+        pivoted layout, whose outputs are permuted: no contiguous piece of `up` gives those of one process.
+        """
+        stock = getattr(super(), "base_model_tp_plan", None) or {}
+        counts = (0,) if self.svd_layout == "pivoted" else (0, self.num_hidden_layers)
+        factored = {rule: sum(path.endswith(rule.partition("*")[2]) for path in self.svd_ranks) for rule in stock}
+        mixed = {rule.rpartition(".")[0] for rule in stock if factored[rule] not in counts}
+        plan = {}
+        for rule, style in stock.items():
+            if rule.rpartition(".")[0] not in mixed:
+                side = ".up" if style.startswith("colwise") else ".down"
+                plan[rule + (side if factored[rule] else "")] = style
+        return plan
+
+    def to_dict(self):
+        """The serialised form, with each setting in the spelling of transformers 4 and of transformers 5.
+
+        Each drops the other's: a file with rope_parameters alone gives wrong logits on transformers 4 without a word.
+        """
+        out = super().to_dict()
+        if out.get("rope_parameters") is None:  # transformers 4
+            out["rope_parameters"] = {
+                "rope_type": "default",
+                **(out.get("rope_scaling") or {}),
+                "rope_theta": out["rope_theta"],
+            }
+        else:
+            scaling = dict(out["rope_parameters"])
+            out["rope_theta"] = scaling.pop("rope_theta")
+            out["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+        # save_pretrained puts this file beside the weights, so the names are local ones. (4.46 keeps those of a Hub
+        # repository, and a saved model would run whatever that repository holds by then.)
+        out["auto_map"] = dict(AUTO_MAP)
+        return out
+
+
+def _agreeing(name, value, other, default):
+    """`value` or `other`, whichever is given; ValueError if both are given and differ."""
+    if value is not None and other is not None and value != other:
+        raise ValueError(f"the config says {name}={value}, but {other} in rope_parameters")
+    return next(v for v in (value, other, default) if v is not None)
+
+
+def _check_shared(config, path, owner):
+    """ValueError if `svd_shared` says of a layer what cannot be."""
+    ranks, where = config.svd_ranks, f"svd_shared[{path!r}] is {owner!r}"
+    if config.svd_layout != "balanced":
+        raise ValueError(f"{where}, but layers share `down` in the balanced layout alone")
+    for name in (path, owner):
+        if not isinstance(name, str) or name not in ranks:
+            raise ValueError(f"{where}, but svd_ranks does not name {name!r}")
+    if owner in config.svd_shared:
+        raise ValueError(f"{where}, which has no `down` of its own: it is in svd_shared itself")
+    if ranks[path] != ranks[owner]:
+        raise ValueError(f"{where}, but their ranks differ: {ranks[path]} and {ranks[owner]}")
+
+
+class FactoredLinear(nn.Module):
+    """Linear layer [..., in_features] -> [..., out_features] whose weight is held as two inner ones, `down` and `up`.
+
+    Not an `nn.Linear` while a model is being built: quantizers and serving engines replace every `nn.Linear` they
+    find, and have to find `down` and `up`, not the layer around them.
+    """
+
+    def __init__(self, in_features, out_features, rank):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+
+    @staticmethod
+    def highest_rank(in_features, out_features):
+        return min(in_features, out_features)
+
+    def init_own(self):
+        """Initial values of what this module holds beside `down` and `up`, which are initialised on their own."""
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+class SVDLinear(FactoredLinear):
+    """Rank-r linear layer of two factors, y = up(down(x)), with the bias on `up`."""
+
+    def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
+        super().__init__(in_features, out_features, rank)
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+class SharedSVDLinear(FactoredLinear):
+    """SVDLinear that holds `up` alone and uses the `down` of another one, its owner: y = up(owner.down(x)).
+
+    The owner is no submodule here, so that `down` has one place and one name in the model: it is counted, saved, moved
+    and trained once, and whatever replaces it there (a quantizer, a serving engine) is used by all.
+    """
+
+    def __init__(self, owner, out_features, bias=True, device=None, dtype=None):
+        super().__init__(owner.in_features, out_features, owner.rank)
+        self.__dict__["owner"] = owner  # nn.Module would take it for a submodule
+        self.up = nn.Linear(owner.rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x):
+        down = self.owner.down
+        # Layers of one model may lie on several devices, and what moves inputs between them sees to whole blocks. On
+        # meta, weights are offloaded: they and their input are moved when `down` is called.
+        device = getattr(down, "weight", x).device
+        z = down(x if device.type == "meta" else x.to(device))
+        return self.up(z.to(x.device))
+
+
+class PivotedLinear(FactoredLinear):
+    """Rank-r linear layer of r rows of its weight, `down` [r, in], and the others' coefficients, `up` [out - r, r].
+
+    y[i] = [z; up(z)][position[i]] + bias[i] with z = down(x) [..., r]; `position` [out] is a permutation.
+    """
+
+    def __init__(self, in_features, out_features, rank, bias=True, device=None, dtype=None):
+        super().__init__(in_features, out_features, rank)
+        self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        # Where the weights are on meta, somebody will load them, who may have left the buffers elsewhere, to be filled.
+        # Until then no index is valid: an engine that loads parameters only must not compute with an identity.
+        device = None if self.down.weight.is_meta else device
+        self.register_buffer("position", torch.full((out_features,), -1, device=device, dtype=torch.int64))
+        self.init_own()
+
+    @staticmethod
+    def highest_rank(in_features, out_features):
+        return min(in_features, out_features - 1)  # no quantizer or engine expects an `up` without outputs
+
+    @torch.no_grad()
+    def init_own(self):
+        # transformers 5 comes here after loading, and marks what it has loaded; 4 comes before
+        if not self.down.weight.is_meta and not getattr(self.position, "_is_hf_initialized", False):
+            self.position.copy_(torch.arange(self.out_features, device=self.position.device))
+        if self.bias is not None and not getattr(self.bias, "_is_hf_initialized", False):
+            self.bias.zero_()
+
+    def forward(self, x):
+        if self.position.is_meta and not x.is_meta:  # torch would return uninitialised memory
+            raise RuntimeError("`position` of a pivoted layer was not loaded with its weights")
+        z = self.down(x)
+        # index_select: the gradient of an indexing expression is a sort, because its indices might repeat
+        y = torch.cat([z, self.up(z)], -1).index_select(-1, self.position)
+        # as nn.Linear and bitsandbytes do it: a bias in float32 beside layers in half precision does not widen y
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+LAYOUTS = {"balanced": SVDLinear, "pivoted": PivotedLinear}
+
+
+class _Adaptable(nn.Linear):
+    """What a loaded factored layer becomes too: an `nn.Linear` to PEFT, which then adapts it as a whole.
+
+    PEFT reads the device, dtype and shape of `weight`; the weight of this layer has these, and nothing else.
+    """
+
+    @property
+    def weight(self):
+        return _DenseWeight(self)
+
+    def __setattr__(self, name, value):
+        if name == "weight" and not isinstance(value, _DenseWeight):
+            raise RuntimeError(NO_DENSE_WEIGHT)
+        # PEFT 0.13 unloads an adapter by assigning the layer its own weight and bias
+        if name == "weight" or (name == "bias" and value is self.bias):
+            return
+        super().__setattr__(name, value)
+
+
+class AdaptableSVDLinear(SVDLinear, _Adaptable):
+    @property
+    def bias(self):
+        return self.up.bias
+
+
+class AdaptableSharedSVDLinear(SharedSVDLinear, _Adaptable):
+    @property
+    def bias(self):
+        return self.up.bias
+
+
+class AdaptablePivotedLinear(PivotedLinear, _Adaptable):
+    pass
+
+
+ADAPTABLE = {
+    SVDLinear: AdaptableSVDLinear,
+    SharedSVDLinear: AdaptableSharedSVDLinear,
+    PivotedLinear: AdaptablePivotedLinear,
+}
+
+
+class _DenseWeight(torch.Tensor):
+    """Shape [out, in], dtype and device of a factored layer's product, without the numbers: any use of them raises.
+
+    A stock LoRA merge adds to the weight it reads. Given the product, it would add to a temporary and then drop the
+    adapter; given `up.weight`, it would corrupt the layer where r == in_features. So there must be nothing to add to.
+    """
+
+    # attribute access stays as it is in C++; whatever computes comes to __torch_dispatch__
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, layer):
+        like = layer.up.weight
+        shape = (layer.out_features, layer.in_features)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError(NO_DENSE_WEIGHT)
+
+    @property
+    def data(self):
+        return self
+
+    @data.setter
+    def data(self, value):
+        raise RuntimeError(NO_DENSE_WEIGHT)
+
+    def __repr__(self):
+        return f"<no dense weight: {tuple(self.shape)}, {self.dtype}, {self.device}>"
+
+
+def _factor_linears(model, config):
+    """Replaces the dense linear layers named in `svd_ranks` by factored ones of the same device and dtype.
+
+    Raises:
+        ValueError: a path that is no linear layer of `model`, a rank that the layout cannot have at its shape, or
+            layers that share but read inputs of different sizes.
+    """
+    layout, shared = LAYOUTS[config.svd_layout], config.svd_shared
+    dense = {path: _dense_linear(model, path) for path in config.svd_ranks}
+    sizes = {path: tuple(layer.weight.shape) for path, layer in dense.items()}
+    for path, rank in config.svd_ranks.items():
+        owner = shared.get(path, path)
+        if sizes[path][1] != sizes[owner][1]:
+            raise ValueError(
+                f"svd_shared[{path!r}] is {owner!r}, but they read {sizes[path][1]} and {sizes[owner][1]} inputs"
+            )
+        # layers that share are one matrix, stacked
+        users = [user for user in dense if shared.get(user, user) == owner]
+        inputs, outputs = sizes[owner][1], sum(sizes[user][0] for user in users)
+        highest = layout.highest_rank(inputs, outputs)
+        if rank > highest:
+            raise ValueError(
+                f"svd_ranks[{path!r}] is {rank}, but the layer is {outputs} x {inputs}"
+                f"{' with those that share its `down`' if len(users) > 1 else ''}: "
+                f"the {config.svd_layout} layout has a rank of at most {highest} there"
+            )
+    factored = {}
+    for path in sorted(dense, key=shared.__contains__):  # owners first
+        old, (rows, columns) = dense[path], sizes[path]
+        options = {"bias": old.bias is not None, "device": old.weight.device, "dtype": old.weight.dtype}
+        if path in shared:
+            new = SharedSVDLinear(factored[shared[path]], rows, **options)
+        else:
+            new = layout(columns, rows, config.svd_ranks[path], **options)
+        factored[path] = new
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new)
+
+
+def _dense_linear(model, path):
+    """The linear layer of that path; ValueError if there is none."""
+    try:
+        dense = model.get_submodule(path)
+    except AttributeError:
+        dense = None
+    if not isinstance(dense, nn.Linear):
+        raise ValueError(f"svd_ranks names {path!r}, which is not a linear layer of {type(model).__name__}")
+    return dense
+
+
+def _make_adaptable(model):
+    for module in model.modules():
+        if type(module) in ADAPTABLE:
+            module.__class__ = ADAPTABLE[type(module)]
+
+
+class _Factored:
+    """What the model classes share: the switch to adaptable layers, and the check of what was loaded."""
+
+    def _init_weights(self, module):
+        # an adaptable layer passes for an nn.Linear, but has no weight to fill
+        if isinstance(module, FactoredLinear):
+            module.init_own()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: svd_ranks and the tensors of the checkpoint disagree. (transformers would fill the layers in
+                question with initial values and only print a report.)
+        """
+        # on disk with the weights; by default transformers 4 wants `position` at hand there, and does not load it
+        kwargs.setdefault("offload_buffers", True)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _check_factors(model, info)
+        _make_adaptable(model)
+        return (model, info) if output_loading_info else model
+
+    def add_adapter(self, *args, **kwargs):
+        _make_adaptable(self)
+        return super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args, **kwargs):
+        # also reached from inside from_pretrained, when it is given the folder of an adapter
+        _make_adaptable(self)
+        return super().load_adapter(*args, **kwargs)
+
+
+def _check_factors(model, info):
+    """ValueError if `info` (the loading info of transformers) shows factors without a rank or ranks without factors."""
+    ranks, shared = model.config.svd_ranks, model.config.svd_shared
+    parameters = dict(model.named_parameters())
+    # With low_cpu_mem_usage alone, transformers 4 takes all missing tensors of one size for tied, does not report them,
+    # and leaves them on meta. (All of them are there in a process that is to receive its weights from another one.)
+    on_meta = {name for name, parameter in parameters.items() if parameter.is_meta}
+    if hasattr(model, "hf_device_map") or len(on_meta) == len(parameters):
+        on_meta = set()
+    # a bias beside `position` is one of the factors if it is lacking; left over, it may be anybody's
+    factor = re.compile(r"(?:model\.)?(.+?)\.((?:down|up)\.(?:weight|bias)|position|bias)")
+    mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # 4.57 gives names only
+    absent = sorted(
+        key
+        for key in {*info["missing_keys"], *mismatched, *on_meta}
+        if (match := factor.fullmatch(key)) and match[1] in ranks
+    )
+    unnamed = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if (match := factor.fullmatch(key)) and match[1] not in ranks and match[2] != "bias"
+    )
+    doubled = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if (match := factor.fullmatch(key)) and match[1] in shared and match[2].startswith("down.")
+    )
+    for keys, what in (
+        (unnamed, "the checkpoint holds factors of layers that svd_ranks in its config.json does not name"),
+        (doubled, "the checkpoint holds factors of their own for layers that share another's by its svd_shared"),
+        (absent, "the checkpoint lacks factors for svd_ranks in its config.json"),
+    ):
+        if keys:
+            raise ValueError(f"{what}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if keys[3:] else ""))
+
+
+class MistralSVDModel(_Factored, MistralModel):
+    """MistralModel in which the layers named in `config.svd_ranks` are factored."""
+
+    config_class = MistralSVDConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        _factor_linears(self, config)
+        self.post_init()  # again, for the initial weights of the factors
+        if not self.get_input_embeddings().weight.is_meta:  # on meta a quantizer or a serving engine may still follow
+            _make_adaptable(self)
+
+
+class MistralSVDForCausalLM(_Factored, MistralForCausalLM):
+    """MistralForCausalLM around a MistralSVDModel."""
+
+    config_class = MistralSVDConfig
+
+    def __init__(self, config):
+        MistralPreTrainedModel.__init__(self, config)  # not MistralForCausalLM's own, which builds a dense model
+        self.model = MistralSVDModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class MistralSVDForSequenceClassification(_Factored, MistralForSequenceClassification):
+    """MistralForSequenceClassification around a MistralSVDModel."""
+
+    config_class = MistralSVDConfig
+
+    def __init__(self, config):
+        MistralPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MistralSVDModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+# so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
+MistralSVDConfig.register_for_auto_class()
+MistralSVDModel.register_for_auto_class("AutoModel")
+MistralSVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+MistralSVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

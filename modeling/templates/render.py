@@ -1,0 +1,83 @@
+"""Render the modeling files of all families: `make modeling` writes them into modeling/.
+
+Everything that families share is in factored.py.jinja. Two templates fill in the rest: gpt_neox.py.jinja for the family
+whose head and rotary settings have names of their own, decoder.py.jinja for all others. What comes out is checked in,
+since it is what runs in a user's process, and formatted, since names of any length are put into it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from svdconvert.architectures import ARCHITECTURES
+from svdconvert.architectures.row import Architecture
+
+TEMPLATES = Path(__file__).parent
+MODELING = TEMPLATES.parent
+
+# What a reader calls the families whose classes have shorter names.
+TITLES = {"gpt_neox": "GPT-NeoX (Polyglot-Ko)", "llama": "LLaMA", "gpt2": "GPT-2", "phi3": "Phi-3", "gemma2": "Gemma 2"}
+# Fields that the rows' tool has no use for, where they are not the usual ones.
+WIDTHS = {"opt": "word_embed_proj_dim"}
+BLOCKS = {"opt": "decoder.layers", "gpt2": "h"}
+
+
+def render(row: Architecture) -> str:
+    """The text of a family's modeling file."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    template = "gpt_neox" if row.model_type == "gpt_neox" else "decoder"
+    text = environment.get_template(f"{template}.py.jinja").render(_fields(row))
+    return _formatted(text)
+
+
+def _fields(row: Architecture) -> dict[str, Any]:
+    endings = ("Config", row.causal, *(("ForSequenceClassification",) if row.classifies else ()))
+    rotary = row.config_overrides({})
+    blocks = BLOCKS.get(row.model_type, "layers")
+    return {
+        "title": TITLES.get(row.model_type, row.stock),
+        "stock": row.stock,
+        "factored": row.factored,
+        "model_type": row.model_type,
+        "svd_model_type": row.svd_model_type,
+        "causal": row.causal,
+        "classifies": row.classifies,
+        "transposed": row.transposed,
+        "auto_map": row.auto_map,
+        "imports": sorted(row.stock + ending for ending in (*endings, "Model", "PreTrainedModel")),
+        "base": row.prefix.removesuffix("."),
+        "linear": "Conv1D" if row.transposed else "nn.Linear",
+        "sizes": "tuple(reversed(layer.weight.shape))" if row.transposed else "tuple(layer.weight.shape)",
+        "example": f"{blocks}.0.{row.targets[0]}",
+        "second": f"{blocks}.1.{row.targets[0]}",
+        "width": WIDTHS.get(row.model_type, "hidden_size"),
+        "rotary": bool(rotary),
+        "partial": row.model_type == "phi3",
+    }
+
+
+def _formatted(text: str) -> str:
+    """As `make format` leaves it."""
+    command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(MODELING / "rendered.py"), "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Write every file."""
+    for row in ARCHITECTURES.values():
+        (MODELING / f"{row.modeling}.py").write_text(render(row), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Rotary settings in the spelling of transformers 4 and in that of 5: each reads only its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Config = Mapping[str, Any]
+
+# Beside these, everything in transformers 5's rope_parameters is transformers 4's rope_scaling.
+_OUTSIDE = ("rope_theta", "partial_rotary_factor")
+
+
+def both_spellings(config: Config) -> dict[str, Any]:
+    """``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``, and the same as ``rope_parameters``."""
+    rope = rope_parameters(config)
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if config.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    both = {key: rope[key] for key in _OUTSIDE if key in rope} | {"rope_parameters": rope}
+    if rope["rope_type"] != "default":
+        both["rope_scaling"] = {key: value for key, value in rope.items() if key not in _OUTSIDE}
+    return both
+
+
+def rope_parameters(config: Config) -> dict[str, Any]:
+    """Those of config.json in either spelling, with a ``rope_type``."""
+    legacy, rope = dict(config.get("rope_scaling") or {}), dict(config.get("rope_parameters") or {})
+    kind = rope.get("rope_type", legacy.get("rope_type", legacy.get("type", "default")))
+    rope = {**legacy, **rope, "rope_type": kind}
+    rope.pop("type", None)
+    return rope
+
+
+def gpt_neox(config: Config) -> dict[str, Any]:
+    """The same for GPT-NeoX, whose names in transformers 4 are its own."""
+    rope = rope_parameters(config)
+    fraction = config.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
+    base = config.get("rotary_emb_base", rope.get("rope_theta", 10000))
+    rope |= {"rope_theta": base, "partial_rotary_factor": fraction}
+    both = {"rotary_pct": fraction, "rotary_emb_base": base, "rope_parameters": rope}
+    if rope["rope_type"] != "default":
+        both["rope_scaling"] = {key: value for key, value in rope.items() if key not in _OUTSIDE}
+    return both
+
+
+def phi3(config: Config) -> dict[str, Any]:
+    """The same for Phi-3, which in transformers 4 insists on three fields in rope_scaling."""
+    both = both_spellings({"partial_rotary_factor": 1.0, **config})
+    if "rope_scaling" in both:
+        scaling = both["rope_scaling"]
+        if "original_max_position_embeddings" in config:
+            both["rope_parameters"]["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+        factors = {key: scaling[key] for key in ("short_factor", "long_factor") if key in scaling}
+        both["rope_scaling"] = {"type": scaling["rope_type"], **factors}
+    return both

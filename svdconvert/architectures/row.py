@@ -1,0 +1,113 @@
+"""What a row of the architecture table says."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Config = Mapping[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the tool has to know about a family.
+
+    Attributes:
+        model_type: ``config.json``'s model_type of the dense model.
+        stock: what the names of the family's classes in transformers begin with, for example ``Llama``.
+        factored: the same for the factored classes, ``LlamaSVD``.
+        svd_model_type: ``config.json``'s model_type of the factored model; its file is modeling_TYPE.py.
+        prefix: name of the base model inside the causal one, with the dot.
+        targets: suffixes of the linear layers that are factored unless the user says otherwise.
+        shapes: config -> every parameter of the dense model and its shape as stored, the head included.
+        config_overrides: config -> fields that a checkpoint's config.json has beyond the source's, dense or factored.
+        head: ``(name in dense checkpoints, name in factored ones)`` of the output head's weight.
+        dropped: patterns of legacy buffers that old checkpoints carry and no current model reads.
+        tied: whether the head is the embedding where config.json does not say.
+        transposed: whether the targets are stored as [in, out] (Conv1D of GPT-2) instead of [out, in].
+        classifies: whether transformers has a sequence classifier of the family.
+        causal: what the name of the stock causal class ends with.
+    """
+
+    model_type: str
+    stock: str
+    factored: str
+    svd_model_type: str
+    prefix: str
+    targets: tuple[str, ...]
+    shapes: Callable[[Config], Shapes]
+    config_overrides: Callable[[Config], dict[str, Any]]
+    head: tuple[str, str] = ("lm_head.weight", "lm_head.weight")
+    dropped: tuple[str, ...] = ()
+    tied: bool = False
+    transposed: bool = False
+    classifies: bool = True
+    causal: str = "ForCausalLM"
+
+    @property
+    def dense_class(self) -> str:
+        """Class name of the dense model, as ``architectures`` in config.json has it."""
+        return f"{self.stock}{self.causal}"
+
+    @property
+    def modeling(self) -> str:
+        """Name of the modeling file, without its ending."""
+        return f"modeling_{self.svd_model_type}"
+
+    @property
+    def config_class(self) -> str:
+        """Class name of the factored model's configuration."""
+        return f"{self.factored}Config"
+
+    @property
+    def causal_class(self) -> str:
+        """Class name of the factored causal model."""
+        return f"{self.factored}ForCausalLM"
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """``config.json``'s auto_map. AutoModel is there because serving engines build the base model."""
+        classes = {
+            "AutoConfig": self.config_class,
+            "AutoModel": f"{self.factored}Model",
+            "AutoModelForCausalLM": self.causal_class,
+        }
+        if self.classifies:
+            classes["AutoModelForSequenceClassification"] = f"{self.factored}ForSequenceClassification"
+        return {auto: f"{self.modeling}.{name}" for auto, name in classes.items()}
+
+    def parameters(self, config: Config) -> Shapes:
+        """Every parameter that a dense checkpoint must have, and its shape as stored."""
+        shapes = self.shapes(config)
+        if self.is_tied(config):
+            del shapes[self.head[0]]
+        return shapes
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a tensor of the source is a legacy buffer."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.dropped)
+
+    def is_tied(self, config: Config) -> bool:
+        """Whether the head shares the embedding's weight."""
+        tied = config.get("tie_word_embeddings")
+        return self.tied if tied is None else bool(tied)
+
+    def full_name(self, name: str) -> str:
+        """Name in the causal model of a tensor of a checkpoint, which may be one of the base model alone."""
+        return name if name.startswith(self.prefix) or name in self.head else self.prefix + name
+
+    def factored_name(self, name: str) -> str:
+        """Name in the factored checkpoint of a tensor that is copied."""
+        return self.head[1] if name == self.head[0] else name
+
+    def dense_name(self, name: str) -> str:
+        """Inverse of :meth:`factored_name`."""
+        return self.head[0] if name == self.head[1] else name
+
+    def matrix_shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """``(out, in)`` of a target from the shape that is stored; its own inverse."""
+        first, second = stored
+        return (second, first) if self.transposed else (first, second)

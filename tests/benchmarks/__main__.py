@@ -1,0 +1,80 @@
+"""All benchmarks, one after the other, each in a process of its own.
+
+    python -m tests.benchmarks              # about two hours on two idle cores, 12 GB of disk
+    python -m tests.benchmarks --quick      # small sizes: whether everything runs, in minutes
+    python -m tests.benchmarks --only solver-1.3b growth
+
+Every one writes JSON and Markdown (growth also PNG) with versions and machine; the tables are put together in
+``benchmarks.md``. One that fails does not keep the others from running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .measure import ROOT
+
+# Name of what is written -> module and options, in full and in small.
+ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
+    "solver-llm": (
+        "solver",
+        ["--models", "1.3b", "3.8b"],
+        ["--models", "1.3b", "--repeats", "1", "--skip", "svd_lowrank", "--hidden", "256"],
+    ),
+    "metrics-one": ("metrics", ["--repeats", "3"], ["--hidden", "256"]),
+    "metrics-two": (
+        "metrics",
+        ["--sides", "two", "--hidden", "1024", "--repeats", "3"],
+        ["--sides", "two", "--hidden", "256"],
+    ),
+    "memory": ("memory", [], ["--hidden", "128", "--layers", "2", "4"]),
+    "growth": (
+        "growth",
+        ["--repeats", "3"],
+        ["--layers", "2", "4", "--hidden", "128", "256", "--rank", "32", "64"],
+    ),
+    "inference-1.3b": (
+        "inference",
+        ["--layers", "4", "--compile", "--repeats", "5"],
+        ["--hidden", "256", "--vocab", "1024", "--prompt", "32", "--tokens", "4", "--train-steps", "1"],
+    ),
+    "conversion-1.3b": (
+        "conversion",
+        ["--workers", "1", "2"],
+        ["--layers", "2", "--hidden", "256", "--vocab", "1024"],
+    ),
+    "conversion-3.8b": ("conversion", ["--model", "3.8b"], []),
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--only", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
+    options = parser.parse_args()
+    out, failed, tables = options.out.resolve(), [], []
+    for name in options.only:
+        module, full, small = ALL[name]
+        if options.quick and not small:
+            continue
+        line = [sys.executable, "-m", f"tests.benchmarks.{module}", *(small if options.quick else full)]
+        print(f"\n## {name}: {' '.join(line[1:])}\n", flush=True)
+        if subprocess.run([*line, "--out", str(out)], cwd=ROOT, check=False).returncode:
+            failed.append(name)
+            continue
+        tables.append(f"## {name}\n\n{(out / f'{name}.md').read_text()}")
+    if tables:
+        (out / "benchmarks.md").write_text("# Benchmarks\n\n" + "\n".join(tables))
+        print(f"\nall tables: {options.out / 'benchmarks.md'}")
+    if failed:
+        sys.exit(f"these failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

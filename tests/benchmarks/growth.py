@@ -1,0 +1,107 @@
+"""Growth of a conversion: time and peak memory against the layers, the hidden size and the rank.
+
+    python -m tests.benchmarks.growth
+    python -m tests.benchmarks.growth --layers 2 4 8 --hidden 256 512 --rank 64 128 --repeats 3
+
+One of the three is varied at a time, the others stay at their first value; every conversion is a process of its own,
+without the self-check (which loads the result on purpose), and the settings take turns within each round. Medians over
+the rounds. Writes JSON, Markdown and, with matplotlib, a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .conversion import convert
+from .measure import machine, machine_line, markdown_table, run, save
+
+AXES = {"layers": "layers", "hidden": "hidden size", "rank": "rank"}
+_VOCAB = 4096
+
+
+def settings(axes: dict[str, Sequence[int]]) -> list[tuple[str, dict[str, int]]]:
+    """``(what is varied, all three values)`` of every conversion."""
+    first = {name: values[0] for name, values in axes.items()}
+    return [(name, {**first, name: value}) for name, values in axes.items() for value in values]
+
+
+def benchmark(axes: dict[str, Sequence[int]], repeats: int) -> dict[str, Any]:
+    """All conversions.
+
+    Args:
+        axes: ``layers``, ``hidden`` and ``rank`` -> values to try.
+        repeats: rounds.
+    """
+    chosen = settings(axes)
+    found: list[list[dict[str, Any]]] = [[] for _ in chosen]
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in range(repeats):
+            for place, (_, one) in enumerate(chosen):
+                source = Path(scratch) / f"{one['hidden']}-{one['layers']}"
+                if not source.exists():
+                    line = ["tests.benchmarks.geometry", "1.3b", "--out", str(source), "--vocab", str(_VOCAB)]
+                    run([*line, "--hidden", str(one["hidden"]), "--layers", str(one["layers"])])
+                found[place].append(convert(source, Path(scratch) / "out", one["rank"], 1, 0, ["--no-check"]))
+    rows = [
+        {"varied": name, **one}
+        | {key: median(run[key] for run in runs) for key in ("tool_seconds", "cpu_s", "solver_s", "peak_bytes")}
+        for (name, one), runs in zip(chosen, found, strict=True)
+    ]
+    return {"machine": machine(), "repeats": repeats, "runs": rows}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One line per setting."""
+    heads = ["varied", "layers", "hidden size", "rank", "seconds", "CPU s", "solver s", "peak MB"]
+    rows = [
+        [AXES[row["varied"]], *(str(row[name]) for name in AXES)]
+        + [f"{row[key]:.2f}" for key in ("tool_seconds", "cpu_s", "solver_s")]
+        + [f"{row['peak_bytes'] / 1e6:,.0f}"]
+        for row in result["runs"]
+    ]
+    head = f"Growth of a conversion on the CPU, one worker, median of {result['repeats']}; CPU s with starting Python"
+    return "\n".join([head, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Time and memory against each of the three, in one figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    panels = figure.subplots(2, len(AXES), sharey="row")
+    for column, (name, label) in enumerate(AXES.items()):
+        rows = [row for row in result["runs"] if row["varied"] == name]
+        values = [row[name] for row in rows]
+        panels[0][column].plot(values, [row["tool_seconds"] for row in rows], "o-")
+        panels[1][column].plot(values, [row["peak_bytes"] / 1e6 for row in rows], "s-", color="#D55E00")
+        panels[1][column].set_xlabel(label)
+        for panel in (panels[0][column], panels[1][column]):
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("seconds")
+    panels[1][0].set_ylabel("peak MB")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.growth")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024, 1536, 2048])
+    parser.add_argument("--rank", type=int, nargs="+", default=[128, 192, 256, 320])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
+    options = parser.parse_args()
+    result = benchmark({name: getattr(options, name) for name in AXES}, options.repeats)
+    save(options.out, "growth", result, markdown(result))
+    draw(result, options.out / "growth.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Using the result: dense against factored layers, at the geometry of polyglot-ko with few layers.
+
+    python -m tests.benchmarks.inference --model 1.3b --layers 2
+    python -m tests.benchmarks.inference --model 1.3b --layers 2 --batch 1 8 --compile --repeats 5
+
+Random weights, since time does not depend on values. The dense model and both layouts (balanced at the given rank;
+pivoted at the rank of the same size, and at the same rank) live in one process and are measured in turn within each
+round; medians over the rounds. Prefill is one pass over the prompt; decoding is token by token on top of it, with the
+key-value cache. A training step is forward, backward and AdamW on the whole model, in a process of its own, so that its
+peak memory is its own. Bytes are those of the parameters. Writes JSON and Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .geometry import MODELS, Geometry, resized
+from .measure import machine, machine_line, markdown_table, run, save
+
+VARIANTS = ("dense", "balanced", "pivoted", "pivoted, same rank")
+
+
+def equal_rank(shape: tuple[int, int], rank: int) -> int:
+    """The pivoted rank that stores as much as a balanced one: r (m + n - r) <= rank (m + n)."""
+    m, n = shape
+    return max(r for r in range(rank, min(m, n) + 1) if r * (m + n - r) <= rank * (m + n))
+
+
+def build(geometry: Geometry, variant: str, rank: int, dtype: str) -> Any:
+    """A model with random weights.
+
+    Args:
+        geometry: its sizes.
+        variant: one of :data:`VARIANTS`.
+        rank: of the balanced layers.
+        dtype: torch type of the weights.
+    """
+    import torch
+    from svdconvert.modeling.modeling_polyglot_svd import PolyglotSVDConfig, PolyglotSVDForCausalLM
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    fields = {key: value for key, value in geometry.config.items() if key not in ("architectures", "model_type")}
+    fields |= {"num_hidden_layers": geometry.layers, "vocab_size": geometry.vocab, "attn_implementation": "sdpa"}
+    if variant == "dense":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
+    else:
+        layout = variant.partition(",")[0]
+        ranks = {
+            f"layers.{layer}.{name}": equal_rank(shape, rank) if variant == "pivoted" else rank
+            for layer in range(geometry.layers)
+            for name, shape in geometry.linears.items()
+        }
+        model = PolyglotSVDForCausalLM(PolyglotSVDConfig(**fields, svd_ranks=ranks, svd_layout=layout))
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def weight_bytes(model: Any) -> tuple[int, int]:
+    """Bytes of all parameters, and of those in the blocks."""
+    blocks = sum(p.numel() * p.element_size() for p in model.gpt_neox.layers.parameters())
+    return sum(p.numel() * p.element_size() for p in model.parameters()), blocks
+
+
+def runner(model: Any, compiled: bool, device: str, batch: int, prompt: int, tokens: int) -> Callable[[], Any]:
+    """A function that reads a prompt and decodes, and gives the seconds of both.
+
+    Uncompiled models use the usual growing cache; compiled ones a cache of fixed size, as generation does then, so
+    that nothing is compiled a second time.
+    """
+    import torch
+    from transformers import DynamicCache, StaticCache
+
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device)
+    call = torch.compile(model, dynamic=False) if compiled else model
+
+    def clock() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def once() -> tuple[float, float]:
+        length = prompt + tokens + 1
+        cache = StaticCache(config=model.config, max_cache_len=length) if compiled else DynamicCache()
+        with torch.no_grad():
+            start = clock()
+            out = call(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            middle = clock()
+            for _ in range(tokens):
+                token = out.logits[:, -1:].argmax(-1)
+                out = call(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return middle - start, clock() - middle
+
+    return once
+
+
+def measure_inference(
+    models: dict[str, Any],
+    *,
+    batches: Sequence[int],
+    prompt: int,
+    tokens: int,
+    repeats: int,
+    compiled: Sequence[bool],
+    device: str,
+) -> list[dict[str, Any]]:
+    """Tokens per second of every variant, in turn."""
+    rows = []
+    for batch in batches:
+        for compile_it in compiled:
+            runners = {n: runner(m, compile_it, device, batch, prompt, tokens) for n, m in models.items()}
+            for once in runners.values():
+                once()  # warm caches, or compile
+            seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+            for _ in range(repeats):
+                for name, once in runners.items():
+                    seconds[name].append(once())
+            for name, pairs in seconds.items():
+                prefill, decode = (median(pair[i] for pair in pairs) for i in (0, 1))
+                rows.append(
+                    {
+                        "variant": name,
+                        "batch": batch,
+                        "compiled": compile_it,
+                        "prefill_tokens_per_s": batch * prompt / prefill,
+                        "decode_tokens_per_s": batch * tokens / decode,
+                        "seconds": pairs,
+                    }
+                )
+    return rows
+
+
+def train(geometry: Geometry, variant: str, rank: int, steps: int, length: int, device: str) -> dict[str, Any]:
+    """Seconds of a full training step in float32, and the peak memory of this process."""
+    import torch
+
+    from svdconvert.checkpoint import peak_memory_bytes
+
+    torch.manual_seed(0)
+    model = build(geometry, variant, rank, "float32").to(device).train()
+    optimiser = torch.optim.AdamW(model.parameters())
+    ids = torch.randint(0, geometry.vocab, (1, length), device=device)
+    seconds = []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        model(ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if device != "cpu" else peak_memory_bytes()
+    # The first step makes the optimiser's state.
+    return {"variant": variant, "step_s": median(seconds[1:]), "peak_bytes": peak}
+
+
+def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dict[str, Any]:
+    """Everything, in turn."""
+    import torch
+
+    torch.manual_seed(0)
+    models = {name: build(geometry, name, rank, options.dtype).to(options.device) for name in VARIANTS}
+    sizes = {name: weight_bytes(model) for name, model in models.items()}
+    rows = measure_inference(
+        models,
+        batches=options.batch,
+        prompt=options.prompt,
+        tokens=options.tokens,
+        repeats=options.repeats,
+        compiled=[False, True] if options.compile else [False],
+        device=options.device,
+    )
+    del models
+    training = []
+    for name in VARIANTS if options.train_steps else ():
+        line = ["tests.benchmarks.inference", "--model", options.model, "--layers", str(geometry.layers)]
+        line += ["--hidden", str(geometry.hidden), "--vocab", str(geometry.vocab), "--rank", str(rank)]
+        line += ["--train", name, "--train-steps", str(options.train_steps), "--device", options.device]
+        training.append(json.loads(run([*line, "--train-length", str(options.train_length)]).output))
+    return {
+        "machine": machine(),
+        "model": options.model,
+        "hidden": geometry.hidden,
+        "layers": geometry.layers,
+        "rank": rank,
+        "dtype": options.dtype,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "prompt": options.prompt,
+        "tokens": options.tokens,
+        "repeats": options.repeats,
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "bytes": {name: {"all": all_, "blocks": blocks} for name, (all_, blocks) in sizes.items()},
+        "inference": rows,
+        "training": training,
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Tables of bytes, tokens per second and training steps, each with its ratio to dense."""
+    heads = ["batch, compiled", "variant", "prefill tokens/s", "against dense", "decode tokens/s", "against dense"]
+    dense = {(r["batch"], r["compiled"]): r for r in result["inference"] if r["variant"] == "dense"}
+    rows = []
+    for row in result["inference"]:
+        base = dense[row["batch"], row["compiled"]]
+        line = [f"{row['batch']}, {'yes' if row['compiled'] else 'no'}", row["variant"]]
+        for kind in ("prefill_tokens_per_s", "decode_tokens_per_s"):
+            line += [f"{row[kind]:,.1f}", f"{row[kind] / base[kind]:.2f}x"]
+        rows.append(line)
+    steps = {row["variant"]: row for row in result["training"]}
+    size_rows = []
+    for name, size in result["bytes"].items():
+        line = [name, f"{size['all'] / 1e6:,.1f}", f"{size['blocks'] / 1e6:,.1f}"]
+        line.append(f"{size['blocks'] / result['bytes']['dense']['blocks']:.3f}")
+        step = steps.get(name)
+        line += [f"{step['step_s']:.2f}", f"{step['peak_bytes'] / 1e6:,.0f}"] if step else ["", ""]
+        size_rows.append(line)
+    size_heads = ["variant", "MB of weights", "in the blocks", "against dense", "training step s", "peak MB"]
+    title = (
+        f"{result['model']}, hidden size {result['hidden']}, {result['layers']} layers, rank {result['rank']}, "
+        f"{result['dtype']} on {result['device']}, {result['threads']} threads; prompt {result['prompt']}, "
+        f"{result['tokens']} tokens decoded, median of {result['repeats']}; load average {result['load'][0]:.1f}"
+    )
+    tables = [markdown_table(heads, rows), "", markdown_table(size_heads, size_rows)]
+    return "\n".join([title, "", *tables, "", machine_line(result["machine"])])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.inference")
+    parser.add_argument("--model", choices=MODELS, default="1.3b")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
+    parser.add_argument("--vocab", type=int, default=0, help="another vocabulary size")
+    parser.add_argument("--rank", type=int, default=0, help="default: a quarter of the hidden size")
+    parser.add_argument("--dtype", default="float32", help="torch type of the weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=16, help="tokens to decode")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--train-steps", type=int, default=2, help="0 leaves training out")
+    parser.add_argument("--train-length", type=int, default=128, help="tokens of the training sequence")
+    parser.add_argument("--train", choices=VARIANTS, help="only this variant's training step, as JSON")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    options = parser.parse_args()
+    geometry = resized(MODELS[options.model], hidden=options.hidden, layers=options.layers, vocab=options.vocab)
+    rank = options.rank or geometry.hidden // 4
+    if options.train:
+        found = train(geometry, options.train, rank, options.train_steps, options.train_length, options.device)
+        print(json.dumps(found))
+        return
+    result = benchmark(options, geometry, rank)
+    save(options.out, f"inference-{options.model}", result, markdown(result))
+
+
+if __name__ == "__main__":
+    main()
