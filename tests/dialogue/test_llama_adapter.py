@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from examples.dialogue.llama_adapter import CONFIG, WEIGHTS, LlamaAdapterModel, load_adapter
 from examples.dialogue.models import load_causal
+from svdconvert import convert
 from svdconvert.errors import InputError
 
 IDS = torch.randint(3, 150, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,15 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(params=["dense", "factored", "llama"])
+@pytest.fixture(scope="session")
+def factored_llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    llama().save_pretrained(folder / "dense")
+    convert(folder / "dense", folder / "r16", rank=16, device="cpu", check=False)
+    return folder / "r16"
+
+
+@pytest.fixture(params=["dense", "factored", "llama", "factored_llama"])
 def base(request):
     if request.param == "llama":
         return llama()
