@@ -44,11 +44,13 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str], p
         keys: what to draw of each.
         path: PNG file.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8 if len(runs) == 1 else 10, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_prop_cycle(color=colormaps["tab10" if len(runs) == 1 else "tab20"].colors)
     for name, entries in runs.items():
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in entries if key in entry]
@@ -58,7 +60,10 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str], p
                     *zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, markersize=3
                 )
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(runs) == 1:
+        axes.legend()
+    else:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     if len(runs) == 1:
         axes.set_title(next(iter(runs)))
     FigureCanvasAgg(figure).print_png(path)

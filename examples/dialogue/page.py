@@ -29,6 +29,7 @@ PAPER = (
 )
 
 ADAPTERS = "adapters"
+_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 _PLOT, _CURVES = "total.png", "evaluation_loss.png"
 
 
@@ -69,7 +70,7 @@ def score_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[
         if result is None or "scores" not in result:
             continue
         run = result["run"]
-        bits = row.bits or row.settings.quantization.bits or 16
+        bits = row.bits or row.settings.quantization.bits or _BITS[row.settings.model.weights]
         lines.append(
             [
                 row.name,

@@ -150,8 +150,12 @@ def _run(row: Row) -> dict[str, Any]:
     found["curve"] = [
         {"step": entry["step"], "eval_loss": entry["eval_loss"]} for entry in report["history"] if "eval_loss" in entry
     ]
-    for name in ("source", "start"):
-        found[f"{name}_parameters"] = parameters(list(open_source(report[name], None).tensors.values()))
+    # what a run started from may be what another one has factored and trained
+    source = Path(report["source"])
+    while (earlier := source.parent / "report.json").is_file():
+        source = Path(json.loads(earlier.read_text(encoding="utf-8"))["source"])
+    for name, path in (("source", source), ("start", report["start"])):
+        found[f"{name}_parameters"] = parameters(list(open_source(str(path), None).tensors.values()))
     return found
 
 

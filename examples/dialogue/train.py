@@ -125,7 +125,8 @@ def _run(settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
 
     clock = time.perf_counter()
     state = _processes(settings)
-    device, first = state.device, state.is_main_process
+    device = state.device if state.device.type == "cuda" else torch.device("cpu")  # accelerate numbers CPUs too
+    first = state.is_main_process
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / SETTINGS_FILE, models.without_output(settings))
