@@ -93,7 +93,10 @@ def test_torch_export(model: Logits, tmp_path: Path) -> None:
 
 @needs_transformers_5
 @torch.no_grad()
-def test_onnx(model: Logits, tmp_path: Path) -> None:
+def test_onnx(model: Logits, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if model.model.config.model_type == "phi3_svd":
+        reason = "the exporter cannot fold the factors of longrope; nor can it for the stock Phi-3"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     with warnings.catch_warnings():
