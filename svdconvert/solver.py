@@ -139,7 +139,9 @@ def factorize(
     m, n = weight.shape
     if not 1 <= rank <= min(m, n):
         raise InputError(f"rank {rank} is impossible for a {m} x {n} matrix")
-    found = decompose(weight, work, left, right, rank=rank)
+    plain = left is None and right is None
+    # in a metric, the loss of rounded factors is told from all vectors
+    found = decompose(weight, work, left, right, rank=rank if plain else None)
     return truncate(weight, found, rank, dtype, work, left, right)
 
 

@@ -117,9 +117,18 @@ def give_a_merge(file: Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
+# Families that llama.cpp computes in full and whose tokenizer need not be of sentencepiece, with what to leave out of
+# the tiny model: plain LLaMA has no biases, and no scaling for so short a context.
+IN_LLAMA_CPP = {"gpt_neox": {}, "llama": {"attention_bias": False, "mlp_bias": False, "rope_scaling": None}}
+
+
 @pytest.mark.skipif(not LLAMA_CPP, reason="SVDCONVERT_LLAMA_CPP: no source tree of llama.cpp")
-def test_gguf(factored: Path, dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", [name for name in IN_LLAMA_CPP if name in FAMILIES])
+def test_gguf(model_type: str, layout: str, tmp_path: Path) -> None:
     """llama.cpp's converter takes the densified model whole; llama.cpp, where it is installed, computes the same."""
+    write_family(tmp_path / "dense", model_type, **IN_LLAMA_CPP[model_type])
+    factored = tmp_path / "factored"
+    convert(tmp_path / "dense", factored, keep=0.6, layout=layout, dtype="float32", device="cpu", check=False)
     densify(factored, tmp_path / "densified", device="cpu", check=False)
     give_a_merge(tmp_path / "densified" / "tokenizer.json")
     done = to_gguf(LLAMA_CPP, tmp_path / "densified", "--outtype", "f32", "--outfile", tmp_path / "model.gguf")

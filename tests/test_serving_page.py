@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import ROOT
 
 from svdconvert.cli import main
 
+ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "serving.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 NEEDS = (("onnx", "onnxruntime"), ("onnx", "onnxscript"), ("torchao", "torchao"))
