@@ -59,6 +59,9 @@ HELD_OUT = 8
 # Weights of the pull towards the truncation's own factor; infinity keeps that factor.
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
+# What is tried, one after the other, until it helps: whether targets make good what the layers before have lost.
+ATTEMPTS = {"compensated": True, "plain": False}
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -203,17 +206,17 @@ def refit_targets(
     """
     if len(tokens.ids) < 2:
         raise InputError("a refit needs 2 calibration sequences at least, one of them held out; raise --calib-samples")
-    for compensate in (True, False):
-        place = RefitFolder(folder / ("compensated" if compensate else "plain"))
+    for name, compensate in ATTEMPTS.items():
+        place = RefitFolder(folder / name)
         found = place.outcome
         if found is None:
             run = _Run(source, targets, store, tokens, place, dtypes, work, device, batch_size, events, compensate)
             found = run.run()
             place.finish(found)
             shutil.rmtree(work, ignore_errors=True)
-        if found.accepted:
-            break
-    return found, place
+        if found.accepted or not compensate:
+            return found, place
+    raise AssertionError("the last attempt returns")
 
 
 class _Run:
