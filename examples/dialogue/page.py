@@ -1,0 +1,360 @@
+"""The page of a table of runs: Markdown and HTML of the same content, two plots, and all figures as JSON."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.dialogue.evaluation import TOTAL
+from examples.dialogue.experiment import Experiment, Row
+from svdconvert.report import size
+
+Results = Mapping[str, Mapping[str, Any]]
+
+# Lee et al. (HCLT 2023), Table 1: SVD, LoRA, parameters before and after in billions, and the four scores. Its printed
+# totals of 1.3B-S and 3.8B-S-L are interchanged, so they are summed anew here.
+PAPER = (
+    ("3.8B", "X", "X", 3.8, 3.8, (17.68, 18.07, 11.47, 8.78)),
+    ("1.3B", "X", "X", 1.3, 1.3, (17.04, 17.33, 10.39, 8.13)),
+    ("1.3B-S", "O", "X", 1.3, 0.5, (14.47, 15.05, 9.28, 6.38)),
+    ("3.8B-S-L", "O", "O", 3.8, 1.4, (14.90, 15.17, 8.37, 5.99)),
+    ("1.3B-S-L", "O", "O", 1.3, 0.5, (12.58, 13.44, 8.45, 5.19)),
+    ("3.8B-S", "O", "X", 3.8, 1.4, (7.68, 8.98, 5.33, 2.10)),
+    ("1.3B-P-FS", "FWSVD", "X", 1.3, 0.5, (9.27, 10.22, 7.36, 2.35)),
+    ("1.3B-P-S", "O", "X", 1.3, 0.5, (10.21, 11.70, 5.50, 2.65)),
+)
+
+ADAPTERS = "adapters"
+_PLOT, _CURVES = "total.png", "evaluation_loss.png"
+
+
+def write_page(experiment: Experiment, results: Results, folder: Path, command: str) -> None:
+    """Write README.md, index.html, the plots and results.json.
+
+    Args:
+        experiment: the table.
+        results: of the rows that are done.
+        folder: where to write.
+        command: that makes the page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks = _blocks(experiment, results, folder, command)
+    (folder / "README.md").write_text(_markdown(experiment.title, blocks), encoding="utf-8")
+    (folder / "index.html").write_text(_html(experiment.title, blocks), encoding="utf-8")
+    public = {name: _public(result) for name, result in results.items()}
+    text = json.dumps({"command": command, "rows": public}, ensure_ascii=False, indent=1)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def paper_table() -> tuple[list[str], list[list[str]]]:
+    """The paper's Table 1 with its totals summed anew."""
+    header = ["model", "SVD", "LoRA", "before (B)", "after (B)", *TOTAL, "Total"]
+    rows = [
+        [name, svd, lora, f"{before}", f"{after}", *(f"{score:.2f}" for score in scores), f"{sum(scores):.2f}"]
+        for name, svd, lora, before, after, scores in PAPER
+    ]
+    return header, rows
+
+
+def score_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[list[str]]]:
+    """Rows in the form of the paper's table, those that are done and have answered."""
+    header = ["model", "SVD", "LoRA", "before", "after", "bits", *TOTAL, "Total", "perplexity"]
+    lines = []
+    for row in rows:
+        result = results.get(row.name)
+        if result is None or "scores" not in result:
+            continue
+        run = result["run"]
+        bits = row.bits or row.settings.quantization.bits or 16
+        lines.append(
+            [
+                row.name,
+                row.svd,
+                row.lora,
+                _count(run["source_parameters"]),
+                _count(run["start_parameters"]),
+                str(bits),
+                *_scores(result),
+                f"{result['statistics']['perplexity']:.2f}",
+            ]
+        )
+    return header, lines
+
+
+def adapter_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[list[str]]]:
+    """The columns of the LLaMA-Adapter paper's table, with the trainable parameters."""
+    header = ["method", "layers", "length", "learning rate", "trainable", *TOTAL, "Total", "perplexity"]
+    lines = []
+    for row in rows:
+        result = results.get(row.name)
+        if result is None or "scores" not in result:
+            continue
+        adapter, prompt = row.settings.adapter, row.settings.adapter.kind != "lora"
+        lines.append(
+            [
+                row.name,
+                str(adapter.layers) if prompt else "-",
+                str(adapter.length) if prompt else "-",
+                f"{row.settings.training.learning_rate:g}",
+                f"{result['run']['memory']['trainable']:,}",
+                *_scores(result),
+                f"{result['statistics']['perplexity']:.2f}",
+            ]
+        )
+    return header, lines
+
+
+def cost_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[list[str]]]:
+    """Memory, size and speed of every row."""
+    header = ["model", "trainable", "weights asked", "standing", "training peak", "training", "tokens/s", "answers"]
+    header += ["answers/s", "answering peak"]
+    lines = []
+    for row in rows:
+        result = results.get(row.name)
+        if result is None:
+            continue
+        run, memory = result["run"], result["run"]["memory"]
+        rate = run["tokens"] * run["steps"] * row.settings.training.batch_size / run["rows"] / run["training_seconds"]
+        line = [
+            row.name,
+            f"{memory['trainable']:,}",
+            "-",
+            size(memory["standing"]),
+            size(memory["peak"]),
+            f"{run['training_seconds']:,.0f} s",
+            f"{rate:,.0f}",
+            "-",
+            "-",
+            "-",
+        ]
+        if "statistics" in result:
+            statistics = result["statistics"]
+            line[2] = size(statistics["weights"])
+            line[7] = str(statistics["samples"])
+            line[8] = f"{statistics['samples'] / statistics['seconds']:.1f}"
+            line[9] = size(statistics["peak"])
+        if row.of:
+            line[1] = line[3] = line[4] = line[5] = line[6] = "-"
+        lines.append(line)
+    return header, lines
+
+
+def speech_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[list[str]]]:
+    """How alive the answers are, and what the check said of the start point."""
+    header = ["model", "start perplexity", "evaluation loss", "F1 char", "chrF++"]
+    header += ["distinct-1", "distinct-2", "repetition", "empty"]
+    lines = []
+    for row in rows:
+        result = results.get(row.name)
+        if result is None or "scores" not in result:
+            continue
+        speech, scores = result["run"]["speech"], result["scores"]
+        line = [row.name, f"{speech[0]['perplexity']:,.1f}" if speech else "-", f"{result['run']['eval_loss']:.4f}"]
+        line += [f"{scores['scores'][name]:.2f}" if name in scores["scores"] else "-" for name in ("F1 char", "chrF++")]
+        line += [f"{scores['rates'][name]:.1f}" for name in ("distinct-1", "distinct-2", "repetition", "empty")]
+        lines.append(line)
+    return header, lines
+
+
+def full_size_table() -> tuple[list[str], list[list[str]]]:
+    """Standing memory of polyglot-ko's real sizes, by way of fine-tuning."""
+    from examples.dialogue.full_size import SIZES, WAYS, standing_memory
+
+    header = ["way", *SIZES]
+    found = {way.name: {name: standing_memory(name, way) for name in SIZES} for way in WAYS}
+    lora = found["LoRA"]
+    lines = []
+    for way in WAYS:
+        cells = [way.name]
+        for name in SIZES:
+            standing = found[way.name][name].standing
+            less = f" ({standing / lora[name].standing - 1:+.0%})" if way.adapter and way.name != "LoRA" else ""
+            cells.append(size(standing) + less)
+        lines.append(cells)
+    return header, lines
+
+
+def _blocks(experiment: Experiment, results: Results, folder: Path, command: str) -> list[tuple[Any, ...]]:
+    rows = experiment.rows
+    missing = [row.name for row in rows if row.name not in results]
+    blocks: list[tuple[Any, ...]] = [("pre", command)]
+    if missing:
+        blocks.append(("p", f"Not done yet: {', '.join(missing)}."))
+    blocks += [("p", text) for text in experiment.remarks]
+    done = [results[row.name] for row in rows if row.name in results]
+    if done:
+        blocks.append(("p", _made_with(experiment, done[0]["run"], done)))
+    for name, title in experiment.tables.items():
+        own = [row for row in rows if row.table == name]
+        header, lines = (adapter_table if name == ADAPTERS else score_table)(own, results)
+        if lines:
+            blocks += [("h2", title), ("table", header, lines)]
+    scored = [row for row in rows if "scores" in results.get(row.name, {})]
+    if scored:
+        _plot(scored, results, folder / _PLOT)
+        _plot_curves(scored, results, folder / _CURVES)
+        blocks += [("img", _PLOT, "Total score and size of every row"), ("img", _CURVES, "evaluation loss over steps")]
+        blocks += [("h2", "Memory, size and speed"), ("p", _costs_are(results[scored[0].name]))]
+        blocks.append(("table", *cost_table(rows, results)))
+        blocks += [("h2", "Does it speak"), ("p", _SPEECH_IS), ("table", *speech_table(rows, results))]
+    blocks += [("h2", "Memory of a fine-tuning at full size"), ("p", _FULL_SIZE_IS), ("table", *full_size_table())]
+    blocks += [("h2", "The paper's figures"), ("p", _PAPER_IS), ("table", *paper_table())]
+    if scored:
+        blocks += [("h2", "One question, all answers"), *_examples(scored, results)]
+        signatures = results[scored[0].name]["scores"]["signatures"]
+        blocks += [("h2", "Signatures"), ("pre", "\n".join(f"{key}: {value}" for key, value in signatures.items()))]
+    return blocks
+
+
+_SPEECH_IS = (
+    "Perplexity of the start point is that of a few reference answers before the first step, under the start model as "
+    "it is loaded. Distinct-n, repetition and empty answers are rates of the generated answers, times 100."
+)
+_FULL_SIZE_IS = (
+    "Weights, gradients and AdamW state, without activations, counted from the real geometry; nothing was run. "
+    "Trained weights are float32 masters, frozen ones 16 bits, QLoRA's nf4 with double quantisation. In brackets: "
+    "against LoRA. The rank is a quarter of the hidden size, LoRA's rank 32."
+)
+_PAPER_IS = (
+    "Lee et al., HCLT 2023, polyglot-ko on KoDoc2Dial, Table 1. The totals are summed anew: those printed for 1.3B-S "
+    "and 3.8B-S-L are interchanged, so of the two it is 1.3B-S that scores higher."
+)
+
+
+def _made_with(experiment: Experiment, run: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> str:
+    data = experiment.rows[0].settings.data
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    decoding = ", ".join(f"{key} {value}" for key, value in experiment.decoding.items()) or "greedy"
+    minutes = sum(float(result["seconds"]) for result in done) / 60
+    return (
+        f"{run['rows']:,} training samples, {run['steps']} steps of {experiment.rows[0].settings.training.batch_size} "
+        f"(warm-up {run['warmup']}, evaluation every {run['evaluation_every']}), template {data.template}; decoding "
+        f"{decoding}; device {run['device']}, {run['processes']} process; {minutes:,.0f} minutes for "
+        f"{len(done)} rows; {versions}."
+    )
+
+
+def _costs_are(result: Mapping[str, Any]) -> str:
+    return (
+        "Weights asked: of the model that answers, as it lies in memory. Standing: weights, gradients and optimiser "
+        f"state of the training. Peaks are what was {result['run']['memory']['peak_is']}. Answers per second include "
+        "nothing but generation. Times are of a shared machine."
+    )
+
+
+def _examples(rows: Sequence[Row], results: Results) -> list[tuple[Any, ...]]:
+    example = results[rows[0].name]["example"]
+    lines = [[row.name, results[row.name]["example"]["answer"] or "(empty)"] for row in rows]
+    head = [("p", f"Question: {example['question']}"), ("p", f"Reference: {example['reference']}")]
+    return [*head, ("table", ["model", "answer"], lines)]
+
+
+def _scores(result: Mapping[str, Any]) -> list[str]:
+    scores = [result["scores"]["scores"][name] for name in TOTAL]
+    return [*(f"{score:.2f}" for score in scores), f"{sum(scores):.2f}"]
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.2f}M"
+
+
+def _public(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without what is only of this machine or long."""
+    run = {key: value for key, value in result["run"].items() if key != "speech"}
+    run["speech"] = [
+        {key: entry[key] for key in ("step", "perplexity", "repetition", "empty", "warnings")}
+        for entry in result["run"]["speech"]
+    ]
+    return {**result, "run": run}
+
+
+def _plot(rows: Sequence[Row], results: Results, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [row.name for row in rows]
+    totals = [sum(results[name]["scores"]["scores"][score] for score in TOTAL) for name in names]
+    weights = [results[name]["statistics"]["weights"] / 1e6 for name in names]
+    figure = Figure(figsize=(10, 1.5 + 0.28 * len(names)), layout="constrained")
+    bars, points = figure.subplots(1, 2)
+    left = [0.0] * len(names)
+    for score in TOTAL:
+        values = [results[name]["scores"]["scores"][score] for name in names]
+        bars.barh(names, values, left=left, label=score)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    bars.invert_yaxis()
+    bars.set_xlabel("Total = F1 + METEOR + ROUGE-L + SacreBLEU")
+    bars.legend(fontsize="small")
+    points.scatter(weights, totals)
+    for name, x, y in zip(names, weights, totals, strict=True):
+        points.annotate(name, (x, y), fontsize="x-small", xytext=(3, 2), textcoords="offset points")
+    points.set_xscale("log")
+    points.set_xlabel("weights in memory when answering (MB)")
+    points.set_ylabel("Total")
+    points.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _plot_curves(rows: Sequence[Row], results: Results, path: Path) -> None:
+    from examples.dialogue.curves import draw
+
+    draw({row.name: results[row.name]["run"]["curve"] for row in rows if not row.of}, ("eval_loss",), path)
+
+
+def _markdown(title: str, blocks: Sequence[tuple[Any, ...]]) -> str:
+    parts = [f"# {title}"]
+    for kind, *content in blocks:
+        if kind == "table":
+            header, lines = content
+            cells = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
+            parts.append("\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in cells))
+        elif kind == "pre":
+            parts.append("```\n" + content[0] + "\n```")
+        elif kind == "img":
+            parts.append(f"![{content[1]}]({content[0]})")
+        else:
+            parts.append(("## " if kind == "h2" else "") + content[0])
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums;
+        display: block; overflow-x: auto }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .6rem; text-align: right }
+th:first-child, td:first-child { text-align: left }
+td.text { text-align: left }
+pre { background: #f4f4f4; padding: .8rem; overflow-x: auto }
+img { max-width: 100% }
+"""
+
+
+def _html(title: str, blocks: Sequence[tuple[Any, ...]]) -> str:
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    for kind, *content in blocks:
+        if kind == "table":
+            header, lines = content
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+            body = "".join("<tr>" + "".join(_html_cell(cell) for cell in line) + "</tr>\n" for line in lines)
+            parts.append(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>")
+        elif kind == "img":
+            parts.append(f'<img src="{html.escape(content[0])}" alt="{html.escape(content[1])}">')
+        else:
+            parts.append(f"<{kind}>{html.escape(content[0])}</{kind}>")
+    return (
+        f'<!doctype html>\n<html>\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+    )
+
+
+def _html_cell(text: str) -> str:
+    kind = "" if re.fullmatch(r"[-+()%\d.,:/\s\w]{0,24}", text, re.ASCII) else ' class="text"'
+    return f"<td{kind}>{html.escape(text)}</td>"

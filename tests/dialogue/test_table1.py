@@ -1,0 +1,162 @@
+"""The table command: rows done once, killed and continued, and a page that says what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from runs import settings_for
+
+from examples.dialogue.evaluation import TOTAL
+from examples.dialogue.experiment import read_experiment
+from examples.dialogue.page import PAPER, paper_table
+from svdconvert.errors import InputError
+
+ROWS = """
+[[rows]]
+name = "m"
+table = "paper"
+settings = "settings.json"
+
+[[rows]]
+name = "m-P-S"
+table = "paper"
+settings = "settings.json"
+svd = "O"
+set.model.trained_by = "row:m"
+set.convert = { rank = 16 }
+
+[[rows]]
+name = "m-P-S-8bit"
+table = "paper"
+of = "m-P-S"
+bits = 8
+
+[[rows]]
+name = "A"
+table = "adapters"
+settings = "settings.json"
+set.adapter = { kind = "llama-adapter", length = 4, layers = 2 }
+"""
+HEAD = """
+title = "A table"
+work = "work"
+page = "page"
+profile = "mdd-offline"
+remarks = ["Nothing is learned here."]
+
+[decoding]
+max_new_tokens = 4
+
+[tables]
+paper = "As in the paper"
+adapters = "Adapters"
+"""
+
+
+def write(folder: Path, dense: Path, text: str = HEAD + ROWS) -> Path:
+    settings_for(folder, dense, speech={"samples": 1}, training={"epochs": 8, "learning_rate": 5e-3})
+    path = folder / "table.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def run(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "examples.dialogue.table1", "--config", str(path), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_table(dense, tmp_path):
+    pytest.importorskip("sacrebleu")
+    path = write(tmp_path, dense)
+    first = run(path, "--rows", "m,A")
+    assert first.returncode == 0, first.stderr[-2000:]
+    page = (tmp_path / "page" / "README.md").read_text(encoding="utf-8")
+    assert "Not done yet: m-P-S, m-P-S-8bit." in page
+    kept = (tmp_path / "work" / "results" / "m.json").stat().st_mtime_ns
+
+    second = run(path)
+    assert second.returncode == 0, second.stderr[-2000:]
+    assert "-- m\n" not in second.stdout
+    assert (tmp_path / "work" / "results" / "m.json").stat().st_mtime_ns == kept
+    folder = tmp_path / "page"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Not done yet" not in page
+    assert "Nothing is learned here." in page
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    assert list(rows) == ["m", "m-P-S", "m-P-S-8bit", "A"]
+    for name, row in rows.items():
+        assert row["scores"]["pairs"] == 4
+        lines = page.splitlines()
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"| {name} |"))
+        header = next(line for line in reversed(lines[:at]) if line.startswith(("| model |", "| method |")))
+        shown = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, lines[at])), strict=True))
+        scores = [row["scores"]["scores"][score] for score in TOTAL]
+        assert [shown[score] for score in TOTAL] == [f"{score:.2f}" for score in scores]
+        assert shown["Total"] == f"{sum(scores):.2f}"
+    assert any(sum(row["scores"]["scores"][score] for score in TOTAL) > 20 for row in rows.values())
+    # the pipeline's second half starts from the first row's result
+    assert rows["m-P-S"]["run"]["source_parameters"] > rows["m-P-S"]["run"]["start_parameters"]
+    assert rows["m-P-S-8bit"]["statistics"]["weights"] < rows["m-P-S"]["statistics"]["weights"]
+    assert rows["A"]["run"]["memory"]["trainable"] == 2 * (4 * 64 + 4)
+    html = (folder / "index.html").read_text(encoding="utf-8")
+    assert html.count("<tr>") == page.count("\n|") - page.count("\n| --- |")
+    for name in ("total.png", "evaluation_loss.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+        assert f"]({name})" in page
+        assert f'src="{name}"' in html
+    assert str(tmp_path) not in (folder / "results.json").read_text(encoding="utf-8")
+
+
+def test_the_papers_totals_are_summed_anew():
+    header, rows = paper_table()
+    totals = {row[0]: row[header.index("Total")] for row in rows}
+    assert totals == {
+        "3.8B": "56.00",
+        "1.3B": "52.89",
+        "1.3B-S": "45.18",  # printed 44.43
+        "3.8B-S-L": "44.43",  # printed 45.18
+        "1.3B-S-L": "39.66",
+        "3.8B-S": "24.09",
+        "1.3B-P-FS": "29.20",
+        "1.3B-P-S": "30.06",
+    }
+    assert len(PAPER) == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD, "has no [[rows]]"),
+        (HEAD + ROWS + ROWS, "two rows named m"),
+        (HEAD.replace("title", "titel") + ROWS, "unknown setting titel"),
+        (HEAD.replace('work = "work"', "") + ROWS, "lacks the setting work"),
+        (HEAD + ROWS.replace('table = "adapters"', 'table = "other"'), "is of table 'other'"),
+        (HEAD + ROWS.replace('"row:m"', '"row:n"'), "starts from 'n', which is no row before it"),
+        (HEAD + ROWS.replace('of = "m-P-S"', 'of = "x"'), "is of 'x', which is no row before it"),
+        (HEAD + ROWS.replace("bits = 8", "bit = 8"), "unknown setting bit"),
+        (HEAD + ROWS.replace("rank = 16", "ranks = 16"), "unknown setting convert.ranks"),
+    ],
+)
+def test_mistakes_are_named(dense, tmp_path, text, message):
+    with pytest.raises(InputError) as error:
+        read_experiment(write(tmp_path, dense, text))
+    assert message in str(error.value)
+
+
+def test_an_unknown_row_and_a_row_that_cannot_be_done(dense, tmp_path):
+    path = write(tmp_path, dense)
+    unknown = run(path, "--rows", "x")
+    assert unknown.returncode == 2
+    assert "there is no row 'x'" in unknown.stderr
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    broken = run(path, "--rows", "m")
+    assert broken.returncode == 2
+    assert "row m cannot be done, see above" in broken.stderr
+    assert "Traceback" not in broken.stderr

@@ -1,0 +1,345 @@
+"""Whole runs of the training command on tiny models: every kind of setting trains, resumes and loads again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from runs import settings_for
+from safetensors.torch import load_file
+
+from examples.dialogue import models
+from examples.dialogue.memory import count_memory
+from examples.dialogue.train import last_checkpoint, train
+from svdconvert import fold
+from svdconvert.errors import InputError
+
+CPU = torch.device("cpu")
+IDS = torch.randint(3, 150, (2, 12), generator=torch.Generator().manual_seed(0))
+TARGETS = {"targets": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
+LORA = {"kind": "lora", "rank": 4, **TARGETS}
+NF4 = {"bits": 4, "compute": "float32"}
+FWSVD = {"rank": 16, "method": "fwsvd", "calibration": "train", "calibration_samples": 4, "calibration_length": 16}
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits.float()
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+# What the paper's table and the tables beyond it are made of
+KINDS = {
+    "dense": {},
+    "S": {"convert": {"rank": 16}},
+    "S pivoted": {"convert": {"rank": 16, "layout": "pivoted"}},
+    "L": {"adapter": LORA},
+    "S-L": {"convert": {"rank": 16}, "adapter": LORA},
+    "kfac": {"convert": {**FWSVD, "method": "kfac", "keep": 0.4, "rank": 0}},
+    "Q": {"adapter": LORA, "quantization": NF4, "training": {"optimizer": "paged"}},
+    "S-Q": {"convert": {"rank": 64, "targets": ["mlp.*"]}, "adapter": LORA, "quantization": NF4},
+    "8 bits": {"convert": {"rank": 16}, "adapter": LORA, "quantization": {"bits": 8}},
+    "A": {"adapter": {"kind": "llama-adapter", "length": 4, "layers": 2}, "training": {"learning_rate": 0.1}},
+    "S-A": {
+        "convert": {"rank": 16},
+        "adapter": {"kind": "llama-adapter", "length": 4, "layers": 2},
+        "training": {"learning_rate": 0.1},
+    },
+    "checkpointing": {"convert": {"rank": 16}, "adapter": LORA, "training": {"gradient_checkpointing": True}},
+    "bf16": {"model": {"weights": "bfloat16"}, "training": {"autocast": "bf16", "select": "best"}},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_and_loads(kind, dense, tmp_path):
+    settings = settings_for(tmp_path, dense, **KINDS[kind])
+    report = train(settings, silent)
+    folder = Path(settings.output)
+    assert (report["steps"], report["warmup"], report["evaluation_every"]) == (8, 1, 2)
+    losses = [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
+    assert len(losses) >= 4
+    assert losses[-1] < losses[0]
+    assert report["memory"]["trainable"] > 0
+    for name in ("loss.png", "log.csv", "report.json", "settings.json"):
+        assert (folder / name).stat().st_size > 100
+    assert not (folder / "checkpoints").exists()
+    assert not list(folder.rglob("*.bin"))
+    full = settings.adapter.kind == "none"
+    assert (folder / "model").is_dir() == full
+    assert (folder / "adapter").is_dir() != full
+
+    model, tokenizer = models.load_trained(settings, CPU)
+    # the loaded result has the loss that the Trainer measured last
+    from examples.dialogue.encoding import dialogue_data
+    from examples.dialogue.speech import answer_perplexity
+
+    rows = dialogue_data(settings.data.validation, tokenizer, settings.data, 0, 1).rows
+    assert report["speech"][-1]["perplexity"] == pytest.approx(answer_perplexity(model, rows[:2], CPU), rel=2e-2)
+    if not full:
+        base = models.load_causal(Path(report["start"]), CPU, settings.model.weights, settings.quantization)
+        assert (logits(model) - logits(base)).abs().max() > 1e-3
+    assert train(settings, silent) == json.loads((folder / "report.json").read_text())
+
+
+def test_factors_stay_while_lora_trains_and_fold_gives_the_same_logits(dense, tmp_path):
+    settings = settings_for(tmp_path, dense, convert={"rank": 16}, adapter=LORA, training={"learning_rate": 1e-2})
+    folder = Path(settings.output)
+    train(settings, silent)
+    before = weights_in(folder / "start")
+    model, _ = models.load_trained(settings, CPU)
+    kept = {name.replace("base_model.model.", "").replace(".base_layer", ""): p for name, p in model.named_parameters()}
+    assert before.keys() <= kept.keys()
+    assert all(torch.equal(kept[name], tensor.float()) for name, tensor in before.items())
+    expected = logits(model)
+
+    # as anybody would load it
+    from peft import AutoPeftModelForCausalLM
+
+    again = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", trust_remote_code=True).float()
+    assert (logits(again) - expected).abs().max() < 1e-4
+    fold(folder / "start", folder / "adapter", tmp_path / "folded", device="cpu", check=False)
+    folded = models.load_causal(tmp_path / "folded", CPU)
+    # stored in float16
+    assert (logits(folded) - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+def test_the_paper_pipeline_in_one_call(dense, tmp_path):
+    """-P-FS: fine-tune, FWSVD of the fine-tuned model with the training samples, fine-tune again."""
+    first = settings_for(tmp_path / "first", dense)
+    config = tmp_path / "first" / "settings.json"
+    second = settings_for(
+        tmp_path / "second",
+        dense,
+        model={"path": "", "trained_by": str(config)},
+        convert=FWSVD,
+        data={"train": first.data.train, "validation": first.data.validation},
+    )
+    report = train(second, silent)
+    assert report["source"] == f"{first.output}/model"
+    start = json.loads((Path(second.output) / "start" / "svdconvert.json").read_text())
+    assert start["settings"]["method"] == "fwsvd"
+    texts = (Path(second.output) / "calibration.jsonl").read_text().splitlines()
+    assert len(texts) == 16
+    reference = report["speech"][0]["reference_perplexity"]
+    assert reference == pytest.approx(
+        json.loads((Path(first.output) / "report.json").read_text())["speech"][-1]["perplexity"], rel=1e-4
+    )
+
+
+def test_distillation(dense, tmp_path):
+    weights = {"alpha_ce": 5.0, "alpha_task": 0.0, "alpha_cos": 1.0}
+    distillation = {"teacher": str(dense), "teacher_weights": "float32", **weights}
+    settings = settings_for(tmp_path, dense, convert={"rank": 16}, distillation=distillation)
+    report = train(settings, silent)
+    logged = [entry for entry in report["history"] if "loss" in entry]
+    terms = [(entry["loss_ce"], entry["loss_task"], entry["loss_cos"]) for entry in logged]
+    for entry, (ce, _, cos) in zip(logged, terms, strict=True):
+        assert entry["loss"] == pytest.approx(5 * ce + cos, rel=1e-2)
+    # every batch is half of one epoch of four kinds of samples, so batches are alike
+    assert terms[-1][0] < 0.8 * terms[0][0]
+    assert terms[-1][2] < 0.9 * terms[0][2]
+
+
+def test_continued_pretraining(dense, tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 40)
+    text = str(tmp_path / "text.txt")
+    data = {"kind": "text", "train": text, "validation": text, "max_length": 32}
+    settings = settings_for(tmp_path, dense, convert={"rank": 16}, data=data)
+    report = train(settings, silent)
+    speech = report["speech"]
+    assert speech[-1]["perplexity"] < 0.7 * speech[0]["perplexity"]
+
+
+def test_a_start_that_no_longer_speaks_is_said(dense, tmp_path):
+    said: list[str] = []
+    limits = {"perplexity_ratio": 0.01, "repetition": -1.0, "empty": -1.0}
+    settings = settings_for(tmp_path, dense, convert={"rank": 2}, speech=limits)
+    train(settings, said.append)
+    start = next(i for i, line in enumerate(said) if line.startswith("start: perplexity"))
+    assert "before factoring" in said[start]
+    warnings = [line for line in said[start : start + 5] if line.startswith("WARNING: run may no longer speak")]
+    assert [("times that of" in w, "repetition" in w, "empty" in w) for w in warnings] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    parameters = next(i for i, line in enumerate(said) if line.startswith("parameters "))
+    assert "trainable" in said[parameters]
+    assert "peak so far" in said[parameters]
+    first_step = next(i for i, line in enumerate(said) if line.startswith("step "))
+    assert start < parameters < first_step
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(dense, tmp_path):
+    train(settings_for(tmp_path, dense), silent)
+    with pytest.raises(InputError, match=r"holds a run with training.learning_rate = 0.001, not 0.01"):
+        train(settings_for(tmp_path, dense, training={"learning_rate": 1e-2}), silent)
+
+
+def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
+    for name, whole in (("checkpoint-2", True), ("checkpoint-10", True), ("checkpoint-12", False)):
+        (tmp_path / name).mkdir()
+        if whole:
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_settings_that_do_not_fit_the_model(dense, tmp_path):
+    prompt = {"kind": "adaption-prompt", "length": 4, "layers": 2}
+    with pytest.raises(InputError, match=r"adaption-prompt cannot go on this model: .*gpt_neox"):
+        train(settings_for(tmp_path / "a", dense, adapter=prompt), silent)
+    with pytest.raises(InputError, match="lora cannot go on this model"):
+        train(settings_for(tmp_path / "b", dense, adapter={"kind": "lora", "targets": ["q_proj"]}), silent)
+    with pytest.raises(InputError, match="'fp16' needs a GPU"):
+        train(settings_for(tmp_path / "c", dense, training={"autocast": "fp16"}, adapter=LORA), silent)
+    adapter = tmp_path / "d" / "settings.json"
+    settings_for(tmp_path / "d", dense, adapter=LORA)
+    with pytest.raises(InputError, match="trains an adapter, not a model"):
+        train(settings_for(tmp_path / "e", dense, model={"path": "", "trained_by": str(adapter)}), silent)
+
+
+def test_four_bit_gradients_survive_an_evaluation(dense, tmp_path):
+    """At a rank that is no multiple of 64, and on CPUs whose kernel has no gradient: see _quantized_for_training."""
+    settings = settings_for(tmp_path, dense, convert={"rank": 24}, adapter=LORA, quantization=NF4)
+    start = models.factor(settings, "cpu", Path)
+    found = []
+    for evaluated in (False, True):
+        torch.manual_seed(0)
+        model = models.adapt(models.load_causal(start.folder, CPU, "float32", settings.quantization), settings, "")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+            if "lora_A" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if evaluated:
+            logits(model)
+        model.train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(grad.any() for grad in found[0].values())
+    assert all((found[0][name] - found[1][name]).abs().max() < 1e-6 for name in found[0])
+
+
+def test_memory_is_counted(factored):
+    from peft import LoraConfig, get_peft_model
+
+    model = models.load_causal(factored, CPU)
+    total = sum(p.numel() for p in model.parameters())
+    counted = count_memory(model)
+    assert (counted.parameters, counted.trainable) == (total, total)
+    assert counted.gradients == 4 * total
+    assert counted.optimizer == 8 * total
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=TARGETS["targets"]))
+    trainable, everything = adapted.get_nb_trainable_parameters()
+    with_lora = count_memory(adapted, "paged_adamw_8bit")
+    assert (with_lora.parameters, with_lora.trainable) == (everything, trainable)
+    assert with_lora.optimizer == 2 * trainable
+
+
+def command(settings_file: Path) -> list[str]:
+    return [sys.executable, "-m", "examples.dialogue.train", "--config", str(settings_file)]
+
+
+# Every kind whose checkpoints look different
+@pytest.mark.parametrize("kind", ["S", "S-L", "S-Q", "S-A"])
+def test_kill_and_resume(kind, dense, tmp_path):
+    """Killed after a checkpoint and started again, a run ends where an undisturbed one does, bit for bit."""
+    options = {**KINDS[kind], "training": {"epochs": 4, **KINDS[kind].get("training", {})}, "speech": {"samples": 0}}
+    whole = train(settings_for(tmp_path / "whole", dense, **options), silent)
+    settings = settings_for(tmp_path / "killed", dense, **options)
+    data = {
+        "train": str(tmp_path / "whole" / "train.jsonl"),
+        "validation": str(tmp_path / "whole" / "validation.jsonl"),
+    }
+    settings = settings_for(tmp_path / "killed", dense, **options, data=data)
+
+    from transformers import Trainer
+
+    saved = Trainer._save_checkpoint
+
+    def save_and_die(self, *args, **kwargs):
+        saved(self, *args, **kwargs)
+        if self.state.global_step >= 8:
+            raise KeyboardInterrupt
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Trainer, "_save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, silent)
+    patch.undo()
+    report = train(settings, silent)
+    assert report["resumed_at"] == 8
+    assert report["steps"] == whole["steps"] == 16
+    one, two = (Path(folder) for folder in (whole["settings"]["output"], settings.output))
+    name = "model" if settings.adapter.kind == "none" else "adapter"
+    before, after = weights_in(one / name), weights_in(two / name)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert [e["eval_loss"] for e in report["history"] if "eval_loss" in e] == [
+        e["eval_loss"] for e in whole["history"] if "eval_loss" in e
+    ]
+
+
+def test_the_command_line(dense, tmp_path):
+    """The real command: killed hard, started again, done; then at once; bad input in one sentence."""
+    settings = settings_for(tmp_path, dense, training={"epochs": 12}, convert={"rank": 16}, speech={"samples": 0})
+    file, folder = tmp_path / "settings.json", Path(settings.output)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command(file), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for _ in range(1200):
+        if last_checkpoint(folder / "checkpoints") or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "report.json").exists()
+    again = subprocess.run(command(file), env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "continuing from checkpoint-" in again.stdout
+    assert "run: finished" in again.stdout
+    bad = subprocess.run(
+        [*command(file), "--set", "training.seed=x"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert bad.returncode == 2
+    assert "training.seed must be a whole number, not 'x'" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_batch(dense, tmp_path):
+    """DDP over gloo: the same steps and, but for rounding, the same result as one process."""
+    options = {"convert": {"rank": 16}, "training": {"micro_batch": 2}, "speech": {"samples": 0}}
+    alone = train(settings_for(tmp_path / "one", dense, **options), silent)
+    data = {"train": str(tmp_path / "one" / "train.jsonl"), "validation": str(tmp_path / "one" / "validation.jsonl")}
+    settings = settings_for(tmp_path / "two", dense, **options, data=data)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "examples.dialogue.train"]
+    done = subprocess.run(
+        [*launch, "--config", str(tmp_path / "two" / "settings.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((Path(settings.output) / "report.json").read_text())
+    assert (report["processes"], report["steps"]) == (2, alone["steps"])
+    assert report["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-3)
