@@ -322,17 +322,16 @@ def _refit(
     events: Events,
 ) -> tuple[Refit, dict[str, str]]:
     """How the sequential refit of a planned conversion ended, and the files with its factors."""
-    from svdconvert.refitting import RefitFolder, refit_targets
+    from svdconvert.refitting import refit_targets
     from svdconvert.weights import torch_dtype
 
-    folder = RefitFolder(own / "refit")
     with processes.current().leader_first():  # one layer after the other: the leader's work alone
-        found = refit_targets(
+        found, folder = refit_targets(
             source,
             made.targets,
             store,
             knowledge.text,
-            folder,
+            own / "refit",
             dtypes={step.key: torch_dtype(step.outputs[0].dtype) for step in made.steps},
             work=own / "refit-states",
             device=device,

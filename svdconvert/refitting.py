@@ -14,7 +14,9 @@ the hidden state it is that plus what the hidden state lacks at this point, so t
 put back, as far as this layer can.
 
 Every eighth sequence is held out. On those the damping is chosen, layer by layer, with the truncation's own B' among
-the candidates; and at the end their loss decides between the refitted factors and the truncation's own.
+the candidates; and at the end their loss decides between the refitted factors and the truncation's own. Far from the
+dense model, what the hidden state lacks may be too much to put back; where the refit is not taken, it is made once more
+with each layer's own output as its target.
 
 Beside the dense model's hidden states, those of the model compressed so far are kept, and those of the unrefitted model
 for the held-out sequences. One block is in memory at a time, with its targets twice, and per layer sums of size
@@ -57,6 +59,9 @@ HELD_OUT = 8
 # Weights of the pull towards the truncation's own factor; infinity keeps that factor.
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
+# What is tried, one after the other, until it helps: whether targets make good what the layers before have lost.
+ATTEMPTS = {"compensated": True, "plain": False}
+
 
 @dataclass(frozen=True)
 class Refit:
@@ -67,12 +72,14 @@ class Refit:
         truncated: that of the truncation.
         refitted: that of the refitted model.
         tokens: tokens that the regressions saw.
+        compensated: whether targets made good what the layers before had lost.
     """
 
     dense: float
     truncated: float
     refitted: float
     tokens: int
+    compensated: bool
 
     @property
     def accepted(self) -> bool:
@@ -168,14 +175,14 @@ def refit_targets(
     targets: Sequence[Target],
     store: Decompositions,
     tokens: CalibrationTokens,
-    folder: RefitFolder,
+    folder: Path,
     *,
     dtypes: Mapping[str, torch.dtype],
     work: Path,
     device: str,
     batch_size: int,
     events: Events,
-) -> Refit:
+) -> tuple[Refit, RefitFolder]:
     """Refit all factored targets, or what is left of it.
 
     Args:
@@ -190,19 +197,26 @@ def refit_targets(
         batch_size: sequences at a time.
         events: receiver of progress.
 
+    Returns:
+        How it ended, and the factors.
+
     Raises:
         InputError: there are too few sequences, or something is NaN or infinite.
         JobError: reading or writing failed; the same call goes on.
     """
-    if folder.outcome is not None:
-        return folder.outcome
     if len(tokens.ids) < 2:
         raise InputError("a refit needs 2 calibration sequences at least, one of them held out; raise --calib-samples")
-    run = _Run(source, targets, store, tokens, folder, dtypes, work, device, batch_size, events)
-    outcome = run.run()
-    folder.finish(outcome)
-    shutil.rmtree(work, ignore_errors=True)
-    return outcome
+    for name, compensate in ATTEMPTS.items():
+        place = RefitFolder(folder / name)
+        found = place.outcome
+        if found is None:
+            run = _Run(source, targets, store, tokens, place, dtypes, work, device, batch_size, events, compensate)
+            found = run.run()
+            place.finish(found)
+            shutil.rmtree(work, ignore_errors=True)
+        if found.accepted or not compensate:
+            return found, place
+    raise AssertionError("the last attempt returns")
 
 
 class _Run:
@@ -218,10 +232,12 @@ class _Run:
         device: str,
         batch_size: int,
         events: Events,
+        compensate: bool,
     ) -> None:
+        self.compensate = compensate
         self.store, self.folder, self.dtypes, self.events = store, folder, dtypes, events
         self.blocks = ModelBlocks(source, device=device)
-        self.writers = self.blocks.writers
+        self.writers = self.blocks.writers if compensate else ()
         self.targets: dict[int, list[Target]] = {}
         for target in targets:
             if target.rank is not None:
@@ -235,6 +251,7 @@ class _Run:
             "model": source.identity(),
             "tokens": tokens.digest,
             "ranks": ranks,
+            "compensate": compensate,
             "dtypes": sorted(map(str, set(dtypes.values()))),
         }
 
@@ -274,7 +291,7 @@ class _Run:
         with self.blocks.head() as head:
             losses = [stream.loss(head) for stream in (self.dense["held"], self.truncated, self.refitted["held"])]
         dense, truncated, refitted = (loss.nll / loss.tokens for loss in losses)
-        return Refit(dense, truncated, refitted, self.tokens)
+        return Refit(dense, truncated, refitted, self.tokens, self.compensate)
 
     def block(self, block: nn.Module, index: int) -> None:
         """Refit a block's layers, and take all hidden states through it."""

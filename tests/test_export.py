@@ -36,7 +36,14 @@ def layout(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Tracing takes seconds; the families that are rendered from one source differ little in it.
+QUICK = ("gpt_neox", "llama")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES],
+)
 def dense(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_family(tmp_path_factory.mktemp(request.param) / "dense", request.param)
 
@@ -59,8 +66,9 @@ class Logits(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(factored: Path) -> Logits:
+    """One for each test: tracing leaves its own tensors in a model with longrope (Phi-3)."""
     return Logits(factored)
 
 

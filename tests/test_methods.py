@@ -217,6 +217,7 @@ def test_statistics_collected_beforehand(dense: Path, calibration: Calibration, 
     assert 1 < perplexity < 1e6
     assert {path.name for path in (tmp_path / "stats").iterdir()} == {
         "stats.json",
+        "tokens.safetensors",
         *(f"block-{i:05d}.safetensors" for i in range(3)),
     }
     for method in ("kfac", "whiten", "asvd"):
@@ -267,7 +268,7 @@ def test_refusals(arguments: dict[str, object], words: str, dense: Path, tmp_pat
 
 def test_text_for_a_method_that_needs_none(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="means nothing to --method svd"):
-        convert(dense, tmp_path / "out", keep=0.5, calibration=calibration)
+        convert(dense, tmp_path / "out", keep=0.5, method="svd", calibration=calibration)
 
 
 def test_missing_text(dense: Path, tmp_path: Path) -> None:

@@ -133,6 +133,19 @@ def test_a_refit_that_does_not_help_is_not_taken(
     assert plain.outcome.record["measured_loss"] == report.outcome.record["measured_loss"]
 
 
+def test_a_second_refit_leaves_the_compensation_out(
+    dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Refit, "accepted", property(lambda self: not self.compensated))
+    report = convert(dense, tmp_path / "out", keep=0.5, calibration=calibration, refit="sequential", device="cpu")
+    assert report.outcome.record["refit"]["compensated"] is False
+    ids = calibration.tokens(LocalSource(dense)).ids
+    held = torch.zeros(len(ids), dtype=torch.bool)
+    held[HELD_OUT - 1 :: HELD_OUT] = True
+    mine = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
+    assert report.outcome.record["refit"]["refitted"] == pytest.approx(nll(mine, ids[held]), abs=1e-4)
+
+
 def test_refit_goes_on_where_it_was_broken_off(
     dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def benchmark(model: str, hidden: int, sides: str, repeats: int) -> dict[str, An
     from svdconvert.solver import Workspace, factorize
 
     torch.set_num_threads(1)
+    factorize(torch.eye(8), 2, torch.float32)  # what is imported at the first call
     geometry, workspace, rows = resized(MODELS[model], hidden=hidden), Workspace(), []
     for number, (layer, shape) in enumerate(geometry.linears.items()):
         weight, rank = Weights("llm").matrix(shape, layer), geometry.hidden // 4
