@@ -51,7 +51,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], keys: Sequence[str], p
     figure = Figure(figsize=(8 if len(runs) == 1 else 10, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     palette = colormaps["tab10" if len(runs) == 1 else "tab20"]
-    axes.set_prop_cycle(color=[palette(place) for place in range(palette.N)])
+    axes.set_prop_cycle(color=[palette(i) for i in range(palette.N)])
     for name, entries in runs.items():
         for key in keys:
             points = [(entry["step"], entry[key]) for entry in entries if key in entry]
