@@ -12,7 +12,6 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
-from svdconvert.layouts import Layout
 from svdconvert.pivoting import full_up, pivot, product, rounded_coefficients
 from svdconvert.sharing import SharedFactors, plain_shared, relative_error, truncate_shared
 from svdconvert.solver import Decomposition, Factors, Metric, Workspace, apply_metric, factorize, truncate
@@ -176,13 +175,6 @@ def _report(step: Step, weight: Tensor, error: float, optimal_error: float, prec
         "energy_kept": 1 - error**2,
         "precision": precision,
     }
-
-
-def stored_tensors(up: Tensor, down: Tensor, layout: Layout, dtype: torch.dtype) -> list[Tensor]:
-    """A product [m, r] @ [r, n] as the tensors of a layout, in a storage type."""
-    if layout.name == "pivoted":
-        return list(pivot(up, down, dtype))
-    return [down.to(dtype), up.to(dtype)]
 
 
 def stored_product(tensors: Sequence[Tensor]) -> Tensor:

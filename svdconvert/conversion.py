@@ -271,7 +271,7 @@ def convert(
                 events.planned(made, free_bytes(folder))
             if refit != "none" and made.ranks:
                 assert knowledge is not None
-                found, refitted = _refit(source, made, store, knowledge, folder / JOB_FOLDER, used_device, events)
+                found, refitted = _refit(source, made, knowledge, folder / JOB_FOLDER, used_device, events)
                 told["refit"] = asdict(found)
                 if found.accepted:
                     made = make_plan(source, request, refitted=refitted, **chosen)
@@ -315,7 +315,6 @@ def convert(
 def _refit(
     source: Source,
     made: Plan,
-    store: Decompositions,
     knowledge: Knowledge,
     own: Path,
     device: str,
@@ -323,16 +322,14 @@ def _refit(
 ) -> tuple[Refit, dict[str, str]]:
     """How the sequential refit of a planned conversion ended, and the files with its factors."""
     from svdconvert.refitting import refit_targets
-    from svdconvert.weights import torch_dtype
 
     with processes.current().leader_first():  # one layer after the other: the leader's work alone
         found, folder = refit_targets(
             source,
             made.targets,
-            store,
+            made.steps,
             knowledge.text,
             own / "refit",
-            dtypes={step.key: torch_dtype(step.outputs[0].dtype) for step in made.steps},
             work=own / "refit-states",
             device=device,
             batch_size=knowledge.batch_size,

@@ -41,16 +41,18 @@ from torch import Tensor, nn
 
 from svdconvert.activations import check_room
 from svdconvert.blocks import ModelBlocks, matrix, replaced
-from svdconvert.compute import stored_product, stored_tensors
+from svdconvert.compute import OPERATIONS, stored_product
 from svdconvert.corpus import CalibrationTokens
-from svdconvert.decomposing import Decompositions, load_decomposition
 from svdconvert.errors import InputError
 from svdconvert.events import Events
+from svdconvert.pivoting import full_up, pivot
 from svdconvert.planning import layer_number, suffix
 from svdconvert.ranks import Target
 from svdconvert.replaying import Stream, Weights
-from svdconvert.solver import Workspace, truncate
+from svdconvert.rounding import round_with_feedback
+from svdconvert.solver import Workspace
 from svdconvert.source import Source, read_json
+from svdconvert.steps import Step
 from svdconvert.writer import atomic_write, disk_errors
 
 # One sequence of so many is held out.
@@ -118,8 +120,8 @@ class _Layer:
     """A layer of the block in work."""
 
     target: Target
-    up: Tensor  # the truncation's own, float64
-    down: Tensor  # as the regression uses it, float64
+    up: Tensor  # the truncation's own as it is stored, of all outputs, float64
+    down: Tensor  # likewise
     dtype: torch.dtype  # of what is stored
     tensors: list[Tensor]  # as stored
     report: dict[str, Any] = field(default_factory=dict)
@@ -173,11 +175,10 @@ def load_refitted(path: Path) -> tuple[list[Tensor], dict[str, Any]]:
 def refit_targets(
     source: Source,
     targets: Sequence[Target],
-    store: Decompositions,
+    steps: Sequence[Step],
     tokens: CalibrationTokens,
     folder: Path,
     *,
-    dtypes: Mapping[str, torch.dtype],
     work: Path,
     device: str,
     batch_size: int,
@@ -188,10 +189,9 @@ def refit_targets(
     Args:
         source: the dense model.
         targets: all targets, with their ranks.
-        store: their decompositions.
+        steps: what a conversion without a refit does.
         tokens: the calibration text.
         folder: where the factors go.
-        dtypes: weight name -> storage type of its factors.
         work: folder for hidden states.
         device: where blocks are run.
         batch_size: sequences at a time.
@@ -210,7 +210,7 @@ def refit_targets(
         place = RefitFolder(folder / name)
         found = place.outcome
         if found is None:
-            run = _Run(source, targets, store, tokens, place, dtypes, work, device, batch_size, events, compensate)
+            run = _Run(source, targets, steps, tokens, place, work, device, batch_size, events, compensate)
             found = run.run()
             place.finish(found)
             shutil.rmtree(work, ignore_errors=True)
@@ -224,10 +224,9 @@ class _Run:
         self,
         source: Source,
         targets: Sequence[Target],
-        store: Decompositions,
+        steps: Sequence[Step],
         tokens: CalibrationTokens,
         folder: RefitFolder,
-        dtypes: Mapping[str, torch.dtype],
         work: Path,
         device: str,
         batch_size: int,
@@ -235,7 +234,7 @@ class _Run:
         compensate: bool,
     ) -> None:
         self.compensate = compensate
-        self.store, self.folder, self.dtypes, self.events = store, folder, dtypes, events
+        self.steps, self.folder, self.events = {step.key: step for step in steps}, folder, events
         self.blocks = ModelBlocks(source, device=device)
         self.writers = self.blocks.writers if compensate else ()
         self.targets: dict[int, list[Target]] = {}
@@ -252,7 +251,7 @@ class _Run:
             "tokens": tokens.digest,
             "ranks": ranks,
             "compensate": compensate,
-            "dtypes": sorted(map(str, set(dtypes.values()))),
+            "steps": [[step.key, step.kind, [info.dtype for info in step.outputs]] for step in steps],
         }
 
         def stream(name: str, folder_name: str, which: Tensor) -> Stream:
@@ -311,16 +310,14 @@ class _Run:
                 self.refitted[part].step(block, index)
 
     def truncation(self, block: nn.Module, target: Target) -> _Layer:
-        """The factors that the decomposition gives."""
-        assert target.rank is not None
-        weight = matrix(block, suffix(target.module))
-        found, inner, outer = load_decomposition(self.store.path(target), weight.device)
-        left, right = (outer, inner) if target.shape[0] >= target.shape[1] else (inner, outer)
-        factors = truncate(weight, found, target.rank, torch.float64, self.workspace, left, right)
-        # The regression sees the inner factor as it is stored; pivoting makes another one of the same product.
-        dtype = self.dtypes[target.weight]
-        down = factors.down if target.layout.name == "pivoted" else factors.down.to(dtype).double()
-        return _Layer(target, factors.up, down, dtype, stored_tensors(factors.up, down, target.layout, dtype))
+        """The factors that would be written without a refit, to the bit: they are what it has to beat."""
+        weight, step = matrix(block, suffix(target.module)), self.steps[target.weight]
+        stored = weight.T if target.transposed else weight
+        tensors, _ = OPERATIONS[step.kind]([stored], step, self.workspace)
+        down, up, *position = tensors
+        if position:
+            up = full_up(up, position[0])
+        return _Layer(target, up.double(), down.double(), down.dtype, tensors)
 
     def order(self, block: nn.Module, index: int) -> list[str]:
         """Paths of the block's targets in the order in which they are called."""
@@ -348,7 +345,7 @@ class _Run:
             if error < best:
                 best, damping, up = error, candidate, found
         if damping is not None:
-            layer.tensors = stored_tensors(up, layer.down, layer.target.layout, layer.dtype)
+            layer.tensors = _stored(layer, up, train.gram)
         layer.report = {"damping": damping, "held_out_error": [before**0.5, best**0.5]}
 
     def sums(self, block: nn.Module, index: int, layer: _Layer, done: Weights, part: str) -> _Sums:
@@ -395,6 +392,14 @@ class _Run:
             except _Left:
                 return seen
         raise AssertionError(f"the block does not call {path}")
+
+
+def _stored(layer: _Layer, up: Tensor, gram: Tensor) -> list[Tensor]:
+    """A new outer factor with the inner one it was found for, rounded; gram: second moments of what goes into it."""
+    if layer.target.layout.name == "pivoted":
+        return list(pivot(up, layer.down, layer.dtype))
+    narrow = layer.dtype.itemsize < 4
+    return [layer.tensors[0], round_with_feedback(up, gram, layer.dtype) if narrow else up.to(layer.dtype)]
 
 
 @dataclass

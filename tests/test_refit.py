@@ -146,6 +146,21 @@ def test_a_second_refit_leaves_the_compensation_out(
     assert report.outcome.record["refit"]["refitted"] == pytest.approx(nll(mine, ids[held]), abs=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["keep", "float32"])  # kept, it is float16
+@pytest.mark.parametrize("layout", ["balanced", "pivoted"])
+def test_a_refit_has_to_beat_what_would_be_written_without(
+    layout: str, dtype: str, dense: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    settings = {"keep": 0.5, "calibration": calibration, "layout": layout, "dtype": dtype, "device": "cpu"}
+    convert(dense, tmp_path / "plain", **settings)
+    report = convert(dense, tmp_path / "out", refit="sequential", **settings)
+    ids = calibration.tokens(LocalSource(dense)).ids[HELD_OUT - 1 :: HELD_OUT]
+    told = report.outcome.record["refit"]
+    for folder, loss in (("plain", told["truncated"]), ("out", min(told["refitted"], told["truncated"]))):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, trust_remote_code=True, dtype=torch.float32)
+        assert loss == pytest.approx(nll(model, ids), abs=2e-5)
+
+
 def test_refit_goes_on_where_it_was_broken_off(
     dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
