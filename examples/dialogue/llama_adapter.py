@@ -235,20 +235,14 @@ class LlamaAdapterModel(nn.Module):
         found = self.base_model.load_state_dict(state_dict, strict=False, assign=assign)
         return type(found)([], found.unexpected_keys)
 
-    def save_adapter(self, folder: str | Path, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Write prompts and gates (safetensors) and what they are (JSON).
-
-        Args:
-            folder: where to write.
-            tensors: the state dict, where this process holds but a shard of it.
-        """
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write prompts and gates (safetensors) and what they are (JSON)."""
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        whole = self.state_dict() if tensors is None else tensors
-        own = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
-        save_file(own, folder / WEIGHTS, {"format": "pt"})
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(asdict(self.adapter_config), indent=2) + "\n", encoding="utf-8")
 
 

@@ -299,7 +299,7 @@ def _processes(settings: Settings) -> Any:
     """This process among those of the run; it initialises them if there are several.
 
     Raises:
-        InputError: the model is to be sharded among CPU processes.
+        InputError: the model is to be sharded and cannot be.
     """
     from datetime import timedelta
 
@@ -312,6 +312,8 @@ def _processes(settings: Settings) -> Any:
     state = PartialState(cpu=not torch.cuda.is_available(), **options)
     if _sharded() and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise InputError("accelerate has no FSDP for CPU processes and would hold a whole model in each; take ddp.yaml")
+    if _sharded() and settings.adapter.kind == "llama-adapter":
+        raise InputError("a LLaMA-Adapter cannot be trained on a sharded model; take ddp.yaml")
     return state
 
 
@@ -445,12 +447,12 @@ def _save(trainer: Any, settings: Settings, folder: Path, first: bool) -> None:
         shutil.rmtree(final, ignore_errors=True)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        # FSDP gives the model a class of torch's, whose files would be saved too; the modeling file comes with the config
-        trainer.model._auto_class = None
+        kind = type(trainer.model)
+        if kind.__module__.startswith("torch."):  # FSDP2's own; its files would be saved as the model's code
+            kind._auto_class = None
     if settings.adapter.kind == "llama-adapter":
-        tensors = trainer.accelerator.get_state_dict(trainer.model)
         if first:
-            trainer.accelerator.unwrap_model(trainer.model).save_adapter(partial, tensors)
+            trainer.accelerator.unwrap_model(trainer.model).save_adapter(partial)
     else:
         trainer.save_model(str(partial))
     if first:

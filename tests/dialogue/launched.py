@@ -1,7 +1,7 @@
 """The training command as `accelerate launch -m launched` starts it, on CPU processes and killed where DIE_AT says.
 
-torch shards over gloo as it does over NCCL, but accelerate leaves CPU processes out of FSDP. Where its configuration asks
-for FSDP, it is told here that they are GPUs whose device is the CPU; all else is the real path.
+torch shards over gloo as it does over NCCL, but accelerate leaves CPU processes out of FSDP. Where its configuration
+asks for FSDP, it is told here that they are GPUs whose device is the CPU; all else is the real path.
 """
 
 from __future__ import annotations

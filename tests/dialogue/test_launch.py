@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from runs import settings_for, silent
 from safetensors.torch import load_file
@@ -44,7 +45,7 @@ def launch(way: str, settings_file: Path, die_at: int = 0) -> subprocess.Complet
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "kind"),
-    [("ddp", "S-L"), ("ddp", "distillation"), ("fsdp", "dense"), ("fsdp", "S"), ("fsdp", "S-L"), ("fsdp", "S-A")],
+    [("ddp", "S-L"), ("ddp", "S-A"), ("ddp", "distillation"), ("fsdp", "dense"), ("fsdp", "S"), ("fsdp", "S-L")],
 )
 def test_two_processes_end_where_one_does(way, kind, dense, tmp_path):
     """Killed on the way and launched again, the same losses but for rounding, and a result that loads as any other."""
@@ -71,10 +72,16 @@ def test_two_processes_end_where_one_does(way, kind, dense, tmp_path):
         before, after = load_file(file), load_file(two / file.name)
         assert before.keys() == after.keys()
         assert all((before[key] - after[key]).abs().max() < 1e-3 for key in before)
-    import torch
-
     models.load_trained(settings, torch.device("cpu"))
 
 
 def losses(report) -> list[float]:
     return [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
+
+
+@pytest.mark.slow
+def test_a_llama_adapter_is_not_sharded(dense, tmp_path):
+    settings_for(tmp_path, dense, **KINDS["S-A"])
+    refused = launch("fsdp", tmp_path / "settings.json")
+    assert refused.returncode == 1
+    assert "Error: a LLaMA-Adapter cannot be trained on a sharded model; take ddp.yaml" in refused.stderr
