@@ -16,13 +16,14 @@ from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, default_method, find_knowledge
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job, usual_workers
+from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
 from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.metrics import Method, method_named, method_options
 from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest, Target
 from svdconvert.source import Source, open_source
 from svdconvert.steps import parse_size
+from svdconvert.threads import usual_workers
 from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
 
 if TYPE_CHECKING:
@@ -263,7 +264,9 @@ def convert(
             from svdconvert.decomposing import kept_decompositions
 
             kept = place or folder / JOB_FOLDER / "work"
-            store = kept_decompositions(source, made.targets, row, options, knowledge, kept, used_device, events)
+            store = kept_decompositions(
+                source, made.targets, row, options, knowledge, kept, used_device, events, workers
+            )
             ranked = spend(made, request, store) if spread == "global" else made.targets
             files = {target.module: store.options(target) for target in ranked}
             chosen: dict[str, Any] = {"method": row.name, "ranked": ranked, "decompositions": files, **planned}
