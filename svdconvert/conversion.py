@@ -16,7 +16,7 @@ from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, default_method, find_knowledge
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
+from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job, usual_workers
 from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.metrics import Method, method_named, method_options
 from svdconvert.planning import Plan, make_plan
@@ -168,7 +168,7 @@ def convert(
     work: str | os.PathLike[str] | None = None,
     keep_work: bool = False,
     overwrite: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     check: bool = True,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -201,7 +201,8 @@ def convert(
             text starts from them; by default they live in the job's own folder and go with it.
         keep_work: short for a ``work`` folder beside ``out``, of the same name with ``-work`` added.
         overwrite: replace what the folder holds.
-        workers: matrices solved at the same time; memory grows with it.
+        workers: matrices solved at the same time; memory grows with it. None: one a core on the
+            CPU, as far as memory goes; one on a GPU.
         check: load the result afterwards and look at its logits.
         push_to_hub: repository to upload the result to.
         private: make that repository private if it has to be created.
@@ -287,7 +288,7 @@ def convert(
         prepare,
         folder,
         device=used_device,
-        workers=workers,
+        workers=workers or usual_workers(used_device, made.peak_bytes),
         overwrite=overwrite,
         check=check,
         events=events,
