@@ -37,6 +37,21 @@ def logits(model):
         return model.eval()(input_ids=IDS).logits.float()
 
 
+def perplexity_of(model, settings) -> float:
+    """On the rows that the run listened to."""
+    from examples.dialogue.encoding import dialogue_data
+    from examples.dialogue.speech import answer_perplexity
+    from svdconvert.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(models.source_folder(settings))
+    rows = dialogue_data(settings.data.validation, tokenizer, settings.data, 0, 1).rows
+    return answer_perplexity(model, rows[:2], CPU)
+
+
+def evaluations(report) -> list[float]:
+    return [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
+
+
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
@@ -127,7 +142,7 @@ def test_every_kind_trains_and_loads(kind, finished):
     settings, report = finished(kind)
     folder = Path(settings.output)
     assert (report["steps"], report["warmup"], report["evaluation_every"]) == (8, 1, 2)
-    losses = [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
+    losses = evaluations(report)
     assert len(losses) >= 4
     assert losses[-1] < losses[0]
     assert report["memory"]["trainable"] > 0
@@ -139,17 +154,42 @@ def test_every_kind_trains_and_loads(kind, finished):
     assert (folder / "model").is_dir() == full
     assert (folder / "adapter").is_dir() != full
 
-    model, tokenizer = models.load_trained(settings, CPU)
+    model, _ = models.load_trained(settings, CPU)
     # the loaded result has the loss that the Trainer measured last
-    from examples.dialogue.encoding import dialogue_data
-    from examples.dialogue.speech import answer_perplexity
-
-    rows = dialogue_data(settings.data.validation, tokenizer, settings.data, 0, 1).rows
-    assert report["speech"][-1]["perplexity"] == pytest.approx(answer_perplexity(model, rows[:2], CPU), rel=2e-2)
+    assert report["speech"][-1]["perplexity"] == pytest.approx(perplexity_of(model, settings), rel=2e-2)
     if not full:
         base = models.load_causal(Path(report["start"]), CPU, settings.model.weights, settings.quantization)
         assert (logits(model) - logits(base)).abs().max() > 1e-3
     assert train(settings, silent) == json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def llama(dense, tmp_path_factory):
+    """A tiny random LLaMA with the tokenizer of ``dense``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from svdconvert.loading import load_tokenizer
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=2)
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(dense).save_pretrained(folder)
+    return folder
+
+
+def test_adaption_prompt_of_peft_on_llama(llama, tmp_path):
+    adapter = {"kind": "adaption-prompt", "length": 4, "layers": 2}
+    settings = settings_for(tmp_path, llama, adapter=adapter, training={"learning_rate": 0.1})
+    report = train(settings, silent)
+    assert report["memory"]["trainable"] == 2 * (4 * 64 + 1)
+    assert evaluations(report)[-1] < evaluations(report)[0]
+    model, _ = models.load_trained(settings, CPU)
+    assert report["speech"][-1]["perplexity"] == pytest.approx(perplexity_of(model, settings), rel=1e-4)
+    factored = settings_for(tmp_path / "factored", llama, adapter=adapter, convert={"rank": 16})
+    with pytest.raises(InputError, match="adaption-prompt cannot go on this model: .*llama_svd"):
+        train(factored, silent)
 
 
 def test_factors_stay_while_lora_trains_and_fold_gives_the_same_logits(dense, tmp_path):
@@ -332,10 +372,6 @@ def test_killed_and_continued(kind, finished, kill, dense, tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert evaluations(report) == evaluations(expected)
-
-
-def evaluations(report) -> list[float]:
-    return [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
 
 
 def test_another_seed_is_another_run(dense, finished, tmp_path):
