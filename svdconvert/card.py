@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from svdconvert.architectures import Architecture
-from svdconvert.metrics import METHODS
+from svdconvert.metrics import METHODS, calibrated
 from svdconvert.planning import Plan, suffix
 from svdconvert.source import Source
 
@@ -25,7 +25,12 @@ _LOSSES = (
 
 
 def factored_card(
-    source: Source, plan: Plan, row: Architecture, command: str, matrices: Mapping[str, Mapping[str, Any]]
+    source: Source,
+    plan: Plan,
+    row: Architecture,
+    command: str,
+    settings: Mapping[str, Any],
+    matrices: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """Card of a factored model.
 
@@ -34,14 +39,17 @@ def factored_card(
         plan: the conversion.
         row: its architecture.
         command: the command line that repeats it.
+        settings: what svdconvert.json tells of them.
         matrices: what svdconvert.json tells about every factored matrix, by module path.
     """
+    method = METHODS[plan.method]
+    looked = f" Calibrated on {calibrated(method, settings)}." if "tokens" in settings else ""
     lines = [
         f"# {source.name.split('/')[-1]}, factored",
         "",
         f"[{source.name}]{_link(source)} with its linear layers replaced by products of low rank, made by svdconvert.",
         "",
-        f"Method `{plan.method}`: {METHODS[plan.method].summary}. Layout `{plan.settings['layout']}`.",
+        f"Method `{plan.method}`: {method.summary}.{looked} Layout `{plan.settings['layout']}`.",
         "",
         *(_SHARED if plan.shared else ()),
         "| | parameters | bytes |",

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 REFITS = ("none", "sequential")
 
+# Of svdconvert.json, what a model has lost on its text.
+LOSSES = ("predicted_loss", "dense_loss", "measured_loss", "refit")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -86,6 +89,8 @@ class Report:
             "peak_device_bytes": outcome.peak_device_bytes,
             "resumed": outcome.resumed,
             "already_done": outcome.already_done,
+            "settings": dict(outcome.record["settings"]),
+            "losses": {name: outcome.record[name] for name in LOSSES if name in outcome.record},
             "checks": list(outcome.checks),
             "url": self.url,
         }
@@ -253,6 +258,11 @@ def convert(
     needs_decomposition = bool(row.statistics) or spread == "global" or refit != "none" or place is not None
     if spread == "uniform":
         events.planned(made, free_bytes(folder))
+    elif row.allocation != "global":
+        events.note(
+            f"a global budget compares singular values of all matrices, which those of {row.name} are not made for; "
+            "it often loses more than --allocation uniform"
+        )
 
     told: dict[str, Any] = {}
 
@@ -484,7 +494,7 @@ def _job(
         return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in matrices(reports).values())}
 
     def model_card(reports: Reports) -> str:
-        return card.factored_card(source, made, row, command, matrices(reports))
+        return card.factored_card(source, made, row, command, settings, matrices(reports))
 
     return Job(
         steps=made.steps,

@@ -161,3 +161,14 @@ def method_options(row: Method, given: Mapping[str, float | None]) -> dict[str, 
             raise InputError(f"--{name} {value:g} must lie between 0 and 1")
         chosen[name] = value
     return chosen
+
+
+def calibrated(row: Method, settings: Mapping[str, Any]) -> str:
+    """What a method has looked at, and its options, in words: ``65,536 tokens, shrinkage 0.1``.
+
+    Args:
+        row: the method.
+        settings: of a conversion by a text.
+    """
+    options = [f"{name} {settings[name]:g}" for name in row.options]
+    return ", ".join([f"{settings['tokens']:,} tokens", *options])

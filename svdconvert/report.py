@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from svdconvert.events import Events
+from svdconvert.metrics import METHODS, calibrated
 from svdconvert.steps import Step
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def show_result(console: Console, report: Report) -> None:
         worst = max(report.matrices, key=lambda name: report.matrices[name]["relative_error"])
         mean = sum(errors) / len(errors)
         rows.append(("relative error", f"mean {mean:.4f}, worst {max(errors):.4f} ({worst}){resumed}"))
+    settings = outcome.record["settings"]
+    if "tokens" in settings:
+        rows.append(("calibration", calibrated(METHODS[plan.method], settings)))
     outputs = [float(matrix["output_error"]) for matrix in report.matrices.values() if "output_error" in matrix]
     if outputs:
         mean = sum(outputs) / len(outputs)
