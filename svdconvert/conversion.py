@@ -194,7 +194,8 @@ def convert(
         allocation: ``uniform``, every matrix as the request says, or ``global``, the same number of parameters where
             they help most; by default what the method does best with.
         alpha: exponent of asvd.
-        shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
+        shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1; by default 0.2 for kfac and
+            0 for whiten, which then is SVD-LLM.
         layout: ``balanced``, two factors, or ``pivoted``, r rows of each matrix and the coefficients of the others,
             which buys more rank for the same size.
         share_layers: groups of so many consecutive layers have one input-side factor for each kind of matrix, which is
@@ -494,7 +495,8 @@ def _job(
         return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in matrices(reports).values())}
 
     def model_card(reports: Reports) -> str:
-        return card.factored_card(source, made, row, command, settings, matrices(reports))
+        lost = {**predicted(reports), **losses()}
+        return card.factored_card(source, made, row, command, settings, matrices(reports), lost)
 
     return Job(
         steps=made.steps,

@@ -87,13 +87,18 @@ def test_whiten_is_svd_llm(dense: Path, calibration: Calibration, tmp_path: Path
         assert loss(found[f"gpt_neox.{name}.weight"]) == pytest.approx(loss(theirs), rel=1e-4), name
 
 
-def test_kfac_is_optimal_in_both_metrics(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
-    report = convert(
-        dense, tmp_path / "out", rank=16, method="kfac", calibration=calibration, dtype="float32", device="cpu"
-    )
+@pytest.mark.parametrize("shrinkage", [None, 0.0])
+def test_kfac_is_optimal_in_both_metrics(
+    shrinkage: float | None, dense: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    settings = {"method": "kfac", "calibration": calibration, "shrinkage": shrinkage, "dtype": "float32"}
+    report = convert(dense, tmp_path / "out", rank=16, device="cpu", **settings)
+    amount = METHODS["kfac"].options["shrinkage"] if shrinkage is None else shrinkage
+    assert report.outcome.record["settings"]["shrinkage"] == amount
     found, weights, total = products(tmp_path / "out"), read_weights(dense), 0.0
     for name, (inputs, outputs, _) in gradients(dense, calibration).items():
         weight = weights[f"gpt_neox.{name}.weight"].double()
+        inputs, outputs = ((1 - amount) * gram + amount * gram.diagonal().diag() for gram in (inputs, outputs))
         roots = []
         for gram in (outputs, inputs):
             values, vectors = torch.linalg.eigh(gram)
@@ -348,6 +353,6 @@ def test_aliases() -> None:
 
 def test_shrinkage() -> None:
     gram = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
-    assert torch.equal(shrink(gram, 10, 0), gram)
-    assert torch.equal(shrink(gram, 10, 1), gram.diagonal().diag())
-    assert torch.allclose(shrink(gram, 10, 0.5), torch.tensor([[2.0, 0.5], [0.5, 4.0]]))
+    assert torch.equal(shrink(gram, 0), gram)
+    assert torch.equal(shrink(gram, 1), gram.diagonal().diag())
+    assert torch.allclose(shrink(gram, 0.5), torch.tensor([[2.0, 0.5], [0.5, 4.0]]))

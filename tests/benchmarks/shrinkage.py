@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=BUNDLED / "model")
     parser.add_argument("--calib", default=str(BUNDLED / "calibration.txt"))
     parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser.add_argument("--characters", type=int, help="of the held-out text; default all")
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 64, 256], help="sequences to calibrate on")
     parser.add_argument("--length", type=int, default=256, help="tokens in each")
     parser.add_argument("--methods", nargs="+", default=["whiten", "kfac"], help="each with its own allocation")
@@ -50,10 +51,11 @@ def main() -> None:
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All combinations."""
 
+    held_out = folder / "text.txt"
+    held_out.write_text(options.text.read_text(encoding="utf-8")[: options.characters], encoding="utf-8")
+
     def perplexity(path: Path) -> float:
-        measured = evaluate(
-            path, options.text, window=options.window, stride=options.stride, batch_size=32, device="cpu"
-        )
+        measured = evaluate(path, held_out, window=options.window, stride=options.stride, batch_size=32, device="cpu")
         return measured.perplexity
 
     dense = perplexity(options.model)
@@ -96,6 +98,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "window": options.window,
         "stride": options.stride,
         "seed": options.seed,
+        "characters": options.characters,
         "rows": rows,
     }
 
