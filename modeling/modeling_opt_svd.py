@@ -203,8 +203,10 @@ class PivotedLinear(FactoredLinear):
         if self.position.is_meta and not x.is_meta:  # torch would return uninitialised memory
             raise RuntimeError("`position` of a pivoted layer was not loaded with its weights")
         z = self.down(x)
-        # index_select: the gradient of an indexing expression is a sort, because its indices might repeat
-        y = torch.cat([z, self.up(z)], -1).index_select(-1, self.position)
+        # index_select: the gradient of an indexing expression is a sort, because its indices might repeat. On CPUs
+        # it is several times as fast on a matrix as on a batch of them.
+        y = torch.cat([z, self.up(z)], -1).reshape(-1, self.out_features).index_select(-1, self.position)
+        y = y.view(*z.shape[:-1], self.out_features)
         # as nn.Linear and bitsandbytes do it: a bias in float32 beside layers in half precision does not widen y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
