@@ -413,6 +413,20 @@ class _Factored:
         _make_adaptable(model)
         return (model, info) if output_loading_info else model
 
+    def for_decoding(self):
+        """Store the `up` weights that lie on the CPU in float32 by columns, and return the model.
+
+        A token at a time, a CPU reads a matrix of short rows at half the speed at which it reads the same one by
+        columns, and `up` has rows of r numbers only. Shapes, names and what is saved stay the same. For inference:
+        FSDP takes no parameters of that kind, and what is moved or cast afterwards may be laid out by rows again.
+        """
+        for module in self.modules():
+            if isinstance(module, FactoredLinear) and type(module.up) is nn.Linear:
+                weight = module.up.weight
+                if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                    weight.data = weight.data.t().contiguous().t()
+        return self
+
     def add_adapter(self, *args, **kwargs):
         _make_adaptable(self)
         return super().add_adapter(*args, **kwargs)

@@ -5,11 +5,12 @@
 
 Random weights, since time does not depend on values. The vocabulary is cut with the layers, so that the head, which is
 never factored, has the share of the work that it has in the whole model. The dense model and both layouts (balanced at
-the given rank; pivoted at the rank of the same size, and at the same rank) live in one process and are measured in turn
-within each round; medians over the rounds. Prefill is one pass over the prompt; decoding is token by token after it,
-with the key-value cache. With ``--cpu-time`` seconds are those of the process, not the clock: with one thread on
-a busy machine, they alone can be trusted. A training step is forward, backward and AdamW on the whole model, in a
-process of its own, so that its peak memory is its own. Bytes are those of the parameters. Writes JSON and Markdown.
+the given rank; pivoted at the rank of the same size, and at the same rank; in float32 on the CPU both also after
+``for_decoding``) live in one process and are measured in turn within each round; medians over the rounds. Prefill is one
+pass over the prompt; decoding is token by token after it, with the key-value cache. With ``--cpu-time`` seconds are
+those of the process, not the clock: with one thread on a busy machine, they alone can be trusted. A training step is
+forward, backward and AdamW on the whole model, in a process of its own, so that its peak memory is its own. Bytes are
+those of the parameters. Writes JSON and Markdown.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .geometry import MODELS, Geometry, resized
 from .measure import machine, machine_line, markdown_table, run, save
 
 VARIANTS = ("dense", "balanced", "pivoted", "pivoted, same rank")
+FOR_DECODING = ("balanced, for decoding", "pivoted, for decoding")
 
 
 def equal_rank(shape: tuple[int, int], rank: int) -> int:
@@ -40,7 +42,7 @@ def build(geometry: Geometry, variant: str, rank: int, dtype: str) -> Any:
 
     Args:
         geometry: its sizes.
-        variant: one of :data:`VARIANTS`.
+        variant: one of :data:`VARIANTS` or :data:`FOR_DECODING`.
         rank: of the balanced layers.
         dtype: torch type of the weights.
     """
@@ -53,14 +55,15 @@ def build(geometry: Geometry, variant: str, rank: int, dtype: str) -> Any:
     if variant == "dense":
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
     else:
-        layout = variant.partition(",")[0]
+        layout, _, how = variant.partition(", ")
         ranks = {
-            f"layers.{layer}.{name}": equal_rank(shape, rank) if variant == "pivoted" else rank
+            f"layers.{layer}.{name}": equal_rank(shape, rank) if layout == "pivoted" and how != "same rank" else rank
             for layer in range(geometry.layers)
             for name, shape in geometry.linears.items()
         }
         model = PolyglotSVDForCausalLM(PolyglotSVDConfig(**fields, svd_ranks=ranks, svd_layout=layout))
-    return model.to(getattr(torch, dtype)).eval()
+    model = model.to(getattr(torch, dtype)).eval()
+    return model.for_decoding() if variant in FOR_DECODING else model
 
 
 def weight_bytes(model: Any) -> tuple[int, int]:
@@ -169,7 +172,8 @@ def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dic
     import torch
 
     torch.manual_seed(0)
-    models = {name: build(geometry, name, rank, options.dtype).to(options.device) for name in VARIANTS}
+    variants = VARIANTS + (FOR_DECODING if (options.device, options.dtype) == ("cpu", "float32") else ())
+    models = {name: build(geometry, name, rank, options.dtype).to(options.device) for name in variants}
     sizes = {name: weight_bytes(model) for name, model in models.items()}
     rows = measure_inference(
         models,
