@@ -33,6 +33,11 @@ ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
         ["--sides", "two", "--hidden", "256"],
     ),
     "memory": ("memory", [], ["--hidden", "128", "--layers", "2", "4"]),
+    "calibration-1.3b-kfac": (
+        "calibration",
+        ["--layers", "4"],
+        ["--hidden", "128", "--vocab", "1024", "--tokens", "1024", "--length", "128"],
+    ),
     "growth": (
         "growth",
         ["--repeats", "3"],
