@@ -12,7 +12,7 @@ GPT-NeoX with random weights decodes one token on top of a full cache, in three 
   the side of the query, and values are summed up as latents and multiplied by B once (DeepSeek-V2's multi-head latent
   attention, arXiv:2405.04434).
 
-CPU seconds of one thread, in turn within each round, medians over the rounds. The outputs are compared first, in float64
+CPU seconds of one thread, in turn within each round, medians over the rounds. Outputs are compared first, in float64
 and small, and the benchmark fails if they differ. Writes JSON and Markdown.
 """
 
