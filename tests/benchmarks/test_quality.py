@@ -15,7 +15,9 @@ def results(*rows: tuple[str, float, float], dense: float = 10.0) -> dict[str, A
 
 
 def test_rows_of_a_later_run_take_the_place_of_earlier_ones() -> None:
-    before = results(("svd, uniform", 0.8, 11), ("svd, uniform", 0.4, 13), ("kfac, global", 0.8, 11.5), ("gone", 0.8, 1))
+    before = results(
+        ("svd, uniform", 0.8, 11), ("svd, uniform", 0.4, 13), ("kfac, global", 0.8, 11.5), ("gone", 0.8, 1)
+    )
     after = results(("kfac, global", 0.8, 10.5), ("asvd, uniform", 0.8, 11.2), dense=10.000001)
     found = merged(before, after)
     order = [(row["name"], row["keep"], row["perplexity"]) for row in found["rows"]]
