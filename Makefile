@@ -3,7 +3,8 @@
 PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
-PYTEST := -m pytest
+# As many processes as cores; the tests of one file stay together, as they share what they convert and train.
+PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all lint format modeling bench table1 clean
 

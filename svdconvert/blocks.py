@@ -353,7 +353,10 @@ def _skeleton(source: Source) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    row = dense_architecture(source.config, source.name)
+    # as a checkpoint of ours would say it: some spellings of old are understood by no version or by one alone
     settings = {key: value for key, value in source.config.items() if key != "model_type"}
+    settings |= row.config_overrides(source.config)
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     # Without it the config's half type becomes the type that buffers are computed in.
     dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}

@@ -23,6 +23,7 @@ from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest, Target
 from svdconvert.source import Source, open_source
 from svdconvert.steps import parse_size
+from svdconvert.threads import usual_workers
 from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def convert(
     work: str | os.PathLike[str] | None = None,
     keep_work: bool = False,
     overwrite: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     check: bool = True,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -207,7 +208,8 @@ def convert(
             text starts from them; by default they live in the job's own folder and go with it.
         keep_work: short for a ``work`` folder beside ``out``, of the same name with ``-work`` added.
         overwrite: replace what the folder holds.
-        workers: matrices solved at the same time; memory grows with it.
+        workers: matrices solved at the same time; memory grows with it. None: one a core on the
+            CPU, as far as memory goes; one on a GPU.
         check: load the result afterwards and look at its logits.
         push_to_hub: repository to upload the result to.
         private: make that repository private if it has to be created.
@@ -273,7 +275,9 @@ def convert(
             from svdconvert.decomposing import kept_decompositions
 
             kept = place or folder / JOB_FOLDER / "work"
-            store = kept_decompositions(source, made.targets, row, options, knowledge, kept, used_device, events)
+            store = kept_decompositions(
+                source, made.targets, row, options, knowledge, kept, used_device, events, workers
+            )
             ranked = spend(made, request, store) if spread == "global" else made.targets
             files = {target.module: store.options(target) for target in ranked}
             chosen: dict[str, Any] = {"method": row.name, "ranked": ranked, "decompositions": files, **planned}
@@ -298,7 +302,7 @@ def convert(
         prepare,
         folder,
         device=used_device,
-        workers=workers,
+        workers=workers or usual_workers(used_device, made.peak_bytes),
         overwrite=overwrite,
         check=check,
         events=events,

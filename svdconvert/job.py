@@ -143,7 +143,9 @@ def run_job(
         )
         reports = pipeline.run()
         peak = checkpoint.peak_memory_bytes()
-        timing = group.gather(times.to_json())
+        stages = times.to_json()
+        stages["solve"]["workers"] = workers
+        timing = group.gather(stages)
         record: dict[str, Any] = {}
         checks: Sequence[str] = ()
         if group.leader:

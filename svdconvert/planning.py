@@ -138,19 +138,23 @@ class Plan:
             self.params_after * TRAINING_BYTES_PER_PARAMETER,
         )
 
-    @cached_property
-    def peak_bytes(self) -> int:
-        """Estimated peak of host memory when solving on the CPU: a matrix or group, the next one and a workspace."""
+    def peak_bytes(self, workers: int = 1) -> int:
+        """Estimated peak of host memory when solving on the CPU.
+
+        Args:
+            workers: matrices, or groups of them, in work at the same time.
+        """
         work = 0
         for target, step in ((t, s) for t in self.targets if t.rank for s in self.steps if s.key == t.weight):
             k = min(target.shape)
             raw = sum(info.nbytes for info in step.inputs)
-            # Up to three results that wait to be written, and the smaller factor with its inverse in float32.
-            factors = 3 * sum(info.nbytes for info in step.outputs) + 4 * 4 * k * (target.rank or 0)
-            # Two staging buffers, and three k x k arrays in float32: the Gram matrix and LAPACK's workspace.
-            # The matrices of a group are stacked in a copy.
-            copies = 3 if target.followers else 2
-            work = max(work, copies * raw + 3 * 4 * k * k + factors)
+            # The next matrix is read ahead, and up to two results wait to be written.
+            waiting = raw + 2 * sum(info.nbytes for info in step.outputs)
+            # Three k x k arrays in float32, the Gram matrix and LAPACK's workspace, and the smaller factor with its
+            # inverse. The matrices of a group are stacked in a copy.
+            own = (2 if target.followers else 1) * raw + sum(info.nbytes for info in step.outputs)
+            own += 3 * 4 * k * k + 4 * 4 * k * (target.rank or 0)
+            work = max(work, waiting + workers * own)
         return BASE_BYTES + work
 
     def to_json(self) -> dict[str, Any]:
@@ -167,7 +171,8 @@ class Plan:
             "svd_ranks": self.ranks,
             "svd_shared": self.shared,
             "shards": {file: sum(info.nbytes for info in infos) for file, infos in self.shards.items()},
-            "peak_memory_bytes": self.peak_bytes,
+            "peak_memory_bytes": self.peak_bytes(),
+            "peak_memory_bytes_per_worker": self.peak_bytes(2) - self.peak_bytes(1),
             "training_bytes": {"before": before, "after": after},
             "notes": list(self.notes),
             "settings": dict(self.settings),

@@ -67,6 +67,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
         )
     console.print(table)
     trained = plan.training_bytes
+    peak, worker = plan.peak_bytes(), plan.peak_bytes(2) - plan.peak_bytes()
     rows = [
         (
             "parameters",
@@ -74,7 +75,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
         ),
         ("weight files", f"{size(plan.bytes_before)} -> {size(plan.bytes_after)} in {len(plan.shards)}"),
         ("full fine-tuning, AdamW", f"{size(trained[0])} -> {size(trained[1])} (16 bytes a parameter, no activations)"),
-        ("peak memory of the conversion", f"about {size(plan.peak_bytes)}"),
+        ("peak memory of the conversion", f"about {size(peak)}, {size(worker)} more for every further worker"),
     ]
     if free is not None:
         rows.append(("disk", f"{size(plan.bytes_after)} needed, {size(free)} free"))
@@ -155,9 +156,11 @@ def _times(outcome: Outcome) -> list[tuple[str, str]]:
         return rows
     for number, stages in enumerate(processes := outcome.record["timing"]):
         told = [
-            f"{stage} {spent['wall_seconds']:.1f} s (CPU {spent['cpu_seconds']:.1f} s)"
+            f"{stage} {spent['wall_seconds']:.1f} s"
+            + (f" in {spent['workers']} workers" if spent.get("workers", 1) > 1 else "")
+            + f" (CPU {spent['cpu_seconds']:.1f} s)"
             for stage, spent in stages.items()
-            if max(spent.values()) >= 0.05
+            if max(spent["wall_seconds"], spent["cpu_seconds"]) >= 0.05
         ]
         if told:
             rows.append(("stages" if len(processes) == 1 else f"stages of process {number}", ", ".join(told)))

@@ -191,7 +191,7 @@ def sweep(
     keep_models: bool = False,
     plot: bool = True,
     overwrite: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     revision: str | None = None,
     device: str = "auto",
     events: Events | None = None,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# Every test process copies checkpoints' modeling files to a place of its own: several of them write the same names, and
+# none should fill the user's cache. Read when transformers is imported.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
+
 import pytest
 
 if TYPE_CHECKING:
@@ -20,6 +27,14 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_polyglot"
+MODULES = os.environ["HF_MODULES_CACHE"]
+OWNER = os.getpid()
+
+
+@atexit.register
+def _remove_modules() -> None:
+    if os.getpid() == OWNER:
+        shutil.rmtree(MODULES, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -53,11 +53,14 @@ class Experiment:
         profile: of the metrics.
         launcher: words before the training module, as ``["accelerate", "launch", "--config_file", "fsdp.yaml"]``;
             empty: this Python.
+        threads: CPU threads of each process of a row; 0 leaves them to torch. One is the fastest for a model of a few
+            million parameters, and gives the same figures on every machine of a kind.
         decoding: fields of :class:`examples.dialogue.generation.Decoding`.
         batch_size: prompts at a time.
         limit: validation samples to answer; 0: all.
         tables: name -> what stands above it.
-        remarks: paragraphs of the page, written by who ran it.
+        remarks: paragraphs of the page, written by who ran it. ``{ROW.FIGURE}`` is replaced by a row's result, see
+            :data:`examples.dialogue.page.FIGURES`.
         rows: in the order of the tables.
     """
 
@@ -66,6 +69,7 @@ class Experiment:
     page: Path
     profile: str = "ko"
     launcher: tuple[str, ...] = ()
+    threads: int = 0
     decoding: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     limit: int = 0

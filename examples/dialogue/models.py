@@ -158,12 +158,33 @@ def load_causal(
     try:
         with quiet_transformers():
             if row is None:
-                model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+                model = _reads_what_it_saves(
+                    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+                )
             else:
                 model = factored_classes(row)[1].from_pretrained(folder, **options)
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     return _quantized_for_training(model) if "device_map" in options else model.to(device)
+
+
+def _reads_what_it_saves(model: Any) -> Any:
+    """Let a dense GPT-NeoX take its own checkpoints.
+
+    transformers holds the head as ``lm_head`` from 5.14 on and saves it as ``embed_out``. Its Trainer loads checkpoints
+    without that renaming and only warns: a run that goes on, or that ends with its best checkpoint, would have the head
+    of another step.
+    """
+    if model.config.model_type != "gpt_neox" or not hasattr(model, "lm_head"):
+        return model
+
+    def rename(module: Any, tensors: dict[str, Any], prefix: str, *_: Any) -> None:
+        saved = f"{prefix}embed_out.weight"
+        if saved in tensors:
+            tensors[f"{prefix}lm_head.weight"] = tensors.pop(saved)
+
+    model.register_load_state_dict_pre_hook(rename)
+    return model
 
 
 def _bitsandbytes(quantization: QuantizationSettings) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from examples.dialogue.evaluation import TOTAL
 from examples.dialogue.experiment import Experiment, Row
+from svdconvert.errors import InputError
 from svdconvert.report import size
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -27,6 +28,16 @@ PAPER = (
     ("1.3B-P-FS", "FWSVD", "X", 1.3, 0.5, (9.27, 10.22, 7.36, 2.35)),
     ("1.3B-P-S", "O", "X", 1.3, 0.5, (10.21, 11.70, 5.50, 2.65)),
 )
+
+# What a remark can quote of a row.
+FIGURES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "F1": lambda result: f"{result['scores']['scores']['F1']:.2f}",
+    "perplexity": lambda result: f"{result['statistics']['perplexity']:.2f}",
+    "repetition": lambda result: f"{result['scores']['rates']['repetition']:.0f}",
+    "start": lambda result: f"{result['run']['speech'][0]['perplexity']:.2f}",
+    "total": lambda result: _scores(result)[-1],
+}
+_QUOTED = re.compile(r"\{([^{}.]+)\.(\w+)\}")
 
 ADAPTERS = "adapters"
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
@@ -49,6 +60,23 @@ def write_page(experiment: Experiment, results: Results, folder: Path, command: 
     public = {name: _public(result) for name, result in results.items()}
     text = json.dumps({"command": command, "rows": public}, ensure_ascii=False, indent=1)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def remark(experiment: Experiment, results: Results, text: str) -> str:
+    """A remark with the figures that it quotes; empty while a row that it quotes is not done.
+
+    Raises:
+        InputError: there is no such row or figure.
+    """
+    names = [row.name for row in experiment.rows]
+    for name, figure in _QUOTED.findall(text):
+        if name not in names or figure not in FIGURES:
+            raise InputError(
+                f"a remark quotes {{{name}.{figure}}}; rows are {', '.join(names)}, figures {', '.join(FIGURES)}"
+            )
+        if name not in results:
+            return ""
+    return _QUOTED.sub(lambda found: FIGURES[found[2]](results[found[1]]), text)
 
 
 def paper_table() -> tuple[list[str], list[list[str]]]:
@@ -185,7 +213,8 @@ def _blocks(experiment: Experiment, results: Results, folder: Path, command: str
     blocks: list[tuple[Any, ...]] = [("pre", command)]
     if missing:
         blocks.append(("p", f"Not done yet: {', '.join(missing)}."))
-    blocks += [("p", text) for text in experiment.remarks]
+    remarks = [remark(experiment, results, text) for text in experiment.remarks]
+    blocks += [("p", text) for text in remarks if text]
     done = [results[row.name] for row in rows if row.name in results]
     if done:
         blocks.append(("p", _made_with(experiment, done[0]["run"], done)))

@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +38,12 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": 
 def main(config: Path, rows: str | None, page: Path | None, page_only: bool) -> None:
     """Fill a table of training runs."""
     from examples.dialogue.experiment import read_experiment
-    from examples.dialogue.page import write_page
+    from examples.dialogue.page import remark, write_page
 
     experiment = read_experiment(config)
     wanted = _chosen(experiment, rows)
+    for text in experiment.remarks:
+        remark(experiment, {}, text)  # a mistake is told before the first row
     target = page or experiment.page
     command = f"python -m examples.dialogue.table1 --config {_shown(config)}"
     if not page_only:
@@ -67,9 +70,19 @@ def fill(experiment: Experiment, row: Row) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
         return found
     click.echo(f"-- {row.name}")
-    clock = time.perf_counter()
+    done.parent.mkdir(parents=True, exist_ok=True)
+    with _seconds(done.with_name(f"{row.name}.seconds")) as seconds:
+        result = _filled(experiment, row)
+    result["seconds"] = round(seconds(), 1)
+    partial = done.with_name(done.name + ".writing")
+    partial.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    partial.replace(done)
+    return result
+
+
+def _filled(experiment: Experiment, row: Row) -> dict[str, Any]:
     python = [sys.executable] if not experiment.launcher else list(experiment.launcher)
-    _call([*python, "-m", "examples.dialogue.train", "--config", str(row.config)], row.name)
+    _call([*python, "-m", "examples.dialogue.train", "--config", str(row.config)], row.name, experiment.threads)
     result: dict[str, Any] = {"name": row.name, "table": row.table, "bits": row.bits, "run": _run(row)}
     if row.evaluated:
         predictions = experiment.work / "predictions" / f"{row.name}.jsonl"
@@ -77,14 +90,26 @@ def fill(experiment: Experiment, row: Row) -> dict[str, Any]:
         arguments += ["--limit", str(experiment.limit)]
         arguments += ["--bits", str(row.bits)] if row.bits else []
         module = [sys.executable, "-m", "examples.dialogue.answer", "--config", str(row.config)]
-        _call([*module, "--out", str(predictions), *arguments], row.name)
+        _call([*module, "--out", str(predictions), *arguments], row.name, experiment.threads)
         result |= _scored(experiment, row, predictions)
-    result["seconds"] = round(time.perf_counter() - clock, 1)
-    done.parent.mkdir(parents=True, exist_ok=True)
-    partial = done.with_name(done.name + ".writing")
-    partial.write_text(json.dumps(result, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    partial.replace(done)
     return result
+
+
+@contextmanager
+def _seconds(kept: Path) -> Iterator[Callable[[], float]]:
+    """Time spent on a row, that of calls that broke off included; only what a killed one spent is lost."""
+    before = float(kept.read_text(encoding="ascii")) if kept.is_file() else 0.0
+    clock = time.perf_counter()
+
+    def seconds() -> float:
+        return before + time.perf_counter() - clock
+
+    try:
+        yield seconds
+    except BaseException:
+        kept.write_text(f"{seconds():.1f}", encoding="ascii")
+        raise
+    kept.unlink(missing_ok=True)
 
 
 def results(experiment: Experiment) -> dict[str, dict[str, Any]]:
@@ -108,12 +133,14 @@ def _result_file(experiment: Experiment, row: Row) -> Path:
     return experiment.work / "results" / f"{row.name}.json"
 
 
-def _call(words: Sequence[str], name: str) -> None:
+def _call(words: Sequence[str], name: str, threads: int) -> None:
     """Run a command of this example; its own message has been printed when it fails."""
     root = Path(__file__).resolve().parents[2]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**_ALLOCATOR, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if threads:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     try:
         code = subprocess.run(words, env=environment, check=False).returncode
     except OSError as error:

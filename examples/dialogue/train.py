@@ -204,6 +204,7 @@ def _run(settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
         "training_seconds": round(seconds, 2),
         "resumed_at": int(resumed.name.rpartition("-")[2]) if resumed else 0,
         "processes": state.num_processes,
+        "distributed": trainer.accelerator.distributed_type.value,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "eval_loss": next(e["eval_loss"] for e in reversed(trainer.state.log_history) if "eval_loss" in e),
         "history": trainer.state.log_history,
@@ -295,16 +296,30 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _processes(settings: Settings) -> Any:
-    """This process among those of the run; it initialises them if there are several."""
+    """This process among those of the run; it initialises them if there are several.
+
+    Raises:
+        InputError: the model is to be sharded and cannot be.
+    """
     from datetime import timedelta
 
     import torch
-    from accelerate import PartialState
+    from accelerate import DistributedType, PartialState
 
     options: dict[str, Any] = {}
     if int(os.environ.get("LOCAL_RANK", -1)) != -1:
         options["timeout"] = timedelta(hours=settings.training.timeout_hours)
-    return PartialState(cpu=not torch.cuda.is_available(), **options)
+    state = PartialState(cpu=not torch.cuda.is_available(), **options)
+    if _sharded() and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise InputError("accelerate has no FSDP for CPU processes and would hold a whole model in each; take ddp.yaml")
+    if _sharded() and settings.adapter.kind == "llama-adapter":
+        raise InputError("a LLaMA-Adapter cannot be trained on a sharded model; take ddp.yaml")
+    return state
+
+
+def _sharded() -> bool:
+    """Whether accelerate's configuration asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _trainer(
@@ -369,7 +384,7 @@ def _watcher(
                 return
             _write_curves(folder, settings, state.log_history)
             # A model in shards can only speak with all processes together.
-            if model is not None and not (args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") or args.deepspeed):
+            if model is not None and not (args.fsdp or _sharded() or args.deepspeed):
                 when = f"step {state.global_step}"
                 found = _listen(model, tokenizer, validation, settings, device, reference, say, when)
                 if found:
@@ -432,6 +447,9 @@ def _save(trainer: Any, settings: Settings, folder: Path, first: bool) -> None:
         shutil.rmtree(final, ignore_errors=True)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        kind = type(trainer.model)
+        if kind.__module__.startswith("torch."):  # FSDP2's own; its files would be saved as the model's code
+            kind._auto_class = None
     if settings.adapter.kind == "llama-adapter":
         if first:
             trainer.accelerator.unwrap_model(trainer.model).save_adapter(partial)

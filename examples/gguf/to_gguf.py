@@ -11,8 +11,7 @@ the converter's. What it would stumble over:
   among them. Such a one gets the splitting rule that ``--pre`` names: by default gpt-2's, which is that of
   polyglot-ko, of Pythia, and of any byte-level BPE that follows GPT-2's regular expression.
 * It reads the config through transformers, which from version 5 on drops ``rotary_pct``, a field that the converter
-  needs. It gets the fields of config.json back that the loaded config lacks, and ``n_ctx`` of GPT-2, which is no
-  longer written.
+  needs. It gets the fields of config.json back that the loaded config lacks.
 
 The converter needs ``sentencepiece`` for some families.
 """
@@ -39,7 +38,6 @@ def main() -> None:
         if not file.is_file():
             parser.error(f"{file} is not there")
     config = json.loads((options.model / "config.json").read_text("utf-8"))
-    config |= {"n_ctx": config["n_positions"]} if "n_positions" in config else {}
     if "svd_ranks" in config:
         parser.error(f"{options.model} is factored; run `svdconvert densify {options.model} --out DENSE` first")
     sys.path[:0] = [str(options.llama_cpp), str(options.llama_cpp / "gguf-py")]

@@ -43,7 +43,7 @@ def render(row: Architecture) -> str:
 
 def _fields(row: Architecture) -> dict[str, Any]:
     endings = ("Config", row.causal, *(("ForSequenceClassification",) if row.classifies else ()))
-    rotary = row.config_overrides({})
+    rotary = "rope_parameters" in row.config_overrides({})
     blocks = BLOCKS.get(row.model_type, "layers")
     return {
         "title": TITLES.get(row.model_type, row.stock),
@@ -62,7 +62,7 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "example": f"{blocks}.0.{row.targets[0]}",
         "second": f"{blocks}.1.{row.targets[0]}",
         "width": WIDTHS.get(row.model_type, "hidden_size"),
-        "rotary": bool(rotary),
+        "rotary": rotary,
         "partial": row.model_type == "phi3",
     }
 

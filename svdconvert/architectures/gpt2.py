@@ -36,7 +36,8 @@ ROW = Architecture(
     prefix="transformer.",
     targets=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     shapes=_shapes,
-    config_overrides=lambda config: {},
+    # A field of old that transformers has given up and llama.cpp's converter still reads.
+    config_overrides=lambda config: {"n_ctx": config.get("n_positions", 1024)},
     dropped=("*.attn.bias", "*.attn.masked_bias"),
     tied=True,
     transposed=True,

@@ -45,7 +45,13 @@ def gpt_neox(config: Config) -> dict[str, Any]:
 
 
 def phi3(config: Config) -> dict[str, Any]:
-    """The same for Phi-3, which in transformers 4 insists on three fields in rope_scaling."""
+    """The same for Phi-3, which in transformers 4 insists on three fields in rope_scaling.
+
+    Its first checkpoints call their scaling by other names, which transformers 4 understands and 5 no longer does.
+    """
+    rope = rope_parameters(config)
+    if rope["rope_type"] in ("su", "yarn"):
+        config = {**config, "rope_parameters": rope | {"rope_type": "longrope"}}
     both = both_spellings({"partial_rotary_factor": 1.0, **config})
     if "rope_scaling" in both:
         scaling = both["rope_scaling"]

@@ -201,6 +201,11 @@ _allocation_option = click.option(
     help="Spend a budget evenly, or where it helps most; the latter is for kfac, and often hurts others.  "
     "[default: global for kfac, else uniform]",
 )
+_workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="Matrices solved at a time.  [default: one a core, up to 8; one on a GPU]",
+)
 _refit_option = click.option(
     "--refit",
     type=click.Choice(["none", "sequential"]),
@@ -234,7 +239,7 @@ _method_options = _options(
 @_method_options
 @_refit_option
 @click.option("--keep-work", is_flag=True, help="Keep them beside the result: short for --work OUT-work.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
+@_workers_option
 @overwrite_option
 @click.option("--no-check", is_flag=True, help="Do not load the result afterwards.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen, from headers alone, and stop.")
@@ -254,7 +259,7 @@ def convert(
     refit: str,
     work: Path | None,
     keep_work: bool,
-    workers: int,
+    workers: int | None,
     overwrite: bool,
     no_check: bool,
     dry_run: bool,
@@ -426,7 +431,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
 @click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Matrices solved at a time.")
+@_workers_option
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
 @device_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for sweep.json, sweep.md, sweep.png.  [required]")

@@ -1,8 +1,10 @@
-"""Small training runs: samples in ASCII, which the tests' tokenizer knows, and a settings file for them."""
+"""Small training runs: samples in ASCII, which the tests' tokenizer knows, a settings file for them, and their end."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ from examples.dialogue.schema import Sample, write_jsonl
 from examples.dialogue.settings import Settings, read_settings
 
 ANSWERS = ("yes", "no", "go", "ok")
+
+
+def silent(text: str) -> None:
+    """Nobody listens."""
 
 
 def write_samples(path: Path, count: int, name: str) -> Path:
@@ -54,3 +60,28 @@ def settings_for(folder: Path, start: Path, **sections: Any) -> Settings:
     path = folder / "settings.json"
     path.write_text(json.dumps(table), encoding="utf-8")
     return read_settings(path)
+
+
+def die_at(step: int, output: Path) -> None:
+    """Let this process be killed while it writes the first checkpoint of a run from a step on.
+
+    All is written then but the state file, which the Trainer writes last: the checkpoint before is the last whole one.
+    """
+    from transformers import TrainerState
+
+    write = TrainerState.save_to_json
+
+    def save_to_json(self: TrainerState, path: str) -> None:
+        if self.global_step >= step and Path(path).is_relative_to(output):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, path)
+
+    TrainerState.save_to_json = save_to_json  # type: ignore[method-assign]
+
+
+def killed_run(settings_file: Path, step: int, output: Path) -> None:
+    """A run in this process that :func:`die_at` ends."""
+    from examples.dialogue.train import train
+
+    die_at(step, output)
+    train(read_settings(settings_file), silent)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -126,6 +127,46 @@ def test_baselines_copy_what_is_there(prepared: Path, tmp_path: Path) -> None:
         assert (settings, list(answers.values())) == ({"baseline": what}, expected)
     result = run("baseline", "grounding", "--data", TABLE2, "--out", tmp_path / "x.jsonl")
     assert (result.returncode, "table2_1 has no grounding span" in result.stderr) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def small_wordnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NLTK's data in small: a WordNet in which car and auto are one synset, and a sentence splitter."""
+    root = tmp_path_factory.mktemp("nltk_data")
+    corpus, splitter = root / "corpora" / "wordnet", root / "tokenizers" / "punkt_tab" / "english"
+    corpus.mkdir(parents=True)
+    splitter.mkdir(parents=True)
+    for part in ("adj", "adv", "noun", "verb"):
+        for name in (f"index.{part}", f"data.{part}", f"{part}.exc"):
+            (corpus / name).write_text("")
+    for name in ("cntlist.rev", "index.sense"):
+        (corpus / name).write_text("")
+    (corpus / "lexnames").write_text("00\tnoun.all\t1\n")
+    head = "  a file in the form of WordNet 3.0 (wndb(5WN))\n"
+    (corpus / "data.noun").write_text(f"{head}{len(head):08d} 00 n 02 auto 0 car 0 000 | it drives  \n")
+    index = "".join(f"{lemma} n 1 0 1 0 {len(head):08d}  \n" for lemma in ("auto", "car"))
+    (corpus / "index.noun").write_text(index)
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        (splitter / name).write_text("")
+    return root
+
+
+def test_the_english_profile_with_wordnet(small_wordnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = {"id": "a_1", "passage": "", "question": "What?", "answer": "Bring a car. Stay."}
+    write_lines(tmp_path / "data.jsonl", [sample])
+    write_lines(tmp_path / "answers.jsonl", [{"id": "a_1", "prediction": "Bring an auto. Stay."}])
+    args = ("evaluate", tmp_path / "answers.jsonl", "--data", tmp_path / "data.jsonl", "--json", "--profile")
+    monkeypatch.setenv("NLTK_DATA", str(small_wordnet))
+    # bring, auto = car, ., stay, .: five of six in two chunks. NLTK looks up stems, and these words are their own.
+    (row,) = json.loads(good(*args, "mdd"))
+    assert row["scores"]["METEOR"] == pytest.approx(100 * 5 / 6 * (1 - 0.5 * (2 / 5) ** 3))
+    assert "nltk-word|stem:porter|wn:english" in row["signatures"]["METEOR"]
+    # bring, stay, .: three of five in two chunks; "car." is one word without the splitter.
+    (row,) = json.loads(good(*args, "mdd-offline"))
+    assert row["scores"]["METEOR"] == pytest.approx(100 * 3 / 5 * (1 - 0.5 * (2 / 3) ** 3))
+    shutil.rmtree(small_wordnet / "corpora")
+    result = run(*map(str, args), "mdd")
+    assert (result.returncode, "or choose the profile mdd-offline" in result.stderr) == (2, True)
 
 
 def _save(sheet: Path, rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,10 +13,11 @@ import pytest
 from conftest import ROOT
 from runs import settings_for
 
+from examples.dialogue import table1
 from examples.dialogue.evaluation import TOTAL
 from examples.dialogue.experiment import read_experiment
 from examples.dialogue.page import PAPER, paper_table
-from svdconvert.errors import InputError
+from svdconvert.errors import InputError, JobError
 
 ROWS = """
 [[rows]]
@@ -48,7 +50,8 @@ title = "A table"
 work = "work"
 page = "page"
 profile = "mdd-offline"
-remarks = ["Nothing is learned here."]
+threads = 1
+remarks = ["Nothing is learned here.", "Row A ends at {A.perplexity}."]
 
 [decoding]
 max_new_tokens = 4
@@ -72,23 +75,35 @@ def run(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_table(dense, tmp_path):
+def in_this_process(words, name, threads):
+    """A row's command without a process of its own, which would import everything again."""
+    assert threads == 1
+    assert words[:2] == [sys.executable, "-m"]
+    importlib.import_module(words[2]).main(words[3:], standalone_mode=False)
+
+
+def test_the_table(dense, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sacrebleu")
     path = write(tmp_path, dense)
-    first = run(path, "--rows", "m,A")
+    first = run(path, "--rows", "m")
     assert first.returncode == 0, first.stderr[-2000:]
     page = (tmp_path / "page" / "README.md").read_text(encoding="utf-8")
-    assert "Not done yet: m-P-S, m-P-S-8bit." in page
+    assert "Not done yet: m-P-S, m-P-S-8bit, A." in page
+    assert "Row A" not in page
     kept = (tmp_path / "work" / "results" / "m.json").stat().st_mtime_ns
 
-    second = run(path)
-    assert second.returncode == 0, second.stderr[-2000:]
-    assert "-- m\n" not in second.stdout
+    monkeypatch.setattr(table1, "_call", in_this_process)
+    table1.main(["--config", str(path)], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "-- m\n" not in said
+    assert "-- A\n" in said
     assert (tmp_path / "work" / "results" / "m.json").stat().st_mtime_ns == kept
     folder = tmp_path / "page"
     page = (folder / "README.md").read_text(encoding="utf-8")
     assert "Not done yet" not in page
     assert "Nothing is learned here." in page
+    perplexity = json.loads((tmp_path / "work" / "results" / "A.json").read_text())["statistics"]["perplexity"]
+    assert f"Row A ends at {perplexity:.2f}." in page
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     assert list(rows) == ["m", "m-P-S", "m-P-S-8bit", "A"]
     for name, row in rows.items():
@@ -112,6 +127,30 @@ def test_the_table(dense, tmp_path):
         assert f"]({name})" in page
         assert f'src="{name}"' in html
     assert str(tmp_path) not in (folder / "results.json").read_text(encoding="utf-8")
+
+
+def test_the_time_of_a_row_is_that_of_all_its_calls(dense, tmp_path, monkeypatch):
+    experiment = read_experiment(write(tmp_path, dense))
+    clock = iter((0.0, 20.0, 100.0, 103.5))
+    monkeypatch.setattr(table1.time, "perf_counter", lambda: next(clock))
+
+    def broken(*_):
+        raise JobError("broke off")
+
+    monkeypatch.setattr(table1, "_filled", broken)
+    with pytest.raises(JobError):
+        table1.fill(experiment, experiment.rows[0])
+    monkeypatch.setattr(table1, "_filled", lambda *_: {"name": "m"})
+    assert table1.fill(experiment, experiment.rows[0])["seconds"] == 23.5
+    assert [file.name for file in (tmp_path / "work" / "results").iterdir()] == ["m.json"]
+
+
+@pytest.mark.parametrize("quoted", ["{B.perplexity}", "{A.loss}"])
+def test_a_remark_that_quotes_what_there_is_not(dense, tmp_path, capsys, quoted):
+    path = write(tmp_path, dense, (HEAD + ROWS).replace("{A.perplexity}", quoted))
+    with pytest.raises(SystemExit, match="2"):
+        table1.main(["--config", str(path)], standalone_mode=False)
+    assert f"a remark quotes {quoted}; rows are m, m-P-S, m-P-S-8bit, A, figures F1, perp" in capsys.readouterr().err
 
 
 def test_the_papers_totals_are_summed_anew():

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from runs import settings_for
+from runs import killed_run, settings_for, silent
 from safetensors.torch import load_file
 
 from examples.dialogue import models
 from examples.dialogue.memory import count_memory
-from examples.dialogue.train import last_checkpoint, train
+from examples.dialogue.schedule import schedule
+from examples.dialogue.settings import read_settings
+from examples.dialogue.train import last_checkpoint, train, training_arguments
 from svdconvert import fold
 from svdconvert.errors import InputError
 
@@ -30,13 +32,24 @@ NF4 = {"bits": 4, "compute": "float32"}
 FWSVD = {"rank": 16, "method": "fwsvd", "calibration": "train", "calibration_samples": 4, "calibration_length": 16}
 
 
-def silent(text: str) -> None:
-    pass
-
-
 def logits(model):
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits.float()
+
+
+def perplexity_of(model, settings) -> float:
+    """On the rows that the run listened to."""
+    from examples.dialogue.encoding import dialogue_data
+    from examples.dialogue.speech import answer_perplexity
+    from svdconvert.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(models.source_folder(settings))
+    rows = dialogue_data(settings.data.validation, tokenizer, settings.data, 0, 1).rows
+    return answer_perplexity(model, rows[:2], CPU)
+
+
+def evaluations(report) -> list[float]:
+    return [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -64,14 +77,72 @@ KINDS = {
     "bf16": {"model": {"weights": "bfloat16"}, "training": {"autocast": "bf16", "select": "best"}},
 }
 
+TEACHER = {"teacher_weights": "float32", "alpha_ce": 5.0, "alpha_task": 0.0, "alpha_cos": 1.0}
+# And those that need something beside the start model
+FURTHER = {
+    "P-S": {"convert": {"rank": 16}},
+    "P-FS": {"convert": FWSVD},
+    "distillation": {"convert": {"rank": 16}, "distillation": TEACHER},
+    "pre-training": {
+        "convert": {"rank": 16},
+        "data": {"kind": "text", "max_length": 32, "limit": 16, "validation_limit": 4},
+    },
+}
+
+
+def settings_of(kind: str, folder: Path, dense: Path, **more):
+    """The run of a kind in a folder, with what it needs."""
+    options = {**KINDS, **FURTHER}[kind] | more
+    if kind.startswith("P-"):
+        settings_for(folder / "first", dense)
+        options |= {"model": {"path": "", "trained_by": str(folder / "first" / "settings.json")}}
+    elif kind == "distillation":
+        options |= {"distillation": {"teacher": str(dense), **TEACHER}}
+    elif kind == "pre-training":
+        folder.mkdir(exist_ok=True)
+        text = folder / "text.txt"
+        text.write_text("the quick brown fox jumps over the lazy dog\n\n" * 40)
+        options |= {"data": {**options["data"], "train": str(text), "validation": str(text)}}
+    return settings_for(folder, dense, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(dense, tmp_path_factory):
+    """Settings and report of the run of a kind, which is done once. Read only."""
+    done = {}
+
+    def run(kind: str):
+        if kind not in done:
+            settings = settings_of(kind, tmp_path_factory.mktemp("run"), dense)
+            done[kind] = settings, train(settings, silent)
+        return done[kind]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def kill(dense, tmp_path_factory):
+    """Starts a run in a process of its own that is killed while it writes its last checkpoint but one."""
+    context = multiprocessing.get_context("forkserver")  # imports once what every run needs
+    context.set_forkserver_preload(["transformers.trainer", "peft", "bitsandbytes", "matplotlib.figure"])
+
+    def run(settings_file: Path, output: Path) -> None:
+        process = context.Process(target=killed_run, args=(settings_file, 6, output))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert last_checkpoint(output / "checkpoints").name == "checkpoint-4"
+        assert (output / "checkpoints" / "checkpoint-6").is_dir()
+
+    return run
+
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_trains_and_loads(kind, dense, tmp_path):
-    settings = settings_for(tmp_path, dense, **KINDS[kind])
-    report = train(settings, silent)
+def test_every_kind_trains_and_loads(kind, finished):
+    settings, report = finished(kind)
     folder = Path(settings.output)
     assert (report["steps"], report["warmup"], report["evaluation_every"]) == (8, 1, 2)
-    losses = [entry["eval_loss"] for entry in report["history"] if "eval_loss" in entry]
+    losses = evaluations(report)
     assert len(losses) >= 4
     assert losses[-1] < losses[0]
     assert report["memory"]["trainable"] > 0
@@ -83,17 +154,42 @@ def test_every_kind_trains_and_loads(kind, dense, tmp_path):
     assert (folder / "model").is_dir() == full
     assert (folder / "adapter").is_dir() != full
 
-    model, tokenizer = models.load_trained(settings, CPU)
+    model, _ = models.load_trained(settings, CPU)
     # the loaded result has the loss that the Trainer measured last
-    from examples.dialogue.encoding import dialogue_data
-    from examples.dialogue.speech import answer_perplexity
-
-    rows = dialogue_data(settings.data.validation, tokenizer, settings.data, 0, 1).rows
-    assert report["speech"][-1]["perplexity"] == pytest.approx(answer_perplexity(model, rows[:2], CPU), rel=2e-2)
+    assert report["speech"][-1]["perplexity"] == pytest.approx(perplexity_of(model, settings), rel=2e-2)
     if not full:
         base = models.load_causal(Path(report["start"]), CPU, settings.model.weights, settings.quantization)
         assert (logits(model) - logits(base)).abs().max() > 1e-3
     assert train(settings, silent) == json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def llama(dense, tmp_path_factory):
+    """A tiny random LLaMA with the tokenizer of ``dense``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from svdconvert.loading import load_tokenizer
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=2)
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(dense).save_pretrained(folder)
+    return folder
+
+
+def test_adaption_prompt_of_peft_on_llama(llama, tmp_path):
+    adapter = {"kind": "adaption-prompt", "length": 4, "layers": 2}
+    settings = settings_for(tmp_path, llama, adapter=adapter, training={"learning_rate": 0.1})
+    report = train(settings, silent)
+    assert report["memory"]["trainable"] == 2 * (4 * 64 + 1)
+    assert evaluations(report)[-1] < evaluations(report)[0]
+    model, _ = models.load_trained(settings, CPU)
+    assert report["speech"][-1]["perplexity"] == pytest.approx(perplexity_of(model, settings), rel=1e-4)
+    factored = settings_for(tmp_path / "factored", llama, adapter=adapter, convert={"rank": 16})
+    with pytest.raises(InputError, match="adaption-prompt cannot go on this model: .*llama_svd"):
+        train(factored, silent)
 
 
 def test_factors_stay_while_lora_trains_and_fold_gives_the_same_logits(dense, tmp_path):
@@ -118,18 +214,10 @@ def test_factors_stay_while_lora_trains_and_fold_gives_the_same_logits(dense, tm
     assert (logits(folded) - expected).abs().max() < 2e-2 * expected.abs().max()
 
 
-def test_the_paper_pipeline_in_one_call(dense, tmp_path):
+def test_the_paper_pipeline_in_one_call(finished):
     """-P-FS: fine-tune, FWSVD of the fine-tuned model with the training samples, fine-tune again."""
-    first = settings_for(tmp_path / "first", dense)
-    config = tmp_path / "first" / "settings.json"
-    second = settings_for(
-        tmp_path / "second",
-        dense,
-        model={"path": "", "trained_by": str(config)},
-        convert=FWSVD,
-        data={"train": first.data.train, "validation": first.data.validation},
-    )
-    report = train(second, silent)
+    second, report = finished("P-FS")
+    first = read_settings(second.model.trained_by)
     assert report["source"] == f"{first.output}/model"
     start = json.loads((Path(second.output) / "start" / "svdconvert.json").read_text())
     assert start["settings"]["method"] == "fwsvd"
@@ -141,11 +229,8 @@ def test_the_paper_pipeline_in_one_call(dense, tmp_path):
     )
 
 
-def test_distillation(dense, tmp_path):
-    weights = {"alpha_ce": 5.0, "alpha_task": 0.0, "alpha_cos": 1.0}
-    distillation = {"teacher": str(dense), "teacher_weights": "float32", **weights}
-    settings = settings_for(tmp_path, dense, convert={"rank": 16}, distillation=distillation)
-    report = train(settings, silent)
+def test_distillation(finished):
+    _, report = finished("distillation")
     logged = [entry for entry in report["history"] if "loss" in entry]
     terms = [(entry["loss_ce"], entry["loss_task"], entry["loss_cos"]) for entry in logged]
     for entry, (ce, _, cos) in zip(logged, terms, strict=True):
@@ -155,12 +240,8 @@ def test_distillation(dense, tmp_path):
     assert terms[-1][2] < 0.9 * terms[0][2]
 
 
-def test_continued_pretraining(dense, tmp_path):
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 40)
-    text = str(tmp_path / "text.txt")
-    data = {"kind": "text", "train": text, "validation": text, "max_length": 32}
-    settings = settings_for(tmp_path, dense, convert={"rank": 16}, data=data)
-    report = train(settings, silent)
+def test_continued_pretraining(finished):
+    _, report = finished("pre-training")
     speech = report["speech"]
     assert speech[-1]["perplexity"] < 0.7 * speech[0]["perplexity"]
 
@@ -189,6 +270,19 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(dense, tmp_path):
     train(settings_for(tmp_path, dense), silent)
     with pytest.raises(InputError, match=r"holds a run with training.learning_rate = 0.001, not 0.01"):
         train(settings_for(tmp_path, dense, training={"learning_rate": 1e-2}), silent)
+
+
+def test_a_dense_model_reads_what_it_saves(dense, tmp_path):
+    """Its head too, which transformers saves under another name than it holds it by."""
+    model, again = models.load_causal(dense, CPU), models.load_causal(dense, CPU)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-3
+    model.save_pretrained(tmp_path)
+    found = again.load_state_dict(weights_in(tmp_path), strict=False)
+    assert not found.missing_keys
+    assert not found.unexpected_keys
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_a_checkpoint_cut_short_is_not_taken(tmp_path):
@@ -259,62 +353,41 @@ def command(settings_file: Path) -> list[str]:
     return [sys.executable, "-m", "examples.dialogue.train", "--config", str(settings_file)]
 
 
-# Every kind whose checkpoints look different
-@pytest.mark.parametrize("kind", ["S", "S-L", "S-Q", "S-A"])
-def test_kill_and_resume(kind, dense, tmp_path):
-    """Killed after a checkpoint and started again, a run ends where an undisturbed one does, bit for bit."""
-    options = {**KINDS[kind], "training": {"epochs": 4, **KINDS[kind].get("training", {})}, "speech": {"samples": 0}}
-    whole = train(settings_for(tmp_path / "whole", dense, **options), silent)
-    settings = settings_for(tmp_path / "killed", dense, **options)
-    data = {
-        "train": str(tmp_path / "whole" / "train.jsonl"),
-        "validation": str(tmp_path / "whole" / "validation.jsonl"),
-    }
-    settings = settings_for(tmp_path / "killed", dense, **options, data=data)
-
-    from transformers import Trainer
-
-    saved = Trainer._save_checkpoint
-
-    def save_and_die(self, *args, **kwargs):
-        saved(self, *args, **kwargs)
-        if self.state.global_step >= 8:
-            raise KeyboardInterrupt
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Trainer, "_save_checkpoint", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, silent)
-    patch.undo()
+@pytest.mark.parametrize("kind", [*KINDS, *FURTHER])
+def test_killed_and_continued(kind, finished, kill, dense, tmp_path):
+    """Killed while it writes a checkpoint and started again, a run ends where an undisturbed one does, bit for bit."""
+    whole, expected = finished(kind)
+    settings = settings_of(kind, tmp_path, dense, speech={"samples": 0})
+    folders = [Path(settings.output)]
+    if settings.model.trained_by:
+        folders.insert(0, Path(read_settings(settings.model.trained_by).output))
+    for folder in folders:
+        kill(tmp_path / "settings.json", folder)
     report = train(settings, silent)
-    assert report["resumed_at"] == 8
-    assert report["steps"] == whole["steps"] == 16
-    one, two = (Path(folder) for folder in (whole["settings"]["output"], settings.output))
+    assert [json.loads((folder / "report.json").read_text())["resumed_at"] for folder in folders] == [4] * len(folders)
+    assert report["steps"] == expected["steps"] == 8
     name = "model" if settings.adapter.kind == "none" else "adapter"
-    before, after = weights_in(one / name), weights_in(two / name)
+    before, after = (weights_in(Path(run.output) / name) for run in (whole, settings))
+    assert before
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert [e["eval_loss"] for e in report["history"] if "eval_loss" in e] == [
-        e["eval_loss"] for e in whole["history"] if "eval_loss" in e
-    ]
+    assert evaluations(report) == evaluations(expected)
 
 
-def test_the_command_line(dense, tmp_path):
-    """The real command: killed hard, started again, done; then at once; bad input in one sentence."""
-    settings = settings_for(tmp_path, dense, training={"epochs": 12}, convert={"rank": 16}, speech={"samples": 0})
-    file, folder = tmp_path / "settings.json", Path(settings.output)
+def test_another_seed_is_another_run(dense, finished, tmp_path):
+    report = train(settings_of("S", tmp_path, dense, training={"seed": 2}), silent)
+    assert evaluations(report) != evaluations(finished("S")[1])
+
+
+def test_the_command_line(dense, kill, tmp_path):
+    """The real command goes on after a kill; bad input in one sentence."""
+    file = tmp_path / "settings.json"
+    settings = settings_for(tmp_path, dense, convert={"rank": 16}, speech={"samples": 0})
+    kill(file, Path(settings.output))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command(file), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for _ in range(1200):
-        if last_checkpoint(folder / "checkpoints") or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (folder / "report.json").exists()
     again = subprocess.run(command(file), env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert "continuing from checkpoint-" in again.stdout
+    assert "continuing from checkpoint-4" in again.stdout
     assert "run: finished" in again.stdout
     bad = subprocess.run(
         [*command(file), "--set", "training.seed=x"], env=environment, capture_output=True, text=True, check=False
@@ -324,22 +397,16 @@ def test_the_command_line(dense, tmp_path):
     assert "Traceback" not in bad.stderr
 
 
-@pytest.mark.slow
-def test_two_processes_share_a_batch(dense, tmp_path):
-    """DDP over gloo: the same steps and, but for rounding, the same result as one process."""
-    options = {"convert": {"rank": 16}, "training": {"micro_batch": 2}, "speech": {"samples": 0}}
-    alone = train(settings_for(tmp_path / "one", dense, **options), silent)
-    data = {"train": str(tmp_path / "one" / "train.jsonl"), "validation": str(tmp_path / "one" / "validation.jsonl")}
-    settings = settings_for(tmp_path / "two", dense, **options, data=data)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "examples.dialogue.train"]
-    done = subprocess.run(
-        [*launch, "--config", str(tmp_path / "two" / "settings.json")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rror" in line)
-    report = json.loads((Path(settings.output) / "report.json").read_text())
-    assert (report["processes"], report["steps"]) == (2, alone["steps"])
-    assert report["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-3)
+def test_a_paged_optimiser_where_there_is_a_gpu(dense, tmp_path):
+    settings = settings_for(tmp_path, dense, training={"optimizer": "paged"})
+    planned = schedule(16, settings.training)
+    names = {"cuda": "paged_adamw_32bit", "cpu": "adamw_torch"}
+    for device, name in names.items():
+        assert training_arguments(settings, planned, tmp_path, torch.device(device)).optim == name
+
+
+def test_fsdp_of_cpu_processes_is_refused(dense, tmp_path, monkeypatch):
+    """accelerate would train them as DDP without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"no FSDP for CPU processes .* take ddp\.yaml"):
+        train(settings_for(tmp_path, dense), silent)
