@@ -84,7 +84,7 @@ def _factorize_shared(
 
 def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
-    from svdconvert.decomposing import is_second_moment, load_decomposition, load_group, load_metric
+    from svdconvert.decomposing import load_decomposition, load_group, load_metric, load_second_moment
 
     inputs = _matrices(inputs, step)
     rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
@@ -98,8 +98,9 @@ def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace)
     factors = truncate_shared(inputs, group.found, rank, dtype, loads)
     report = _group_report(inputs, factors, group.captured)
     for layer, weight, up, metric in zip(report["layers"], inputs, factors.ups, metrics, strict=True):
-        if is_second_moment(metric):
-            layer["output_error"] = relative_error(weight, up, factors.down, load_metric(metric, device))
+        gram = load_second_moment(metric, device)
+        if gram is not None:
+            layer["output_error"] = relative_error(weight, up, factors.down, gram)
     return [factors.down, *factors.ups], report
 
 

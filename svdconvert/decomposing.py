@@ -28,7 +28,7 @@ from torch import Tensor
 from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.metrics import Method
+from svdconvert.metrics import Method, unshrink
 from svdconvert.partition import matrix_cost, split
 from svdconvert.planning import layer_number
 from svdconvert.processes import current
@@ -183,10 +183,10 @@ def load_group(path: Path, device: torch.device) -> SharedDecomposition:
     return SharedDecomposition(Decomposition(tensors["values"], tensors["basis"].double()), tensors["captured"])
 
 
-def is_second_moment(path: Path) -> bool:
-    """Whether the input metric of a layer is the second moment of its inputs itself."""
-    with safe_open(path, "pt") as handle:
-        return bool(handle.get_tensor("moments"))
+def load_second_moment(path: Path, device: torch.device) -> Tensor | None:
+    """The second moment of a layer's inputs that its metric was made of; None where it cannot be had from it."""
+    tensors = load_file(path, device=str(device))
+    return unshrink(tensors["metric"], float(tensors["shrinkage"])) if "shrinkage" in tensors else None
 
 
 def load_metric(path: Path, device: torch.device) -> Tensor:
@@ -411,8 +411,10 @@ class _Worker:
                 return
             outer = outer_statistic(weight, left, tall=tall)
         assert right is not None  # every method that looks at a text has a metric on the inputs
-        store = self.groups
-        store.write(store.metric_path(target, index), {"metric": right, "moments": torch.tensor(own)})
+        store, amount = self.groups, float(self.options.get("shrinkage", 0.0))
+        # how to have the second moment again
+        known = {"shrinkage": torch.tensor(amount, dtype=torch.float64)} if gram is not None and amount < 1 else {}
+        store.write(store.metric_path(target, index), {"metric": right, **known})
         waiting = {"tokens": torch.tensor(statistics.tokens)} | ({} if outer is None else {"outer": outer})
         store.write(store.waiting_path(target, index), waiting)
 

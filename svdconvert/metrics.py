@@ -63,6 +63,13 @@ def shrink(gram: Tensor, amount: float) -> Tensor:
     return gram if amount == 0 else torch.lerp(gram, gram.diagonal().diag(), amount)
 
 
+def unshrink(gram: Tensor, amount: float) -> Tensor:
+    """What :func:`shrink` was given, for an amount below 1."""
+    import torch
+
+    return gram if amount == 0 else torch.lerp(gram.diagonal().diag(), gram, 1 / (1 - amount))
+
+
 def _none(statistics: ModuleStatistics, options: Mapping[str, Any]) -> Pair:
     return None, None
 

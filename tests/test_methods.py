@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 import svdconvert
 from svdconvert import Calibration, Events, InputError, calibrate, convert, decomposing
-from svdconvert.metrics import METHODS, method_named, shrink
+from svdconvert.metrics import METHODS, method_named, shrink, unshrink
 from svdconvert.ranks import Target
 
 Run = Callable[..., SimpleNamespace]
@@ -356,3 +356,4 @@ def test_shrinkage() -> None:
     assert torch.equal(shrink(gram, 0), gram)
     assert torch.equal(shrink(gram, 1), gram.diagonal().diag())
     assert torch.allclose(shrink(gram, 0.5), torch.tensor([[2.0, 0.5], [0.5, 4.0]]))
+    assert all(torch.allclose(unshrink(shrink(gram, amount), amount), gram) for amount in (0, 0.2, 0.9))

@@ -21,6 +21,7 @@ from test_methods import gradients
 
 from svdconvert import Calibration, InputError, calibrate, convert, decomposing, spectrum
 from svdconvert.layouts import LAYOUTS
+from svdconvert.metrics import METHODS
 from svdconvert.solver import Decomposition
 from svdconvert.spectra import MatrixSpectrum, percent
 
@@ -78,8 +79,10 @@ def test_in_the_metrics_of_a_method(method: str, dense: Path, calibration: Calib
         name = f"gpt_neox.{matrix.module}."
         inputs, outputs, _ = moments[matrix.module]
         weight = weights[f"{name}weight"].double()
-        left = root(outputs) if method == "kfac" else torch.eye(len(outputs)).double()
-        values = torch.linalg.svdvals(left @ weight @ root(inputs))
+        amount = METHODS[method].options["shrinkage"]
+        right, left = ((1 - amount) * gram + amount * gram.diagonal().diag() for gram in (inputs, outputs))
+        outer = root(left) if method == "kfac" else torch.eye(len(left)).double()
+        values = torch.linalg.svdvals(outer @ weight @ root(right))
         assert np.allclose(np.sqrt(matrix.energies), values, rtol=1e-3, atol=1e-6 * float(values[0]))
         error = weight - factors[f"{name}up.weight"].double() @ factors[f"{name}down.weight"].double()
         direct = math.sqrt(float((error @ inputs * error).sum() / (weight @ inputs * weight).sum()))

@@ -91,18 +91,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="file name without its ending")
     options = parser.parse_args()
 
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         results = compare(options, Path(temporary))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    print(table(write(options, results)))
+
+
+def write(options: argparse.Namespace, results: dict[str, Any]) -> dict[str, Any]:
+    """Write the results so far as JSON and Markdown; with ``--update`` together with what is there."""
     numbers, page = options.out.with_suffix(".json"), options.out.with_suffix(".md")
     preface = ""
     if options.update:
         results = merged(json.loads(numbers.read_text()), results) if numbers.exists() else results
         preface = page.read_text().partition(_TABLE)[0] if page.exists() else ""
     numbers.write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    page.write_text(preface + text)
-    print(text)
+    page.write_text(preface + table(results))
+    return results
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -153,6 +157,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 }
             )
             print(row.name, keep, f"{found:.2f}", f"+{math.log(found / dense):.4f}", flush=True)
+            write(options, results)
             shutil.rmtree(out)
     return results
 
