@@ -261,8 +261,10 @@ class PivotedLinear(FactoredLinear):
         if self.position.is_meta and not x.is_meta:  # torch would return uninitialised memory
             raise RuntimeError("`position` of a pivoted layer was not loaded with its weights")
         z = self.down(x)
-        # index_select: the gradient of an indexing expression is a sort, because its indices might repeat
-        y = torch.cat([z, self.up(z)], -1).index_select(-1, self.position)
+        # index_select: the gradient of an indexing expression is a sort, because its indices might repeat. On CPUs
+        # it is several times as fast on a matrix as on a batch of them.
+        y = torch.cat([z, self.up(z)], -1).reshape(-1, self.out_features).index_select(-1, self.position)
+        y = y.view(*z.shape[:-1], self.out_features)
         # as nn.Linear and bitsandbytes do it: a bias in float32 beside layers in half precision does not widen y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -424,6 +426,20 @@ class _Factored:
         _check_factors(model, info)
         _make_adaptable(model)
         return (model, info) if output_loading_info else model
+
+    def for_decoding(self):
+        """Store the `up` weights that lie on the CPU in float32 by columns, and return the model.
+
+        A token at a time, a CPU reads a matrix of short rows at half the speed at which it reads the same one by
+        columns, and `up` has rows of r numbers only. Shapes, names and what is saved stay the same. For inference:
+        FSDP takes no parameters of that kind, and what is moved or cast afterwards may be laid out by rows again.
+        """
+        for module in self.modules():
+            if isinstance(module, FactoredLinear) and type(module.up) is nn.Linear:
+                weight = module.up.weight
+                if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                    weight.data = weight.data.t().contiguous().t()
+        return self
 
     def add_adapter(self, *args, **kwargs):
         _make_adaptable(self)

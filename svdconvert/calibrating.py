@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import svdconvert
 from svdconvert import processes
 from svdconvert.architectures import dense_architecture, longest_input
 from svdconvert.errors import InputError
@@ -72,9 +73,8 @@ class Calibration:
         from svdconvert.corpus import load_texts, sample_tokens
         from svdconvert.loading import load_tokenizer
 
-        for name in source.side_files:
-            folder = source.path(name).parent
-        if not source.side_files:
+        folder = _side_folder(source)
+        if folder is None:
             raise InputError(f"{source.name} has no tokenizer, so no text can be read with it")
         tokenizer = load_tokenizer(folder)
         length = self.length or min(2048, longest_input(source.config, 2048))
@@ -154,6 +154,7 @@ def from_text(source: Source, calibration: Calibration) -> Knowledge:
 
     key = {
         "calibration": tokens.digest,
+        "tokens": tokens.tokens,
         "samples": samples,
         "length": length,
         "labels": calibration.labels,
@@ -166,12 +167,18 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
     """Statistics that :func:`calibrate` has written.
 
     Raises:
-        InputError: there are none, or they are of another model.
+        InputError: there are none, or they are of another model, tokenizer or version.
     """
+    from svdconvert.corpus import tokenizer_digest
+    from svdconvert.loading import has_tokenizer, load_tokenizer
     from svdconvert.statistics_files import StatisticsFolder, model_key
 
-    found = StatisticsFolder(folder, {"model": model_key(source)})
-    key = found.key
+    expected = {"model": model_key(source), "version": svdconvert.__version__}
+    side = _side_folder(source)
+    if side is not None and has_tokenizer(side):  # else there is none that could be another one
+        expected["tokenizer"] = tokenizer_digest(load_tokenizer(side))
+    found = StatisticsFolder(folder, expected)
+    key, text = found.key, found.tokens()
 
     def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
         def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
@@ -185,7 +192,8 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
         return provide
 
     settings = {name: key[name] for name in ("samples", "length", "labels", "seed")}
-    return Knowledge(str(folder), {"calibration": key["tokens"], **settings}, found.tokens(), BATCH_SIZE, collect)
+    settings = {"calibration": text.digest, "tokens": text.tokens, **settings}
+    return Knowledge(str(folder), settings, text, BATCH_SIZE, collect)
 
 
 def calibrate(
@@ -246,6 +254,12 @@ def calibrate(
         shutil.rmtree(left, ignore_errors=True)
     loss = group.share(store.loss)
     return loss.perplexity if loss else None
+
+
+def _side_folder(source: Source) -> Path | None:
+    """Where a model's tokenizer is, if it has any files beside its weights."""
+    folders = [source.path(name).parent for name in source.side_files]
+    return folders[-1] if folders else None
 
 
 def _needs(kinds: Collection[str]) -> Needs:

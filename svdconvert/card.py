@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from svdconvert.architectures import Architecture
-from svdconvert.metrics import METHODS
+from svdconvert.metrics import LOW_GUESS, METHODS, calibrated
 from svdconvert.planning import Plan, suffix
 from svdconvert.source import Source
 
@@ -20,12 +20,23 @@ _LOSSES = (
         ".4f",
         "outputs: the relative error of the layer's outputs on the calibration text, before rounding",
     ),
-    ("predicted_loss", "predicted loss", ".2g", "predicted loss: what the layer is estimated to add, nats per token"),
+    (
+        "predicted_loss",
+        "predicted loss",
+        ".2g",
+        f"predicted loss: what the layer is estimated to add, nats per token, {LOW_GUESS}",
+    ),
 )
 
 
 def factored_card(
-    source: Source, plan: Plan, row: Architecture, command: str, matrices: Mapping[str, Mapping[str, Any]]
+    source: Source,
+    plan: Plan,
+    row: Architecture,
+    command: str,
+    settings: Mapping[str, Any],
+    matrices: Mapping[str, Mapping[str, Any]],
+    losses: Mapping[str, float],
 ) -> str:
     """Card of a factored model.
 
@@ -34,14 +45,18 @@ def factored_card(
         plan: the conversion.
         row: its architecture.
         command: the command line that repeats it.
+        settings: what svdconvert.json tells of them.
         matrices: what svdconvert.json tells about every factored matrix, by module path.
+        losses: what it tells of the loss on the calibration text.
     """
+    method = METHODS[plan.method]
+    looked = f" Calibrated on {calibrated(method, settings)}." if "tokens" in settings else ""
     lines = [
         f"# {source.name.split('/')[-1]}, factored",
         "",
         f"[{source.name}]{_link(source)} with its linear layers replaced by products of low rank, made by svdconvert.",
         "",
-        f"Method `{plan.method}`: {METHODS[plan.method].summary}. Layout `{plan.settings['layout']}`.",
+        f"Method `{plan.method}`: {method.summary}.{looked} Layout `{plan.settings['layout']}`.",
         "",
         *(_SHARED if plan.shared else ()),
         "| | parameters | bytes |",
@@ -61,6 +76,7 @@ def factored_card(
         lines += [
             *_losses(matrices),
             "",
+            *_measured(losses),
             "Truncation costs quality; measure it, and fine-tune before use.",
             "",
         ]
@@ -120,6 +136,18 @@ def _losses(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:
             cells.append(" / ".join(format(value, form) for value in (min(values), median(values), max(values))))
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return [*lines, "", "; ".join(text for *_, text in columns) + "."]
+
+
+def _measured(losses: Mapping[str, float]) -> list[str]:
+    """The loss of the whole model, if it was measured."""
+    if "measured_loss" not in losses:
+        return []
+    predicted = f" ({losses['predicted_loss']:+.4f} predicted)" if "predicted_loss" in losses else ""
+    return [
+        f"Loss on the calibration text, nats per token: {losses['dense_loss']:.4f} before, "
+        f"{losses['measured_loss']:+.4f} by this conversion{predicted}.",
+        "",
+    ]
 
 
 def plain_card(source: Source, title: str, text: str, command: str, tags: Sequence[str]) -> str:

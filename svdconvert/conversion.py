@@ -16,13 +16,14 @@ from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, default_method, find_knowledge
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job, usual_workers
+from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
 from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.metrics import Method, method_named, method_options
 from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest, Target
 from svdconvert.source import Source, open_source
 from svdconvert.steps import parse_size
+from svdconvert.threads import usual_workers
 from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from svdconvert.refitting import Refit
 
 REFITS = ("none", "sequential")
+
+# Of svdconvert.json, what a model has lost on its text.
+LOSSES = ("predicted_loss", "dense_loss", "measured_loss", "refit")
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Report:
             "peak_device_bytes": outcome.peak_device_bytes,
             "resumed": outcome.resumed,
             "already_done": outcome.already_done,
+            "settings": dict(outcome.record["settings"]),
+            "losses": {name: outcome.record[name] for name in LOSSES if name in outcome.record},
             "checks": list(outcome.checks),
             "url": self.url,
         }
@@ -189,7 +195,8 @@ def convert(
         allocation: ``uniform``, every matrix as the request says, or ``global``, the same number of parameters where
             they help most; by default what the method does best with.
         alpha: exponent of asvd.
-        shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1.
+        shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1; by default 0.2 for kfac and
+            0 for whiten, which then is SVD-LLM.
         layout: ``balanced``, two factors, or ``pivoted``, r rows of each matrix and the coefficients of the others,
             which buys more rank for the same size.
         share_layers: groups of so many consecutive layers have one input-side factor for each kind of matrix, which is
@@ -254,6 +261,11 @@ def convert(
     needs_decomposition = bool(row.statistics) or spread == "global" or refit != "none" or place is not None
     if spread == "uniform":
         events.planned(made, free_bytes(folder))
+    elif row.allocation != "global":
+        events.note(
+            f"a global budget compares singular values of all matrices, which those of {row.name} are not made for; "
+            "it often loses more than --allocation uniform"
+        )
 
     told: dict[str, Any] = {}
 
@@ -263,7 +275,9 @@ def convert(
             from svdconvert.decomposing import kept_decompositions
 
             kept = place or folder / JOB_FOLDER / "work"
-            store = kept_decompositions(source, made.targets, row, options, knowledge, kept, used_device, events)
+            store = kept_decompositions(
+                source, made.targets, row, options, knowledge, kept, used_device, events, workers
+            )
             ranked = spend(made, request, store) if spread == "global" else made.targets
             files = {target.module: store.options(target) for target in ranked}
             chosen: dict[str, Any] = {"method": row.name, "ranked": ranked, "decompositions": files, **planned}
@@ -485,7 +499,8 @@ def _job(
         return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in matrices(reports).values())}
 
     def model_card(reports: Reports) -> str:
-        return card.factored_card(source, made, row, command, matrices(reports))
+        lost = {**predicted(reports), **losses()}
+        return card.factored_card(source, made, row, command, settings, matrices(reports), lost)
 
     return Job(
         steps=made.steps,

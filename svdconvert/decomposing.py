@@ -13,6 +13,7 @@ and 8 n^2 bytes a layer stay for the least-squares partners.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -36,6 +37,7 @@ from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_stat
 from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
 from svdconvert.source import Source, read_json
 from svdconvert.steps import Step
+from svdconvert.threads import in_threads, usual_workers
 from svdconvert.weights import WeightReader
 from svdconvert.writer import atomic_write, disk_errors
 
@@ -215,11 +217,12 @@ def kept_decompositions(
     folder: Path,
     device: str,
     events: Events,
+    workers: int | None = None,
 ) -> Decompositions:
     """All targets' decompositions, those that a folder has already and the rest computed now.
 
     Args:
-        source, targets, method, options, events: see :func:`decompose_targets`.
+        source, targets, method, options, events, workers: see :func:`decompose_targets`.
         knowledge: gives the statistics; None for methods without any.
         folder: keeps the decompositions and what the statistics need meanwhile.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -230,7 +233,7 @@ def kept_decompositions(
     key = decompositions_key(source, method, options, knowledge, device)
     with current().leader_first():
         store = Decompositions(folder / "decompositions", key)
-    decompose_all(source, targets, method, options, knowledge, store, folder / "statistics", device, events)
+    decompose_all(source, targets, method, options, knowledge, store, folder / "statistics", device, events, workers)
     return store
 
 
@@ -244,6 +247,7 @@ def decompose_all(
     work: Path,
     device: str,
     events: Events,
+    workers: int | None = None,
 ) -> None:
     """:func:`decompose_targets`, with statistics that are collected as they are needed, in the folder ``work``."""
     statistics = None
@@ -258,7 +262,7 @@ def decompose_all(
             )
         modules = [part.module for target in targets for part in target.parts]
         statistics = knowledge.collect(method, modules, device, work, events)
-    decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events)
+    decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events, workers)
 
 
 def decompose_targets(
@@ -270,6 +274,7 @@ def decompose_targets(
     statistics: StatisticsProvider | None,
     device: torch.device,
     events: Events,
+    workers: int | None = None,
 ) -> None:
     """Compute what is missing in a collection; of several processes each does its share, block by block.
 
@@ -281,6 +286,7 @@ def decompose_targets(
         statistics: gives the statistics of block after block; None for methods without any.
         device: what computes.
         events: receiver of progress.
+        workers: matrices of a block in work at the same time; None: one a core on the CPU, as far as memory goes.
 
     Raises:
         InputError: a matrix or a statistic has NaN or infinite entries; it is named.
@@ -299,11 +305,13 @@ def decompose_targets(
     events.begin([_announcement(source, target) for part in mine.values() for target in part], done)
     if not missing:
         return
-    worker = _Worker(source, method, options, store, device, events)
+    count = min(workers or usual_workers(device.type, partial(_memory, missing, statistics is not None)), len(missing))
+    reading = threading.Lock()  # so that no two of them fetch the same file
+    hands = [_Worker(source, method, options, store, device, events, reading) for _ in range(count)]
+    worker = hands[0]
     try:
         if statistics is None:
-            for target in mine[0]:
-                worker.run(target)
+            in_threads((partial(_Worker.run, target=target) for target in mine[0]), hands)
         else:
             own = {target.module for part in mine.values() for target in part}
             for target in missing:
@@ -319,14 +327,26 @@ def decompose_targets(
             every = {layer_number(part.module) for target in targets for part in target.parts}
             for block, found in statistics(skip_blocks=every - by_block.keys()) if by_block else ():
                 here = [(target, index) for target, index in by_block.get(block, []) if target.module in own]
-                for target, index in here:
-                    worker.learn(target, index, found[target.parts[index].module])
-                del found  # one block's Gram matrices at a time
+                # The largest first, so that no one waits for it alone at the end.
+                here.sort(key=lambda item: -matrix_cost(item[0].shape))
+                jobs = [
+                    partial(_Worker.learn, target=target, index=index, statistics=found[target.parts[index].module])
+                    for target, index in here
+                ]
+                in_threads(jobs, hands)
+                del found, jobs  # one block's Gram matrices at a time
                 for target, _ in here:
                     worker.finish_group(target)
     finally:
-        worker.reader.close()
+        for hand in hands:
+            hand.reader.close()
     group.wait()
+
+
+def _memory(targets: Sequence[Target], calibrated: bool, workers: int) -> int:
+    """Bytes that so many matrices need at the same time: three copies of the larger Gram matrix in float64 each."""
+    sizes = (max(target.shape) if calibrated else min(target.shape) for target in targets)
+    return workers * 3 * 8 * max(sizes) ** 2
 
 
 def _needed(missing: Sequence[Target], store: Store, worker: _Worker) -> set[tuple[str, int]]:
@@ -348,10 +368,11 @@ class _Worker:
         store: Store,
         device: torch.device,
         events: Events,
+        reading: threading.Lock,
     ) -> None:
         self.source, self.method, self.options, self.store = source, method, options, store
         self.device, self.events = device, events
-        self.reader, self.workspace = WeightReader(source), Workspace()
+        self.reader, self.workspace, self.reading = WeightReader(source), Workspace(), reading
 
     @property
     def groups(self) -> Decompositions:
@@ -428,7 +449,8 @@ class _Worker:
         buffer = self.workspace.take("weight", (sum(i.nbytes for i in infos),), torch.uint8, torch.device("cpu"))
         found, start = [], 0
         for info in infos:
-            weight = self.reader.read(info, buffer[start:]).to(self.device)
+            with self.reading:
+                weight = self.reader.read(info, buffer[start:]).to(self.device)
             found.append(weight.T if target.transposed else weight)
             start += info.nbytes
         return found

@@ -197,27 +197,6 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def usual_workers(device: str, memory: Callable[[int], int]) -> int:
-    """Matrices to solve at the same time: one for each core, or one alone on a GPU.
-
-    Solvers of one thread each finish more matrices than one solver of many threads, since the eigen-decomposition
-    hardly gains by threads. No more than eight, and no more than half of the free memory has room for.
-
-    Args:
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        memory: peak of host memory in bytes, by the number of workers.
-    """
-    if device != "cpu":
-        return 1
-    import torch
-
-    from svdconvert.loading import available_memory_bytes
-
-    free = available_memory_bytes()
-    fitting = (count for count in range(min(torch.get_num_threads(), 8), 1, -1) if memory(count) <= free / 2)
-    return next(fitting, 1)
-
-
 def refuse_same_folder(source: Source, folder: Path) -> None:
     """Never write into the folder that is read from."""
     if isinstance(source, LocalSource) and folder.resolve() == source.folder.resolve():

@@ -67,6 +67,11 @@ def load_model(
     return model.to(device).eval()
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has the vocabulary of a tokenizer."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder.
 
@@ -76,7 +81,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     # transformers 5 makes up an empty tokenizer where there is none.
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not has_tokenizer(folder):
         raise InputError(f"{folder} has no usable tokenizer (none of {', '.join(_VOCABULARIES)})")
     file = folder / "config.json"
     row = FACTORED.get(str(read_json(file, "").get("model_type"))) if file.is_file() else None

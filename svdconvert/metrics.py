@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     Pair = tuple[Tensor | None, Tensor | None]
 
 
+# What is said beside every predicted loss; docs/prediction.md has the figures.
+LOW_GUESS = "usually too low, for it takes layers and tokens as independent"
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to measure what a truncation costs.
@@ -43,23 +47,20 @@ class Method:
     options: Mapping[str, float] = field(default_factory=dict)
 
 
-def shrink(gram: Tensor, tokens: int, amount: float | None) -> Tensor:
-    """Pull a Gram matrix towards its diagonal, (1 - s) C + s diag(C).
+def shrink(gram: Tensor, amount: float) -> Tensor:
+    """Pull a second moment towards its diagonal, (1 - s) C + s diag(C).
 
-    An estimate from t tokens of a matrix of size n has noise of the order n / t in the off-diagonal directions that it
-    has hardly seen. Its diagonal is well known, and keeps the scale of every channel, which a multiple of the identity
-    would not.
+    That is the estimate of Ledoit and Wolf (2004) with another target: the scale of every channel is well known, and
+    stays, which it would not with a multiple of the identity. It helps beyond the noise of a short text, since a
+    truncation meets other inputs and gradients than the dense model's: those of a model that is truncated everywhere.
 
     Args:
         gram: [n, n].
-        tokens: number of samples that it was averaged over.
-        amount: s, between 0 and 1; None chooses n / (n + 50 t), which vanishes where there are enough samples.
+        amount: s, between 0 and 1.
     """
     import torch
 
-    size = gram.shape[0]
-    share = size / (size + 50 * tokens) if amount is None else amount
-    return gram if share == 0 else torch.lerp(gram, gram.diagonal().diag(), share)
+    return gram if amount == 0 else torch.lerp(gram, gram.diagonal().diag(), amount)
 
 
 def _none(statistics: ModuleStatistics, options: Mapping[str, Any]) -> Pair:
@@ -81,15 +82,15 @@ def _fwsvd(statistics: ModuleStatistics, options: Mapping[str, Any]) -> Pair:
 
 def _whiten(statistics: ModuleStatistics, options: Mapping[str, Any]) -> Pair:
     assert statistics.input_gram is not None
-    return None, shrink(statistics.input_gram, statistics.tokens, options["shrinkage"])
+    return None, shrink(statistics.input_gram, options["shrinkage"])
 
 
 def _kfac(statistics: ModuleStatistics, options: Mapping[str, Any]) -> Pair:
     assert statistics.input_gram is not None
     assert statistics.output_gram is not None
     return (
-        shrink(statistics.output_gram, statistics.tokens, options["shrinkage"]),
-        shrink(statistics.input_gram, statistics.tokens, options["shrinkage"]),
+        shrink(statistics.output_gram, options["shrinkage"]),
+        shrink(statistics.input_gram, options["shrinkage"]),
     )
 
 
@@ -115,7 +116,7 @@ METHODS: Mapping[str, Method] = {
             "smallest error of the outputs on the calibration text (SVD-LLM, arXiv:2403.07378; DRONE)",
             ("input_gram",),
             _whiten,
-            options={"shrinkage": 0.0},
+            options={"shrinkage": 0.0},  # SVD-LLM's own
         ),
         Method(
             "kfac",
@@ -124,7 +125,7 @@ METHODS: Mapping[str, Method] = {
             _kfac,
             allocation="global",
             in_loss=True,
-            options={"shrinkage": 0.0},
+            options={"shrinkage": 0.2},  # docs/shrinkage.md
         ),
     )
 }
@@ -161,3 +162,14 @@ def method_options(row: Method, given: Mapping[str, float | None]) -> dict[str, 
             raise InputError(f"--{name} {value:g} must lie between 0 and 1")
         chosen[name] = value
     return chosen
+
+
+def calibrated(row: Method, settings: Mapping[str, Any]) -> str:
+    """What a method has looked at, and its options, in words: ``65,536 tokens, shrinkage 0.1``.
+
+    Args:
+        row: the method.
+        settings: of a conversion by a text.
+    """
+    options = [f"{name} {settings[name]:g}" for name in row.options]
+    return ", ".join([f"{settings['tokens']:,} tokens", *options])

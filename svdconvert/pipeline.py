@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert import lapack
 from svdconvert.compute import convert_piece, run
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
@@ -31,6 +30,7 @@ from svdconvert.partition import split_steps
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
 from svdconvert.steps import Step, files_here
+from svdconvert.threads import shared_cores
 from svdconvert.timing import StageTimes
 from svdconvert.weights import WeightReader, as_bytes
 from svdconvert.writer import OutputFolder, ShardWriter
@@ -117,14 +117,12 @@ class Pipeline:
             KeyboardInterrupt: likewise.
         """
         self._events.begin([step for step in self._todo if step.kind != "copy"], self.resumed)
-        # Workers share the cores; threads started from here on inherit the number.
-        threads_before, cpu_before = torch.get_num_threads(), time.process_time()
-        torch.set_num_threads(max(1, threads_before // self._workers))
+        cpu_before = time.process_time()
         threads = [self._thread(self._read_all, "read")]
         threads += [self._thread(self._solve_all, f"solve-{i}") for i in range(self._workers)]
         writing = self._thread(self._write_all, "write")
         try:
-            with lapack.threads(torch.get_num_threads()):
+            with shared_cores(self._workers):
                 for thread in [*threads, writing]:
                     thread.start()
                 for thread in threads:
@@ -139,7 +137,6 @@ class Pipeline:
                 thread.join()
             raise
         finally:
-            torch.set_num_threads(threads_before)
             if not any(thread.is_alive() for thread in [*threads, writing]):
                 try:
                     with self._times.measure("write"):

@@ -24,6 +24,10 @@ def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     The rows are r outputs of nearly largest volume (Goreinov et al., "How to find a good submatrix", 2010): LU with
     partial pivoting to begin with, then exchanges until every coefficient is small.
 
+    They are rounded to the nearest. Feedback in the metric of the inputs would spare their own outputs something, but
+    move what they span further, on which all others depend: with the coefficients refitted, the loss that rounding
+    adds came out between 0.7 and 2 times as large.
+
     Args:
         up: [m, r], m > r.
         down: [r, n].

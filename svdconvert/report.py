@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from svdconvert.events import Events
+from svdconvert.metrics import LOW_GUESS, METHODS, calibrated
 from svdconvert.steps import Step
 
 if TYPE_CHECKING:
@@ -95,15 +96,18 @@ def show_result(console: Console, report: Report) -> None:
         worst = max(report.matrices, key=lambda name: report.matrices[name]["relative_error"])
         mean = sum(errors) / len(errors)
         rows.append(("relative error", f"mean {mean:.4f}, worst {max(errors):.4f} ({worst}){resumed}"))
+    settings = outcome.record["settings"]
+    if "tokens" in settings:
+        rows.append(("calibration", calibrated(METHODS[plan.method], settings)))
     outputs = [float(matrix["output_error"]) for matrix in report.matrices.values() if "output_error" in matrix]
     if outputs:
         mean = sum(outputs) / len(outputs)
         rows.append(("error of the outputs", f"mean {mean:.4f}, worst {max(outputs):.4f}, on the calibration text"))
     record = outcome.record
     if "measured_loss" in record:
-        guess = f"predicted {record['predicted_loss']:+.4f}, " if "predicted_loss" in record else ""
-        measured = f"measured {record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
-        rows.append(("loss added", f"{guess}{measured}, on the calibration text"))
+        guess = f" ({record['predicted_loss']:+.4f} predicted; {LOW_GUESS})" if "predicted_loss" in record else ""
+        measured = f"{record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
+        rows.append(("loss added", f"{measured}, measured on the calibration text{guess}"))
     rows += _times(outcome)
     memory = size(outcome.peak_memory_bytes)
     if outcome.peak_device_bytes:

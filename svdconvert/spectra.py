@@ -256,7 +256,7 @@ def spectrum(
             for target in chosen:
                 found.take(target.module, kept.spectrum(target), kept.outputs(target))
             shutil.rmtree(place / "source", ignore_errors=True)
-    told = None if knowledge is None else {"name": knowledge.name, "tokens": knowledge.text.tokens, **knowledge.key}
+    told = None if knowledge is None else {"name": knowledge.name, **knowledge.key}
     return Spectra(
         model=source.name,
         commit=source.commit,

@@ -124,3 +124,8 @@ def test_multiples() -> None:
     spent, _ = outcome(targets, spectra, ranks, balanced)
     assert 0 <= budget - spent < 8 * 128
     assert 8 in ranks  # uniform would be 15, the floor 12
+
+
+def test_a_budget_below_the_least_ranks() -> None:
+    with pytest.raises(InputError, match=r"a budget of 100 parameters is below what the least ranks cost, 128; keep"):
+        allocate([target(64, 64)], [np.ones(64)], 100, cost=balanced)

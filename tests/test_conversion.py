@@ -15,7 +15,6 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from svdconvert import convert, plan
-from svdconvert.job import usual_workers
 
 HEAD = {"embed_out.weight": "lm_head.weight"}
 
@@ -184,21 +183,6 @@ def test_pivoted_stores_less(dense: Path, factored: Path, pivoted: Path) -> None
 def test_workers_change_nothing(dense: Path, factored: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "out", rank=16, device="cpu", workers=3)
     assert files(tmp_path / "out") == files(factored)
-
-
-@pytest.mark.parametrize(
-    ("threads", "room", "expected"),
-    [(1, 100, 1), (2, 100, 2), (4, 100, 4), (16, 100, 8), (4, 3, 3), (4, 0.5, 1)],
-    ids=lambda value: str(value),
-)
-def test_one_worker_a_core_as_far_as_memory_goes(
-    threads: int, room: float, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """``room``: workers that half of the free memory has room for."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr("svdconvert.loading.available_memory_bytes", lambda: int(2 * room * 10**9))
-    assert usual_workers("cpu", lambda count: count * 10**9) == expected
-    assert usual_workers("cuda:0", lambda count: count * 10**9) == 1
 
 
 def test_a_plan_knows_what_a_worker_costs(dense: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +15,12 @@ from checkpoints import LINEARS, TARGETS, random_tensors, read_config, read_weig
 from test_conversion import files, products
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
-from svdconvert import Calibration, InputError, calibrate, convert, decomposing
+import svdconvert
+from svdconvert import Calibration, Events, InputError, calibrate, convert, decomposing
 from svdconvert.metrics import METHODS, method_named, shrink
 from svdconvert.ranks import Target
+
+Run = Callable[..., SimpleNamespace]
 
 DATA_AWARE = [name for name, row in METHODS.items() if row.statistics]
 
@@ -81,13 +87,18 @@ def test_whiten_is_svd_llm(dense: Path, calibration: Calibration, tmp_path: Path
         assert loss(found[f"gpt_neox.{name}.weight"]) == pytest.approx(loss(theirs), rel=1e-4), name
 
 
-def test_kfac_is_optimal_in_both_metrics(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
-    report = convert(
-        dense, tmp_path / "out", rank=16, method="kfac", calibration=calibration, dtype="float32", device="cpu"
-    )
+@pytest.mark.parametrize("shrinkage", [None, 0.0])
+def test_kfac_is_optimal_in_both_metrics(
+    shrinkage: float | None, dense: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    settings = {"method": "kfac", "calibration": calibration, "shrinkage": shrinkage, "dtype": "float32"}
+    report = convert(dense, tmp_path / "out", rank=16, device="cpu", **settings)
+    amount = METHODS["kfac"].options["shrinkage"] if shrinkage is None else shrinkage
+    assert report.outcome.record["settings"]["shrinkage"] == amount
     found, weights, total = products(tmp_path / "out"), read_weights(dense), 0.0
     for name, (inputs, outputs, _) in gradients(dense, calibration).items():
         weight = weights[f"gpt_neox.{name}.weight"].double()
+        inputs, outputs = ((1 - amount) * gram + amount * gram.diagonal().diag() for gram in (inputs, outputs))
         roots = []
         for gram in (outputs, inputs):
             values, vectors = torch.linalg.eigh(gram)
@@ -229,6 +240,26 @@ def test_statistics_collected_beforehand(dense: Path, calibration: Calibration, 
         convert(dense, tmp_path / "fwsvd", method="fwsvd", stats=tmp_path / "stats", **settings)
 
 
+def test_statistics_of_another_tokenizer_or_version(
+    dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrate(dense, calibration, tmp_path / "stats", methods=["whiten"], device="cpu")
+    settings = {"keep": 0.5, "method": "whiten", "stats": tmp_path / "stats", "device": "cpu", "check": False}
+    other = tmp_path / "other"
+    shutil.copytree(dense, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["add_prefix_space"] = True
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="statistics of another tokenizer"):
+        convert(other, tmp_path / "out", **settings)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (other / name).unlink(missing_ok=True)
+    convert(other, tmp_path / "without", **settings)  # none that could be another one
+    monkeypatch.setattr(svdconvert, "__version__", "0")
+    with pytest.raises(InputError, match="statistics of another version"):
+        convert(dense, tmp_path / "out", **settings)
+
+
 def test_statistics_of_another_model(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", random_tensors(seed=9))
     calibrate(other, calibration, tmp_path / "stats", methods=["whiten"], device="cpu")
@@ -277,16 +308,38 @@ def test_missing_text(dense: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+class Notes(Events):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.all: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.all.append(text)
+
+
+@pytest.mark.parametrize("method", ["svd", "whiten", "kfac"])
+def test_a_global_budget_of_other_methods_comes_with_a_warning(
+    method: str, dense: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    notes = Notes()
+    text = calibration if METHODS[method].statistics else None
+    settings = {"keep": 0.5, "method": method, "calibration": text, "device": "cpu", "check": False}
+    convert(dense, tmp_path / "out", allocation="global", events=notes, **settings)
+    assert any(f"those of {method} are not made for" in note for note in notes.all) == (method != "kfac")
+
+
+def test_what_was_looked_at_is_told(dense: Path, calibration: Calibration, tmp_path: Path, run: Run) -> None:
+    line = [dense, "--keep", 0.5, "--calib", calibration.text, "--calib-samples", 24, "--calib-length", 48]
+    said = run(*line, "--shrinkage", 0.25, "--device", "cpu", "--out", tmp_path / "out")
+    assert said.code == 0, said
+    assert re.search(r"calibration +1,152 tokens, shrinkage 0\.25 *\n", said.out)
+    assert "Calibrated on 1,152 tokens, shrinkage 0.25." in (tmp_path / "out" / "README.md").read_text()
+    settings = json.loads((tmp_path / "out" / "svdconvert.json").read_text())["settings"]
+    assert (settings["tokens"], settings["shrinkage"]) == (1152, 0.25)
+
+
 def test_too_few_tokens_and_aliases_are_said(dense: Path, text: Path, tmp_path: Path) -> None:
-    from svdconvert import Events
-
-    class Notes(Events):
-        def __init__(self) -> None:
-            self.all: list[str] = []
-
-        def note(self, text: str) -> None:
-            self.all.append(text)
-
     notes = Notes()
     few = Calibration(str(text), samples=2, length=16)
     convert(dense, tmp_path / "out", keep=0.5, method="drone", calibration=few, device="cpu", events=notes)
@@ -300,6 +353,6 @@ def test_aliases() -> None:
 
 def test_shrinkage() -> None:
     gram = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
-    assert torch.equal(shrink(gram, 10, 0), gram)
-    assert torch.equal(shrink(gram, 10, 1), gram.diagonal().diag())
-    assert torch.allclose(shrink(gram, 10, 0.5), torch.tensor([[2.0, 0.5], [0.5, 4.0]]))
+    assert torch.equal(shrink(gram, 0), gram)
+    assert torch.equal(shrink(gram, 1), gram.diagonal().diag())
+    assert torch.allclose(shrink(gram, 0.5), torch.tensor([[2.0, 0.5], [0.5, 4.0]]))

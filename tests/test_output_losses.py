@@ -23,7 +23,7 @@ def test_every_rank(shape: tuple[int, int], left: str, right: str, inputs: str) 
     m, n = shape
     weight, lefts, gram = normal(m, n), metric(left, m, 1), metric(inputs, n, 2)
     assert gram is not None
-    rights = {"same": gram, "shrunk": shrink(gram, 40, 0.3), "vector": metric("vector", n, 3), "identity": None}[right]
+    rights = {"same": gram, "shrunk": shrink(gram, 0.3), "vector": metric("vector", n, 3), "identity": None}[right]
     found = decompose(weight, left=lefts, right=rights)
     curve = output_losses(weight, found, lefts, rights, gram)
     whole = loss(weight, torch.zeros(m, n, dtype=torch.float64), dense(None, m), gram)
@@ -46,7 +46,7 @@ def test_singular_inputs(shape: tuple[int, int], left: str, shrunk: bool) -> Non
     m, n = shape
     weight, lefts, gram = normal(m, n), metric(left, m, 1), metric("singular", n, 2)
     assert gram is not None
-    rights = shrink(gram, 1, 0.2) if shrunk else gram
+    rights = shrink(gram, 0.2) if shrunk else gram
     found = decompose(weight, left=lefts, right=rights)
     curve = output_losses(weight, found, lefts, rights, gram)
     whole = loss(weight, torch.zeros(m, n, dtype=torch.float64), dense(None, m), gram)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -352,6 +353,24 @@ class TestCalibration:
             expected = first[up].float() @ first[down].float()
             difference = second[up].float() @ second[down].float() - expected
             assert float(difference.norm() / expected.norm()) < 2e-3, module
+
+    def test_refit(self, model: Path, tmp_path: Path) -> None:
+        """The leader's work, one layer after the other: from given statistics, the bytes of a single process."""
+        draw = random.Random(0)
+        syllables = [chr(0xAC00 + draw.randrange(11172)) for _ in range(300)]
+        words = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(2000)]
+        text, stats = tmp_path / "text.txt", tmp_path / "stats"
+        text.write_text(" ".join(words), encoding="utf-8")
+        calibrate(model, Calibration(str(text), samples=32, length=48), stats, methods=["whiten"], device="cpu")
+        line = [model, "--keep", 0.3, "--method", "whiten", "--stats", stats, "--refit", "sequential"]
+        done = torchrun(2, "-m", "svdconvert", *line, "--device", "cpu", "--out", tmp_path / "many")
+        assert done.code == 0, done
+        assert done.out.count("the refit brought the loss from") == 1
+        settings = {"method": "whiten", "stats": stats, "refit": "sequential", "device": "cpu"}
+        report = convert(model, tmp_path / "one", keep=0.3, **settings)
+        told = report.outcome.record["refit"]
+        assert told["refitted"] < told["truncated"], "it was taken"
+        assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
     def test_fewer_sequences_than_processes(self, model: Path, text: Path, tmp_path: Path) -> None:
         line = ["calibrate", model, "--out", tmp_path / "out", "--device", "cpu", "--calib", text]

@@ -12,6 +12,7 @@ from test_conversion import files, products
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from svdconvert import Calibration, JobError, calibrate, convert, refitting
+from svdconvert.conversion import LOSSES
 from svdconvert.refitting import HELD_OUT, Refit
 from svdconvert.source import LocalSource
 
@@ -114,6 +115,10 @@ def test_measured_loss_is_that_of_the_result(dense: Path, calibration: Calibrati
     record = report.outcome.record
     assert record["dense_loss"] == pytest.approx(theirs, abs=1e-5)
     assert record["measured_loss"] == pytest.approx(mine - theirs, abs=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{record['dense_loss']:.4f} before, {record['measured_loss']:+.4f} by this conversion" in card
+    assert f"({record['predicted_loss']:+.4f} predicted)" in card
+    assert report.to_json()["losses"] == {name: record[name] for name in LOSSES}
     told = record["refit"]
     assert told["tokens"] == ids.numel() - 48 * (len(ids) // HELD_OUT)
     assert all("held_out_error" in matrix.get("refit", {}) for matrix in record["matrices"].values()) == (

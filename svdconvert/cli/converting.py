@@ -198,7 +198,8 @@ _text_options = _options(
 _allocation_option = click.option(
     "--allocation",
     type=click.Choice(["uniform", "global"]),
-    help="Spend a budget evenly, or where it helps most.  [default: global for kfac, else uniform]",
+    help="Spend a budget evenly, or where it helps most; the latter is for kfac, and often hurts others.  "
+    "[default: global for kfac, else uniform]",
 )
 _workers_option = click.option(
     "--workers",
@@ -215,7 +216,11 @@ _refit_option = click.option(
 _method_options = _options(
     click.option("--stats", type=click.Path(path_type=Path), help="Instead: folder that `svdconvert calibrate` wrote."),
     click.option("--alpha", type=float, help="Exponent of asvd.  [default: 0.5]"),
-    click.option("--shrinkage", type=float, help="Pull the metrics of whiten and kfac towards their diagonal, 0 to 1."),
+    click.option(
+        "--shrinkage",
+        type=float,
+        help="Pull the metrics of kfac and whiten towards their diagonal, 0 to 1.  [default: 0.2 and 0]",
+    ),
     click.option(
         "--work",
         type=click.Path(path_type=Path),

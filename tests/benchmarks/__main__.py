@@ -4,8 +4,9 @@
     python -m tests.benchmarks --quick      # small sizes: whether everything runs, in minutes
     python -m tests.benchmarks --only solver-1.3b growth
 
-Every one writes JSON and Markdown (growth also PNG) with versions and machine; the tables are put together in
-``benchmarks.md``. One that fails does not keep the others from running.
+What is for a GPU is a command by itself, ``python -m tests.benchmarks.gpu``. Each writes JSON and Markdown (growth
+also PNG) with versions and machine; the tables are put together in ``benchmarks.md``. One that fails does not keep the
+others from running.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
         ["--sides", "two", "--hidden", "256"],
     ),
     "memory": ("memory", [], ["--hidden", "128", "--layers", "2", "4"]),
+    "calibration-1.3b-kfac": (
+        "calibration",
+        ["--layers", "4"],
+        ["--hidden", "128", "--vocab", "1024", "--tokens", "1024", "--length", "128"],
+    ),
     "growth": (
         "growth",
         ["--repeats", "3"],
@@ -41,6 +47,16 @@ ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
         "inference",
         ["--layers", "4", "--compile", "--repeats", "5"],
         ["--hidden", "256", "--vocab", "1024", "--prompt", "32", "--tokens", "4", "--train-steps", "1"],
+    ),
+    "latent-cache-1.3b": (
+        "latent_cache",
+        [],
+        ["--hidden", "256", "--tokens", "127", "--repeats", "3"],
+    ),
+    "processes": (
+        "processes",
+        ["--repeats", "3"],
+        ["--layers", "2", "--hidden", "256", "--vocab", "1024"],
     ),
     "conversion-1.3b": (
         "conversion",

@@ -1,6 +1,7 @@
 """What is compared with: the whole model in memory and a full SVD of every matrix, truncated afterwards.
 
     python -m tests.benchmarks.baseline CHECKPOINT --rank 512 --layers 0 12
+    python -m tests.benchmarks.baseline CHECKPOINT --rank 512 --layers 0 --device cuda
 
 This is how the common scripts do it: ``from_pretrained``, then ``torch.linalg.svd(weight.float(),
 full_matrices=False)`` per linear layer. Only the layers asked for are decomposed, one of them costing as much as any
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--layers", type=int, nargs="*", default=[0], help="layers to decompose")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
     import torch
@@ -75,6 +77,12 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.checkpoint, torch_dtype=torch.float16)
     for parameter in model.parameters():
         parameter.detach().max()
+    model.to(options.device)
+    on_gpu = torch.device(options.device).type == "cuda"
+    if on_gpu:
+        # What the first call of the library sets up is nobody's cost.
+        torch.linalg.svd(torch.eye(256, device=options.device))
+        torch.cuda.synchronize()
     loading = time.perf_counter() - start
     matrices: dict[str, dict[str, float]] = {}
     for layer in options.layers:
@@ -84,11 +92,15 @@ def main() -> None:
             wall, cpu = time.perf_counter(), time.process_time()
             down, up = factor_by_full_svd(module.weight.detach(), options.rank)
             down, up = down.half(), up.half()
+            if on_gpu:
+                torch.cuda.synchronize()
             matrices[f"layers.{layer}.{name}"] = {
                 "seconds": round(time.perf_counter() - wall, 4),
                 "cpu_seconds": round(time.process_time() - cpu, 4),
             }
-    print(json.dumps({"loading_s": round(loading, 2), "threads": torch.get_num_threads(), "matrices": matrices}))
+    told = {"loading_s": round(loading, 2), "threads": torch.get_num_threads(), "matrices": matrices}
+    told["peak_device_bytes"] = torch.cuda.max_memory_allocated(options.device) if on_gpu else 0
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.conversion                                  # 1.3B at rank 512
     python -m tests.benchmarks.conversion --model 3.8b --workers 1
     python -m tests.benchmarks.conversion --model 1.3b --workers 1 2 --repeats 3
+    python -m tests.benchmarks.conversion --model 3.8b --device cuda --sampled-layers 2
 
 Generates the checkpoint (see ``geometry``), converts it in a process of its own, and in turn with it runs the full
 SVD on a sample of the same model's layers, also in its own process, so that both meet the same load. The full SVD's
@@ -30,7 +31,9 @@ RANKS = {"1.3b": 512, "3.8b": 768, "5.8b": 1024, "12.8b": 1280}
 WROTE = "wrote model"
 
 
-def convert(source: Path, out: Path, rank: int, workers: int, threads: int, options: Sequence[str]) -> dict[str, Any]:
+def convert(
+    source: Path, out: Path, rank: int, workers: int, threads: int, options: Sequence[str], device: str = "cpu"
+) -> dict[str, Any]:
     """Convert and measure.
 
     Args:
@@ -40,9 +43,10 @@ def convert(source: Path, out: Path, rank: int, workers: int, threads: int, opti
         workers: ``--workers``.
         threads: OMP_NUM_THREADS, 0 for the default.
         options: further options of the command line.
+        device: ``--device``.
     """
     shutil.rmtree(out, ignore_errors=True)
-    command = ["svdconvert", str(source), "--rank", str(rank), "--out", str(out), "--device", "cpu", "--json"]
+    command = ["svdconvert", str(source), "--rank", str(rank), "--out", str(out), "--device", device, "--json"]
     command += ["--workers", str(workers), *options]
     measured = run(command, threads=threads, marks=[WROTE])
     report = json.loads(measured.output)
@@ -55,6 +59,7 @@ def convert(source: Path, out: Path, rank: int, workers: int, threads: int, opti
         "threads": threads,
         "tool_seconds": report["seconds"],
         "tool_peak_bytes": report["peak_memory_bytes"],
+        "peak_device_bytes": report["peak_device_bytes"],
         # Before the self-check, which loads the result for a trial run if the machine has the memory.
         "conversion_peak_bytes": measured.marks.get(WROTE) or measured.peak_bytes,
         "solver_s": round(sum(matrix["seconds"] for matrix in matrices), 2),
@@ -73,16 +78,17 @@ def convert(source: Path, out: Path, rank: int, workers: int, threads: int, opti
     return result
 
 
-def full_svd(source: Path, rank: int, layers: Sequence[int], threads: int = 0) -> dict[str, Any]:
+def full_svd(source: Path, rank: int, layers: Sequence[int], device: str = "cpu") -> dict[str, Any]:
     """Run the baseline on some layers and measure."""
     arguments = ["tests.benchmarks.baseline", str(source), "--rank", str(rank), "--layers", *map(str, layers)]
-    measured: Measured = run(arguments, threads=threads)
+    measured: Measured = run([*arguments, "--device", device])
     found = json.loads(measured.output)
     seconds = {name: matrix["seconds"] for name, matrix in found["matrices"].items()}
     cpu = sum(matrix["cpu_seconds"] for matrix in found["matrices"].values())
     result = measured.to_json() | {
         "loading_s": found["loading_s"],
         "threads": found["threads"],
+        "peak_device_bytes": found["peak_device_bytes"],
         "layer_s": sum(seconds.values()) / len(layers),
         "layer_cpu_s": cpu / len(layers),
         "svd_s_by_kind": _by_kind(seconds),
@@ -110,6 +116,7 @@ def benchmark(
     repeats: int = 1,
     sampled: int = 1,
     options: Sequence[str] = (),
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Everything, in turns.
 
@@ -123,6 +130,7 @@ def benchmark(
         repeats: rounds.
         sampled: layers that the full SVD does in each round; 0 leaves it out.
         options: further options for the conversion.
+        device: what computes, for both.
     """
     folder = source or scratch / "source"
     if source is None:
@@ -137,11 +145,11 @@ def benchmark(
         for turn in range(repeats):
             for count in workers:
                 threads = 0 if count == 1 else max(cores // count, 1)
-                ours[count].append(convert(folder, scratch / "factored", rank, count, threads, options))
+                ours[count].append(convert(folder, scratch / "factored", rank, count, threads, options, device))
             if sampled:
                 step = max(geometry.layers // sampled, 1)
                 layers = [(turn + i * step) % geometry.layers for i in range(sampled)]
-                theirs.append(full_svd(folder, rank, layers))
+                theirs.append(full_svd(folder, rank, layers, device))
     finally:
         if source is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -151,6 +159,7 @@ def benchmark(
         "layers": geometry.layers,
         "rank": rank,
         "spectrum": spectrum,
+        "device": device,
         "machine": machine(),
         "conversions": {str(count): runs for count, runs in ours.items()},
         "full_svd": theirs,
@@ -236,6 +245,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1], help="one or more values to compare")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--sampled-layers", type=int, default=1, help="layers of the full SVD per round; 0: none")
+    parser.add_argument("--device", default="cpu", help="what computes: cpu, cuda or cuda:N")
     parser.add_argument("--no-check", action="store_true", help="convert without the self-check")
     parser.add_argument("--source", type=Path, help="a checkpoint that `geometry` wrote, instead of a new one")
     parser.add_argument("--scratch", type=Path, help="where to put checkpoints  [default: the temporary folder]")
@@ -253,6 +263,7 @@ def main() -> None:
             repeats=options.repeats,
             sampled=options.sampled_layers,
             options=["--no-check"] if options.no_check else [],
+            device=options.device,
         )
     save(options.out, f"conversion-{options.model}", result, markdown(result))
 

@@ -3,11 +3,14 @@
     python -m tests.benchmarks.inference --model 1.3b --layers 2
     python -m tests.benchmarks.inference --model 1.3b --layers 2 --batch 1 8 --compile --repeats 5
 
-Random weights, since time does not depend on values. The dense model and both layouts (balanced at the given rank;
-pivoted at the rank of the same size, and at the same rank) live in one process and are measured in turn within each
-round; medians over the rounds. Prefill is one pass over the prompt; decoding is token by token on top of it, with the
-key-value cache. A training step is forward, backward and AdamW on the whole model, in a process of its own, so that its
-peak memory is its own. Bytes are those of the parameters. Writes JSON and Markdown.
+Random weights, since time does not depend on values. The vocabulary is cut with the layers, so that the head, which is
+never factored, has the share of the work that it has in the whole model. The dense model and both layouts (balanced at
+the given rank; pivoted at the rank of the same size, and at the same rank; in float32 on the CPU both also after
+``for_decoding``) live in one process and are measured in turn within each round; medians over the rounds. Prefill is one
+pass over the prompt; decoding is token by token after it, with the key-value cache. With ``--cpu-time`` seconds are
+those of the process, not the clock: with one thread on a busy machine, they alone can be trusted. A training step is
+forward, backward and AdamW on the whole model, in a process of its own, so that its peak memory is its own. Bytes are
+those of the parameters. Writes JSON and Markdown.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from .geometry import MODELS, Geometry, resized
 from .measure import machine, machine_line, markdown_table, run, save
 
 VARIANTS = ("dense", "balanced", "pivoted", "pivoted, same rank")
+FOR_DECODING = ("balanced, for decoding", "pivoted, for decoding")
 
 
 def equal_rank(shape: tuple[int, int], rank: int) -> int:
@@ -38,7 +42,7 @@ def build(geometry: Geometry, variant: str, rank: int, dtype: str) -> Any:
 
     Args:
         geometry: its sizes.
-        variant: one of :data:`VARIANTS`.
+        variant: one of :data:`VARIANTS` or :data:`FOR_DECODING`.
         rank: of the balanced layers.
         dtype: torch type of the weights.
     """
@@ -51,14 +55,15 @@ def build(geometry: Geometry, variant: str, rank: int, dtype: str) -> Any:
     if variant == "dense":
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
     else:
-        layout = variant.partition(",")[0]
+        layout, _, how = variant.partition(", ")
         ranks = {
-            f"layers.{layer}.{name}": equal_rank(shape, rank) if variant == "pivoted" else rank
+            f"layers.{layer}.{name}": equal_rank(shape, rank) if layout == "pivoted" and how != "same rank" else rank
             for layer in range(geometry.layers)
             for name, shape in geometry.linears.items()
         }
         model = PolyglotSVDForCausalLM(PolyglotSVDConfig(**fields, svd_ranks=ranks, svd_layout=layout))
-    return model.to(getattr(torch, dtype)).eval()
+    model = model.to(getattr(torch, dtype)).eval()
+    return model.for_decoding() if variant in FOR_DECODING else model
 
 
 def weight_bytes(model: Any) -> tuple[int, int]:
@@ -67,7 +72,9 @@ def weight_bytes(model: Any) -> tuple[int, int]:
     return sum(p.numel() * p.element_size() for p in model.parameters()), blocks
 
 
-def runner(model: Any, compiled: bool, device: str, batch: int, prompt: int, tokens: int) -> Callable[[], Any]:
+def runner(
+    model: Any, compiled: bool, device: str, batch: int, prompt: int, tokens: int, seconds: Callable[[], float]
+) -> Callable[[], Any]:
     """A function that reads a prompt and decodes, and gives the seconds of both.
 
     Uncompiled models use the usual growing cache; compiled ones a cache of fixed size, as generation does then, so
@@ -82,7 +89,7 @@ def runner(model: Any, compiled: bool, device: str, batch: int, prompt: int, tok
     def clock() -> float:
         if device != "cpu":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return seconds()
 
     def once() -> tuple[float, float]:
         length = prompt + tokens + 1
@@ -108,12 +115,13 @@ def measure_inference(
     repeats: int,
     compiled: Sequence[bool],
     device: str,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
     """Tokens per second of every variant, in turn."""
     rows = []
     for batch in batches:
         for compile_it in compiled:
-            runners = {n: runner(m, compile_it, device, batch, prompt, tokens) for n, m in models.items()}
+            runners = {n: runner(m, compile_it, device, batch, prompt, tokens, clock) for n, m in models.items()}
             for once in runners.values():
                 once()  # warm caches, or compile
             seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
@@ -164,7 +172,8 @@ def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dic
     import torch
 
     torch.manual_seed(0)
-    models = {name: build(geometry, name, rank, options.dtype).to(options.device) for name in VARIANTS}
+    variants = VARIANTS + (FOR_DECODING if (options.device, options.dtype) == ("cpu", "float32") else ())
+    models = {name: build(geometry, name, rank, options.dtype).to(options.device) for name in variants}
     sizes = {name: weight_bytes(model) for name, model in models.items()}
     rows = measure_inference(
         models,
@@ -174,6 +183,7 @@ def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dic
         repeats=options.repeats,
         compiled=[False, True] if options.compile else [False],
         device=options.device,
+        clock=time.process_time if options.cpu_time else time.perf_counter,
     )
     del models
     training = []
@@ -194,6 +204,7 @@ def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dic
         "prompt": options.prompt,
         "tokens": options.tokens,
         "repeats": options.repeats,
+        "cpu_time": options.cpu_time,
         "load": [round(value, 2) for value in os.getloadavg()],
         "bytes": {name: {"all": all_, "blocks": blocks} for name, (all_, blocks) in sizes.items()},
         "inference": rows,
@@ -224,7 +235,8 @@ def markdown(result: dict[str, Any]) -> str:
     title = (
         f"{result['model']}, hidden size {result['hidden']}, {result['layers']} layers, rank {result['rank']}, "
         f"{result['dtype']} on {result['device']}, {result['threads']} threads; prompt {result['prompt']}, "
-        f"{result['tokens']} tokens decoded, median of {result['repeats']}; load average {result['load'][0]:.1f}"
+        f"{result['tokens']} tokens decoded, {'CPU' if result['cpu_time'] else 'wall'} time, "
+        f"median of {result['repeats']}; load average {result['load'][0]:.1f}"
     )
     tables = [markdown_table(heads, rows), "", markdown_table(size_heads, size_rows)]
     return "\n".join([title, "", *tables, "", machine_line(result["machine"])])
@@ -236,7 +248,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="1.3b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
-    parser.add_argument("--vocab", type=int, default=0, help="another vocabulary size")
+    parser.add_argument("--vocab", type=int, default=0, help="another vocabulary size  [default: cut with the layers]")
     parser.add_argument("--rank", type=int, default=0, help="default: a quarter of the hidden size")
     parser.add_argument("--dtype", default="float32", help="torch type of the weights")
     parser.add_argument("--device", default="cpu")
@@ -244,13 +256,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=16, help="tokens to decode")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of the process instead of the clock's")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--train-steps", type=int, default=2, help="0 leaves training out")
     parser.add_argument("--train-length", type=int, default=128, help="tokens of the training sequence")
     parser.add_argument("--train", choices=VARIANTS, help="only this variant's training step, as JSON")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
     options = parser.parse_args()
-    geometry = resized(MODELS[options.model], hidden=options.hidden, layers=options.layers, vocab=options.vocab)
+    whole = MODELS[options.model]
+    vocab = options.vocab or max(whole.vocab * options.layers // whole.layers, 1)
+    geometry = resized(whole, hidden=options.hidden, layers=options.layers, vocab=vocab)
     rank = options.rank or geometry.hidden // 4
     if options.train:
         found = train(geometry, options.train, rank, options.train_steps, options.train_length, options.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from svdconvert import solver
 from svdconvert.pivoting import pivot, product, rounded_coefficients
+from svdconvert.rounding import round_with_feedback
 from svdconvert.solver import decompose, truncate
 
 # How the inputs' massive channels behave: there are none; their values vary; they vary about a large mean.
@@ -59,7 +60,10 @@ def _row(m: int, n: int, kind: str, dtype: torch.dtype) -> str:
     exact = truncate(weight, found, rank, torch.float64, right=kept)
     rows, coefficients, position = pivot(exact.up, exact.down, dtype)
     wanted = weight if m >= n else exact.up @ exact.down
-    pivoted = (coefficients, rounded_coefficients(wanted, rows, position, kept, dtype))
+    unrounded = pivot(exact.up, exact.down, torch.float64)[0]
+    fed_back = round_with_feedback(unrounded, kept if kept.dim() == 2 else kept.diag(), dtype)
+    pivoted = [(rows, coefficients)]
+    pivoted += [(each, rounded_coefficients(wanted, each, position, kept, dtype)) for each in (rows, fed_back)]
     cells = [
         f"{m} x {n}",
         kind,
@@ -68,7 +72,7 @@ def _row(m: int, n: int, kind: str, dtype: torch.dtype) -> str:
         excess(_reserved(weight, found, rank, dtype, gram)),
         excess(ours.up.double() @ ours.down.double()),
         ours.basis,
-        *(excess(product(rows, each, position)) for each in pivoted),
+        *(excess(product(*each, position)) for each in pivoted),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -88,8 +92,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=512, help="the smaller side; a quarter of it is the rank")
     size = parser.parse_args().size
-    print("| shape | inputs | type | nearest | reserved rank | svdconvert | basis | pivoted, nearest | svdconvert |")
-    print("| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: |")
+    heads = ["shape", "inputs", "type", "nearest", "reserved rank", "svdconvert", "basis"]
+    heads += ["pivoted, nearest", "svdconvert", "rows with feedback too"]
+    print(f"| {' | '.join(heads)} |")
+    print("| --- | --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
     for dtype in (torch.bfloat16, torch.float16):
         for kind in KINDS:
             for m, n in ((3 * size, size), (size, 3 * size)):

@@ -107,6 +107,14 @@ def test_layers_are_of_the_layout_that_the_config_names(tiny, model):
     assert not torch.equal(model.gpt_neox.get_submodule(QKV).position, torch.arange(192))
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 3), (2, 0, 4), (2, 3, 4)])
+def test_layers_take_inputs_of_any_shape(tiny, model, shape):
+    x = torch.randn(*shape, 64)
+    weight, bias = (tiny.product[f"gpt_neox.{QKV}.{name}"] for name in ("weight", "bias"))
+    with torch.no_grad():
+        torch.testing.assert_close(model.gpt_neox.get_submodule(QKV)(x), x @ weight.T + bias, rtol=1e-4, atol=1e-4)
+
+
 @ONE_LAYOUT
 @pytest.mark.parametrize("trust", [None, False])
 @pytest.mark.parametrize("auto", [AutoConfig, AutoModel, AutoModelForCausalLM])

@@ -57,6 +57,21 @@ def test_round_trip(tiny, model, ids, expected, tmp_path):
     assert distance(logits(load(tmp_path / "twice"), ids), expected) < 2e-5
 
 
+def test_layers_laid_out_for_decoding(tiny, ids, expected, tmp_path):
+    model = load(tiny.path)
+    assert model.for_decoding() is model
+    ups = [model.gpt_neox.get_submodule(path).up.weight for path in tiny.ranks]
+    assert all(up.stride() == (1, up.shape[0]) for up in ups)
+    assert distance(logits(model, ids), expected) < 2e-5
+    assert torch.equal(model.generate(ids[:1], max_new_tokens=4), load(tiny.path).generate(ids[:1], max_new_tokens=4))
+    model.save_pretrained(tmp_path)
+    assert_sound(tmp_path, tiny.tensors)
+    model(ids).logits.sum().backward()
+    assert all(up.grad is not None for up in ups)
+    half = load(tiny.path).to(torch.bfloat16).for_decoding()  # gains nothing there
+    assert all(half.gpt_neox.get_submodule(path).up.weight.is_contiguous() for path in tiny.ranks)
+
+
 def test_base_model_round_trip(tiny, ids, tmp_path):
     AutoModel.from_pretrained(tiny.path, trust_remote_code=True).save_pretrained(tmp_path)
     assert read_config(tmp_path)["auto_map"] == AUTO_MAP

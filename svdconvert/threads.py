@@ -1,0 +1,98 @@
+"""How many matrices to solve at the same time, and threads that do it.
+
+Solvers of one thread each finish more matrices than one solver of many threads, since an eigen-decomposition gains
+little by threads (docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+S = TypeVar("S")
+
+# Beyond that memory bandwidth is what solvers share.
+MOST_WORKERS = 8
+
+
+def usual_workers(device: str, memory: Callable[[int], int]) -> int:
+    """Matrices to solve at the same time: one for each core, or one alone on a GPU.
+
+    No more than :data:`MOST_WORKERS`, and no more than half of the free memory has room for.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        memory: peak of host memory in bytes, by the number of workers.
+    """
+    if device != "cpu":
+        return 1
+    import torch
+
+    from svdconvert.loading import available_memory_bytes
+
+    free = available_memory_bytes()
+    most = min(torch.get_num_threads(), MOST_WORKERS)
+    return next((count for count in range(most, 1, -1) if memory(count) <= free / 2), 1)
+
+
+@contextmanager
+def shared_cores(workers: int) -> Iterator[None]:
+    """Share the cores out: threads started in here compute with an equal part of the threads of this one."""
+    import torch
+
+    from svdconvert import lapack
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // workers))
+    try:
+        with lapack.threads(torch.get_num_threads()):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_threads(jobs: Iterable[Callable[[S], None]], states: Sequence[S]) -> None:
+    """Do jobs in as many threads as there are states; with one state, in the calling thread.
+
+    Args:
+        jobs: each is called once, with a state that no other job has meanwhile.
+        states: what threads need for themselves: buffers, open files.
+
+    Raises:
+        BaseException: what the first failing job raised; jobs not yet begun are then left out, those in work finish.
+        KeyboardInterrupt: likewise; another one does not wait for jobs in work.
+    """
+    waiting = iter(jobs)
+    if len(states) == 1:
+        for job in waiting:
+            job(states[0])
+        return
+    lock, errors = threading.Lock(), list[BaseException]()
+
+    def work(state: S) -> None:
+        try:
+            while True:
+                with lock:
+                    job = None if errors else next(waiting, None)
+                if job is None:
+                    return
+                job(state)
+        except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
+            errors.append(error)
+
+    # Daemons, so that a second Ctrl-C ends the process while a solver is deep inside LAPACK.
+    threads = [threading.Thread(target=work, args=(state,), daemon=True) for state in states]
+    with shared_cores(len(states)):
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except KeyboardInterrupt as interrupt:
+            errors.append(interrupt)
+            for thread in threads:
+                thread.join()
+    if errors:
+        raise errors[0]
