@@ -12,6 +12,9 @@ pivoted: r rows of W in `down` R [r, in] and the coefficients of the others in `
 
 Layers named in `svd_shared` hold `up` alone and use the `down` of an earlier layer, where it is stored once for all.
 
+Where `svd_ranks` names parts of a fused projection, h.0.attn.c_attn.query
+say, it is split: three layers of the same input take its place, each factored or dense by itself.
+
 LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = W x + bias + scale * LB(LA x).
 """
 
@@ -35,6 +38,10 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_gpt2_svd.GPT2SVDForSequenceClassification",
 }
 
+# projections that may be split, and the names of their parts
+FUSED = (".attn.c_attn",)
+PARTS = ("query", "key", "value")
+
 NO_DENSE_WEIGHT = (
     "this layer is factored and has no dense weight to read or to merge into; "
     "to fold a LoRA adapter into the factors use `svdconvert fold`"
@@ -47,6 +54,7 @@ class GPT2SVDConfig(GPT2Config):
     Args:
         svd_ranks: `{"h.0.attn.c_attn": 24, ...}`, module paths relative to the base model.
             A linear layer that is not named stays dense.
+            `h.0.attn.c_attn.query` and so on name the parts of a fused projection, which is then split.
         svd_layout: "balanced" (SVDLinear) or "pivoted" (PivotedLinear), for all layers in svd_ranks.
         svd_shared: `{"h.1.attn.c_attn": "h.0.attn.c_attn", ...}`, a layer and the
             one whose `down` it uses: both in svd_ranks, at the same rank.
@@ -85,13 +93,25 @@ class GPT2SVDConfig(GPT2Config):
         """
         stock = getattr(super(), "base_model_tp_plan", None) or {}
         counts = (0,) if self.svd_layout == "pivoted" else (0, self.num_hidden_layers)
-        factored = {rule: sum(path.endswith(rule.partition("*")[2]) for path in self.svd_ranks) for rule in stock}
-        mixed = {rule.rpartition(".")[0] for rule in stock if factored[rule] not in counts}
+        split = len(_split_layers(self))
+        names = {
+            rule: [f"{rule}.{part}" for part in PARTS] if split and rule.endswith(FUSED) else [rule] for rule in stock
+        }
+        factored = {
+            name: sum(path.endswith(name.partition("*")[2]) for path in self.svd_ranks)
+            for own in names.values()
+            for name in own
+        }
+        mixed = {
+            rule.rpartition(".")[0]
+            for rule, own in names.items()
+            if any(factored[name] not in counts for name in own) or (len(own) > 1 and split < self.num_hidden_layers)
+        }
         plan = {}
         for rule, style in stock.items():
             if rule.rpartition(".")[0] not in mixed:
                 side = ".up" if style.startswith("colwise") else ".down"
-                plan[rule + (side if factored[rule] else "")] = style
+                plan.update({name + (side if factored[name] else ""): style for name in names[rule]})
         return plan
 
     def to_dict(self):
@@ -212,6 +232,21 @@ class PivotedLinear(FactoredLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class SplitLinear(nn.Module):
+    """A fused projection in parts: linear layers `query`, `key`, `value` of one input, whose outputs make its own.
+
+    Those come one after the other.
+    """
+
+    def __init__(self, parts):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        return torch.cat([part(x) for part in self.children()], -1)
+
+
 LAYOUTS = {"balanced": SVDLinear, "pivoted": PivotedLinear}
 
 
@@ -297,6 +332,7 @@ def _factor_linears(model, config):
             layers that share but read inputs of different sizes.
     """
     layout, shared = LAYOUTS[config.svd_layout], config.svd_shared
+    _split_fused(model, config)
     dense = {path: _dense_linear(model, path) for path in config.svd_ranks}
     sizes = {path: tuple(reversed(layer.weight.shape)) for path, layer in dense.items()}
     for path, rank in config.svd_ranks.items():
@@ -326,6 +362,32 @@ def _factor_linears(model, config):
         factored[path] = new
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
+
+
+def _split_layers(config):
+    """Paths of the fused projections that `svd_ranks` names parts of."""
+    parents = (path.rpartition(".") for path in config.svd_ranks)
+    found = (layer for layer, _, name in parents if name in PARTS and layer.endswith(FUSED))
+    return list(dict.fromkeys(found))
+
+
+def _split_fused(model, config):
+    """Replaces fused projections that `svd_ranks` names parts of by three dense layers of the same device and dtype."""
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", heads)
+    counts = (heads, groups, groups)
+    for path in _split_layers(config):
+        old = _dense_linear(model, path)
+        outputs, inputs = tuple(reversed(old.weight.shape))
+        size = outputs // sum(counts)
+        parts = {name: _conv1d(count * size, inputs, old) for name, count in zip(PARTS, counts, strict=True)}
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, SplitLinear(parts))
+
+
+def _conv1d(outputs, inputs, like):
+    with like.weight.device:
+        return Conv1D(outputs, inputs).to(like.weight.dtype)
 
 
 def _dense_linear(model, path):

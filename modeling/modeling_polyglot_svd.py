@@ -12,6 +12,9 @@ pivoted: r rows of W in `down` R [r, in] and the coefficients of the others in `
 
 Layers named in `svd_shared` hold `up` alone and use the `down` of an earlier layer, where it is stored once for all.
 
+Where `svd_ranks` names parts of a fused projection, layers.0.attention.query_key_value.query
+say, it is split: three layers of the same input take its place, each factored or dense by itself.
+
 LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = W x + bias + scale * LB(LA x).
 """
 
@@ -34,6 +37,10 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_polyglot_svd.PolyglotSVDForSequenceClassification",
 }
 
+# projections that may be split, and the names of their parts
+FUSED = (".attention.query_key_value",)
+PARTS = ("query", "key", "value")
+
 NO_DENSE_WEIGHT = (
     "this layer is factored and has no dense weight to read or to merge into; "
     "to fold a LoRA adapter into the factors use `svdconvert fold`"
@@ -45,7 +52,8 @@ class PolyglotSVDConfig(GPTNeoXConfig):
 
     Args:
         svd_ranks: `{"layers.0.attention.query_key_value": 24, ...}`, module paths relative to the base model.
-            A linear layer that is not named stays dense.
+            A linear layer that is not named stays dense. `layers.0.attention.query_key_value.query` and so on name the
+            parts of a fused projection, which is then split.
         svd_layout: "balanced" (SVDLinear) or "pivoted" (PivotedLinear), for all layers in svd_ranks.
         svd_shared: `{"layers.1.attention.query_key_value": "layers.0.attention.query_key_value", ...}`, a layer and the
             one whose `down` it uses: both in svd_ranks, at the same rank.
@@ -116,13 +124,15 @@ class PolyglotSVDConfig(GPTNeoXConfig):
         """
         plan = {}
         counts = (0,) if self.svd_layout == "pivoted" else (0, self.num_hidden_layers)
-        for column, row in (
-            ("attention.query_key_value", "attention.dense"),
-            ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-        ):
-            factored = {name: sum(path.endswith(f".{name}") for path in self.svd_ranks) for name in (column, row)}
-            if all(count in counts for count in factored.values()):
-                plan[f"layers.*.{column}" + (".up" if factored[column] else "")] = "colwise"
+        split = len(_split_layers(self))
+        fused = "attention.query_key_value"
+        attention = [f"{fused}.{part}" for part in PARTS] if split else [fused]
+        for columns, row in ((attention, "attention.dense"), (["mlp.dense_h_to_4h"], "mlp.dense_4h_to_h")):
+            factored = {name: sum(path.endswith(f".{name}") for path in self.svd_ranks) for name in (*columns, row)}
+            even = len(columns) == 1 or split == self.num_hidden_layers
+            if even and all(count in counts for count in factored.values()):
+                for column in columns:
+                    plan[f"layers.*.{column}" + (".up" if factored[column] else "")] = "colwise"
                 plan[f"layers.*.{row}" + (".down" if factored[row] else "")] = "rowwise"
         return plan
 
@@ -267,6 +277,24 @@ class PivotedLinear(FactoredLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class SplitLinear(nn.Module):
+    """A fused projection in parts: linear layers `query`, `key`, `value` of one input, whose outputs make its own.
+
+    Those come head by head: the query of the first one, its key, its value, the query of the second one.
+    """
+
+    def __init__(self, parts, head_size):
+        super().__init__()
+        self.head_size = head_size
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x):
+        # however many heads: of a tensor-parallel model, a process has some of them
+        heads = [part(x).unflatten(-1, (-1, self.head_size)) for part in self.children()]
+        return torch.cat(heads, -1).flatten(-2)
+
+
 LAYOUTS = {"balanced": SVDLinear, "pivoted": PivotedLinear}
 
 
@@ -352,6 +380,7 @@ def _factor_linears(model, config):
             layers that share but read inputs of different sizes.
     """
     layout, shared = LAYOUTS[config.svd_layout], config.svd_shared
+    _split_fused(model, config)
     dense = {path: _dense_linear(model, path) for path in config.svd_ranks}
     sizes = {path: tuple(layer.weight.shape) for path, layer in dense.items()}
     for path, rank in config.svd_ranks.items():
@@ -381,6 +410,31 @@ def _factor_linears(model, config):
         factored[path] = new
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
+
+
+def _split_layers(config):
+    """Paths of the fused projections that `svd_ranks` names parts of."""
+    parents = (path.rpartition(".") for path in config.svd_ranks)
+    found = (layer for layer, _, name in parents if name in PARTS and layer.endswith(FUSED))
+    return list(dict.fromkeys(found))
+
+
+def _split_fused(model, config):
+    """Replaces fused projections that `svd_ranks` names parts of by three dense layers of the same device and dtype."""
+    heads = config.num_attention_heads
+    counts = (heads, heads, heads)
+    for path in _split_layers(config):
+        old = _dense_linear(model, path)
+        outputs, inputs = tuple(old.weight.shape)
+        size = outputs // sum(counts)
+        parts = {
+            name: nn.Linear(
+                inputs, count * size, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype
+            )
+            for name, count in zip(PARTS, counts, strict=True)
+        }
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, SplitLinear(parts, size))
 
 
 def _dense_linear(model, path):

@@ -20,13 +20,15 @@ from svdconvert.architectures import dense_architecture
 from svdconvert.decomposing import Decompositions, decompose_targets, load_decomposition
 from svdconvert.errors import InputError
 from svdconvert.events import Events
+from svdconvert.headers import TensorInfo
 from svdconvert.job import resolve_device
 from svdconvert.loading import compute_dtype, load_model
 from svdconvert.metrics import METHODS
 from svdconvert.perplexity import negative_log_likelihood, read_passage
-from svdconvert.planning import choose_targets
+from svdconvert.planning import find_targets
 from svdconvert.ranks import Target
 from svdconvert.source import LocalSource, local_folder
+from svdconvert.splitting import section_of, target_tensors
 from svdconvert.weights import WeightReader
 
 
@@ -58,6 +60,7 @@ def ablate(
     *,
     groups: int = 10,
     targets: Sequence[str] = (),
+    split_fused: bool = False,
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
@@ -74,6 +77,7 @@ def ablate(
         text: UTF-8 text file.
         groups: number of groups.
         targets: patterns that choose among the linear layers; empty means all of them.
+        split_fused: whether queries, keys and values that are one matrix have singular values each.
         window, stride, batch_size, revision, device: see :func:`svdconvert.evaluate`.
         events: receiver of progress.
 
@@ -87,7 +91,8 @@ def ablate(
     folder = local_folder(os.fspath(model), revision)
     source = LocalSource(folder)
     row = dense_architecture(source.config, source.name)
-    chosen = choose_targets(source.tensors, row, targets)
+    chosen = find_targets(source, targets, method="svd", split_fused=split_fused)
+    tensors = target_tensors(source, chosen)
     fewest = min(min(target.shape) for target in chosen)
     if not 1 <= groups <= fewest:
         raise InputError(f"--groups {groups} is not possible; the smallest matrix has {fewest} singular values")
@@ -110,7 +115,15 @@ def ablate(
             for target, spectrum in zip(chosen, spectra, strict=True):
                 part = _part(spectrum.numel(), group, groups)
                 energy += float(spectrum[part].sum())
-                _remove(loaded.get_parameter(row.full_name(target.weight)), target, store, part, source, reader)
+                name, section = target.parts[0].layer, section_of(row, source.config, target.module)
+                stored = loaded.get_parameter(f"{row.prefix}{name}.weight")
+                matrix = stored.T if row.transposed else stored.view_as(stored)  # [out, in]
+                remaining = _without(target, store, part, tensors[target.weight], reader, matrix.device)
+                with torch.no_grad():
+                    if section is None:
+                        matrix.copy_(remaining)
+                    else:
+                        section.put(remaining, matrix)
             results.append(
                 GroupResult(
                     group + 1, group / groups, (group + 1) / groups, energy / total if total else 0.0, perplexity()
@@ -125,23 +138,19 @@ def _part(count: int, group: int, groups: int) -> slice:
     return slice(count * group // groups, count * (group + 1) // groups)
 
 
-@torch.no_grad()
-def _remove(
-    parameter: torch.Tensor,
+def _without(
     target: Target,
     store: Decompositions,
     part: slice,
-    source: LocalSource,
+    info: TensorInfo,
     reader: WeightReader,
-) -> None:
-    """Set a parameter to the source's matrix without some of its singular directions."""
-    info = source.tensors[target.weight]
-    weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(parameter.device).double()
+    device: torch.device,
+) -> torch.Tensor:
+    """The source's matrix [out, in] without some of its singular directions, float64."""
+    weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(device).double()
     weight = weight.T if target.transposed else weight
-    found, _, _ = load_decomposition(store.path(target), parameter.device)
+    found, _, _ = load_decomposition(store.path(target), device)
     directions = found.basis.flip(1)[:, part].double()
     if target.shape[0] >= target.shape[1]:
-        weight -= (weight @ directions) @ directions.T
-    else:
-        weight -= directions @ (directions.T @ weight)
-    parameter.copy_(weight.T if target.transposed else weight)
+        return weight - (weight @ directions) @ directions.T
+    return weight - directions @ (directions.T @ weight)

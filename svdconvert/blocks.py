@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.architectures import dense_architecture
+from svdconvert.architectures.row import Section
 from svdconvert.errors import InputError
 from svdconvert.loading import quiet_transformers
 from svdconvert.source import Source
+from svdconvert.splitting import fused_layer, section_of
 from svdconvert.weights import WeightReader
 
 
@@ -206,6 +208,39 @@ class ModelBlocks:
         with self._weights([*parts, (head, names)]):
             yield nn.Sequential(*final.values(), head, _Logits(self._pieces.logits, self._model.config))
 
+    def place(self, path: str) -> tuple[str, Section | None]:
+        """The linear layer of a block that a path means, and which of its outputs; None for all of them.
+
+        The parts of fused projections have paths too, see ``splitting.py``.
+        """
+        layer = fused_layer(self._row, path)
+        return (path, None) if layer is None else (layer, section_of(self._row, self._source.config, path))
+
+    def matrix(self, block: nn.Module, path: str) -> Tensor:
+        """Weight [out, in] of a linear layer in a block, or of a part of one."""
+        layer, section = self.place(path)
+        whole = _matrix(block.get_submodule(layer))
+        return whole if section is None else section.of(whole)
+
+    @contextmanager
+    def replaced(self, block: nn.Module, matrices: Mapping[str, Tensor]) -> Iterator[None]:
+        """Have other weights [out, in] in some linear layers of a block, or parts of them, by their paths."""
+        layers = [self.place(path)[0] for path in matrices]
+        dense: dict[str, Any] = {layer: block.get_submodule(layer).weight for layer in layers}
+        try:
+            for path, other in matrices.items():
+                name, section = self.place(path)
+                layer = block.get_submodule(name)
+                weight = other.to(_matrix(layer))
+                if section is not None:
+                    part, weight = weight, _matrix(layer).clone()
+                    section.put(part, weight)
+                layer.weight = nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.T, requires_grad=False)
+            yield
+        finally:
+            for name, weight in dense.items():
+                block.get_submodule(name).weight = weight
+
     def _present(self, names: Sequence[str]) -> dict[str, nn.Module]:
         """Those of the modules that this model has."""
         modules = dict(self._base.named_modules())
@@ -269,28 +304,11 @@ class ModelBlocks:
         return weight
 
 
-def matrix(block: nn.Module, path: str) -> Tensor:
-    """Weight [out, in] of a linear layer in a block."""
-    layer = block.get_submodule(path)
+def _matrix(layer: nn.Module) -> Tensor:
+    """Weight [out, in] of a linear layer."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    return weight if isinstance(layer, nn.Linear) else weight.T  # Conv1D
-
-
-@contextmanager
-def replaced(block: nn.Module, matrices: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have other weights [out, in] in some linear layers of a block, by their paths."""
-    dense: dict[str, Any] = {path: block.get_submodule(path).weight for path in matrices}
-    try:
-        for path, other in matrices.items():
-            layer = block.get_submodule(path)
-            weight = other.to(dense[path])
-            # Conv1D of GPT-2 has it as [in, out]
-            layer.weight = nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.T, requires_grad=False)
-        yield
-    finally:
-        for path, weight in dense.items():
-            block.get_submodule(path).weight = weight
+    return weight if isinstance(layer, nn.Linear) else weight.T  # Conv1D of GPT-2 has it as [in, out]
 
 
 class _Recorded(Exception):

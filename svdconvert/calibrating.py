@@ -15,7 +15,7 @@ from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import resolve_device
 from svdconvert.metrics import Method, method_named
-from svdconvert.planning import layer_number
+from svdconvert.names import layer_number
 from svdconvert.source import Source, open_source
 
 if TYPE_CHECKING:

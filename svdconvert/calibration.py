@@ -44,7 +44,7 @@ from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.head import next_token_loss
-from svdconvert.planning import layer_number, suffix
+from svdconvert.names import layer_number, suffix
 from svdconvert.processes import Group, current
 from svdconvert.source import Source
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from svdconvert.architectures import Architecture
 from svdconvert.metrics import LOW_GUESS, METHODS, calibrated
-from svdconvert.planning import Plan, suffix
+from svdconvert.names import suffix
+from svdconvert.planning import Plan
 from svdconvert.source import Source
 
 # What was lost, as a card tells it: field of a matrix's record, heading, format, what it is.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert.architectures.row import Section
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
 from svdconvert.pivoting import full_up, pivot, product, rounded_coefficients
@@ -197,6 +198,24 @@ def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     return list(_matrices([dense.to(torch_dtype(step.outputs[0].dtype))], step)), {"rank": down.shape[0]}
 
 
+def _join(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
+    """The tensors of each part of a fused projection -> its weight or bias, every part at its place.
+
+    The options tell for each part the step that makes it, how many of the inputs it takes, and its section.
+    """
+    (info,) = step.outputs
+    fused = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device=inputs[0].device)
+    axis = len(info.shape) - 1 if step.options["transposed"] else 0
+    left = list(inputs)
+    for part in step.options["parts"]:
+        own, left = left[: part["inputs"]], left[part["inputs"] :]
+        if part["kind"] != "copy":
+            inner = Step(part["kind"], step.key, (), step.outputs, part["options"])
+            own, _ = OPERATIONS[part["kind"]](own, inner, workspace)
+        Section(*part["section"]).put(own[0], fused, axis)
+    return [fused], {}
+
+
 def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """(tensors of a layout, A [q, n], B [m, q]) -> ([down; A], [up, s B]): a parallel LoRA becomes q more ranks.
 
@@ -250,6 +269,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "truncate_shared": _truncate_shared,
     "refit": _refitted,
     "multiply": _multiply,
+    "join": _join,
     "extend": _extend,
     "extend_shared": _extend_shared,
     "add": _add,

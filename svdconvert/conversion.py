@@ -112,6 +112,7 @@ def plan(
     rank_multiple: int = 1,
     layout: str = DEFAULT.name,
     share_layers: int = 1,
+    split_fused: bool = False,
 ) -> Plan:
     """What :func:`convert` would do, from config and headers alone.
 
@@ -130,6 +131,7 @@ def plan(
             rounded down, and a rank that is none is refused.
         layout: how the products are stored, see :func:`convert`.
         share_layers: consecutive layers that share the input-side factor of each kind of matrix, see :func:`convert`.
+        split_fused: factor queries, keys and values that are one matrix as three, see :func:`convert`.
 
     Raises:
         InputError: the model or the request cannot be used; the message says why.
@@ -144,6 +146,7 @@ def plan(
         dtype=dtype,
         layout=layout,
         share_layers=share_layers,
+        split_fused=split_fused,
         max_shard_bytes=_bytes(max_shard_size),
     )
 
@@ -169,6 +172,7 @@ def convert(
     shrinkage: float | None = None,
     layout: str = DEFAULT.name,
     share_layers: int = 1,
+    split_fused: bool = False,
     refit: str = "none",
     stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
@@ -201,6 +205,8 @@ def convert(
             which buys more rank for the same size.
         share_layers: groups of so many consecutive layers have one input-side factor for each kind of matrix, which is
             stored once and buys more rank for the same size. A group is one matrix to ranks and budgets.
+        split_fused: queries, keys and values that are one matrix (GPT-NeoX, Phi-3, GPT-2) are factored as three, each
+            with a rank and a metric of its own; the checkpoint has three layers in the place of one.
         refit: ``sequential`` fits the outer factors to the dense model on the inputs that the compressed layers before
             them give, see :mod:`svdconvert.refitting`; ``none`` leaves the truncation as it is.
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
@@ -248,6 +254,7 @@ def convert(
         "dtype": dtype,
         "layout": layout,
         "share_layers": share_layers,
+        "split_fused": split_fused,
         "max_shard_bytes": max_shard_bytes,
     }
     if method != row.name:
@@ -547,6 +554,7 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
     words += ["--refit", settings["refit"]] if settings["refit"] != "none" else []
     words += ["--layout", settings["layout"]] if settings["layout"] != DEFAULT.name else []
     words += ["--share-layers", str(settings["share_layers"])] if settings["share_layers"] > 1 else []
+    words += ["--split-fused"] if settings["split_fused"] else []
     words += ["--allocation", "global"] if settings["allocation"] == "global" else []
     for option in method_named(made.method).options:
         words += [f"--{option}", f"{settings[option]:g}"]

@@ -16,6 +16,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,17 +26,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from svdconvert.architectures import dense_architecture
 from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
+from svdconvert.headers import TensorInfo
 from svdconvert.metrics import Method, unshrink
+from svdconvert.names import layer_number
 from svdconvert.partition import matrix_cost, split
-from svdconvert.planning import layer_number
 from svdconvert.processes import current
 from svdconvert.ranks import Target
 from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_statistic
 from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
 from svdconvert.source import Source, read_json
+from svdconvert.splitting import section_of, target_tensors
 from svdconvert.steps import Step
 from svdconvert.threads import in_threads, usual_workers
 from svdconvert.weights import WeightReader
@@ -260,7 +264,7 @@ def decompose_all(
                 f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
                 "singular; more --calib-samples give better factors"
             )
-        modules = [part.module for target in targets for part in target.parts]
+        modules = list(dict.fromkeys(part.layer for target in targets for part in target.parts))
         statistics = knowledge.collect(method, modules, device, work, events)
     decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events, workers)
 
@@ -291,7 +295,7 @@ def decompose_targets(
     Raises:
         InputError: a matrix or a statistic has NaN or infinite entries; it is named.
     """
-    group = current()
+    group, tensors = current(), target_tensors(source, targets)
     known = group.share({target.module for target in targets if store.has(target)})
     missing = [target for target in targets if target.module not in known]
     done = len(targets) - len(missing)
@@ -302,12 +306,12 @@ def decompose_targets(
         block: split(part, group.size, lambda target: matrix_cost(target.shape))[group.rank]
         for block, part in parts.items()
     }
-    events.begin([_announcement(source, target) for part in mine.values() for target in part], done)
+    events.begin([_announcement(tensors, target) for part in mine.values() for target in part], done)
     if not missing:
         return
     count = min(workers or usual_workers(device.type, partial(_memory, missing, statistics is not None)), len(missing))
     reading = threading.Lock()  # so that no two of them fetch the same file
-    hands = [_Worker(source, method, options, store, device, events, reading) for _ in range(count)]
+    hands = [_Worker(source, tensors, method, options, store, device, events, reading) for _ in range(count)]
     worker = hands[0]
     try:
         if statistics is None:
@@ -330,7 +334,7 @@ def decompose_targets(
                 # The largest first, so that no one waits for it alone at the end.
                 here.sort(key=lambda item: -matrix_cost(item[0].shape))
                 jobs = [
-                    partial(_Worker.learn, target=target, index=index, statistics=found[target.parts[index].module])
+                    partial(_Worker.learn, target=target, index=index, statistics=found[target.parts[index].layer])
                     for target, index in here
                 ]
                 in_threads(jobs, hands)
@@ -363,6 +367,7 @@ class _Worker:
     def __init__(
         self,
         source: Source,
+        tensors: Mapping[str, TensorInfo],
         method: Method,
         options: Mapping[str, Any],
         store: Store,
@@ -370,7 +375,8 @@ class _Worker:
         events: Events,
         reading: threading.Lock,
     ) -> None:
-        self.source, self.method, self.options, self.store = source, method, options, store
+        self.source, self.tensors, self.method, self.options, self.store = source, tensors, method, options, store
+        self.row = dense_architecture(source.config, source.name)
         self.device, self.events = device, events
         self.reader, self.workspace, self.reading = WeightReader(source), Workspace(), reading
 
@@ -382,20 +388,24 @@ class _Worker:
 
     def run(self, target: Target) -> None:
         """Decompose a target without metrics."""
-        self.events.solving(_announcement(self.source, target))
+        self.events.solving(_announcement(self.tensors, target))
         weights = self.weights(target)
         for part, weight in zip(target.parts, weights, strict=True):
             with _naming(part.weight):
                 refuse_not_finite(weight)
         stack = torch.cat(weights) if target.followers else weights[0]
         self.store.save(target, decompose(stack, self.workspace), None, None, None)
-        self.events.decomposed(_announcement(self.source, target))
+        self.events.decomposed(_announcement(self.tensors, target))
 
     def learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
         """Decompose a target in its metrics; of a group, keep what has to be known of one layer."""
-        self.events.solving(_announcement(self.source, target))
+        self.events.solving(_announcement(self.tensors, target))
         part, tall = target.parts[index], target.shape[0] >= target.shape[1]
         weight = self.weights(target, index)[0]
+        section = section_of(self.row, self.source.config, part.module)
+        if section is not None and statistics.output_gram is not None:
+            own_outputs = section.of(section.of(statistics.output_gram), 1)
+            statistics = replace(statistics, output_gram=own_outputs.contiguous())
         left, right = self.method.metrics(statistics, self.options)
         gram = statistics.input_gram
         own = gram is right  # no shrinkage
@@ -407,7 +417,7 @@ class _Worker:
                 outputs = None if gram is None else output_losses(weight, found, left, right, gram)
                 inner, outer = (right, left) if tall else (left, right)
                 self.store.save(target, found, inner, outer, outputs)
-                self.events.decomposed(_announcement(self.source, target))
+                self.events.decomposed(_announcement(self.tensors, target))
                 return
             outer = outer_statistic(weight, left, tall=tall)
         assert right is not None  # every method that looks at a text has a metric on the inputs
@@ -442,11 +452,11 @@ class _Worker:
             self.workspace,
         )
         self.groups.save_group(target, found)
-        self.events.decomposed(_announcement(self.source, target))
+        self.events.decomposed(_announcement(self.tensors, target))
 
     def weights(self, target: Target, index: int | None = None) -> list[Tensor]:
         """Matrices of a target, or one of them; valid until the next call."""
-        infos = [self.source.tensors[part.weight] for part in target.parts]
+        infos = [self.tensors[part.weight] for part in target.parts]
         infos = infos if index is None else infos[index : index + 1]
         buffer = self.workspace.take("weight", (sum(i.nbytes for i in infos),), torch.uint8, torch.device("cpu"))
         found, start = [], 0
@@ -476,6 +486,6 @@ def _on(metric: Metric, device: torch.device) -> Metric:
     return None if metric is None else metric.to(device)
 
 
-def _announcement(source: Source, target: Target) -> Step:
+def _announcement(tensors: Mapping[str, TensorInfo], target: Target) -> Step:
     """A step for the progress display."""
-    return Step("decompose", target.weight, tuple(source.tensors[part.weight] for part in target.parts), ())
+    return Step("decompose", target.weight, tuple(tensors[part.weight] for part in target.parts), ())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of, shared_layers, stored_names
-from svdconvert.planning import natural
+from svdconvert.names import natural, suffix
 from svdconvert.source import Source, listing, open_source
+from svdconvert.splitting import split_layers
 from svdconvert.steps import Step, parse_size, shard
 
 
@@ -58,6 +59,7 @@ def densify(
         return biases.get(name) or row.dense_name(name)
 
     steps = factored_steps(source, row, lambda layers: [_multiply_step(row, layer) for layer in layers], dense_name)
+    steps = _joined(steps, source, row)
     outputs = [info for step in steps for info in step.outputs]
 
     def model_card(reports: Reports) -> str:
@@ -143,8 +145,57 @@ def factored_steps(
     for name, info in source.tensors.items():
         if name not in factors:
             steps.append(copy_step(info, copied_name(name)))
-    # where the last tensor of a step is read
+    return _in_order(steps)
+
+
+def _in_order(steps: Iterable[Step]) -> list[Step]:
+    """Steps by where the last tensor of each is read."""
     return sorted(steps, key=lambda step: (*max((info.file, info.start) for info in step.inputs), natural(step.key)))
+
+
+def _joined(steps: Sequence[Step], source: Source, row: Architecture) -> list[Step]:
+    """Steps that each make one dense tensor, those of the parts of a fused projection together as one.
+
+    Raises:
+        InputError: a part is missing.
+    """
+    split = split_layers(row, source.config["svd_ranks"])
+    if not split:
+        return list(steps)
+    whole, parts = [], {step.outputs[0].name: step for step in steps}
+    for name in list(parts):
+        layer = name.removeprefix(row.prefix).rpartition(".")[0].rpartition(".")[0]
+        fused, kind = f"{row.prefix}{layer}", name.rpartition(".")[2]
+        if layer not in split or name not in parts:
+            continue
+        names = {part: f"{fused}.{part}.{kind}" for part in row.fused[suffix(layer)].names}
+        missing = [own for own in names.values() if own not in parts]
+        if missing:
+            raise InputError(f"{source.name} lacks {listing(missing)}, which its config.json promises")
+        whole.append(_join_step(f"{fused}.{kind}", {part: parts.pop(own) for part, own in names.items()}, source, row))
+    return _in_order([*parts.values(), *whole])
+
+
+def _join_step(name: str, parts: Mapping[str, Step], source: Source, row: Architecture) -> Step:
+    """The step of a fused weight or bias, from those of its parts."""
+    layer = name.removeprefix(row.prefix).rpartition(".")[0]
+    sections = row.fused[suffix(layer)].sections(source.config)
+    outputs = [step.outputs[0] for step in parts.values()]
+    first, axis = outputs[0], len(outputs[0].shape) - 1 if row.transposed else 0
+    rows = sum(info.shape[axis] for info in outputs)
+    told = [
+        {
+            "kind": step.kind,
+            "inputs": len(step.inputs),
+            "options": dict(step.options),
+            "section": [sections[part].start, sections[part].count, sections[part].stretches],
+        }
+        for part, step in parts.items()
+    ]
+    shape = (*first.shape[:axis], rows, *first.shape[axis + 1 :])
+    inputs = tuple(info for step in parts.values() for info in step.inputs)
+    options = {"transposed": row.transposed, "parts": told}
+    return Step("join", name, inputs, (replace(first, name=name, shape=shape),), options)
 
 
 def copy_step(info: TensorInfo, name: str) -> Step:

@@ -24,7 +24,7 @@ from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters, read_header
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
-from svdconvert.planning import suffix
+from svdconvert.names import suffix
 from svdconvert.source import LocalSource, Source, listing, read_json
 from svdconvert.steps import Step, parse_size, shard
 
@@ -223,7 +223,7 @@ def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
             continue
         info = step.inputs[0]
         # Only the linear layers of blocks are stored the other way round.
-        transposed = row.transposed and suffix(module.removeprefix(row.prefix)) in row.targets
+        transposed = row.transposed and suffix(module.removeprefix(row.prefix)) in (*row.targets, *row.split().targets)
         check(module, (info.shape[1], info.shape[0]) if transposed else (info.shape[0], info.shape[1]), pair)
         options = {"scale": lora.scale(module), "transposed": transposed}
         steps.append(Step("add", step.key, (info, *pair), step.outputs, options))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,36 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """Where the bytes of a part lie among those of a stored tensor: in equal stretches, as many of each.
+
+    Attributes:
+        tensor: name of the stored one.
+        start: the first byte's place in a stretch.
+        length: bytes in a stretch.
+        stride: bytes from one stretch to the next.
+    """
+
+    tensor: str
+    start: int
+    length: int
+    stride: int
+
+    def runs(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """Where bytes of the part are in the stored tensor: ``(position, length)`` of each run, in order.
+
+        Args:
+            offset: the first one's place in the part.
+            size: how many.
+        """
+        while size:
+            stretch, inside = divmod(offset, self.length)
+            length = min(self.length - inside, size)
+            yield stretch * self.stride + self.start + inside, length
+            offset, size = offset + length, size - length
+
+
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor as a header describes it.
 
@@ -51,6 +81,7 @@ class TensorInfo:
         shape: dimensions.
         file: name of the weight file that holds it, relative to the checkpoint folder.
         start: byte position of its data in that file, or -1 where only the file's loader knows (pickled weights).
+        cut: of a part of a stored tensor, which bytes it is; ``start`` is that of the stored one.
     """
 
     name: str
@@ -58,6 +89,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: str = ""
     start: int = -1
+    cut: Cut | None = None
 
     @property
     def size(self) -> int:

@@ -16,8 +16,10 @@ from svdconvert.errors import InputError
 from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo, parameters
 from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named
-from svdconvert.ranks import Part, RankRequest, Target, assign, matches
+from svdconvert.names import layer_number, natural, suffix
+from svdconvert.ranks import RankRequest, Target, assign
 from svdconvert.source import Source, listing
+from svdconvert.splitting import fused_layer, split_tensors
 from svdconvert.steps import Step, files_bytes, shard
 
 # fp32 weight, gradient and the two moments of AdamW; activations come on top of it.
@@ -197,6 +199,7 @@ def make_plan(
     refitted: Mapping[str, str] | None = None,
     layout: str = DEFAULT.name,
     share_layers: int = 1,
+    split_fused: bool = False,
 ) -> Plan:
     """Plan a conversion.
 
@@ -213,6 +216,7 @@ def make_plan(
             beforehand.
         refitted: module path -> file with its refitted factors, where there are such.
         share_layers: consecutive layers that share their input-side factor.
+        split_fused: whether queries, keys and values that are one matrix are factored as three.
 
     Raises:
         InputError: the source is not supported, lacks tensors, or cannot meet the request.
@@ -227,13 +231,17 @@ def make_plan(
     check_tensors(kept, row, source)
 
     stored = layout_named(layout)
-    candidates = [replace(target, layout=stored) for target in choose_targets(kept, row, targets)]
-    candidates = share(candidates, share_layers, kept)
+    cut, split_row = _in_parts(kept, row, source, method) if split_fused else (kept, row)
+    candidates = [replace(target, layout=stored) for target in choose_targets(cut, split_row, targets)]
+    candidates = share(candidates, share_layers, cut)
     dense_params = sum(info.size for info in kept.values())
     untouched = dense_params - sum(target.dense_params for target in candidates)
     if ranked is None:
         ranked = assign(candidates, request, untouched)
-    steps = _steps(kept, ranked, row, dtype, decompositions or {}, refitted or {}, stored)
+    # a projection of which every part stays dense stays whole
+    split = {part.fused for target in ranked if target.rank is not None for part in target.parts}
+    cut = split_tensors(kept, row, source.config, split.__contains__)
+    steps = _steps(cut, ranked, row, dtype, decompositions or {}, refitted or {}, stored)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
     return Plan(
@@ -256,9 +264,46 @@ def make_plan(
             "dtype": dtype,
             "layout": layout,
             "share_layers": share_layers,
+            "split_fused": split_fused,
             "max_shard_bytes": max_shard_bytes,
         },
     )
+
+
+def find_targets(source: Source, patterns: Sequence[str], *, method: str, split_fused: bool = False) -> list[Target]:
+    """The linear layers of a dense model that a method may factor, see :func:`choose_targets`.
+
+    Args:
+        source: the dense model.
+        patterns: which of them; empty chooses all.
+        method: row of :data:`svdconvert.metrics.METHODS`.
+        split_fused: whether fused projections are in parts.
+
+    Raises:
+        InputError: a pattern matches none, or there is nothing to split.
+    """
+    row = dense_architecture(source.config, source.name)
+    tensors: Mapping[str, TensorInfo] = source.tensors
+    if split_fused:
+        tensors, row = _in_parts(tensors, row, source, method)
+    return choose_targets(tensors, row, patterns)
+
+
+def _in_parts(
+    tensors: Mapping[str, TensorInfo], row: Architecture, source: Source, method: str
+) -> tuple[dict[str, TensorInfo], Architecture]:
+    """Tensors and row with all fused projections in parts."""
+    if not row.fused:
+        raise InputError(
+            f"--split-fused has nothing to split in {source.name}: a {row.model_type} has no queries, keys and values "
+            "in one matrix; leave it out"
+        )
+    if "fisher" in method_named(method).statistics:
+        raise InputError(
+            f"--split-fused does not go with --method {method}, whose statistics are sums over all outputs of a layer; "
+            "leave one of them out"
+        )
+    return split_tensors(tensors, row, source.config, lambda layer: True), row.split()
 
 
 def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: Source) -> None:
@@ -309,15 +354,17 @@ def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, pattern
     for name, info in tensors.items():
         module = row.full_name(name).removeprefix(row.prefix).removesuffix(".weight")
         if name.endswith(".weight") and suffix(module) in row.targets:
-            found.append(Target(module, name, row.matrix_shape(info.shape), transposed=row.transposed))
+            fused = fused_layer(row, module)
+            shape = row.matrix_shape(info.shape)
+            found.append(Target(module, name, shape, transposed=row.transposed, fused=fused))
     found.sort(key=lambda target: (layer_number(target.module), row.targets.index(suffix(target.module))))
     for pattern in patterns:
-        if not any(matches(target.module, pattern) for target in found):
+        if not any(target.parts[0].is_named(pattern) for target in found):
             raise InputError(
                 f"--targets {pattern} matches no linear layer of the model; they are named like "
                 f"{', '.join(target.module for target in found[: len(row.targets)])}"
             )
-    return [t for t in found if not patterns or any(matches(t.module, pattern) for pattern in patterns)]
+    return [t for t in found if not patterns or any(t.parts[0].is_named(pattern) for pattern in patterns)]
 
 
 def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorInfo]) -> list[Target]:
@@ -354,21 +401,10 @@ def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorIn
         replace(
             first,
             shape=(first.shape[0] + sum(other.shape[0] for other in others), first.shape[1]),
-            followers=tuple(Part(other.module, other.weight, other.shape[0]) for other in others),
+            followers=tuple(other.parts[0] for other in others),
         )
         for first, *others in groups
     ]
-
-
-def suffix(module: str) -> str:
-    """``layers.3.attention.dense`` -> ``attention.dense``."""
-    return re.sub(r"^.*?\.\d+\.", "", module)
-
-
-def layer_number(module: str) -> int:
-    """``layers.3.attention.dense`` -> 3; -1 outside of layers."""
-    match = re.search(r"\.(\d+)\.", module)
-    return int(match[1]) if match else -1
 
 
 def _steps(
@@ -401,7 +437,8 @@ def _steps(
             continue
         full = row.full_name(name)
         renamed = layout.bias_name(full) if name in factored_biases else row.factored_name(full)
-        steps.append(Step("copy", name, (info,), (replace(info, name=renamed, dtype=code, file="", start=-1),)))
+        copied = replace(info, name=renamed, dtype=code, file="", start=-1, cut=None)
+        steps.append(Step("copy", name, (info,), (copied,)))
     return steps
 
 
@@ -426,11 +463,6 @@ def _factor_step(
     kind += "_shared" if target.followers else ""
     settings = {"rank": rank, "layout": layout.name, **({"transposed": True} if target.transposed else {})}
     return Step(kind, target.weight, inputs, stored, {**settings, **options})
-
-
-def natural(name: str) -> tuple[Any, ...]:
-    """Sorting key that puts layer 2 before layer 10."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
 def _notes(

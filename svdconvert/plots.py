@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.errors import InputError
-from svdconvert.planning import layer_number
+from svdconvert.names import layer_number
 from svdconvert.writer import atomic_write, disk_errors
 
 if TYPE_CHECKING:

@@ -24,11 +24,22 @@ class Part:
         module: path inside the base model.
         weight: name of the weight tensor in the source.
         rows: number of outputs.
+        fused: of a part of a fused projection, the path of that; None for a layer of the source.
     """
 
     module: str
     weight: str
     rows: int
+    fused: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """Path of the source's layer that it is, or is a part of."""
+        return self.fused or self.module
+
+    def is_named(self, pattern: str) -> bool:
+        """Whether a pattern names it, or the fused projection that it is a part of."""
+        return matches(self.module, pattern) or matches(self.layer, pattern)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,7 @@ class Target:
         layout: how its product is stored.
         transposed: whether the source stores it as [in, out].
         followers: the other layers of the group.
+        fused: see :class:`Part`; the weight is then a name for some of what the source stores together.
     """
 
     module: str
@@ -57,12 +69,13 @@ class Target:
     layout: Layout = DEFAULT
     transposed: bool = False
     followers: tuple[Part, ...] = ()
+    fused: str | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """Its layers, the first one included."""
         rows = self.shape[0] - sum(part.rows for part in self.followers)
-        return (Part(self.module, self.weight, rows), *self.followers)
+        return (Part(self.module, self.weight, rows, self.fused), *self.followers)
 
     @property
     def dense_params(self) -> int:
@@ -262,7 +275,7 @@ def _names(pattern: str, target: Target) -> bool:
     Raises:
         InputError: it names some layers of a group and leaves out others.
     """
-    named = [part.module for part in target.parts if matches(part.module, pattern)]
+    named = [part.module for part in target.parts if part.is_named(pattern)]
     if named and len(named) < len(target.parts):
         other = next(part.module for part in target.parts if part.module not in named)
         raise InputError(

@@ -40,13 +40,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from svdconvert.activations import check_room
-from svdconvert.blocks import ModelBlocks, matrix, replaced
+from svdconvert.blocks import ModelBlocks
 from svdconvert.compute import OPERATIONS, stored_product
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.events import Events
+from svdconvert.names import layer_number, suffix
 from svdconvert.pivoting import full_up, pivot
-from svdconvert.planning import layer_number, suffix
 from svdconvert.ranks import Target
 from svdconvert.replaying import Stream, Weights
 from svdconvert.rounding import round_with_feedback
@@ -295,7 +295,7 @@ class _Run:
     def block(self, block: nn.Module, index: int) -> None:
         """Refit a block's layers, and take all hidden states through it."""
         layers = {suffix(target.module): self.truncation(block, target) for target in self.targets.get(index, [])}
-        with replaced(block, {path: layer.weight for path, layer in layers.items()}):
+        with self.blocks.replaced(block, {path: layer.weight for path, layer in layers.items()}):
             self.truncated.step(block, index)
         done: dict[str, Tensor] = {}
         for path in self.order(block, index):
@@ -306,12 +306,12 @@ class _Run:
             self.folder.save(layer.target.module, layer.tensors, layer.report)
         for part in ("train", "held"):
             self.dense[part].step(block, index)
-            with replaced(block, done):
+            with self.blocks.replaced(block, done):
                 self.refitted[part].step(block, index)
 
     def truncation(self, block: nn.Module, target: Target) -> _Layer:
         """The factors that would be written without a refit, to the bit: they are what it has to beat."""
-        weight, step = matrix(block, suffix(target.module)), self.steps[target.weight]
+        weight, step = self.blocks.matrix(block, suffix(target.module)), self.steps[target.weight]
         stored = weight.T if target.transposed else weight
         tensors, _ = OPERATIONS[step.kind]([stored], step, self.workspace)
         down, up, *position = tensors
@@ -326,7 +326,8 @@ class _Run:
         with ExitStack() as hooks, torch.no_grad():
             for target in self.targets.get(index, []):
                 path = suffix(target.module)
-                _hook(hooks, block, path, lambda layer, args, output, path=path: called.append(path))
+                layer, _ = self.blocks.place(path)
+                _hook(hooks, block, layer, lambda layer, args, output, path=path: called.append(path))
             stream.run(block, index, stream.batches[0])
         return list(dict.fromkeys(called))
 
@@ -353,14 +354,17 @@ class _Run:
         dense, refitted = self.dense[part], self.refitted[part]
         earlier = [path for path in done if path in self.writers] if layer.path in self.writers else []
         rank, out = layer.down.shape[0], layer.up.shape[0]
-        device, bias = layer.up.device, getattr(block.get_submodule(layer.path), "bias", None)
+        name, section = self.blocks.place(layer.path)
+        device, bias = layer.up.device, getattr(block.get_submodule(name), "bias", None)
+        if section is not None and bias is not None:
+            bias = section.of(bias)
         sums = _Sums(
             torch.zeros(rank, rank, dtype=torch.float64, device=device),
             torch.zeros(out, rank, dtype=torch.float64, device=device),
         )
         for batch in dense.batches:
             target = self.seen(block, index, dense, batch, layer.path, earlier)
-            with replaced(block, done):
+            with self.blocks.replaced(block, done):
                 mine = self.seen(block, index, refitted, batch, layer.path, earlier)
             wanted = target.outputs[layer.path] if bias is None else target.outputs[layer.path] - bias
             if layer.path in self.writers:
@@ -379,14 +383,16 @@ class _Run:
         seen = _Seen()
 
         def note(other: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.outputs[other] = stream.tokens(output, batch).double()
+            section = self.blocks.place(other)[1]
+            own = output if section is None else section.of(output, output.dim() - 1)
+            seen.outputs[other] = stream.tokens(own, batch).double()
             if other == path:
                 seen.input = stream.tokens(args[0], batch).double()
                 raise _Left
 
         with ExitStack() as hooks, torch.no_grad():
             for other in (*outputs, path):
-                _hook(hooks, block, other, partial(note, other))
+                _hook(hooks, block, self.blocks.place(other)[0], partial(note, other))
             try:
                 stream.run(block, index, batch)
             except _Left:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 import svdconvert
 from svdconvert.activations import ActivationStore, Loss, check_room, read_into
-from svdconvert.blocks import ModelBlocks, replaced
+from svdconvert.blocks import ModelBlocks
 from svdconvert.compute import stored_product
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.head import next_token_loss
 from svdconvert.headers import read_header
-from svdconvert.planning import layer_number, suffix
+from svdconvert.names import layer_number, suffix
 from svdconvert.source import Source
 from svdconvert.weights import torch_dtype
 
@@ -191,7 +191,7 @@ def measure_losses(
         events.progress("measuring", index, blocks.count)
         with blocks.block(index) as block:
             dense.step(block, index)
-            with replaced(block, matrices(index)):
+            with blocks.replaced(block, matrices(index)):
                 other.step(block, index)
         dense.forget(index)
         other.forget(index)

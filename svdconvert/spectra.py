@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, check_knowledge, default_method, find_knowledge
 from svdconvert.events import Events
 from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named, method_options
-from svdconvert.planning import choose_targets, suffix
+from svdconvert.names import suffix
+from svdconvert.planning import find_targets
 from svdconvert.ranks import Target
 from svdconvert.source import open_source
 
@@ -206,6 +206,7 @@ def spectrum(
     calibration: Calibration | None = None,
     stats: str | os.PathLike[str] | None = None,
     targets: Sequence[str] = (),
+    split_fused: bool = False,
     layout: str = DEFAULT.name,
     alpha: float | None = None,
     shrinkage: float | None = None,
@@ -219,7 +220,7 @@ def spectrum(
     One matrix is in memory at a time, and of a data-aware method's statistics those of one block.
 
     Args:
-        model, method, calibration, stats, targets, alpha, shrinkage, revision, device, events: see
+        model, method, calibration, stats, targets, split_fused, alpha, shrinkage, revision, device, events: see
             :func:`svdconvert.convert`.
         layout: what break-even is told for.
         work: folder that keeps the decompositions, for a conversion with the same; what is there is not computed
@@ -244,7 +245,7 @@ def spectrum(
             else Path(work).expanduser()
         )
         source = open_source(os.fspath(model), revision, download_folder=place / "source")
-        chosen = choose_targets(source.tensors, dense_architecture(source.config, source.name), targets)
+        chosen = find_targets(source, targets, method=row.name, split_fused=split_fused)
         knowledge = find_knowledge(source, calibration, stats)
         if method != row.name:
             events.note(f"{method} has the same optimum as {row.name}, which computes it")

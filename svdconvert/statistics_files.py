@@ -19,7 +19,7 @@ from svdconvert.calibration import STATISTICS, ModuleStatistics, Needs, Statisti
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, TensorInfo, layout, read_header
-from svdconvert.planning import layer_number
+from svdconvert.names import layer_number
 from svdconvert.processes import current
 from svdconvert.source import LocalSource, Source, listing, read_json
 from svdconvert.weights import as_bytes, torch_dtype

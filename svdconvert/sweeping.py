@@ -183,6 +183,7 @@ def sweep(
     shrinkage: float | None = None,
     refit: str = "none",
     targets: Sequence[str] = (),
+    split_fused: bool = False,
     dtype: str = "keep",
     window: int | None = None,
     stride: int | None = None,
@@ -203,7 +204,8 @@ def sweep(
     added to what is there.
 
     Args:
-        model, allocation, stats, alpha, shrinkage, refit, targets, dtype, workers, device, events: see
+        model, allocation, stats, alpha, shrinkage, refit, targets, split_fused, dtype, workers, device,
+            events: see
             :func:`svdconvert.convert`. An option counts for the methods that read it.
         text: UTF-8 text file to measure perplexity on; it should not be the calibration's.
         out: folder to write.
@@ -242,7 +244,7 @@ def sweep(
     _refuse_foreign(folder, overwrite)
     dense_folder = local_folder(os.fspath(model), revision)
     source = open_source(os.fspath(model), revision, download_folder=internal / "source")
-    plans = [_plan(source, setting, targets, dtype) for setting in chosen]
+    plans = [_plan(source, setting, targets, dtype, split_fused) for setting in chosen]
     measuring: dict[str, Any] = {"batch_size": batch_size, "device": used}
     passage = read_passage(dense_folder, source.config, Path(text).expanduser(), window, stride)
     measuring |= {"window": passage.window, "stride": passage.stride}
@@ -254,6 +256,7 @@ def sweep(
         "window": passage.window,
         "stride": passage.stride,
         "targets": list(targets),
+        **({"split_fused": True} if split_fused else {}),
         "dtype": dtype,
         "device": used.split(":")[0],
     }
@@ -292,6 +295,7 @@ def sweep(
             keep=setting.keep,
             rank=setting.rank,
             targets=targets,
+            split_fused=split_fused,
             method=row.name,
             dtype=dtype,
             device=used,
@@ -367,10 +371,18 @@ def _settings(
     return found
 
 
-def _plan(source: Source, setting: Setting, targets: Sequence[str], dtype: str) -> Plan:
+def _plan(source: Source, setting: Setting, targets: Sequence[str], dtype: str, split_fused: bool) -> Plan:
     """Refuses what cannot be met before anything is computed."""
     request = RankRequest(rank=setting.rank, keep=setting.keep)
-    return make_plan(source, request, method=setting.method, targets=targets, dtype=dtype, layout=setting.layout)
+    return make_plan(
+        source,
+        request,
+        method=setting.method,
+        targets=targets,
+        dtype=dtype,
+        layout=setting.layout,
+        split_fused=split_fused,
+    )
 
 
 def _refuse_foreign(folder: Path, overwrite: bool) -> None:

@@ -20,6 +20,7 @@ from svdconvert.loading import available_memory_bytes, factored_classes, load_mo
 from svdconvert.pivoting import full_up
 from svdconvert.sharing import relative_error
 from svdconvert.source import LocalSource, Source, listing, open_source
+from svdconvert.splitting import split_layers, split_tensors
 from svdconvert.weights import WeightReader
 from svdconvert.writer import RECORD
 
@@ -179,7 +180,8 @@ def _compare(factored: Source, dense: Source, row: Architecture, folder: Path) -
     recorded = _recorded_errors(folder)
     ours, theirs = WeightReader(factored), WeightReader(dense)
     copied, different, errors, off = 0, [], [], []
-    for name, info in dense.tensors.items():
+    split = split_layers(row, factored.config["svd_ranks"])
+    for name, info in split_tensors(dense.tensors, row, dense.config, split.__contains__).items():
         full = row.full_name(name)
         module = full.removeprefix(row.prefix).removesuffix(".weight")
         if row.is_dropped(name) or (name == row.head[0] and row.is_tied(dense.config)):

@@ -79,20 +79,26 @@ class WeightReader:
                 self._handle = os.open(path, os.O_RDONLY)
             self._file = info.file
         # A Hub file's positions are known for certain only now that it is here.
-        position = self._source.tensors[info.name].start + offset
-        done = 0
-        while done < len(view):
-            with _read_errors(info.file):
-                count = os.preadv(self._handle, [view[done:]], position + done)
-            if count == 0:
-                raise JobError(f"{info.file} ended inside tensor {info.name}; fetch the file again")
-            done += count
+        start = self._source.tensors[info.cut.tensor if info.cut else info.name].start
+        begin = 0
+        for place, length in info.cut.runs(offset, len(view)) if info.cut else [(offset, len(view))]:
+            done, end = begin, begin + length
+            while done < end:
+                with _read_errors(info.file):
+                    count = os.preadv(self._handle, [view[done:end]], start + place + done - begin)
+                if count == 0:
+                    raise JobError(f"{info.file} ended inside tensor {info.name}; fetch the file again")
+                done += count
+            begin = end
 
     def _pickled_bytes(self, info: TensorInfo) -> Tensor:
         from svdconvert.pickled import load_pickled
 
-        tensor = load_pickled(Path(self._source.path(info.file)))[info.name]
-        return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        stored = load_pickled(Path(self._source.path(info.file)))[info.cut.tensor if info.cut else info.name]
+        data = stored.detach().contiguous().reshape(-1).view(torch.uint8)
+        if info.cut is None:
+            return data
+        return data.view(-1, info.cut.stride).narrow(1, info.cut.start, info.cut.length).reshape(-1)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from svdconvert.corpus import CalibrationTokens
 from svdconvert.events import Events
 from svdconvert.layouts import LAYOUTS
 from svdconvert.metrics import METHODS
-from svdconvert.planning import layer_number, suffix
+from svdconvert.names import layer_number, suffix
 from svdconvert.replaying import measure_losses
 from svdconvert.source import LocalSource
 from svdconvert.verification import failed

@@ -11,7 +11,7 @@ from checkpoints import CONFIG, TARGETS, legacy_buffers, random_tensors, read_we
 
 from svdconvert import InputError, plan
 from svdconvert.layouts import LAYOUTS
-from svdconvert.planning import layer_number, natural, suffix
+from svdconvert.names import layer_number, natural, suffix
 from svdconvert.steps import index_json, parse_size
 
 POLYGLOT = {

@@ -64,6 +64,27 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "width": WIDTHS.get(row.model_type, "hidden_size"),
         "rotary": rotary,
         "partial": row.model_type == "phi3",
+        **_fused_fields(row, blocks),
+    }
+
+
+def _fused_fields(row: Architecture, blocks: str) -> dict[str, Any]:
+    """What is said of the projections that may be split; all of a family are of one kind."""
+    if not row.fused:
+        return {"fused": ()}
+    (name, fused), *_ = row.fused.items()
+    linear = (
+        "_conv1d(count * size, inputs, old)"
+        if row.transposed
+        else "nn.Linear(inputs, count * size, bias=old.bias is not None, "
+        "device=old.weight.device, dtype=old.weight.dtype)"
+    )
+    return {
+        "fused": tuple(row.fused),
+        "fused_names": fused.names,
+        "by_head": fused.by_head,
+        "new_linear": linear,
+        "split_example": f"{blocks}.0.{name}.{fused.names[0]}",
     }
 
 

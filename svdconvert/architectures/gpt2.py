@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdconvert.architectures.row import Architecture, Config, Shapes
+from svdconvert.architectures.row import Architecture, Config, Fused, Shapes
 
 
 def _shapes(config: Config) -> Shapes:
@@ -42,4 +42,5 @@ ROW = Architecture(
     tied=True,
     transposed=True,
     causal="LMHeadModel",
+    fused={"attn.c_attn": Fused(lambda config: (config["n_embd"],) * 3)},
 )

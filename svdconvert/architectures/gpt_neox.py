@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from svdconvert.architectures import rotary
-from svdconvert.architectures.row import Architecture, Config, Shapes
+from svdconvert.architectures.row import Architecture, Config, Fused, Shapes
 
 
 def _shapes(config: Config) -> Shapes:
@@ -41,4 +41,5 @@ ROW = Architecture(
     # but not those of custom classes; so factored checkpoints always say lm_head.
     head=("embed_out.weight", "lm_head.weight"),
     dropped=("*.attention.bias", "*.attention.masked_bias", "*.attention.rotary_emb.inv_freq"),
+    fused={"attention.query_key_value": Fused(lambda config: (config["hidden_size"],) * 3, by_head=True)},
 )

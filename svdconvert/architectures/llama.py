@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from svdconvert.architectures import rotary
-from svdconvert.architectures.row import Architecture, Config, Shapes
+from svdconvert.architectures.row import Architecture, Config, Fused, Shapes
 
 TARGETS = (
     "self_attn.q_proj",
@@ -66,6 +66,12 @@ def _fused(config: Config) -> Linears:
         "mlp.gate_up_proj": ((2 * inner, hidden), False),
         "mlp.down_proj": ((hidden, inner), False),
     }
+
+
+def _attention(config: Config) -> tuple[int, int, int]:
+    """Outputs of the queries, the keys and the values."""
+    _, queries, keys, _ = widths(config)
+    return queries, keys, keys
 
 
 def decoder_shapes(
@@ -144,6 +150,8 @@ ROWS = (
         decoder_shapes(_fused),
         targets=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
         config_overrides=rotary.phi3,
+        # not the gate: both of its inputs share their inner factor well (docs/fused.md)
+        fused={"self_attn.qkv_proj": Fused(_attention)},
     ),
     _like_llama("granite", "Granite", decoder_shapes(biased_by_config), classifies=False),
 )

@@ -4,11 +4,70 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Some outputs of a fused projection: so many from a place on, in each of as many equal stretches of all of them.
+
+    Attributes:
+        start: the first one's place in a stretch.
+        count: how many there are in a stretch.
+        stretches: number of stretches; 1 where the outputs lie together.
+    """
+
+    start: int
+    count: int
+    stretches: int = 1
+
+    @property
+    def outputs(self) -> int:
+        """How many there are in all."""
+        return self.count * self.stretches
+
+    def of(self, fused: Tensor, dim: int = 0) -> Tensor:
+        """The part of a tensor of all outputs: [..., outputs, ...]; a copy where that is no view."""
+        return self.view(fused, dim).flatten(dim, dim + 1)
+
+    def view(self, fused: Tensor, dim: int = 0) -> Tensor:
+        """The same as a view of what it is part of: [..., stretches, count, ...]; ``dim`` is not negative."""
+        return fused.unflatten(dim, (self.stretches, -1)).narrow(dim + 1, self.start, self.count)
+
+    def put(self, part: Tensor, fused: Tensor, dim: int = 0) -> None:
+        """Inverse of :meth:`of`: write a part to its place."""
+        self.view(fused, dim).copy_(part.unflatten(dim, (self.stretches, self.count)))
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A projection that is several in one: queries, keys and values of attention.
+
+    Attributes:
+        sizes: config -> outputs of each part, in the order in which they come.
+        by_head: whether they come head by head, the parts of one head after the other; then all are of one size.
+        names: what the parts are called.
+    """
+
+    sizes: Callable[[Config], tuple[int, ...]]
+    by_head: bool = False
+    names: tuple[str, ...] = ("query", "key", "value")
+
+    def sections(self, config: Config) -> dict[str, Section]:
+        """Where the outputs of each part are."""
+        stretches = config["num_attention_heads"] if self.by_head else 1
+        found, start = {}, 0
+        for name, size in zip(self.names, self.sizes(config), strict=True):
+            found[name] = Section(start, size // stretches, stretches)
+            start += size // stretches
+        return found
 
 
 @dataclass(frozen=True)
@@ -30,6 +89,7 @@ class Architecture:
         transposed: whether the targets are stored as [in, out] (Conv1D of GPT-2) instead of [out, in].
         classifies: whether transformers has a sequence classifier of the family.
         causal: what the name of the stock causal class ends with.
+        fused: suffixes of the targets that may be split before they are factored, and their parts.
     """
 
     model_type: str
@@ -46,6 +106,7 @@ class Architecture:
     transposed: bool = False
     classifies: bool = True
     causal: str = "ForCausalLM"
+    fused: Mapping[str, Fused] = field(default_factory=dict)
 
     @property
     def dense_class(self) -> str:
@@ -106,6 +167,14 @@ class Architecture:
     def dense_name(self, name: str) -> str:
         """Inverse of :meth:`factored_name`."""
         return self.head[0] if name == self.head[1] else name
+
+    def split(self) -> Architecture:
+        """The row of the same family with the parts of fused projections as targets in their place."""
+        parts = [
+            [f"{target}.{name}" for name in self.fused[target].names] if target in self.fused else [target]
+            for target in self.targets
+        ]
+        return replace(self, targets=tuple(name for names in parts for name in names))
 
     def matrix_shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """``(out, in)`` of a target from the shape that is stored; its own inverse."""

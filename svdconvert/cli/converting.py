@@ -128,6 +128,9 @@ overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="A line for every matrix.")
 private_option = click.option("--private", is_flag=True, help="Create the repository as a private one.")
 
+split_option = click.option(
+    "--split-fused", is_flag=True, help="Factor queries, keys and values that are one matrix as three."
+)
 _plan_options = _options(
     click.option(
         "--rank",
@@ -172,6 +175,7 @@ _plan_options = _options(
         show_default=True,
         help="Consecutive layers that share the input-side factor of each kind of matrix, stored once.",
     ),
+    split_option,
     click.option("--factor-all", is_flag=True, help="Factor also where the rank saves nothing."),
 )
 
@@ -357,6 +361,7 @@ def calibrate(model: str, out: Path, methods: Sequence[str], revision: str | Non
 @_text_options
 @_method_options
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
+@split_option
 @click.option("--layout", type=_LAYOUTS, default="balanced", show_default=True, help="What break-even is told for.")
 @click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
 @device_option
@@ -427,6 +432,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 @_method_options
 @_refit_option
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
+@split_option
 @click.option("--dtype", type=_DTYPES, default="keep", show_default=True, help="Type of the stored weights.")
 @click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
 @click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")

@@ -15,6 +15,7 @@ from svdconvert.cli.converting import (
     main,
     need_folder,
     print_json,
+    split_option,
 )
 from svdconvert.errors import InputError, JobError
 
@@ -109,6 +110,7 @@ def evaluate(
 @click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
 @click.option("--groups", type=int, default=10, show_default=True, help="Groups of singular values.")
 @click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
+@split_option
 @click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
 @click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")

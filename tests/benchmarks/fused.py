@@ -36,8 +36,9 @@ from svdconvert.architectures.llama import widths
 from svdconvert.calibration import ModuleStatistics, Needs, statistics
 from svdconvert.layouts import LAYOUTS
 from svdconvert.metrics import METHODS, method_options
+from svdconvert.names import suffix
 from svdconvert.perplexity import negative_log_likelihood, read_passage
-from svdconvert.planning import choose_targets, suffix
+from svdconvert.planning import choose_targets
 from svdconvert.ranks import Target
 from svdconvert.solver import decompose, truncate
 from svdconvert.source import LocalSource

@@ -1,0 +1,22 @@
+"""What the names of modules and tensors tell."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+
+def suffix(module: str) -> str:
+    """``layers.3.attention.dense`` -> ``attention.dense``."""
+    return re.sub(r"^.*?\.\d+\.", "", module)
+
+
+def layer_number(module: str) -> int:
+    """``layers.3.attention.dense`` -> 3; -1 outside of layers."""
+    match = re.search(r"\.(\d+)\.", module)
+    return int(match[1]) if match else -1
+
+
+def natural(name: str) -> tuple[Any, ...]:
+    """Sorting key that puts layer 2 before layer 10."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
