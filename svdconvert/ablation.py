@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from svdconvert.architectures import dense_architecture
+from svdconvert.architectures.row import Section
 from svdconvert.decomposing import Decompositions, decompose_targets, load_decomposition
 from svdconvert.errors import InputError
 from svdconvert.events import Events
@@ -116,14 +117,9 @@ def ablate(
                 part = _part(spectrum.numel(), group, groups)
                 energy += float(spectrum[part].sum())
                 name, section = target.parts[0].layer, section_of(row, source.config, target.module)
-                stored = loaded.get_parameter(f"{row.prefix}{name}.weight")
-                matrix = stored.T if row.transposed else stored.view_as(stored)  # [out, in]
-                remaining = _without(target, store, part, tensors[target.weight], reader, matrix.device)
-                with torch.no_grad():
-                    if section is None:
-                        matrix.copy_(remaining)
-                    else:
-                        section.put(remaining, matrix)
+                weight = loaded.get_parameter(f"{row.prefix}{name}.weight")
+                remaining = _without(target, store, part, tensors[target.weight], reader, weight.device)
+                _put(remaining, weight.T if target.transposed else weight, section)
             results.append(
                 GroupResult(
                     group + 1, group / groups, (group + 1) / groups, energy / total if total else 0.0, perplexity()
@@ -136,6 +132,15 @@ def ablate(
 
 def _part(count: int, group: int, groups: int) -> slice:
     return slice(count * group // groups, count * (group + 1) // groups)
+
+
+@torch.no_grad()
+def _put(remaining: torch.Tensor, matrix: torch.Tensor, section: Section | None) -> None:
+    """Write a matrix [out, in], or a part of one to its place."""
+    if section is None:
+        matrix.copy_(remaining)
+    else:
+        section.put(remaining, matrix)
 
 
 def _without(

@@ -11,6 +11,7 @@ from svdconvert.metrics import LOW_GUESS, METHODS, calibrated
 from svdconvert.names import suffix
 from svdconvert.planning import Plan
 from svdconvert.source import Source
+from svdconvert.splitting import split_layers
 
 # What was lost, as a card tells it: field of a matrix's record, heading, format, what it is.
 _LOSSES = (
@@ -97,7 +98,7 @@ def factored_card(
         "LoRA (peft) runs in parallel to each whole product, h = B(A x) + scale * LB(LA x), with",
         "",
         "```python",
-        f"target_modules = {list(dict.fromkeys(name.split('.')[-1] for name in row.targets))!r}",
+        f"target_modules = {_adaptable(plan, row)!r}",
         "```",
         "",
         "To merge such an adapter use `svdconvert fold`; `svdconvert densify` gives a stock "
@@ -112,6 +113,13 @@ def factored_card(
         "`svdconvert.json` holds versions, settings, and the rank and errors of every matrix.",
     ]
     return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+
+
+def _adaptable(plan: Plan, row: Architecture) -> list[str]:
+    """Names of the linear layers in a block of the result."""
+    split = {suffix(layer) for layer in split_layers(row, plan.ranks)}
+    names = [own for target in row.targets for own in (row.fused[target].names if target in split else (target,))]
+    return list(dict.fromkeys(name.split(".")[-1] for name in names))
 
 
 _SHARED = (

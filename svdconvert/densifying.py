@@ -177,12 +177,22 @@ def _joined(steps: Sequence[Step], source: Source, row: Architecture) -> list[St
 
 
 def _join_step(name: str, parts: Mapping[str, Step], source: Source, row: Architecture) -> Step:
-    """The step of a fused weight or bias, from those of its parts."""
+    """The step of a fused weight or bias, from those of its parts.
+
+    Raises:
+        InputError: a part has another size than config.json says.
+    """
     layer = name.removeprefix(row.prefix).rpartition(".")[0]
     sections = row.fused[suffix(layer)].sections(source.config)
     outputs = [step.outputs[0] for step in parts.values()]
     first, axis = outputs[0], len(outputs[0].shape) - 1 if row.transposed else 0
-    rows = sum(info.shape[axis] for info in outputs)
+    for part, info in zip(parts, outputs, strict=True):
+        if info.shape[axis] != sections[part].outputs:
+            raise InputError(
+                f"{info.name} of {source.name} has {info.shape[axis]} outputs, but by config.json there are "
+                f"{sections[part].outputs}; config and weights are not of one model"
+            )
+    rows = sum(section.outputs for section in sections.values())
     told = [
         {
             "kind": step.kind,

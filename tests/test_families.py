@@ -459,9 +459,12 @@ def test_saved_here_loaded_there_and_back(elsewhere: Any, tmp_path: Path) -> Non
     """All families in one process over there: importing transformers is what takes time."""
     torch.save(IDS, tmp_path / "ids.pt")
     jobs, expected = [], {}
-    for name in [name for name in FAMILIES if name not in NOT_IN_THE_OLDEST]:
+    families = {name: name for name in FAMILIES if name not in NOT_IN_THE_OLDEST}
+    families |= {f"{name}-split": name for name in families if ARCHITECTURES[name].fused}
+    for name, family in families.items():
         folder = tmp_path / name
-        convert(write_family(folder / "dense", name), folder / "made", keep=0.6, device="cpu", check=False)
+        options: dict[str, Any] = {"keep": 0.6, "split_fused": name != family, "device": "cpu", "check": False}
+        convert(write_family(folder / "dense", family), folder / "made", **options)
         densify(folder / "made", folder / "densified", device="cpu", check=False)
         model = load(folder / "made")
         model.save_pretrained(folder / "here")
@@ -474,7 +477,7 @@ def test_saved_here_loaded_there_and_back(elsewhere: Any, tmp_path: Path) -> Non
         ours, stock = torch.load(folder / "logits")
         assert distance(ours, before) < 1e-4, name
         assert distance(stock, before) < 1e-4, name
-        assert_sound(folder / "there", ARCHITECTURES[name], folder / "made")
+        assert_sound(folder / "there", ARCHITECTURES[families[name]], folder / "made")
         versions = {read_config(folder / side)["transformers_version"] for side in ("here", "there")}
         assert len(versions) == 2
         assert distance(logits(load(folder / "there")), before) < 1e-4, name
@@ -647,17 +650,19 @@ dist.destroy_process_group()
 @pytest.mark.slow
 @pytest.mark.skipif(VERSION < (5,), reason="native tensor parallelism on CPU is measured for transformers 5")
 def test_tensor_parallel(tmp_path: Path) -> None:
-    """All families that have a plan in one run of two processes, one of them with shared factors."""
+    """All families that have a plan in one run of two processes: with shared factors, and with projections in parts."""
     torch.save(IDS, tmp_path / "ids.pt")
     expected = {}
-    for name in FAMILIES:
-        folder = tmp_path / name
-        share = 2 if name == "mistral" else 1
-        convert(write_family(folder / "dense", name), folder / "made", keep=0.6, share_layers=share, device="cpu")
+    fused = [name for name in FAMILIES if ARCHITECTURES[name].fused]
+    for name, split in [*((name, False) for name in FAMILIES), *((name, True) for name in fused)]:
+        folder = tmp_path / f"{name}{'-split' if split else ''}"
+        options: dict[str, Any] = {"share_layers": 2 if name == "mistral" else 1, "split_fused": split}
+        convert(write_family(folder / "dense", name), folder / "made", keep=0.6, device="cpu", **options)
         model = load(folder / "made")
         if model.config.base_model_tp_plan:
             expected[folder] = logits(model)
-    assert len(expected) == len(FAMILIES) - 2
+    # of GPT-2 and OPT there is no plan
+    assert len(expected) == len(FAMILIES) - 2 + len(fused) - 1
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

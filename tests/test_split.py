@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -408,15 +409,17 @@ def test_layers_that_share(row: Architecture, dense: Path, tmp_path: Path) -> No
 
 
 def test_adapters_of_parts(row: Architecture, pair: SimpleNamespace, tmp_path: Path) -> None:
-    """LoRA on factored parts and on the dense one, and folded into them."""
+    """LoRA on factored parts and on the dense one, by the names that the card gives, and folded into them."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        load(pair.factored), LoraConfig(r=2, lora_alpha=6, target_modules=list(PARTS), task_type="CAUSAL_LM")
-    ).eval()
+    card = (pair.factored / "README.md").read_text()
+    names = ast.literal_eval(card.partition("target_modules = ")[2].partition("\n")[0])
+    assert set(PARTS) < set(names)
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=names, task_type="CAUSAL_LM")
+    model = get_peft_model(load(pair.factored), config).eval()
     generator = torch.Generator().manual_seed(1)
     wrapped = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    assert len(wrapped) == 9
+    assert len(wrapped) == 3 * (len(row.targets) + 2)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -460,8 +463,9 @@ def test_tensor_parallel_plan(row: Architecture, pairs: Any) -> None:
     assert not [rule for rule in config.base_model_tp_plan if rule.startswith(block)]
 
 
-def test_from_the_command_line(row: Architecture, dense: Path, text: Path, tmp_path: Path) -> None:
-    """The whole way in processes of its own: convert, the same again, verify, densify, sweep."""
+def test_from_the_command_line(tmp_path: Path) -> None:
+    """The whole way in processes of its own: convert, the same again, verify, densify."""
+    dense = write_family(tmp_path / "dense", "gpt_neox")
 
     def call(*args: object) -> str:
         command = [sys.executable, "-m", "svdconvert", *map(str, args)]
@@ -477,7 +481,8 @@ def test_from_the_command_line(row: Architecture, dense: Path, text: Path, tmp_p
     assert distance(logits(load(tmp_path / "out")), logits(stock(tmp_path / "densified"))) < 1e-4
 
 
-def test_sweep(row: Architecture, dense: Path, text: Path, run: Any, tmp_path: Path) -> None:
+def test_sweep(text: Path, run: Any, tmp_path: Path) -> None:
+    dense, row = write_family(tmp_path / "dense", "gpt_neox"), ARCHITECTURES["gpt_neox"]
     options = ("--text", text, "--keep", 0.6, "--window", 16, "--split-fused", "--no-plot", "--out", tmp_path / "out")
     done = run("sweep", dense, *options, "--keep-models")
     assert done.code == 0, done.err
