@@ -26,6 +26,11 @@ TRAINING_BYTES_PER_PARAMETER = 16
 # A Python process with torch loaded and buffers for copying, measured (docs/measurements.md).
 BASE_BYTES = 400_000_000
 
+# Tensors that GPTQ and AWQ, bitsandbytes, and writers of 8-bit floats put beside or in the place of a weight.
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|g_idx|SCB|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map|quant_state\..*))$"
+)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -260,13 +265,20 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
     """Compare the headers with what a model of this config must have.
 
     Raises:
-        InputError: a tensor is missing, has another shape, is none the architecture knows, or is not floating point.
+        InputError: the checkpoint is quantised, or a tensor is missing, has another shape, or is none the architecture
+            knows.
     """
     try:
         expected = row.parameters(source.config)
     except (KeyError, TypeError) as error:
         raise InputError(f"config.json of {source.name} lacks {error}, so the model's shape is unknown") from None
     found = {row.full_name(name): info for name, info in tensors.items()}
+    for name, info in tensors.items():
+        if _QUANTISED.search(name) or (row.full_name(name) in expected and info.dtype not in FLOATS):
+            raise InputError(
+                f"tensor {name} of {source.name} ({DTYPES[info.dtype][1]}) is one of a quantised checkpoint; "
+                "convert the unquantised model and quantise the result"
+            )
     missing = [name for name in expected if name not in found]
     if missing:
         raise InputError(f"{source.name} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
@@ -284,11 +296,6 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
             raise InputError(
                 f"tensor {name} of {source.name} has shape {list(info.shape)}, but by config.json it must be "
                 f"{list(shape)}; config and weights are not of one model"
-            )
-        if info.dtype not in FLOATS:
-            raise InputError(
-                f"tensor {name} of {source.name} is {DTYPES[info.dtype][1]}, so the checkpoint is quantised; "
-                "convert the unquantised model and quantise the result"
             )
 
 

@@ -244,7 +244,7 @@ def truncate(
         large, loss = _plain_partner(matrix, small.to(basis.dtype) * half, half, dtype, total)
         plain, energy, name = loss, total, SINGULAR
     else:
-        chosen = _Rounding(matrix, found, rank, dtype, outer, inner).best(tail)
+        chosen = _Rounding(matrix, found, rank, dtype, outer, inner).best()
         small, large, loss, name = chosen.small, chosen.large, chosen.loss, chosen.basis
         plain, energy = _residual(matrix, small.double(), large, 1.0)
     refuse_overflow(large)
@@ -395,12 +395,10 @@ def _gram(matrix: _Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
         for part, piece in matrix.panels(dtype):
             block = outer[part].to(dtype)
             if matrix.tall:
-                gram.addmm_(piece.T, block @ whole)
+                _add_lower(gram, piece.T, block @ whole)
             else:
-                gram.addmm_(whole @ block.T, piece.T)
+                _add_lower(gram, whole @ block.T, piece.T)
         return gram
-    # Block columns from the diagonal down spare 7/16 of the arithmetic of the full product; BLAS spares all of it.
-    width = max(k // 8, 256)
     for part, piece in matrix.panels(dtype):
         if outer is not None:
             roots = outer[part].to(dtype).sqrt()
@@ -409,10 +407,20 @@ def _gram(matrix: _Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
             lapack.add_gram(piece, gram, transposed=not matrix.tall)
             continue
         rows = piece if matrix.tall else piece.T  # [p, k]
-        for start in range(0, k, width):
-            stop = min(start + width, k)
-            gram[start:, start:stop].addmm_(rows[:, start:].T, rows[:, start:stop])
+        _add_lower(gram, rows.T, rows)
     return gram
+
+
+def _add_lower(gram: Tensor, one: Tensor, other: Tensor) -> None:
+    """gram += one other, [k, p] times [p, k], in the lower triangle.
+
+    Block columns from the diagonal down spare 7/16 of the arithmetic of the full product. (BLAS' syrk spares half.)
+    """
+    k = gram.shape[0]
+    width = max(k // 8, 256)
+    for start in range(0, k, width):
+        stop = min(start + width, k)
+        gram[start:, start:stop].addmm_(one[start:], other[:, start:stop])
 
 
 def _root(gram: Tensor) -> tuple[Tensor, bool]:
@@ -436,23 +444,21 @@ def apply_metric(metric: Metric, columns: Tensor) -> Tensor:
     return metric @ columns if metric.dim() == 2 else metric[:, None] * columns
 
 
-def _least_squares_partner(matrix: _Scaled, small: Tensor, inner: Metric) -> Tensor:
-    """The factor that goes best with a given one; it depends on the metric of the given one's side alone.
+def _partner(matrix: _Scaled, solved: Tensor) -> Tensor:
+    """The least-squares partner of a factor; it depends on the metric of that factor's side alone.
 
     Args:
         matrix: W, [m, n].
-        small: [k, r], the factor on the smaller side (of n if tall, of m if wide).
-        inner: the metric on the smaller side.
+        solved: [r, k], the pseudo-inverse of the factor on the smaller side (of n if tall, of m if wide).
 
     Returns:
-        [m, r] if tall, for W ~ other small^T; [r, n] if wide, for W ~ small other. Columns of ``small`` that the
+        [m, r] if tall, for W ~ other small^T; [r, n] if wide, for W ~ small other. Columns of the factor that the
         metric does not see give zeros.
     """
     m, n = matrix.weight.shape
-    solved = _pseudo_inverse(small, inner)
-    rank = small.shape[1]
-    other = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=small.dtype, device=small.device)
-    for part, piece in matrix.panels(small.dtype):
+    rank = solved.shape[0]
+    other = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=solved.dtype, device=solved.device)
+    for part, piece in matrix.panels(solved.dtype):
         if matrix.tall:
             torch.mm(piece, solved.T, out=other[part])
         else:
@@ -460,9 +466,8 @@ def _least_squares_partner(matrix: _Scaled, small: Tensor, inner: Metric) -> Ten
     return other
 
 
-def _pseudo_inverse(small: Tensor, inner: Metric) -> Tensor:
-    """(S^T M S)^-1 S^T M for a factor S, [k, r], and the metric M on its side: [r, k]."""
-    weighted = apply_metric(inner, small)
+def _pseudo_inverse(small: Tensor, weighted: Tensor) -> Tensor:
+    """(S^T M S)^-1 S^T M for a factor S, [k, r], and M S, M the metric on its side: [r, k]."""
     norms = (small * weighted).sum(dim=0).clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(small.dtype).tiny), 0)
     # Near the identity: without metrics but for the rounding of `small`, with metrics likewise.
@@ -486,7 +491,7 @@ def _plain_partner(
     """
     m, n = matrix.weight.shape
     rank = small.shape[1]
-    solved, gram = _pseudo_inverse(small, None), small.T @ small
+    solved, gram = _pseudo_inverse(small, small), small.T @ small
     large = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=dtype, device=small.device)
     loss = total
     for part, piece in matrix.panels(small.dtype):
@@ -516,26 +521,30 @@ class _Rounding:
 
     The larger factor solves the normal equations before it is rounded, so that the loss is the sum of two: what the
     rounded smaller factor cannot span, and what rounding the larger one adds. With S the smaller factor at full rank,
-    the first is |(1 - Pi) S|^2 in the inner metric, Pi the projection onto the rounded factor; it does not cancel.
+    the first is |(1 - Pi) S|^2 in the inner metric, Pi the projection onto the rounded factor. The leading columns'
+    part of it is formed, as it is small; that of the others is what the truncation loses less |Pi S|^2 of them.
     """
 
     def __init__(
         self, matrix: _Scaled, found: Decomposition, rank: int, dtype: torch.dtype, outer: Metric, inner: Metric
     ) -> None:
         self.matrix, self.dtype, self.outer, self.inner = matrix, dtype, outer, inner
-        self.all = found.basis if inner is not None else found.basis * found.values.clamp_min(0).sqrt()
+        scaled = found.basis if inner is not None else found.basis * found.values.clamp_min(0).sqrt()
+        self.first, self.others = scaled[:, -rank:], scaled[:, :-rank]
         self.sigma = found.values[-rank:].flip(0).clamp_min(0).sqrt()
+        self.tail = float(found.values[:-rank].clamp_min(0).sum())
         self.leading = found.basis[:, -rank:].flip(1)
-        self.partner = self._long(_least_squares_partner(matrix, self.leading, inner))
+        self.weighted = apply_metric(inner, self.leading)
+        self.partner = self._long(_partner(matrix, _pseudo_inverse(self.leading, self.weighted)))
 
-    def best(self, tail: float) -> _Rounded:
+    def best(self) -> _Rounded:
         """The one of the smallest loss; others than the singular vectors are tried where those lose much."""
         chosen = self._round(SINGULAR, self.leading, self.partner)
         refuse_overflow(chosen.small)
-        if self.dtype.itemsize > 2 or len(self.sigma) < 2 or chosen.loss <= (1 + NEGLIGIBLE_EXCESS) * tail:
+        if self.dtype.itemsize > 2 or len(self.sigma) < 2 or chosen.loss <= (1 + NEGLIGIBLE_EXCESS) * self.tail:
             return chosen
         # Both factors with columns that are orthonormal in their metrics.
-        norms = (self.leading * apply_metric(self.inner, self.leading)).sum(dim=0).clamp_min(0).sqrt()
+        norms = (self.leading * self.weighted).sum(dim=0).clamp_min(0).sqrt()
         norms = norms.clamp_min(max(float(norms.max()) * SMALLEST_SHARE, torch.finfo(norms.dtype).tiny))
         floor = max(float(self.sigma[0]) * SMALLEST_SHARE, torch.finfo(self.sigma.dtype).tiny)
         small, large = self.leading / norms, self.partner * (norms / self.sigma.clamp_min(floor))
@@ -556,11 +565,14 @@ class _Rounding:
             mixing = mixing / lengths.clamp_min(torch.finfo(small.dtype).tiny)
             first = round_with_feedback(small * lengths, mixing.T @ mixing, self.dtype)
         lifted = first.to(small.dtype)
-        best = self._long(_least_squares_partner(self.matrix, lifted, self.inner))
-        gram = lifted.T @ apply_metric(self.inner, lifted)
+        weighted = apply_metric(self.inner, lifted)
+        solved = _pseudo_inverse(lifted, weighted)
+        best = self._long(_partner(self.matrix, solved))
+        gram = lifted.T @ weighted
         second = best.to(self.dtype) if mixing is None else round_with_feedback(best, gram, self.dtype)
-        lost = self.all - lifted @ (_pseudo_inverse(lifted, self.inner) @ self.all)
-        loss = float((lost * apply_metric(self.inner, lost)).sum())
+        lost = self.first - lifted @ (solved @ self.first)
+        loss = self.tail + float((lost * apply_metric(self.inner, lost)).sum())
+        loss -= float(((solved @ self.others) * (weighted.T @ self.others)).sum())
         # A diagonal metric lets the rows be taken a panel at a time, so that no further copies of the factor are made.
         step = PANEL if self.outer is None or self.outer.dim() == 1 else best.shape[0]
         for start in range(0, best.shape[0], step):

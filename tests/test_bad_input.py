@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +70,16 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     return edit
+
+
+def quantised(parts: Mapping[str, torch.dtype]) -> Callable[[dict[str, torch.Tensor]], object]:
+    """What a quantiser leaves of a weight."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[DENSE_LAYER]
+        tensors |= {f"{DENSE_LAYER.removesuffix('weight')}{name}": torch.zeros(8, 8).to(d) for name, d in parts.items()}
+
+    return change
 
 
 def put(name: str, value: float) -> Callable[[Path], None]:
@@ -141,10 +151,35 @@ SINGLE_FILE_FAULTS = {
         "'llava', a model that sees or hears, which is not",
     ),
     "encoder": (edit_config(model_type="t5", is_encoder_decoder=True), "'t5', an encoder with a decoder, which is not"),
-    "quantised config": (
-        edit_config(quantization_config={"quant_method": "bitsandbytes"}),
-        "already quantised (bitsandbytes)",
+    **{
+        f"quantised config, {method}": (
+            edit_config(quantization_config={"quant_method": method}),
+            f"already quantised ({method})",
+            "convert the unquantised model",
+        )
+        for method in ("bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors")
+    },
+    "quantised config of old": (
+        edit_config(compression_config={"quant_method": "compressed-tensors"}),
+        "already quantised (compressed-tensors)",
     ),
+    **{
+        f"quantised weights, {name}": (edit_tensors(change), part, "quantised checkpoint")
+        for name, change, part in (
+            (
+                "gptq",
+                quantised({"qweight": torch.int32, "scales": torch.float16, "g_idx": torch.int32}),
+                "attention.dense.",
+            ),
+            (
+                "awq",
+                quantised({"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}),
+                "attention.dense.q",
+            ),
+            ("fp8", quantised({"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32}), DENSE_LAYER),
+            ("nf4", quantised({"weight": torch.uint8, "weight.absmax": torch.float32}), DENSE_LAYER),
+        )
+    },
     "int8 weights": (
         edit_tensors(lambda t: t.update({DENSE_LAYER: torch.ones(HIDDEN, HIDDEN, dtype=torch.int8)})),
         DENSE_LAYER,

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from svdconvert import convert, densify, fold, plan, verify
+from svdconvert import Calibration, calibrate, convert, densify, fold, plan, verify
 from svdconvert.architectures import ARCHITECTURES, FACTORED
 from svdconvert.architectures.row import Architecture
 from svdconvert.blocks import PIECES
@@ -41,6 +41,7 @@ from svdconvert.checkpoint import modeling_source
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.events import Events
 from svdconvert.layouts import LAYOUTS
+from svdconvert.metrics import METHODS
 from svdconvert.planning import layer_number, suffix
 from svdconvert.replaying import measure_losses
 from svdconvert.source import LocalSource
@@ -164,6 +165,11 @@ def test_densified_equals_factored(row: Architecture, dense: Path, pair: SimpleN
     assert distance(logits(AutoModelForCausalLM.from_pretrained(dense).eval()), expected) > 0.05
     assert read_weights(pair.densified).keys() == read_weights(dense).keys()
     assert not list(pair.densified.glob("*.py"))
+    # what llama.cpp's converter asks of config.json and of no other field
+    config, asked = read_config(pair.densified), {"gpt_neox": "rotary_pct", "gpt2": "n_ctx", "phi3": "rope_parameters"}
+    assert asked.get(row.model_type, "model_type") in config
+    if row.model_type == "gpt2":
+        assert config["n_ctx"] == config["n_positions"]
 
 
 def test_verify(dense: Path, pair: SimpleNamespace) -> None:
@@ -782,6 +788,25 @@ def test_streamed_losses_with_and_without_replaced_weights(
             found = logits(model, ids[None, :counted])[0, :-1]
             expected += float(nn.functional.cross_entropy(found, ids[1:counted], reduction="sum"))
         assert loss.nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_method_reaches_a_size(row: Architecture, dense: Path, tmp_path: Path) -> None:
+    """From one calibration, whatever the size is asked for as."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {n}th story begins with {n * 7} words and ends well." for n in range(40)))
+    calibrate(
+        dense, Calibration(str(text), samples=8, length=32), tmp_path / "stats", methods=list(METHODS), device="cpu"
+    )
+    size = plan(dense, keep=0.6).params_after
+    found = []
+    for method, rules in METHODS.items():
+        stats = tmp_path / "stats" if rules.statistics else None
+        report = convert(dense, tmp_path / method, params=size, method=method, stats=stats, device="cpu", check=False)
+        tensors = read_weights(tmp_path / method)
+        assert sum(tensor.numel() for tensor in tensors.values()) == report.plan.params_after <= size
+        assert report.plan.params_after > 0.97 * size
+        found.append(logits(load(tmp_path / method)))
+    assert all(distance(one, other) > 0.01 for n, one in enumerate(found) for other in found[:n])
 
 
 def test_calibrated_conversion_from_the_command_line(row: Architecture, dense: Path, run: Any, tmp_path: Path) -> None:

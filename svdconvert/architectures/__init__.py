@@ -44,8 +44,9 @@ def dense_architecture(config: Config, where: str) -> Architecture:
         raise InputError(
             f"{where} is already factored; give its dense source, or run `svdconvert densify {where} --out DIR` first"
         )
-    if config.get("quantization_config"):
-        method = dict(config["quantization_config"]).get("quant_method", "an unknown method")
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    if quantised:
+        method = dict(quantised).get("quant_method", "an unknown method")
         raise InputError(
             f"{where} is already quantised ({method}); convert the unquantised model and quantise the result"
         )

@@ -1,8 +1,8 @@
 """Fused projections: one product for all of their parts, or one for each part, at equal parameters.
 
-    python -m tests.benchmarks.fused --out docs/fused
+    python -m tests.benchmarks.fused --out out/fused
     python -m tests.benchmarks.fused --model llama/model --calib llama/calibration.txt --text llama/heldout.txt \
-        --out docs/fused_llama
+        --out out/fused_llama
 
 GPT-NeoX has queries, keys and values in one matrix, head by head; Phi-3 has them one after the other, and the two
 inputs of its gate in another matrix. A LLaMA is merged into the Phi-3 that computes the same function, so that a model

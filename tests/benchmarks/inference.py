@@ -6,8 +6,8 @@
 Random weights, since time does not depend on values. The vocabulary is cut with the layers, so that the head, which is
 never factored, has the share of the work that it has in the whole model. The dense model and both layouts (balanced at
 the given rank; pivoted at the rank of the same size, and at the same rank; in float32 on the CPU both also after
-``for_decoding``) live in one process and are measured in turn within each round; medians over the rounds. Prefill is one
-pass over the prompt; decoding is token by token after it, with the key-value cache. With ``--cpu-time`` seconds are
+``for_decoding``) live in one process and are measured in turn within each round; medians over the rounds. Prefill is
+one pass over the prompt; decoding is token by token after it, with the key-value cache. With ``--cpu-time`` they are
 those of the process, not the clock: with one thread on a busy machine, they alone can be trusted. A training step is
 forward, backward and AdamW on the whole model, in a process of its own, so that its peak memory is its own. Bytes are
 those of the parameters. Writes JSON and Markdown.
@@ -84,6 +84,8 @@ def runner(
     from transformers import DynamicCache, StaticCache
 
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), device=device)
+    # All variants share the code of their forward pass; beyond the usual limit they would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     call = torch.compile(model, dynamic=False) if compiled else model
 
     def clock() -> float:

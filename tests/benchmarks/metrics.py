@@ -142,7 +142,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
     options = parser.parse_args()
-    result = benchmark(options.model, options.hidden, options.sides, options.repeats)
+    from svdconvert.lapack import threads
+
+    with threads(1):
+        result = benchmark(options.model, options.hidden, options.sides, options.repeats)
     save(options.out, f"metrics-{options.sides}", result, markdown(result))
 
 

@@ -41,6 +41,7 @@ class Row:
     refit: str = "none"
     shrinkage: float | None = None
     labels: str = "empirical"
+    rank_multiple: int = 1
 
     @property
     def work(self) -> str:
@@ -70,6 +71,7 @@ ROWS = (
         for method, allocation in (("svd", "uniform"), ("whiten", "uniform"), ("kfac", "global"))
         for layers in (2, 3)
     ),
+    *(Row(f"kfac, global, ranks a multiple of {n}", "kfac", "global", rank_multiple=n) for n in (8, 16)),
 )
 
 
@@ -135,6 +137,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 allocation=row.allocation,
                 layout=row.layout,
                 share_layers=row.share_layers,
+                rank_multiple=row.rank_multiple,
                 refit=row.refit,
                 shrinkage=row.shrinkage,
                 calibration=replace(calibration, labels=row.labels) if METHODS[row.method].statistics else None,

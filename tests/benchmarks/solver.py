@@ -145,7 +145,10 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=["linalg.svd", "svd_lowrank"])
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
     options = parser.parse_args()
-    result = benchmark(options.models, options.spectrum, options.repeats, options.skip, options.hidden)
+    from svdconvert.lapack import threads
+
+    with threads(1):
+        result = benchmark(options.models, options.spectrum, options.repeats, options.skip, options.hidden)
     save(options.out, f"solver-{options.spectrum}", result, markdown(result))
 
 
