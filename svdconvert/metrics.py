@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # What is said beside every predicted loss; docs/prediction.md has the figures.
-LOW_GUESS = "usually too low, for it takes layers and tokens as independent"
+LOW_GUESS = "usually too low: it takes layers, inputs and gradients as independent"
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panels[1][column].plot(values, [row["peak_bytes"] / 1e6 for row in rows], "s-", color="#D55E00")
         panels[1][column].set_xlabel(label)
         for panel in (panels[0][column], panels[1][column]):
-            panel.set_ylim(bottom=0)
+            panel.set_xticks(values)
             panel.grid(alpha=0.3)
+    # Shared along a row, and so set once all of it is drawn: what a limit fixes before, later lines do not move.
+    for line, key, unit in ((0, "tool_seconds", 1), (1, "peak_bytes", 1e6)):
+        panels[line][0].set_ylim(0, 1.1 * max(row[key] for row in result["runs"]) / unit)
     panels[0][0].set_ylabel("seconds")
     panels[1][0].set_ylabel("peak MB")
     path.parent.mkdir(parents=True, exist_ok=True)
