@@ -13,10 +13,17 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import read_config, read_weights
-from families import FAMILIES, VOCAB, rewrite_config, write_family
+from families import FAMILIES, VERSION, VOCAB, rewrite_config, write_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_families import (  # noqa: F401 - these run here too, on the checkpoints of this file
+    test_base_model,
+    test_engine_that_replaces_every_linear_layer,
+    test_generation,
+    test_round_trip,
+    test_sequence_classification,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -83,8 +90,10 @@ def ranks(folder: Path, share: float = 1.0) -> dict[str, int]:
     return {target.module: max(int(share * min(target.shape)), 1) for target in targets}
 
 
-def load(folder: Path) -> Any:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+def load(folder: Path, **options: Any) -> Any:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
     assert not any(info.values())
     return model.eval()
 
@@ -211,15 +220,6 @@ def test_densified_equals_factored(row: Architecture, dense: Path, pair: SimpleN
     assert torch.equal(*kept)
     linear = dict(model.base_model.named_modules())[f"{layer}.key"]
     assert not hasattr(linear, "rank")
-
-
-def test_saved_and_loaded_again(row: Architecture, pair: SimpleNamespace, tmp_path: Path) -> None:
-    model = load(pair.factored)
-    model.save_pretrained(tmp_path / "again")
-    saved, expected = read_weights(tmp_path / "again"), read_weights(pair.factored)
-    assert saved.keys() == expected.keys()
-    assert all(torch.equal(saved[name], expected[name]) for name in saved)
-    assert distance(logits(load(tmp_path / "again")), logits(model)) == 0
 
 
 def test_sharded_sources(row: Architecture, dense: Path, pairs: Any, tmp_path: Path) -> None:
@@ -432,6 +432,27 @@ def test_adapters_of_parts(row: Architecture, pair: SimpleNamespace, tmp_path: P
     assert distance(logits(load(tmp_path / "folded")), expected) < 1e-4
     densify(tmp_path / "folded", tmp_path / "densified", device="cpu")
     assert distance(logits(stock(tmp_path / "densified")), expected) < 1e-4
+
+
+@pytest.mark.skipif(VERSION < (4, 57), reason="no bitsandbytes with CPU kernels for this transformers")
+def test_four_bit_loading(row: Architecture, dense: Path, tmp_path: Path) -> None:
+    """Factored parts at ranks of 64, and one that stays dense."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    wanted = {module: rank for module, rank in ranks(dense).items() if rank == 64 and not module.endswith("key")}
+    convert(dense, tmp_path, rank=wanted, factor_all=True, split_fused=True, device="cpu", check=False)
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = load(tmp_path, quantization_config=quantised, device_map="cpu", dtype=torch.float32)
+    kinds = {name.removeprefix(row.prefix): type(module).__name__ for name, module in model.named_modules()}
+    parts = [module for module in wanted if fused_layer(row, module)]
+    assert parts
+    for path in parts:
+        assert kinds[f"{path}.down"] == kinds[f"{path}.up"] == "Linear4bit"
+        assert kinds[f"{fused_layer(row, path)}.key"] == "Linear4bit"
+    expected = logits(stock(dense))
+    error = float((logits(model) - expected).pow(2).mean().sqrt() / expected.std())
+    assert 1e-4 < error < 0.8
 
 
 def test_ablation_of_all_but_nothing(row: Architecture, dense: Path, text: Path, tmp_path: Path) -> None:
