@@ -92,7 +92,7 @@ def ablate(
     folder = local_folder(os.fspath(model), revision)
     source = LocalSource(folder)
     row = dense_architecture(source.config, source.name)
-    chosen = find_targets(source, targets, method="svd", split_fused=split_fused)
+    chosen = find_targets(source, targets, split_fused=split_fused)
     tensors = target_tensors(source, chosen)
     fewest = min(min(target.shape) for target in chosen)
     if not 1 <= groups <= fewest:

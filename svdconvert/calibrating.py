@@ -17,6 +17,7 @@ from svdconvert.job import resolve_device
 from svdconvert.metrics import Method, method_named
 from svdconvert.names import layer_number
 from svdconvert.source import Source, open_source
+from svdconvert.splitting import fused_layer, section_of
 
 if TYPE_CHECKING:
     from svdconvert.calibration import ModuleStatistics, Needs, StatisticsRun
@@ -124,6 +125,24 @@ def check_knowledge(
         raise InputError(f"--calib means nothing to --method {method.name}, which looks at the weights alone")
 
 
+def check_parts(method: Method, *, collected: bool, split_fused: bool) -> None:
+    """See that what a method looks at can be had for the parts of fused projections.
+
+    Args:
+        method: the method.
+        collected: whether its statistics are those that :func:`calibrate` has written.
+        split_fused: whether there are parts.
+
+    Raises:
+        InputError: it cannot, since a Fisher vector is a sum over all outputs of a layer.
+    """
+    if split_fused and collected and "fisher" in method.statistics:
+        raise InputError(
+            f"--method {method.name} with --split-fused needs the text itself, --calib FILE, and no other method beside "
+            "it: collected statistics have the Fisher information of whole layers only"
+        )
+
+
 def find_knowledge(
     source: Source, calibration: Calibration | None, stats: str | os.PathLike[str] | None
 ) -> Knowledge | None:
@@ -178,16 +197,26 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
     if side is not None and has_tokenizer(side):  # else there is none that could be another one
         expected["tokenizer"] = tokenizer_digest(load_tokenizer(side))
     found = StatisticsFolder(folder, expected)
-    key, text = found.key, found.tokens()
+    key, text, row = found.key, found.tokens(), dense_architecture(source.config, source.name)
 
     def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
+        layers = {name: fused_layer(row, name) or name for name in modules}
+
         def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
+            from svdconvert.calibration import part_statistics
+
             blocks: dict[int, list[str]] = {}
             for module in modules:
                 blocks.setdefault(layer_number(module), []).append(module)
             for block, names in blocks.items():
-                if block not in skip_blocks:
-                    yield block, found.load(names, method.statistics)
+                if block in skip_blocks:
+                    continue
+                wholes = found.load(list(dict.fromkeys(layers[name] for name in names)), method.statistics)
+                entries = {}
+                for name in names:
+                    section, whole = section_of(row, source.config, name), wholes[layers[name]]
+                    entries[name] = whole if section is None else part_statistics(whole, section)
+                yield block, entries
 
         return provide
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 import svdconvert
 from svdconvert.activations import ActivationStore, Loss, check_room
+from svdconvert.architectures.row import Section
 from svdconvert.blocks import ModelBlocks
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
@@ -122,7 +123,8 @@ def statistics(
         source: the dense model. Its files are read twice where gradients are needed, and not released.
         tokens: what to calibrate with.
         needs: what to collect.
-        modules: linear layers, as ``layers.3.attention.dense``.
+        modules: linear layers, as ``layers.3.attention.dense``, or parts of fused ones (``splitting.py``), whose
+            outputs are then their own.
         work: folder for activations and gradients.
         device: where blocks are run.
         batch_size: sequences at a time; changes results by rounding only.
@@ -397,8 +399,8 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
 
     @contextmanager
     def _collecting(self, block: nn.Module, index: int, collect: bool) -> Iterator[Collector]:
-        modules = {name: suffix(name) for name in self._modules.get(index, [])} if collect else {}
-        with Collector(block, modules, self._needs, self._blocks.device, self._group) as collector:
+        places = {name: self._blocks.place(suffix(name)) for name in self._modules.get(index, [])} if collect else {}
+        with Collector(block, places, self._needs, self._blocks.device, self._group) as collector:
             yield collector
 
     def _check(self, tensor: Tensor, what: str, batch: slice, kind: str = "activations") -> None:
@@ -421,7 +423,7 @@ def _by_block(blocks: ModelBlocks, modules: Sequence[str]) -> dict[int, list[str
     found: dict[int, list[str]] = {}
     for name in dict.fromkeys(modules):
         index = layer_number(name)
-        if not 0 <= index < blocks.count or not blocks.is_linear(index, suffix(name)):
+        if not 0 <= index < blocks.count or not blocks.is_linear(index, blocks.place(suffix(name))[0]):
             raise InputError(f"{name} is no linear layer in a block of the model, so it cannot be calibrated")
         found.setdefault(index, []).append(name)
     return found
@@ -472,7 +474,7 @@ class Collector:
     def __init__(
         self,
         block: nn.Module,
-        modules: Mapping[str, str],
+        modules: Mapping[str, tuple[str, Section | None]],
         needs: Needs,
         device: torch.device | None = None,
         group: Group | None = None,
@@ -481,7 +483,7 @@ class Collector:
 
         Args:
             block: what will be run.
-            modules: name -> path within the block.
+            modules: name -> path within the block, and which of the outputs count; None for all of them.
             needs: what to collect; gradients need a backward pass for every forward one.
             device: where the block is.
             group: processes that collect the same from other sequences.
@@ -502,8 +504,8 @@ class Collector:
 
     def __enter__(self) -> Collector:
         """Set the hooks."""
-        for name, path in self._modules.items():
-            self._handles.append(self._block.get_submodule(path).register_forward_hook(self._hook(name)))
+        for name, (path, section) in self._modules.items():
+            self._handles.append(self._block.get_submodule(path).register_forward_hook(self._hook(name, section)))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -556,7 +558,7 @@ class Collector:
                     )
         return found
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    def _hook(self, name: str, section: Section | None) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             # OPT hands the tokens of all sequences to its MLP in one row.
             x = args[0].detach().reshape(*self._mask.shape, -1)
@@ -570,7 +572,12 @@ class Collector:
                 self._add_input(name, x)
             if self._needs.gradients:
                 shape = (*self._mask.shape, output.shape[-1])
-                output.register_hook(lambda gradient: self._add_gradient(name, x, gradient.detach().reshape(shape)))
+
+                def add(gradient: Tensor) -> None:
+                    own = gradient.detach().reshape(shape)
+                    self._add_gradient(name, x, own if section is None else section.of(own, own.dim() - 1))
+
+                output.register_hook(add)
 
         return hook
 
@@ -605,6 +612,18 @@ class Collector:
     def _rows(self, tensor: Tensor) -> Tensor:
         """[batch, length, n] -> [tokens that are not padding, n]."""
         return tensor.reshape(-1, tensor.shape[-1]) if self._full else tensor[self._mask]
+
+
+def part_statistics(whole: ModuleStatistics, section: Section) -> ModuleStatistics:
+    """What is known of a part of a fused projection from the statistics of the whole.
+
+    Args:
+        whole: of all outputs, without a Fisher vector, which is a sum over them.
+        section: the part's outputs.
+    """
+    assert whole.fisher is None
+    gram = whole.output_gram
+    return whole if gram is None else replace(whole, output_gram=section.of(section.of(gram), 1).contiguous())
 
 
 def statistic_tensors(entry: ModuleStatistics) -> dict[str, Tensor]:

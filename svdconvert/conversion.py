@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from svdconvert import card, checkpoint, processes
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
-from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, default_method, find_knowledge
+from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, check_parts, default_method, find_knowledge
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
@@ -240,6 +240,7 @@ def convert(
     if refit != "none" and share_layers != 1:
         raise InputError(f"--refit {refit} does not go with --share-layers; leave one of them out")
     check_knowledge(row, calibration, stats, refit=refit)
+    check_parts(row, collected=stats is not None, split_fused=split_fused)
     if keep_work and work is not None:
         raise InputError(f"give either --keep-work, which keeps them in {kept_work(folder)}, or --work FOLDER")
     used_device = resolve_device(device)

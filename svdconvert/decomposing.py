@@ -16,7 +16,6 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +25,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from svdconvert.architectures import dense_architecture
 from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
@@ -39,7 +37,7 @@ from svdconvert.ranks import Target
 from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_statistic
 from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
 from svdconvert.source import Source, read_json
-from svdconvert.splitting import section_of, target_tensors
+from svdconvert.splitting import target_tensors
 from svdconvert.steps import Step
 from svdconvert.threads import in_threads, usual_workers
 from svdconvert.weights import WeightReader
@@ -264,7 +262,7 @@ def decompose_all(
                 f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
                 "singular; more --calib-samples give better factors"
             )
-        modules = list(dict.fromkeys(part.layer for target in targets for part in target.parts))
+        modules = [part.module for target in targets for part in target.parts]
         statistics = knowledge.collect(method, modules, device, work, events)
     decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events, workers)
 
@@ -334,7 +332,7 @@ def decompose_targets(
                 # The largest first, so that no one waits for it alone at the end.
                 here.sort(key=lambda item: -matrix_cost(item[0].shape))
                 jobs = [
-                    partial(_Worker.learn, target=target, index=index, statistics=found[target.parts[index].layer])
+                    partial(_Worker.learn, target=target, index=index, statistics=found[target.parts[index].module])
                     for target, index in here
                 ]
                 in_threads(jobs, hands)
@@ -376,7 +374,6 @@ class _Worker:
         reading: threading.Lock,
     ) -> None:
         self.source, self.tensors, self.method, self.options, self.store = source, tensors, method, options, store
-        self.row = dense_architecture(source.config, source.name)
         self.device, self.events = device, events
         self.reader, self.workspace, self.reading = WeightReader(source), Workspace(), reading
 
@@ -402,10 +399,6 @@ class _Worker:
         self.events.solving(_announcement(self.tensors, target))
         part, tall = target.parts[index], target.shape[0] >= target.shape[1]
         weight = self.weights(target, index)[0]
-        section = section_of(self.row, self.source.config, part.module)
-        if section is not None and statistics.output_gram is not None:
-            own_outputs = section.of(section.of(statistics.output_gram), 1)
-            statistics = replace(statistics, output_gram=own_outputs.contiguous())
         left, right = self.method.metrics(statistics, self.options)
         gram = statistics.input_gram
         own = gram is right  # no shrinkage

@@ -231,7 +231,7 @@ def make_plan(
     check_tensors(kept, row, source)
 
     stored = layout_named(layout)
-    cut, split_row = _in_parts(kept, row, source, method) if split_fused else (kept, row)
+    cut, split_row = _in_parts(kept, row, source) if split_fused else (kept, row)
     candidates = [replace(target, layout=stored) for target in choose_targets(cut, split_row, targets)]
     candidates = share(candidates, share_layers, cut)
     dense_params = sum(info.size for info in kept.values())
@@ -270,13 +270,12 @@ def make_plan(
     )
 
 
-def find_targets(source: Source, patterns: Sequence[str], *, method: str, split_fused: bool = False) -> list[Target]:
-    """The linear layers of a dense model that a method may factor, see :func:`choose_targets`.
+def find_targets(source: Source, patterns: Sequence[str], *, split_fused: bool = False) -> list[Target]:
+    """The linear layers of a dense model that may be factored, see :func:`choose_targets`.
 
     Args:
         source: the dense model.
         patterns: which of them; empty chooses all.
-        method: row of :data:`svdconvert.metrics.METHODS`.
         split_fused: whether fused projections are in parts.
 
     Raises:
@@ -285,23 +284,18 @@ def find_targets(source: Source, patterns: Sequence[str], *, method: str, split_
     row = dense_architecture(source.config, source.name)
     tensors: Mapping[str, TensorInfo] = source.tensors
     if split_fused:
-        tensors, row = _in_parts(tensors, row, source, method)
+        tensors, row = _in_parts(tensors, row, source)
     return choose_targets(tensors, row, patterns)
 
 
 def _in_parts(
-    tensors: Mapping[str, TensorInfo], row: Architecture, source: Source, method: str
+    tensors: Mapping[str, TensorInfo], row: Architecture, source: Source
 ) -> tuple[dict[str, TensorInfo], Architecture]:
     """Tensors and row with all fused projections in parts."""
     if not row.fused:
         raise InputError(
             f"--split-fused has nothing to split in {source.name}: a {row.model_type} has no queries, keys and values "
             "in one matrix; leave it out"
-        )
-    if "fisher" in method_named(method).statistics:
-        raise InputError(
-            f"--split-fused does not go with --method {method}, whose statistics are sums over all outputs of a layer; "
-            "leave one of them out"
         )
     return split_tensors(tensors, row, source.config, lambda layer: True), row.split()
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdconvert.calibrating import Calibration, check_knowledge, default_method, find_knowledge
+from svdconvert.calibrating import Calibration, check_knowledge, check_parts, default_method, find_knowledge
 from svdconvert.events import Events
 from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, Layout, layout_named
@@ -237,6 +237,7 @@ def spectrum(
     row, stored = method_named(method), layout_named(layout)
     options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
     check_knowledge(row, calibration, stats)
+    check_parts(row, collected=stats is not None, split_fused=split_fused)
     used = resolve_device(device)
     with ExitStack() as stack:
         place = (
@@ -245,7 +246,7 @@ def spectrum(
             else Path(work).expanduser()
         )
         source = open_source(os.fspath(model), revision, download_folder=place / "source")
-        chosen = find_targets(source, targets, method=row.name, split_fused=split_fused)
+        chosen = find_targets(source, targets, split_fused=split_fused)
         knowledge = find_knowledge(source, calibration, stats)
         if method != row.name:
             events.note(f"{method} has the same optimum as {row.name}, which computes it")

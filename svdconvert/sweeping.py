@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from svdconvert.calibrating import Calibration, calibrate, check_knowledge, default_method, find_knowledge
+from svdconvert.calibrating import Calibration, calibrate, check_knowledge, check_parts, default_method, find_knowledge
 from svdconvert.checkpoint import digest, versions
 from svdconvert.conversion import chosen_allocation, convert
 from svdconvert.errors import InputError
@@ -239,6 +239,8 @@ def sweep(
     chosen = _settings(rows, layouts, allocation, given, keep, rank, refit)
     aware = [row for row in rows if row.statistics]
     check_knowledge((aware or rows)[0], calibration, stats, refit=refit)
+    for row in aware:  # several have their statistics collected first
+        check_parts(row, collected=stats is not None or len(aware) > 1, split_fused=split_fused)
     used = resolve_device(device)
     internal = folder / JOB_FOLDER
     _refuse_foreign(folder, overwrite)

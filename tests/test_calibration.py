@@ -284,7 +284,9 @@ class TestGram:
         torch.manual_seed(0)
         block = Attention()
         batches = [(torch.randn(n, 4, 6), torch.ones(n, 4, dtype=torch.bool)) for n in (2, 3)]
-        with Collector(block, {name: name for name in "qkvo"}, Needs(input_gram=True, input_abs=True)) as collector:
+        with Collector(
+            block, {name: (name, None) for name in "qkvo"}, Needs(input_gram=True, input_abs=True)
+        ) as collector:
             for x, mask in batches:
                 collector.begin(mask)
                 block(x)

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +28,13 @@ from test_families import (  # noqa: F401 - these run here too, on the checkpoin
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from svdconvert import Calibration, InputError, ablate, convert, densify, fold, plan, spectrum, verify
+from svdconvert import Calibration, InputError, ablate, calibrate, convert, densify, fold, plan, spectrum, verify
 from svdconvert.architectures import ARCHITECTURES
 from svdconvert.architectures.row import Architecture, Section
-from svdconvert.calibration import Needs, statistics
+from svdconvert.calibration import ModuleStatistics, Needs, part_statistics, statistics
 from svdconvert.headers import Cut
 from svdconvert.layouts import LAYOUTS
-from svdconvert.metrics import shrink
+from svdconvert.metrics import METHODS, shrink
 from svdconvert.names import suffix
 from svdconvert.planning import find_targets
 from svdconvert.source import LocalSource
@@ -86,7 +87,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ranks(folder: Path, share: float = 1.0) -> dict[str, int]:
     """A share of the full rank of every target, in parts."""
-    targets = find_targets(LocalSource(folder), (), method="svd", split_fused=True)
+    targets = find_targets(LocalSource(folder), (), split_fused=True)
     return {target.module: max(int(share * min(target.shape)), 1) for target in targets}
 
 
@@ -283,8 +284,10 @@ def test_what_has_no_factored_part_stays_whole(row: Architecture, dense: Path, t
 
 def test_refusals(dense: Path, tmp_path: Path, text: Path) -> None:
     calibration = Calibration(str(text), samples=2, length=16)
-    with pytest.raises(InputError, match="--split-fused does not go with --method fwsvd"):
-        convert(dense, tmp_path / "out", keep=0.6, method="fwsvd", calibration=calibration, split_fused=True)
+    calibrate(dense, calibration, tmp_path / "stats", methods=["fwsvd"], device="cpu")
+    options: dict[str, Any] = {"keep": 0.6, "method": "fwsvd", "stats": tmp_path / "stats", "device": "cpu"}
+    with pytest.raises(InputError, match="fwsvd with --split-fused needs the text itself"):
+        convert(dense, tmp_path / "out", split_fused=True, **options)
     with pytest.raises(InputError, match="matches no target"):
         plan(dense, rank={"gate": 3}, split_fused=True)
     assert not (tmp_path / "out").exists()
@@ -338,10 +341,47 @@ def root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def test_metrics_of_parts_are_blocks_of_the_whole(row: Architecture, dense: Path, text: Path, tmp_path: Path) -> None:
+def test_statistics_of_parts(row: Architecture, dense: Path, text: Path, tmp_path: Path) -> None:
+    """Collected for themselves or taken from those of the whole; the Fisher vectors add up to the whole's."""
+    source = LocalSource(dense)
+    tokens = Calibration(str(text), samples=6, length=24).tokens(source)
+    parts = [module for module in ranks(dense) if fused_layer(row, module)]
+    wholes = list(dict.fromkeys(str(fused_layer(row, module)) for module in parts))
+    needs = Needs(input_gram=True, output_gram=True, input_abs=True, fisher=True)
+
+    def collected(modules: list[str]) -> dict[str, ModuleStatistics]:
+        run = statistics(source, tokens, needs, modules, work=tmp_path)
+        return {name: entry for _, block in run for name, entry in block.items()}
+
+    own, whole, places = collected(parts), collected(wholes), outputs(read_config(dense))
+    fisher = dict.fromkeys(wholes, torch.zeros(()))
+    for module, entry in own.items():
+        layer, _, part = module.rpartition(".")
+        all_of_it, rows = whole[layer], places[part]
+        assert entry.fisher is not None
+        assert all_of_it.output_gram is not None
+        fisher[layer] = fisher[layer] + entry.fisher
+        block = all_of_it.output_gram[rows][:, rows]
+        taken = part_statistics(replace(all_of_it, fisher=None), row.fused[suffix(layer)].sections(source.config)[part])
+        for found in (entry, taken):
+            torch.testing.assert_close(found.output_gram, block, rtol=1e-12, atol=0)
+            torch.testing.assert_close(found.input_gram, all_of_it.input_gram, rtol=1e-12, atol=0)
+            torch.testing.assert_close(found.input_abs, all_of_it.input_abs, rtol=1e-12, atol=0)
+    for layer, total in fisher.items():
+        torch.testing.assert_close(total, whole[layer].fisher, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("collected", [False, True], ids=["text", "folder"])
+def test_metrics_of_parts_are_blocks_of_the_whole(
+    row: Architecture, dense: Path, text: Path, collected: bool, tmp_path: Path
+) -> None:
     """Singular values of each part in the metric of its own outputs, against L^1/2 W R^1/2 in float64."""
     calibration = Calibration(str(text), samples=12, length=32)
-    found = spectrum(dense, method="kfac", calibration=calibration, split_fused=True, device="cpu")
+    options: dict[str, Any] = {"calibration": calibration}
+    if collected:
+        calibrate(dense, calibration, tmp_path / "stats", device="cpu")
+        options = {"stats": tmp_path / "stats"}
+    found = spectrum(dense, method="kfac", split_fused=True, device="cpu", **options)
     assert len(found.matrices) == 3 * (len(row.targets) + 2)
     source = LocalSource(dense)
     (name,) = row.fused
@@ -349,6 +389,7 @@ def test_metrics_of_parts_are_blocks_of_the_whole(row: Architecture, dense: Path
     run = statistics(source, calibration.tokens(source), Needs(True, True), layers, work=tmp_path)
     entries = {layer: entry for _, part in run for layer, entry in part.items()}
     tensors, places = read_weights(dense), outputs(read_config(dense))
+    compared = 0
     for matrix in found.matrices:
         layer, _, part = matrix.module.rpartition(".")
         if layer not in entries:
@@ -363,6 +404,17 @@ def test_metrics_of_parts_are_blocks_of_the_whole(row: Architecture, dense: Path
         assert matrix.shape == tuple(weight.shape)
         error = (torch.from_numpy(matrix.energies) - values).abs().max() / values.max()
         assert float(error) < 1e-6
+        compared += 1
+    assert compared == 9
+
+
+def test_every_method(row: Architecture, dense: Path, text: Path, tmp_path: Path) -> None:
+    """Fisher information of the parts' own outputs among them."""
+    for method, rules in METHODS.items():
+        out = tmp_path / method
+        calibration = Calibration(str(text), samples=4, length=24) if rules.statistics else None
+        convert(dense, out, keep=0.5, method=method, calibration=calibration, split_fused=True, check=False)
+        assert not failed(verify(out, str(dense)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
