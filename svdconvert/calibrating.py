@@ -138,8 +138,8 @@ def check_parts(method: Method, *, collected: bool, split_fused: bool) -> None:
     """
     if split_fused and collected and "fisher" in method.statistics:
         raise InputError(
-            f"--method {method.name} with --split-fused needs the text itself, --calib FILE, and no other method beside "
-            "it: collected statistics have the Fisher information of whole layers only"
+            f"--method {method.name} with --split-fused needs the text itself, --calib FILE, and no other method "
+            "beside it: collected statistics have the Fisher information of whole layers only"
         )
 
 
