@@ -256,6 +256,13 @@ def test_budgets_are_exact(row: Architecture, dense: Path, layout: str, tmp_path
     assert all(target.rank is not None for target in parts)
 
 
+def test_plan_needs_the_config_only(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((dense / "config.json").read_bytes())
+    one, two = (plan(folder, keep=0.5, split_fused=True) for folder in (dense, tmp_path))
+    assert (one.params_before, one.params_after, one.ranks) == (two.params_before, two.params_after, two.ranks)
+    assert one.params_before == plan(dense, keep=0.5).params_before
+
+
 def test_patterns_name_parts_and_what_they_are_parts_of(row: Architecture, dense: Path) -> None:
     (name,) = row.fused
     short = name.rpartition(".")[2]
