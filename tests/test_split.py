@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import read_config, read_weights
+from checkpoints import read_config, read_weights, tree
 from families import FAMILIES, VERSION, VOCAB, rewrite_config, write_family
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +25,7 @@ from test_families import (  # noqa: F401 - these run here too, on the checkpoin
     test_round_trip,
     test_sequence_classification,
 )
+from test_processes import torchrun
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -238,6 +239,30 @@ def test_sharded_sources(row: Architecture, dense: Path, pairs: Any, tmp_path: P
         found = read_weights(tmp_path / "out")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_from_the_hub(row: Architecture, pairs: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a stored tensor begins in its file is known when the file is here."""
+    from hub_server import HubServer, use_hub
+
+    shards = write_family(tmp_path / "shards", row.model_type, max_shard_size="60KB")
+    with HubServer() as server:
+        use_hub(monkeypatch, server, tmp_path / "home")
+        server.add("owner/tiny", shards)
+        options: dict[str, Any] = {"split_fused": True, "factor_all": True, "device": "cpu", "check": False}
+        convert("owner/tiny", tmp_path / "out", rank=pairs["balanced"].ranks, **options)
+    found, expected = read_weights(tmp_path / "out"), read_weights(pairs["balanced"].factored)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    dense = write_family(tmp_path / "dense", "gpt_neox")
+    line = [dense, "--rank", 16, "--split-fused", "--device", "cpu", "--no-check", "--out", tmp_path / "many"]
+    done = torchrun(2, "-m", "svdconvert", *line)
+    assert done.code == 0, done.err
+    convert(dense, tmp_path / "one", rank=16, split_fused=True, device="cpu", check=False)
+    assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
