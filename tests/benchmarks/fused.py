@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3Fo
 from svdconvert import Calibration
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
-from svdconvert.architectures.llama import widths
-from svdconvert.calibration import ModuleStatistics, Needs, statistics
+from svdconvert.architectures.row import Fused, Section
+from svdconvert.calibration import ModuleStatistics, Needs, part_statistics, statistics
 from svdconvert.layouts import LAYOUTS
 from svdconvert.metrics import METHODS, method_options
 from svdconvert.names import suffix
@@ -44,6 +44,9 @@ from svdconvert.solver import decompose, truncate
 from svdconvert.source import LocalSource
 
 BUNDLED = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
+
+# What `--split-fused` leaves together.
+GATE = Fused(lambda config: (config["intermediate_size"],) * 2, names=("gate", "up"))
 
 # Method, allocation, layout.
 ROWS = (
@@ -62,11 +65,11 @@ class Piece:
 
     Attributes:
         target: its shape is that of the part.
-        rows: of the matrix, [out] int64.
+        section: its outputs among those of the matrix.
     """
 
     target: Target
-    rows: Tensor
+    section: Section
 
 
 def main() -> None:
@@ -99,7 +102,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source = LocalSource(path)
     row = dense_architecture(source.config, source.name)
     targets = choose_targets(source.tensors, row, ())
-    fused = [name for name in row.targets if fused_rows(source.config, name) is not None]
+    known_parts = {name: row.fused.get(name, GATE) for name in row.targets if name in (*row.fused, "mlp.gate_up_proj")}
+    fused = list(known_parts)
     splits = [(), *([(name,) for name in fused]), *([tuple(fused)] if len(fused) > 1 else [])]
     if not fused or row.transposed:
         raise SystemExit(f"{row.model_type} has no fused projections that are cut here")
@@ -128,13 +132,14 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "rows": [],
     }
     for split in splits:
-        parts = [piece for target in targets for piece in pieces(source.config, target, split)]
+        chosen = {name: known_parts[name] for name in split}
+        parts = [piece for target in targets for piece in pieces(source.config, target, chosen)]
         for method, allocation, layout in ROWS:
             for keep in options.keep:
                 params = 0
                 for piece, rank, product in products(parts, dense, known, method, allocation, layout, keep):
                     with torch.no_grad():
-                        weights[piece.target.module][piece.rows] = product
+                        piece.section.put(product, weights[piece.target.module])
                     shape = piece.target.shape
                     params += math.prod(shape) if rank is None else LAYOUTS[layout].cost(rank, shape)
                 after = perplexity()
@@ -168,10 +173,8 @@ def products(
     found = []
     for piece in parts:
         entry = known[piece.target.module]
-        assert entry.output_gram is not None
-        own = replace(entry, output_gram=entry.output_gram[piece.rows][:, piece.rows])
-        left, right = METHODS[method].metrics(own, options)
-        weight = dense[piece.target.module][piece.rows]
+        left, right = METHODS[method].metrics(part_statistics(entry, piece.section), options)
+        weight = piece.section.of(dense[piece.target.module])
         found.append((weight, decompose(weight, None, left, right), left, right))
     ranks: list[int | None]
     if allocation == "global":
@@ -188,26 +191,11 @@ def products(
         yield piece, rank, factors.up @ factors.down
 
 
-def pieces(config: Mapping[str, Any], target: Target, split: tuple[str, ...]) -> list[Piece]:
+def pieces(config: Mapping[str, Any], target: Target, split: Mapping[str, Fused]) -> list[Piece]:
     """A target whole, or cut into its parts."""
-    parts = fused_rows(config, suffix(target.module)) if suffix(target.module) in split else None
-    if parts is None:
-        parts = [torch.arange(target.shape[0])]
-    return [Piece(replace(target, shape=(len(rows), target.shape[1])), rows) for rows in parts]
-
-
-def fused_rows(config: Mapping[str, Any], name: str) -> list[Tensor] | None:
-    """Rows of each part of a fused projection; None if it is none."""
-    if name == "attention.query_key_value":  # queries, keys and values of one head, then of the next
-        heads = config["num_attention_heads"]
-        rows = torch.arange(3 * config["hidden_size"]).view(heads, 3, -1)
-        return [rows[:, part].flatten() for part in range(3)]
-    if name == "self_attn.qkv_proj":
-        _, queries, keys, _ = widths(config)
-        return list(torch.arange(queries + 2 * keys).split([queries, keys, keys]))
-    if name == "mlp.gate_up_proj":
-        return list(torch.arange(2 * config["intermediate_size"]).chunk(2))
-    return None
+    fused = split.get(suffix(target.module))
+    sections = [Section(0, target.shape[0])] if fused is None else fused.sections(config).values()
+    return [Piece(replace(target, shape=(section.outputs, target.shape[1])), section) for section in sections]
 
 
 def merged(path: Path, out: Path) -> Path:
