@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
 
 from svdconvert.timing import StageTimes
 
@@ -61,6 +65,14 @@ def test_a_stage_that_fails_is_counted() -> None:
     except OSError:
         pass
     assert times.cpu("read") >= 0.01
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system keeps no such figure")
+def test_peak_memory_is_not_that_of_the_process_before() -> None:
+    ours = "from svdconvert.checkpoint import peak_memory_bytes; print(peak_memory_bytes())"
+    theirs = f"import subprocess, sys; kept = b'1' * 400_000_000; subprocess.run([sys.executable, '-c', {ours!r}])"
+    done = subprocess.run([sys.executable, "-c", theirs], check=True, capture_output=True, text=True)
+    assert 5_000_000 < int(done.stdout) < 200_000_000
 
 
 def test_a_conversion_says_where_its_time_went(
