@@ -569,7 +569,7 @@ def test_tensor_parallel_plan(row: Architecture, pairs: Any) -> None:
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
-    """The whole way in processes of its own: convert, the same again, verify, densify."""
+    """Converted and verified in processes of their own."""
     dense = write_family(tmp_path / "dense", "gpt_neox")
 
     def call(*args: object) -> str:
@@ -580,10 +580,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
 
     made = ("--keep", 0.6, "--split-fused", "--out", tmp_path / "out", "--device", "cpu")
     assert "query" in call(dense, *made)
-    call(dense, *made)
     call("verify", tmp_path / "out", "--against", dense)
-    call("densify", tmp_path / "out", "--out", tmp_path / "densified")
-    assert distance(logits(load(tmp_path / "out")), logits(stock(tmp_path / "densified"))) < 1e-4
 
 
 def test_sweep(text: Path, run: Any, tmp_path: Path) -> None:
