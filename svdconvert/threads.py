@@ -13,7 +13,7 @@ from typing import TypeVar
 
 S = TypeVar("S")
 
-# Beyond that memory bandwidth is what solvers share.
+# Each takes memory of its own, and more than two were not measured.
 MOST_WORKERS = 8
 
 
