@@ -26,6 +26,7 @@ ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
         ["--models", "1.3b", "3.8b"],
         ["--models", "1.3b", "--repeats", "1", "--skip", "svd_lowrank", "--hidden", "256"],
     ),
+    "filtered": ("filtered", ["--hidden", "2048"], ["--hidden", "256", "--ranks", "16", "0", "--repeats", "1"]),
     "metrics-one": ("metrics", ["--repeats", "3"], ["--hidden", "256"]),
     "metrics-two": (
         "metrics",
