@@ -165,6 +165,10 @@ class Decompositions:
         return load_outputs(self.path(target))
 
 
+def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in load_file(path).items()}
+
+
 def load_outputs(path: Path) -> torch.Tensor | None:
     """:meth:`Decompositions.outputs` of a target's file."""
     with safe_open(path, "pt") as handle:
@@ -173,7 +177,7 @@ def load_outputs(path: Path) -> torch.Tensor | None:
 
 def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric, Metric]:
     """``(decomposition, metric on the smaller side, diagonal of that on the longer side)`` of a target's file."""
-    tensors = load_file(path, device=str(device))
+    tensors = _load(path, device)
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
     found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
     return found, tensors.get("metric"), tensors.get("outer")
@@ -181,19 +185,19 @@ def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition,
 
 def load_group(path: Path, device: torch.device) -> SharedDecomposition:
     """The decomposition of a group that has metrics."""
-    tensors = load_file(path, device=str(device))
+    tensors = _load(path, device)
     return SharedDecomposition(Decomposition(tensors["values"], tensors["basis"].double()), tensors["captured"])
 
 
 def load_second_moment(path: Path, device: torch.device) -> Tensor | None:
     """The second moment of a layer's inputs that its metric was made of; None where it cannot be had from it."""
-    tensors = load_file(path, device=str(device))
+    tensors = _load(path, device)
     return unshrink(tensors["metric"], float(tensors["shrinkage"])) if "shrinkage" in tensors else None
 
 
 def load_metric(path: Path, device: torch.device) -> Tensor:
     """The input metric of one layer of a group."""
-    return load_file(path, device=str(device))["metric"]
+    return _load(path, device)["metric"]
 
 
 def decompositions_key(
