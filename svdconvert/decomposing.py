@@ -29,6 +29,7 @@ from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
+from svdconvert.lanes import Lanes, lanes_of
 from svdconvert.metrics import Method, unshrink
 from svdconvert.names import layer_number
 from svdconvert.partition import matrix_cost, split
@@ -311,9 +312,12 @@ def decompose_targets(
     events.begin([_announcement(tensors, target) for part in mine.values() for target in part], done)
     if not missing:
         return
-    count = min(workers or usual_workers(device.type, partial(_memory, missing, statistics is not None)), len(missing))
+    memory = partial(_memory, missing, statistics is not None)
+    # on a GPU, torch's solver has a workspace of its own, and so have products of metrics
+    count = min(workers or usual_workers(str(device), memory, lambda n: 3 * memory(n)), len(missing))
+    lanes = lanes_of(device)
     reading = threading.Lock()  # so that no two of them fetch the same file
-    hands = [_Worker(source, tensors, method, options, store, device, events, reading) for _ in range(count)]
+    hands = [_Worker(source, tensors, method, options, store, lanes, events, reading) for _ in range(count)]
     worker = hands[0]
     try:
         if statistics is None:
@@ -373,12 +377,12 @@ class _Worker:
         method: Method,
         options: Mapping[str, Any],
         store: Store,
-        device: torch.device,
+        lanes: Lanes,
         events: Events,
         reading: threading.Lock,
     ) -> None:
         self.source, self.tensors, self.method, self.options, self.store = source, tensors, method, options, store
-        self.device, self.events = device, events
+        self.device, self.lane, self.events = lanes.device, lanes.worker(), events
         self.reader, self.workspace, self.reading = WeightReader(source), Workspace(), reading
 
     @property
@@ -390,16 +394,21 @@ class _Worker:
     def run(self, target: Target) -> None:
         """Decompose a target without metrics."""
         self.events.solving(_announcement(self.tensors, target))
-        weights = self.weights(target)
-        for part, weight in zip(target.parts, weights, strict=True):
-            with _naming(part.weight):
-                refuse_not_finite(weight)
-        stack = torch.cat(weights) if target.followers else weights[0]
-        self.store.save(target, decompose(stack, self.workspace), None, None, None)
+        with self.lane:
+            weights = self.weights(target)
+            for part, weight in zip(target.parts, weights, strict=True):
+                with _naming(part.weight):
+                    refuse_not_finite(weight)
+            stack = torch.cat(weights) if target.followers else weights[0]
+            self.store.save(target, decompose(stack, self.workspace), None, None, None)
         self.events.decomposed(_announcement(self.tensors, target))
 
     def learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
         """Decompose a target in its metrics; of a group, keep what has to be known of one layer."""
+        with self.lane:
+            self._learn(target, index, statistics)
+
+    def _learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
         self.events.solving(_announcement(self.tensors, target))
         part, tall = target.parts[index], target.shape[0] >= target.shape[1]
         weight = self.weights(target, index)[0]

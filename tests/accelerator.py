@@ -107,7 +107,7 @@ def device_reads() -> Iterator[list[str]]:
         yield _reads
 
 
-@pytest.fixture()
+@pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device, there in every thread that is started meanwhile."""
     run: Callable[[threading.Thread], None] = threading.Thread.run

@@ -18,7 +18,7 @@ from test_methods import DATA_AWARE
 from svdconvert import Calibration, convert, densify
 
 
-@pytest.fixture()
+@pytest.fixture
 def device(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:  # noqa: F811
     """Its name, which the tool takes."""
     for module in (
