@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerator import accelerator  # noqa: F401 - a fixture
 from safetensors.torch import load_file
 from test_conversion import products
@@ -94,6 +95,7 @@ def varied(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     return Calibration(str(path), samples=48, length=48, batch_size=10)
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="asks torch.autocast about the device's name")
 @pytest.mark.parametrize("options", CALIBRATED.values(), ids=CALIBRATED)
 def test_calibrated(options: dict[str, Any], dense: Path, varied: Calibration, device: str, tmp_path: Path) -> None:
     for name in ("cpu", device):
