@@ -17,8 +17,8 @@ Memory, with B sequences of T tokens in a batch, N in all, hidden size h and inn
 one block, or of the embeddings, or of the head, in the type that is computed in; the Grams of one block in float64, in
 a GPT-NeoX block 8 (3 h^2 + f^2) bytes for C and 8 (11 h^2 + f^2) for G; :data:`ROWS` rows of a layer's input in
 float64; what one block's forward and backward passes hold for B T tokens; for the Fisher vector one matrix and its
-square; and the logits of :mod:`svdconvert.head`, a few times over. On the host: the same Grams once more where the
-device is another, and a batch of activations. On disk: N T h numbers for each block where gradients are needed, for two
+square; and the logits of :mod:`svdconvert.head`, a few times over. On the host: a batch of activations, and of several processes
+with devices of their own the same Grams once more. On disk: N T h numbers for each block where gradients are needed, for two
 blocks where they are not.
 
 Several processes (``processes.py``) take a part of the sequences each, and a block's sums are added up over them, in
@@ -78,8 +78,9 @@ class ModuleStatistics:
     """Statistics of one linear layer with ``in`` inputs and ``out`` outputs; None for those that were not asked for.
 
     Attributes:
-        input_gram: E[x x^T], [in, in], float64, CPU. One object for layers that read the same input.
-        output_gram: E[g g^T], [out, out], float64, CPU.
+        input_gram: E[x x^T], [in, in], float64, on the device that collected it, or, of several processes and from
+            files, on the CPU. One object for layers that read the same input.
+        output_gram: E[g g^T], [out, out], likewise.
         input_abs: E|x|, [in], float64, CPU. One object for layers that read the same input.
         fisher: [in], float64, CPU.
         tokens: tokens that the means over tokens are over: all that are not padding, the last of a sequence included,
@@ -457,8 +458,11 @@ class GramSum:
                 self._sum[begin:end, begin:].addmm_(exact[:, begin:end].T, exact[:, begin:])
 
     def mean(self, count: int, group: Group | None = None) -> Tensor:
-        """The symmetric mean over ``count`` rows of all processes, on the CPU; ends the sum."""
-        mean = (group or Group()).add(self._sum.cpu())
+        """The symmetric mean over ``count`` rows; ends the sum.
+
+        It stays on its device, where it is used next, but for that of several processes, which is on the CPU.
+        """
+        mean = self._sum if group is None or group.size == 1 else group.add(self._sum.cpu())
         del self._sum
         for begin in range(0, mean.shape[0], PANEL):
             end = begin + PANEL

@@ -24,7 +24,7 @@ Operation = Callable[[Sequence[Tensor], Step, Workspace], tuple[list[Tensor], di
 
 def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W -> the tensors of its layout."""
-    (weight,) = _matrices(inputs, step)
+    (weight,) = matrices(inputs, step)
     rank = step.options["rank"]
     return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), None, None)
 
@@ -33,7 +33,7 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """W and its decomposition, computed beforehand -> the tensors of its layout."""
     from svdconvert.decomposing import load_decomposition
 
-    (weight,) = _matrices(inputs, step)
+    (weight,) = matrices(inputs, step)
     file = Path(step.options["decomposition"])
     found, inner, outer = load_decomposition(file, weight.device)
     left, right = (outer, inner) if weight.shape[0] >= weight.shape[1] else (inner, outer)
@@ -49,7 +49,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     from svdconvert.decomposing import load_decomposition
     from svdconvert.refitting import load_refitted
 
-    (weight,) = _matrices(inputs, step)
+    (weight,) = matrices(inputs, step)
     tensors, fit = load_refitted(Path(step.options["refitted"]))
     file = Path(step.options["decomposition"])
     found, _, _ = load_decomposition(file, torch.device("cpu"))
@@ -78,7 +78,7 @@ def _factorize_shared(
     inputs: Sequence[Tensor], step: Step, workspace: Workspace
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """W of several layers -> one A and a B for each."""
-    inputs = _matrices(inputs, step)
+    inputs = matrices(inputs, step)
     factors = plain_shared(inputs, None, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
     return [factors.down, *factors.ups], _group_report(inputs, factors, None)
 
@@ -87,7 +87,7 @@ def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace)
     """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
     from svdconvert.decomposing import load_decomposition, load_group, load_metric, load_second_moment
 
-    inputs = _matrices(inputs, step)
+    inputs = matrices(inputs, step)
     rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
     path = Path(step.options["decomposition"])
     metrics = [Path(metric) for metric in step.options["metrics"]]
@@ -136,7 +136,7 @@ def _group_report(inputs: Sequence[Tensor], factors: SharedFactors, captured: Te
     return {"rank": rank, "relative_error": error, "precision": factors.precision, "layers": layers}
 
 
-def _matrices(stored: Sequence[Tensor], step: Step) -> Sequence[Tensor]:
+def matrices(stored: Sequence[Tensor], step: Step) -> Sequence[Tensor]:
     """[out, in] each, whichever way round the dense checkpoint has them; its own inverse."""
     return [tensor.T for tensor in stored] if step.options.get("transposed") else stored
 
@@ -151,21 +151,25 @@ def _stored(
     dtype = torch_dtype(step.outputs[0].dtype)
     if step.options["layout"] == "balanced":
         factors = solve(dtype)
-        tensors, error = [factors.down, factors.up], factors.relative_error
-        told: dict[str, Any] = {"rounding_excess": factors.rounding_excess, "basis": factors.basis}
-    else:
-        factors = solve(torch.float64)
-        exact = factors.up @ factors.down
-        rows, _, position = pivot(factors.up, factors.down, dtype)
-        # Where only the diagonal of the inputs' metric is known, that the truncation is the best one is not to be seen
-        # in it; but what rounding the rows has changed is.
-        wanted = weight if weight.shape[0] >= weight.shape[1] else exact
-        tensors = [rows, rounded_coefficients(wanted, rows, position, right, dtype), position]
-        error = _relative_error(weight, tensors)
-        lost = exact - stored_product(tensors)
-        added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
-        told = {"rounding_excess": added / factors.metric_loss if factors.metric_loss > 0 else None}
+        return [factors.down, factors.up], balanced_report(step, weight, factors)
+    factors = solve(torch.float64)
+    exact = factors.up @ factors.down
+    rows, _, position = pivot(factors.up, factors.down, dtype)
+    # Where only the diagonal of the inputs' metric is known, that the truncation is the best one is not to be seen in
+    # it; but what rounding the rows has changed is.
+    wanted = weight if weight.shape[0] >= weight.shape[1] else exact
+    tensors = [rows, rounded_coefficients(wanted, rows, position, right, dtype), position]
+    error = _relative_error(weight, tensors)
+    lost = exact - stored_product(tensors)
+    added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
+    told = {"rounding_excess": added / factors.metric_loss if factors.metric_loss > 0 else None}
     return tensors, _report(step, weight, error, factors.optimal_error, factors.precision) | told
+
+
+def balanced_report(step: Step, weight: Tensor, factors: Factors) -> dict[str, Any]:
+    """What to record of a truncation in the balanced layout."""
+    told = {"rounding_excess": factors.rounding_excess, "basis": factors.basis}
+    return _report(step, weight, factors.relative_error, factors.optimal_error, factors.precision) | told
 
 
 def _report(step: Step, weight: Tensor, error: float, optimal_error: float, precision: str) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     """The tensors of a layout -> W [m, n], multiplied in float32, or float64 for the pivoted layout."""
     down, up, *position = inputs
     dense = product(down, up, position[0]) if position else up.float() @ down.float()
-    return list(_matrices([dense.to(torch_dtype(step.outputs[0].dtype))], step)), {"rank": down.shape[0]}
+    return list(matrices([dense.to(torch_dtype(step.outputs[0].dtype))], step)), {"rank": down.shape[0]}
 
 
 def _join(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -257,9 +261,9 @@ def _extend_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -
 def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """(W, A [q, n], B [m, q]) -> W + s B A, the usual merge of a LoRA into a dense weight."""
     weight, lora_a, lora_b = (tensor.float() for tensor in inputs)
-    (matrix,) = _matrices([weight], step)
+    (matrix,) = matrices([weight], step)
     merged = torch.addmm(matrix, lora_b, lora_a, alpha=float(step.options["scale"]))
-    return list(_matrices([merged.to(torch_dtype(step.outputs[0].dtype))], step)), {}
+    return list(matrices([merged.to(torch_dtype(step.outputs[0].dtype))], step)), {}
 
 
 OPERATIONS: Mapping[str, Operation] = {

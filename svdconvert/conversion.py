@@ -214,8 +214,8 @@ def convert(
             text starts from them; by default they live in the job's own folder and go with it.
         keep_work: short for a ``work`` folder beside ``out``, of the same name with ``-work`` added.
         overwrite: replace what the folder holds.
-        workers: matrices solved at the same time; memory grows with it. None: one a core on the
-            CPU, as far as memory goes; one on a GPU.
+        workers: matrices solved at the same time; memory grows with it. None: one a core on the CPU, two on a GPU, as
+            far as memory goes.
         check: load the result afterwards and look at its logits.
         push_to_hub: repository to upload the result to.
         private: make that repository private if it has to be created.
@@ -310,7 +310,7 @@ def convert(
         prepare,
         folder,
         device=used_device,
-        workers=workers or usual_workers(used_device, made.peak_bytes),
+        workers=workers or usual_workers(used_device, made.peak_bytes, made.device_bytes),
         overwrite=overwrite,
         check=check,
         events=events,

@@ -29,6 +29,7 @@ from svdconvert.checkpoint import versions
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
+from svdconvert.lanes import Lanes, lanes_of
 from svdconvert.metrics import Method, unshrink
 from svdconvert.names import layer_number
 from svdconvert.partition import matrix_cost, split
@@ -165,6 +166,10 @@ class Decompositions:
         return load_outputs(self.path(target))
 
 
+def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in load_file(path).items()}
+
+
 def load_outputs(path: Path) -> torch.Tensor | None:
     """:meth:`Decompositions.outputs` of a target's file."""
     with safe_open(path, "pt") as handle:
@@ -173,7 +178,7 @@ def load_outputs(path: Path) -> torch.Tensor | None:
 
 def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric, Metric]:
     """``(decomposition, metric on the smaller side, diagonal of that on the longer side)`` of a target's file."""
-    tensors = load_file(path, device=str(device))
+    tensors = _load(path, device)
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
     found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
     return found, tensors.get("metric"), tensors.get("outer")
@@ -181,19 +186,19 @@ def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition,
 
 def load_group(path: Path, device: torch.device) -> SharedDecomposition:
     """The decomposition of a group that has metrics."""
-    tensors = load_file(path, device=str(device))
+    tensors = _load(path, device)
     return SharedDecomposition(Decomposition(tensors["values"], tensors["basis"].double()), tensors["captured"])
 
 
 def load_second_moment(path: Path, device: torch.device) -> Tensor | None:
     """The second moment of a layer's inputs that its metric was made of; None where it cannot be had from it."""
-    tensors = load_file(path, device=str(device))
+    tensors = _load(path, device)
     return unshrink(tensors["metric"], float(tensors["shrinkage"])) if "shrinkage" in tensors else None
 
 
 def load_metric(path: Path, device: torch.device) -> Tensor:
     """The input metric of one layer of a group."""
-    return load_file(path, device=str(device))["metric"]
+    return _load(path, device)["metric"]
 
 
 def decompositions_key(
@@ -307,9 +312,12 @@ def decompose_targets(
     events.begin([_announcement(tensors, target) for part in mine.values() for target in part], done)
     if not missing:
         return
-    count = min(workers or usual_workers(device.type, partial(_memory, missing, statistics is not None)), len(missing))
+    memory = partial(_memory, missing, statistics is not None)
+    # on a GPU, torch's solver has a workspace of its own, and so have products of metrics
+    count = min(workers or usual_workers(str(device), memory, lambda n: 3 * memory(n)), len(missing))
+    lanes = lanes_of(device)
     reading = threading.Lock()  # so that no two of them fetch the same file
-    hands = [_Worker(source, tensors, method, options, store, device, events, reading) for _ in range(count)]
+    hands = [_Worker(source, tensors, method, options, store, lanes, events, reading) for _ in range(count)]
     worker = hands[0]
     try:
         if statistics is None:
@@ -369,12 +377,12 @@ class _Worker:
         method: Method,
         options: Mapping[str, Any],
         store: Store,
-        device: torch.device,
+        lanes: Lanes,
         events: Events,
         reading: threading.Lock,
     ) -> None:
         self.source, self.tensors, self.method, self.options, self.store = source, tensors, method, options, store
-        self.device, self.events = device, events
+        self.device, self.lane, self.events = lanes.device, lanes.worker(), events
         self.reader, self.workspace, self.reading = WeightReader(source), Workspace(), reading
 
     @property
@@ -386,16 +394,21 @@ class _Worker:
     def run(self, target: Target) -> None:
         """Decompose a target without metrics."""
         self.events.solving(_announcement(self.tensors, target))
-        weights = self.weights(target)
-        for part, weight in zip(target.parts, weights, strict=True):
-            with _naming(part.weight):
-                refuse_not_finite(weight)
-        stack = torch.cat(weights) if target.followers else weights[0]
-        self.store.save(target, decompose(stack, self.workspace), None, None, None)
+        with self.lane:
+            weights = self.weights(target)
+            for part, weight in zip(target.parts, weights, strict=True):
+                with _naming(part.weight):
+                    refuse_not_finite(weight)
+            stack = torch.cat(weights) if target.followers else weights[0]
+            self.store.save(target, decompose(stack, self.workspace), None, None, None)
         self.events.decomposed(_announcement(self.tensors, target))
 
     def learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
         """Decompose a target in its metrics; of a group, keep what has to be known of one layer."""
+        with self.lane:
+            self._learn(target, index, statistics)
+
+    def _learn(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
         self.events.solving(_announcement(self.tensors, target))
         part, tall = target.parts[index], target.shape[0] >= target.shape[1]
         weight = self.weights(target, index)[0]

@@ -48,6 +48,7 @@ def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
 
 def _by_address(argument: Any) -> Any:
     if isinstance(argument, Tensor):
+        assert argument.device.type == "cpu", argument.device
         return c_void_p(argument.data_ptr())
     if isinstance(argument, str):
         return c_char(argument.encode())

@@ -1,8 +1,9 @@
 """Running a job: read ahead, solve, write behind, each in its own thread and each with a bound on memory.
 
 Every step reads from the source, computes, writes its tensors at their places and is recorded. Solvers hold one
-matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind. Of several
-processes each does its share of the steps.
+matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind. On a GPU a solver
+has begun with its next matrix before it looks at the result of the last one, and small matrices are read and solved
+several at a time (``units.py``, ``lanes.py``). Of several processes each does its share of the steps.
 
 The stages' times say which of them is the bottleneck. Wall seconds are of work, without waiting for other stages;
 those of several solvers add up. CPU seconds of reading and writing are of their threads; solving has the rest of what
@@ -15,7 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,15 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert.compute import convert_piece, run
+from svdconvert.compute import convert_piece
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
+from svdconvert.lanes import Transfer, lanes_of
 from svdconvert.partition import split_steps
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
 from svdconvert.steps import Step, files_here
 from svdconvert.threads import shared_cores
 from svdconvert.timing import StageTimes
+from svdconvert.units import Finish, begin, in_units
 from svdconvert.weights import WeightReader, as_bytes
 from svdconvert.writer import OutputFolder, ShardWriter
 
@@ -40,9 +43,18 @@ _ALIGN = 64
 
 @dataclass(frozen=True)
 class _Read:
-    step: Step
-    inputs: list[Tensor]
+    """A unit whose tensors are on their way to the device, from a buffer."""
+
+    unit: tuple[Step, ...]
+    inputs: Transfer
     buffer: Tensor
+
+
+@dataclass(frozen=True)
+class _Begun:
+    unit: tuple[Step, ...]
+    finish: Finish
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,7 @@ class Pipeline:
             events: who is told about progress.
             times: gets the seconds of the stages ``read``, ``solve`` and ``write``.
         """
-        self._source, self._device, self._workers = source, device, workers
+        self._source, self._lanes, self._workers = source, lanes_of(device), workers
         self._events, self._times = events or Events(), times or StageTimes()
         for stage in ("read", "solve", "write"):  # in this order, whoever comes first
             self._times.add(stage, 0.0, 0.0)
@@ -98,10 +110,11 @@ class Pipeline:
         self._fetched: set[str] = set()
         self._stop = threading.Event()
         self._error: BaseException | None = None
-        staging = max((sum(map(_aligned, step.inputs)) for step in self._todo if step.kind != "copy"), default=0)
+        self._units = in_units(self._todo, device)
+        staging = max((_staging(unit) for unit in self._units if unit[0].kind != "copy"), default=0)
         self._free: queue.Queue[Tensor] = queue.Queue()
-        for _ in range(min(workers + 1, max(len(self._todo), 1))):
-            self._free.put(torch.empty(staging, dtype=torch.uint8, pin_memory=device.type == "cuda"))
+        for _ in range(min(workers + 1, max(len(self._units), 1))):
+            self._free.put(self._lanes.staging(staging))
         self._to_solve: queue.Queue[_Read | None] = queue.Queue(maxsize=workers)
         self._to_write: queue.Queue[Step | _Solved | None] = queue.Queue(maxsize=2)
 
@@ -182,18 +195,20 @@ class Pipeline:
     def _read_all(self) -> None:
         reader = WeightReader(self._source)
         try:
-            for step in self._todo:
-                self._fetch(step)
-                if step.kind == "copy":
-                    self._put(self._to_write, step)
+            for unit in self._units:
+                for step in unit:
+                    self._fetch(step)
+                if unit[0].kind == "copy":
+                    self._put(self._to_write, unit[0])
                     continue
                 buffer = self._get(self._free)
                 inputs, position = [], 0
                 with self._times.measure("read"):
-                    for info in step.inputs:
+                    for info in (info for step in unit for info in step.inputs):
                         inputs.append(reader.read(info, buffer[position:]))
                         position += _aligned(info)
-                self._put(self._to_solve, _Read(step, inputs, buffer))
+                    coming = self._lanes.upload(inputs)
+                self._put(self._to_solve, _Read(unit, coming, buffer))
         finally:
             reader.close()
         for _ in range(self._workers):
@@ -211,17 +226,39 @@ class Pipeline:
 
     def _solve_all(self) -> None:
         workspace = Workspace()
-        while (item := self._get(self._to_solve)) is not None:
-            self._events.solving(item.step)
-            start = time.perf_counter()
-            inputs = [tensor.to(self._device, non_blocking=True) for tensor in item.inputs]
-            outputs, report = run(item.step, inputs, workspace)
-            seconds = time.perf_counter() - start
-            report["seconds"] = round(seconds, 4)
-            self._times.add("solve", seconds, 0.0)
-            del inputs
-            self._free.put(item.buffer)
-            self._put(self._to_write, _Solved(item.step, outputs, report))
+        begun: deque[_Begun] = deque()
+        with self._lanes.worker():
+            while True:
+                # With nothing to go on with, there is nothing to be gained by leaving results where they are.
+                while begun and (len(begun) > self._lanes.ahead or self._to_solve.empty()):
+                    self._finish(begun.popleft())
+                item = self._get(self._to_solve)
+                if item is None:
+                    break
+                begun.append(self._begin(item, workspace))
+                del item  # with the device's memory
+            while begun:
+                self._finish(begun.popleft())
+
+    def _begin(self, item: _Read, workspace: Workspace) -> _Begun:
+        for step in item.unit:
+            self._events.solving(step)
+        start = time.perf_counter()
+        there = iter(item.inputs.take())
+        inputs = [[next(there) for _ in step.inputs] for step in item.unit]
+        finish = begin(item.unit, inputs, workspace, self._lanes)
+        item.inputs.wait()
+        self._free.put(item.buffer)
+        return _Begun(item.unit, finish, time.perf_counter() - start)
+
+    def _finish(self, begun: _Begun) -> None:
+        start = time.perf_counter()
+        results = begun.finish()
+        seconds = begun.seconds + time.perf_counter() - start
+        self._times.add("solve", seconds, 0.0)
+        for step, (outputs, report) in zip(begun.unit, results, strict=True):
+            report["seconds"] = round(seconds / len(begun.unit), 4)
+            self._put(self._to_write, _Solved(step, outputs, report))
 
     def _write_all(self) -> None:
         reader = WeightReader(self._source)
@@ -271,6 +308,10 @@ class Pipeline:
     def _shards_done(self, finished: list[tuple[str, int]]) -> None:
         for name, size in finished:
             self._events.shard(name, size)
+
+
+def _staging(unit: Sequence[Step]) -> int:
+    return sum(_aligned(info) for step in unit for info in step.inputs)
 
 
 def _aligned(info: TensorInfo) -> int:

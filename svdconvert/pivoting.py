@@ -49,7 +49,7 @@ def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     rows = (chosen @ right).to(dtype)
     # The same coefficients from scratch: many exchanges would pile up rounding.
     coefficients = torch.linalg.solve(chosen, exact[order[rank:]], left=False)
-    return rows, coefficients.to(dtype), torch.argsort(order)
+    return rows, coefficients.to(dtype), torch.argsort(order).to(rows.device)
 
 
 def refit(weight: Tensor, rows: Tensor, position: Tensor, right: Metric) -> Tensor:
@@ -113,16 +113,18 @@ def full_up(coefficients: Tensor, position: Tensor) -> Tensor:
 
 
 def _independent_rows(matrix: Tensor) -> Tensor:
-    """The row order of an LU decomposition with partial pivoting: [m] int64."""
+    """The row order of an LU decomposition with partial pivoting: [m] int64, on the CPU."""
     _, pivots = torch.linalg.lu_factor(matrix)
     order = list(range(matrix.shape[0]))
-    for i, j in enumerate((pivots - 1).tolist()):
+    for i, j in enumerate((pivots - 1).cpu().tolist()):
         order[i], order[j] = order[j], order[i]
-    return torch.tensor(order, device=matrix.device)
+    return torch.tensor(order)
 
 
 def _exchange(coefficients: Tensor, order: Tensor, rank: int) -> None:
     """Exchange a chosen row against another while a coefficient exceeds the bound; both arguments are updated.
+
+    The order is one of the host's, where every exchange is decided.
 
     Every exchange multiplies the volume of the chosen rows by that coefficient, so that it ends.
     """

@@ -164,6 +164,21 @@ class Plan:
             work = max(work, waiting + workers * own)
         return BASE_BYTES + work
 
+    def device_bytes(self, workers: int = 1) -> int:
+        """Estimated peak of a GPU's memory when solving on one.
+
+        Args:
+            workers: matrices, or groups of them, in work at the same time.
+        """
+        work = 0
+        for target, step in ((t, s) for t in self.targets if t.rank for s in self.steps if s.key == t.weight):
+            k = min(target.shape)
+            raw, stored = (sum(info.nbytes for info in infos) for infos in (step.inputs, step.outputs))
+            # Each worker has one matrix in work and begun with another; one more is on its way. Gram matrix,
+            # eigenvectors and the eigensolver's workspace are in float64 where float32 is not enough.
+            work = max(work, raw + workers * (3 * raw + 2 * stored + 5 * 8 * k * k))
+        return work
+
     def to_json(self) -> dict[str, Any]:
         """The plan in JSON types, for ``--json``."""
         before, after = self.training_bytes

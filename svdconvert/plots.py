@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from svdconvert.sweeping import Sweep
 
 # Told apart by people of any colour vision (Okabe and Ito, 2008).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX"
-_GREY = "#555555"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+GREY = "#555555"
 _FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -67,7 +67,7 @@ def spectrum_figure(spectra: Spectra) -> Figure:
     kinds = spectra.kinds
     columns = min(len(kinds), 2 if len(kinds) <= 4 else 4)
     lines = -(-len(kinds) // columns)
-    figure = _figure(4.2 * columns + 1.2, 3.2 * lines + 1.1)
+    figure = empty_figure(4.2 * columns + 1.2, 3.2 * lines + 1.1)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     layers = [layer_number(matrix.module) for matrix in spectra.matrices]
     depth = Normalize(min(layers), max(max(layers), min(layers) + 1))
@@ -100,7 +100,7 @@ def _energies(panel: Axes, kind: str, shape: tuple[int, int], matrices: list[Mat
         panel.plot(ranks, matrix.energy, color=colour(layer_number(matrix.module)), linewidth=1.1)
     first = matrices[0]
     where = first.break_even / len(first.energies)
-    panel.axvline(where, color=_GREY, linestyle="--", linewidth=1)
+    panel.axvline(where, color=GREY, linestyle="--", linewidth=1)
     kept = [matrix.break_even_energy for matrix in matrices]
     low, high = percent(min(kept)), percent(max(kept))
     panel.annotate(
@@ -109,7 +109,7 @@ def _energies(panel: Axes, kind: str, shape: tuple[int, int], matrices: list[Mat
         xytext=(-6, 0),
         textcoords="offset points",
         ha="right",
-        color=_GREY,
+        color=GREY,
         fontsize=9,
     )
     panel.set_title(f"{_plain(kind)}  {shape[0]} x {shape[1]}", fontsize=10, loc="left")
@@ -117,27 +117,27 @@ def _energies(panel: Axes, kind: str, shape: tuple[int, int], matrices: list[Mat
     panel.set_ylim(0, 1.02)
     panel.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _tidy(panel)
+    tidy(panel)
 
 
 def sweep_figure(sweep: Sweep) -> Figure:
     """Perplexity against parameters: a line for each way to convert, and the dense model."""
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
-    figure = _figure(7.6, 5.0)
+    figure = empty_figure(7.6, 5.0)
     panel = figure.subplots()
     for i, (name, points) in enumerate(sweep.lines.items()):
         panel.plot(
             [point.params for point in points],
             [point.perplexity for point in points],
-            color=_COLOURS[i % len(_COLOURS)],
-            marker=_MARKERS[i % len(_MARKERS)],
-            linestyle="-" if i < len(_COLOURS) else "--",
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="-" if i < len(COLOURS) else "--",
             label=name,
         )
     dense = sweep.dense
-    panel.axhline(dense.perplexity, color=_GREY, linestyle="--", linewidth=1, label=f"dense, {dense.perplexity:.2f}")
-    panel.plot([dense.params], [dense.perplexity], marker="*", markersize=12, color=_GREY, linestyle="none")
+    panel.axhline(dense.perplexity, color=GREY, linestyle="--", linewidth=1, label=f"dense, {dense.perplexity:.2f}")
+    panel.plot([dense.params], [dense.perplexity], marker="*", markersize=12, color=GREY, linestyle="none")
     highest = max(point.perplexity for point in (*sweep.points, dense))
     if highest > 5 * dense.perplexity:
         panel.set_yscale("log")
@@ -148,18 +148,19 @@ def sweep_figure(sweep: Sweep) -> Figure:
     panel.set_ylabel("perplexity")
     panel.set_title(f"{_plain(sweep.model)}: {_plain(sweep.headline)}", fontsize=11, loc="left")
     panel.legend(frameon=False, fontsize=9)
-    _tidy(panel)
+    tidy(panel)
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def empty_figure(width: float, height: float) -> Figure:
     """An empty figure in inches, which pyplot knows nothing of."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _tidy(panel: Axes) -> None:
+def tidy(panel: Axes) -> None:
+    """A light grid behind what is drawn, and no frame where there is no axis."""
     panel.grid(color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     for side in ("top", "right"):

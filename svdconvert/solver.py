@@ -166,11 +166,10 @@ def decompose(
     """
     work = workspace or Workspace()
     if left is None and right is None:
-        matrix = _Scaled(weight, _scale(weight), work)
+        matrix = _Scaled(weight, scale_of(refuse_not_finite(weight)), work)
         for dtype in (torch.float32, torch.float64):
             values, vectors = _eigenvectors(_gram(matrix, None, dtype), work, rank)
-            smallest = float(values[-(rank or values.numel())])
-            if float(values[-1]) <= FLOAT32_EIGENVALUE_RATIO * smallest or float(values[-1]) == 0:
+            if float32_is_enough(float(values[-1]), float(values[-(rank or values.numel())])):
                 break
         return Decomposition(values, vectors, matrix.scale)
     refuse_not_finite(weight)  # float64 needs no scaling
@@ -251,9 +250,9 @@ def truncate(
     return Factors(
         down=small.T.contiguous() if matrix.tall else large,
         up=large if matrix.tall else small,
-        relative_error=_relative(plain, energy),
-        optimal_error=_relative(tail, total),
-        metric_error=_relative(loss, total),
+        relative_error=relative(plain, energy),
+        optimal_error=relative(tail, total),
+        metric_error=relative(loss, total),
         metric_loss=loss / matrix.scale**2,
         rounding_excess=(loss - tail) / tail if tail > 0 else None,
         basis=name,
@@ -303,7 +302,8 @@ def output_losses(weight: Tensor, found: Decomposition, left: Metric, right: Met
     return torch.cat([total[None], total - gains.cumsum(0)]).clamp_min(0)
 
 
-def _relative(squared: float, total: float) -> float:
+def relative(squared: float, total: float) -> float:
+    """The root of a part of a sum of squares over the whole; 0 of nothing."""
     return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
 
@@ -320,9 +320,16 @@ def refuse_not_finite(weight: Tensor) -> float:
     return largest
 
 
-def _scale(weight: Tensor) -> float:
-    """A factor that keeps the squares of all entries inside float32's range; 1 for ordinary weights."""
-    largest = refuse_not_finite(weight)
+def float32_is_enough(highest: float, lowest: float) -> bool:
+    """Whether an eigenproblem that was solved in float32 is good, by the highest eigenvalue and the lowest wanted."""
+    return highest <= FLOAT32_EIGENVALUE_RATIO * lowest or highest == 0
+
+
+def scale_of(largest: float) -> float:
+    """What a matrix is to be multiplied with, by its largest absolute entry, to keep squares inside float32's range.
+
+    A power of four; 1 for ordinary weights.
+    """
     if largest == 0 or 2**-12 <= largest <= 2**12:
         return 1.0
     return 4.0 ** -math.floor(math.log2(largest) / 2)
@@ -585,6 +592,13 @@ class _Rounding:
     def _long(self, factor: Tensor) -> Tensor:
         """The larger factor as [long side, r], or back."""
         return factor if self.matrix.tall else factor.T
+
+
+def residual_of(weight: Tensor, down: Tensor, up: Tensor) -> float:
+    """||W - up down||^2 in the Frobenius norm, formed explicitly in float32, of factors as they are stored."""
+    matrix = _Scaled(weight, 1.0, Workspace())
+    small, large = (down.T, up) if matrix.tall else (up, down)
+    return _residual(matrix, small.float(), large, 1.0)[0]
 
 
 def _residual(matrix: _Scaled, small: Tensor, large: Tensor, half: float) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """How many matrices to solve at the same time, and threads that do it.
 
 Solvers of one thread each finish more matrices than one solver of many threads, since an eigen-decomposition gains
-little by threads (docs/measurements.md).
+little by threads (docs/measurements.md). On a GPU each has a stream of its own.
 """
 
 from __future__ import annotations
@@ -16,25 +16,32 @@ S = TypeVar("S")
 # Each takes memory of its own, and more than two were not measured.
 MOST_WORKERS = 8
 
+# On a GPU one decomposes while the other one's matrices are multiplied, and while either waits for the device. Not
+# measured yet.
+GPU_WORKERS = 2
 
-def usual_workers(device: str, memory: Callable[[int], int]) -> int:
-    """Matrices to solve at the same time: one for each core, or one alone on a GPU.
+
+def usual_workers(device: str, memory: Callable[[int], int], device_memory: Callable[[int], int] | None = None) -> int:
+    """Matrices to solve at the same time: one for each core, or two on a GPU.
 
     No more than :data:`MOST_WORKERS`, and no more than half of the free memory has room for.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         memory: peak of host memory in bytes, by the number of workers.
+        device_memory: likewise of the GPU's.
     """
-    if device != "cpu":
-        return 1
     import torch
 
     from svdconvert.loading import available_memory_bytes
 
-    free = available_memory_bytes()
-    most = min(torch.get_num_threads(), MOST_WORKERS)
-    return next((count for count in range(most, 1, -1) if memory(count) <= free / 2), 1)
+    on_gpu = torch.device(device).type == "cuda"
+    most = GPU_WORKERS if on_gpu else min(torch.get_num_threads(), MOST_WORKERS)
+    limits = [(memory, available_memory_bytes())]
+    if on_gpu and device_memory is not None:
+        limits.append((device_memory, torch.cuda.mem_get_info(device)[0]))
+    counts = range(most, 1, -1)
+    return next((count for count in counts if all(needs(count) <= free / 2 for needs, free in limits)), 1)
 
 
 @contextmanager

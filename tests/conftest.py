@@ -25,8 +25,6 @@ import pytest
 if TYPE_CHECKING:
     from svdconvert import Calibration
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "examples" / "tiny_polyglot"
 MODULES = os.environ["HF_MODULES_CACHE"]
 OWNER = os.getpid()
 

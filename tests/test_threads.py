@@ -26,7 +26,15 @@ def test_one_worker_a_core_as_far_as_memory_goes(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr("svdconvert.loading.available_memory_bytes", lambda: int(2 * room * 10**9))
     assert usual_workers("cpu", lambda count: count * 10**9) == expected
-    assert usual_workers("cuda:0", lambda count: count * 10**9) == 1
+
+
+@pytest.mark.parametrize(("host", "device", "expected"), [(100, 100, 2), (1, 100, 1), (100, 1, 1), (100, 2, 2)])
+def test_two_workers_on_a_gpu_as_far_as_its_memory_goes(
+    host: float, device: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svdconvert.loading.available_memory_bytes", lambda: int(2 * host * 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda name: (int(2 * device * 10**9), 10**12))
+    assert usual_workers("cuda:0", lambda count: count * 10**9, lambda count: count * 10**9) == expected
 
 
 def test_threads_get_a_share_of_the_cores() -> None:

@@ -208,7 +208,7 @@ _allocation_option = click.option(
 _workers_option = click.option(
     "--workers",
     type=click.IntRange(1),
-    help="Matrices solved at a time.  [default: one a core, up to 8; one on a GPU]",
+    help="Matrices solved at a time.  [default: one a core, up to 8; two on a GPU]",
 )
 _refit_option = click.option(
     "--refit",

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks              # about two hours on two idle cores, 12 GB of disk
     python -m tests.benchmarks --quick      # small sizes: whether everything runs, in minutes
-    python -m tests.benchmarks --only solver-1.3b growth
+    python -m tests.benchmarks --only solver-llm growth
 
-What is for a GPU is a command by itself, ``python -m tests.benchmarks.gpu``. Each writes JSON and Markdown (growth
-also PNG) with versions and machine; the tables are put together in ``benchmarks.md``. One that fails does not keep the
-others from running.
+What is for a GPU is a command by itself, ``python -m tests.benchmarks.gpu``. Each writes JSON, Markdown and a picture;
+tables and pictures are put together in ``benchmarks.md``, with versions and machine once. One that fails does not keep
+the others from running.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .measure import ROOT
+from .measure import ROOT, machine, machine_line
 
 # Name of what is written -> module and options, in full and in small.
 ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
@@ -28,16 +28,12 @@ ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     ),
     "filtered": ("filtered", ["--hidden", "2048"], ["--hidden", "256", "--ranks", "16", "0", "--repeats", "1"]),
     "metrics-one": ("metrics", ["--repeats", "3"], ["--hidden", "256"]),
-    "metrics-two": (
-        "metrics",
-        ["--sides", "two", "--hidden", "1024", "--repeats", "3"],
-        ["--sides", "two", "--hidden", "256"],
-    ),
-    "memory": ("memory", [], ["--hidden", "128", "--layers", "2", "4"]),
+    "metrics-two": ("metrics", ["--sides", "two", "--repeats", "3"], ["--sides", "two", "--hidden", "256"]),
+    "memory": ("memory", ["--repeats", "3"], ["--hidden", "128", "--layers", "2", "4"]),
     "calibration-1.3b-kfac": (
         "calibration",
-        ["--layers", "4"],
-        ["--hidden", "128", "--vocab", "1024", "--tokens", "1024", "--length", "128"],
+        ["--layers", "4", "--repeats", "3"],
+        ["--hidden", "128", "--vocab", "1024", "--tokens", "1024", "--length", "128", "--layers", "1", "2"],
     ),
     "growth": (
         "growth",
@@ -47,7 +43,7 @@ ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "inference-1.3b": (
         "inference",
         ["--layers", "4", "--compile", "--repeats", "5"],
-        ["--hidden", "256", "--vocab", "1024", "--prompt", "32", "--tokens", "4", "--train-steps", "1"],
+        "--hidden 256 --vocab 1024 --prompt 32 --tokens 4 --train-steps 1 --repeats 1".split(),
     ),
     "latent-cache-1.3b": (
         "latent_cache",
@@ -61,10 +57,15 @@ ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
     ),
     "conversion-1.3b": (
         "conversion",
-        ["--workers", "1", "2"],
-        ["--layers", "2", "--hidden", "256", "--vocab", "1024"],
+        ["--workers", "1", "2", "--repeats", "3"],
+        ["--layers", "2", "--hidden", "256", "--vocab", "1024", "--workers", "1", "2"],
     ),
-    "conversion-3.8b": ("conversion", ["--model", "3.8b"], []),
+    # Two rounds, since one takes ten minutes.
+    "conversion-3.8b": (
+        "conversion",
+        ["--model", "3.8b", "--workers", "1", "2", "--repeats", "2"],
+        ["--model", "3.8b", "--layers", "2", "--hidden", "384", "--vocab", "1024", "--repeats", "2"],
+    ),
 }
 
 
@@ -76,19 +77,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     out, failed, tables = options.out.resolve(), [], []
+    where = machine_line(machine())
+    print(where)
     for name in options.only:
         module, full, small = ALL[name]
-        if options.quick and not small:
-            continue
         line = [sys.executable, "-m", f"tests.benchmarks.{module}", *(small if options.quick else full)]
         print(f"\n## {name}: {' '.join(line[1:])}\n", flush=True)
         if subprocess.run([*line, "--out", str(out)], cwd=ROOT, check=False).returncode:
             failed.append(name)
             continue
-        tables.append(f"## {name}\n\n{(out / f'{name}.md').read_text()}")
+        # Each says the machine for itself, which is the same for all.
+        table = (out / f"{name}.md").read_text().replace(f"{where}\n", "")
+        tables.append(f"## {name}\n\n    {' '.join(['python', *line[1:]])}\n\n{table}")
     if tables:
-        (out / "benchmarks.md").write_text("# Benchmarks\n\n" + "\n".join(tables))
-        print(f"\nall tables: {options.out / 'benchmarks.md'}")
+        (out / "benchmarks.md").write_text("\n".join(["# Benchmarks", "", where, "", *tables]))
+        print(f"\nall tables and pictures: {options.out / 'benchmarks.md'}")
     if failed:
         sys.exit(f"these failed: {', '.join(failed)}")
 

@@ -5,9 +5,9 @@
     python -m tests.benchmarks.calibration --hidden 512 --vocab 4096 --layers 2 4
 
 Time and memory depend on shapes alone, so that tokens are drawn evenly from the vocabulary. Every model is calibrated
-in a process of its own, and its statistics are written as ``svdconvert calibrate`` writes them. The highest resident
-memory is read anew for each phase (Linux). ``Gram sums`` is the part of the passes that collects the statistics. Writes
-JSON and Markdown.
+in a process of its own, in turn within each round, and its statistics are written as ``svdconvert calibrate`` writes
+them. The highest resident memory is read anew for each phase (Linux). ``Gram sums`` is the part of the passes that
+collects the statistics. Writes JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -149,25 +149,28 @@ def measure(folder: Path, work: Path, method: str, tokens: int, length: int, bat
 
 
 def benchmark(
-    geometry: Geometry, layers: Sequence[int], method: str, tokens: int, length: int, batch: int
+    geometry: Geometry, layers: Sequence[int], method: str, tokens: int, length: int, batch: int, repeats: int
 ) -> dict[str, Any]:
     """Models of several depths.
 
     Args:
         geometry: the model.
-        layers: how many, one model after the other.
+        layers: how many.
         method, tokens, length, batch: see :func:`measure`.
+        repeats: rounds.
     """
-    runs = []
-    for count in layers:
-        with tempfile.TemporaryDirectory() as scratch:
-            source = Path(scratch) / "source"
-            line = ["tests.benchmarks.geometry", geometry.name, "--out", str(source), "--layers", str(count)]
-            run([*line, "--hidden", str(geometry.hidden), "--vocab", str(geometry.vocab)])
-            line = ["tests.benchmarks.calibration", "--measure", str(source), "--method", method]
-            line += ["--tokens", str(tokens), "--length", str(length), "--batch", str(batch)]
-            measured = run(line)
-            runs.append({"layers": count, **json.loads(measured.output), "others": round(measured.others, 3)})
+    rounds: dict[int, list[dict[str, Any]]] = {count: [] for count in layers}
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in range(repeats):
+            for count, runs in rounds.items():
+                source = Path(scratch) / str(count)
+                if not source.exists():
+                    line = ["tests.benchmarks.geometry", geometry.name, "--out", str(source), "--layers", str(count)]
+                    run([*line, "--hidden", str(geometry.hidden), "--vocab", str(geometry.vocab)])
+                line = ["tests.benchmarks.calibration", "--measure", str(source), "--method", method]
+                line += ["--tokens", str(tokens), "--length", str(length), "--batch", str(batch)]
+                measured = run(line)
+                runs.append(json.loads(measured.output) | {"others": round(measured.others, 3)})
     return {
         "machine": machine(),
         "model": geometry.name,
@@ -177,7 +180,20 @@ def benchmark(
         "tokens": tokens // length * length,
         "length": length,
         "batch": batch,
-        "runs": runs,
+        "repeats": repeats,
+        "runs": [{"layers": count, **together(runs)} for count, runs in rounds.items()],
+    }
+
+
+def together(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One model's rounds: medians of the whole, and all runs of every phase, beside how many are one round's."""
+    middle = {key: median(one[key] for one in rounds) for key in ("wall_s", "cpu_s", "others")}
+    first = rounds[0]
+    return {
+        **middle,
+        **{key: first[key] for key in ("threads", "statistics_bytes")},
+        "phases": {name: [run for one in rounds for run in one["phases"][name]] for name in first["phases"]},
+        "times": {name: len(runs) for name, runs in first["phases"].items()},
     }
 
 
@@ -186,11 +202,12 @@ def markdown(result: dict[str, Any]) -> str:
     head = (
         f"Calibration for {result['method']}: {result['model']}, hidden size {result['hidden']:,}, vocabulary "
         f"{result['vocab']:,}; {result['tokens']:,} tokens in sequences of {result['length']:,}, {result['batch']} at "
-        "a time. Of phases that run more than once seconds are medians, memory is the highest."
+        f"a time. Medians of {result['repeats']}; seconds of a phase that runs more than once are the median of one "
+        "run, memory is the highest."
     )
     lines = [head, ""]
     for one in result["runs"]:
-        rows = [_row(name, runs) for name, runs in one["phases"].items()]
+        rows = [_row(name, one["times"][name], runs) for name, runs in one["phases"].items()]
         every = [each for runs in one["phases"].values() for each in runs]
         rows.append(["all", "", f"{one['wall_s']:.2f}", f"{one['cpu_s']:.2f}", _peaks(every)])
         title = (
@@ -201,9 +218,9 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, machine_line(result["machine"])])
 
 
-def _row(name: str, runs: Sequence[dict[str, Any]]) -> list[str]:
+def _row(name: str, times: int, runs: Sequence[dict[str, Any]]) -> list[str]:
     seconds = [f"{median(one[clock] for one in runs):.2f}" for clock in ("wall_s", "cpu_s")]
-    return [name, str(len(runs)), *seconds, _peaks(runs)]
+    return [name, str(times), *seconds, _peaks(runs)]
 
 
 def _peaks(runs: Sequence[dict[str, Any]]) -> str:
@@ -223,8 +240,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=4, help="sequences at a time")
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the process that does the work
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     settings = (options.method, options.tokens, options.length, options.batch)
     if options.measure:
@@ -232,7 +250,7 @@ def main() -> None:
             print(json.dumps(measure(options.measure, Path(work), *settings)))
         return
     geometry = resized(MODELS[options.model], hidden=options.hidden, vocab=options.vocab)
-    result = benchmark(geometry, options.layers, *settings)
+    result = benchmark(geometry, options.layers, *settings, options.repeats)
     save(options.out, f"calibration-{options.model}-{options.method}", result, markdown(result))
 
 

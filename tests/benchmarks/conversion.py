@@ -6,9 +6,9 @@
     python -m tests.benchmarks.conversion --model 3.8b --device cuda --sampled-layers 2
 
 Generates the checkpoint (see ``geometry``), converts it in a process of its own, and in turn with it runs the full
-SVD on a sample of the same model's layers, also in its own process, so that both meet the same load. The full SVD's
-total is extrapolated: its seconds per layer times the layers, plus loading. Medians over the repeats. Writes JSON and
-Markdown.
+SVD on a sample of the same model's layers, also in its own process, so that both meet the same load. Every round takes
+other layers. The full SVD's total is extrapolated: its seconds per layer times the layers, plus loading. Medians over
+the rounds. Writes JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ def benchmark(
         "rank": rank,
         "spectrum": spectrum,
         "device": device,
+        "repeats": repeats,
         "machine": machine(),
         "conversions": {str(count): runs for count, runs in ours.items()},
         "full_svd": theirs,
@@ -215,9 +216,10 @@ def markdown(result: dict[str, Any]) -> str:
     checks = "; ".join(first["checks"]) or "none asked for"
     others = [f"{run['others']:.0%}" for runs in result["conversions"].values() for run in runs]
     title = f"polyglot-ko-{result['model']} geometry ({result['layers']} layers of {result['hidden']})"
+    rounds = f"median of {result['repeats']}, in turn"
     return "\n".join(
         [
-            f"{title}, rank {result['rank']}, spectrum {result['spectrum']}",
+            f"{title}, rank {result['rank']}, spectrum {result['spectrum']}; {rounds}",
             "",
             markdown_table(heads, rows),
             "",
@@ -249,7 +251,7 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="convert without the self-check")
     parser.add_argument("--source", type=Path, help="a checkpoint that `geometry` wrote, instead of a new one")
     parser.add_argument("--scratch", type=Path, help="where to put checkpoints  [default: the temporary folder]")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     geometry = resized(MODELS[options.model], hidden=options.hidden, layers=options.layers, vocab=options.vocab)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:

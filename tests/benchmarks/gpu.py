@@ -4,15 +4,17 @@
     python -m tests.benchmarks.gpu --parts conversion qlora
     python -m tests.benchmarks.gpu --device cpu --small    # whether everything runs
 
-* ``conversion``: polyglot-ko 3.8B's geometry from files to files, and ``torch.linalg.svd`` of some of its layers on the
-  same card, extrapolated;
+* ``conversion``: polyglot-ko 3.8B's geometry from files to files with one, two and four workers, and
+  ``torch.linalg.svd`` of some of its layers on the same card, extrapolated;
+* ``stacks``: small matrices one by one and several at a time;
 * ``calibrated``: 1.3B by its text (``kfac``), 131,072 tokens, from nothing to finished files;
 * ``agreement``: the same small conversions on the CPU and on the GPU: how far their products are from each other;
 * ``inference``: dense against factored layers in half precision, with and without torch.compile, and training steps;
 * ``qlora``: a 4-bit factored model (nf4, double quantisation) with LoRA: a few training steps, where bitsandbytes is.
 
 Every part runs in processes of its own, and one that fails is told without keeping the others from running; the exit
-code is then 1. Weights are random (``geometry``), text is drawn from the bundled model's. Writes JSON and Markdown.
+code is then 1. Weights are random (``geometry``), text is drawn from the bundled model's. JSON and Markdown are written
+anew after every part, so that what was measured stays where time runs out.
 """
 
 from __future__ import annotations
@@ -74,6 +76,9 @@ SMALL = Sizes(
 
 Lines = list[tuple[str, str]]
 
+WORKERS = (1, 2, 4)
+STACK, STACK_SIDES = 16, (128, 256, 512, 1024, 2048)
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -128,22 +133,33 @@ def plain(bench: Bench) -> tuple[dict[str, Any], Lines]:
         geometry.hidden // 4,
         bench.scratch,
         sampled=bench.sizes.sampled,
+        workers=WORKERS,
         options=["--no-check"],
         device=bench.device,
     )
-    (ours,), (theirs,) = found["conversions"]["1"], found["full_svd"]
+    (theirs,) = found["full_svd"]
     svd = theirs["layer_s"] * geometry.layers
+    lines = [(f"torch.linalg.svd of all {geometry.layers} layers of {geometry.name}, extrapolated, s", f"{svd:.1f}")]
+    for count, (ours,) in found["conversions"].items():
+        lines += [
+            (f"converted by {count} workers, s", f"{ours['wall_s']:.1f}"),
+            ("the tool's own seconds, without starting Python", f"{ours['tool_seconds']:.1f}"),
+            ("seconds of its solver, over all workers", f"{ours['solver_s']:.1f}"),
+            ("full SVD over the whole conversion", f"{svd / ours['tool_seconds']:.1f}x"),
+            ("peak host memory, MB", f"{ours['peak_bytes'] / 1e6:,.0f}"),
+            ("peak GPU memory, MB", f"{ours['peak_device_bytes'] / 1e6:,.0f}"),
+            ("worst excess over the best error", f"{ours['excess_worst']:.1e}"),
+        ]
+    lines.append(("peak GPU memory with the model on it, MB", f"{theirs['peak_device_bytes'] / 1e6:,.0f}"))
+    return found, lines
+
+
+def stacks(bench: Bench) -> tuple[dict[str, Any], Lines]:
+    """Small matrices, alone and in stacks."""
+    found = bench.child("stacks", *(STACK_SIDES if bench.sizes is FULL else STACK_SIDES[:1]))
     return found, [
-        (f"{geometry.name}, {geometry.layers} layers, converted, s", f"{ours['wall_s']:.1f}"),
-        ("the tool's own seconds, without starting Python", f"{ours['tool_seconds']:.1f}"),
-        ("seconds of its solver", f"{ours['solver_s']:.1f}"),
-        ("torch.linalg.svd of all layers, extrapolated, s", f"{svd:.1f}"),
-        ("full SVD over the whole conversion", f"{svd / ours['tool_seconds']:.1f}x"),
-        ("full SVD over the solver", f"{svd / ours['solver_s']:.1f}x"),
-        ("peak host memory, MB", f"{ours['peak_bytes'] / 1e6:,.0f}"),
-        ("peak GPU memory, MB", f"{ours['peak_device_bytes'] / 1e6:,.0f}"),
-        ("peak GPU memory with the model on it, MB", f"{theirs['peak_device_bytes'] / 1e6:,.0f}"),
-        ("worst excess over the best error", f"{ours['excess_worst']:.1e}"),
+        (f"{4 * int(side)} x {side}: ms a matrix alone, in stacks of {STACK}", f"{alone:.2f}, {together:.2f}")
+        for side, (alone, together) in found.items()
     ]
 
 
@@ -243,6 +259,7 @@ def qlora(bench: Bench) -> tuple[dict[str, Any], Lines]:
 
 PARTS: Mapping[str, Callable[[Bench], tuple[dict[str, Any], Lines]]] = {
     "conversion": plain,
+    "stacks": stacks,
     "calibrated": calibrated,
     "agreement": agreement,
     "inference": inference,
@@ -272,6 +289,39 @@ def _compare(device: str, one: str, other: str) -> dict[str, float]:
             largest = max(largest, float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)))
     errors = [abs(records[0][key]["relative_error"] - records[1][key]["relative_error"]) for key in records[0]]
     return {"product": largest, "error": max(errors)}
+
+
+def _stacks(device: str, *sides: str) -> dict[str, tuple[float, float]]:
+    """Milliseconds a matrix by the smaller side, one by one and all at once; medians of five rounds in turn."""
+    from statistics import median
+
+    import torch
+
+    from svdconvert.stacked import factorize_stack
+
+    found = {}
+    for side in sides:
+        k = int(side)
+        weights = torch.randn(STACK, 4 * k, k, device=device).half()
+
+        def alone(weights: torch.Tensor = weights, rank: int = k // 4) -> None:
+            for weight in weights:
+                factorize_stack(weight[None], rank, torch.float16)
+
+        def together(weights: torch.Tensor = weights, rank: int = k // 4) -> None:
+            factorize_stack(weights, rank, torch.float16)
+
+        times: dict[Any, list[float]] = {alone: [], together: []}
+        for _ in range(6):
+            for way, seconds in times.items():
+                start = time.perf_counter()
+                way()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+        one, all_ = (1000 * median(seconds[1:]) / STACK for seconds in times.values())  # the first is a warm-up
+        found[side] = (one, all_)
+    return found
 
 
 def _qlora(device: str, folder: str, length: str) -> dict[str, Any]:
@@ -328,7 +378,12 @@ def _card(device: str) -> str:
     return "CPU" if device == "cpu" else f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
 
 
-CHILDREN: Mapping[str, Callable[..., Any]] = {"compare": _compare, "qlora": _qlora, "card": _card}
+CHILDREN: Mapping[str, Callable[..., Any]] = {
+    "compare": _compare,
+    "stacks": _stacks,
+    "qlora": _qlora,
+    "card": _card,
+}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -366,7 +421,7 @@ def main() -> None:
                 result["parts"][name] = {"lines": lines, "found": found}
             except RuntimeError as error:  # of a command: with the end of what it said
                 result["parts"][name] = {"failed": str(error)}
-    save(options.out, "gpu", result, markdown(result))
+            save(options.out, "gpu", result, markdown(result))
     if any("failed" in part for part in result["parts"].values()):
         sys.exit(1)
 

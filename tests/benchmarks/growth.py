@@ -5,7 +5,7 @@
 
 One of the three is varied at a time, the others stay at their first value; every conversion is a process of its own,
 without the self-check (which loads the result on purpose), and the settings take turns within each round. Medians over
-the rounds. Writes JSON, Markdown and, with matplotlib, a figure.
+the rounds. Writes JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -68,30 +68,6 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join([head, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Time and memory against each of the three, in one figure."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    panels = figure.subplots(2, len(AXES), sharey="row")
-    for column, (name, label) in enumerate(AXES.items()):
-        rows = [row for row in result["runs"] if row["varied"] == name]
-        values = [row[name] for row in rows]
-        panels[0][column].plot(values, [row["tool_seconds"] for row in rows], "o-")
-        panels[1][column].plot(values, [row["peak_bytes"] / 1e6 for row in rows], "s-", color="#D55E00")
-        panels[1][column].set_xlabel(label)
-        for panel in (panels[0][column], panels[1][column]):
-            panel.set_xticks(values)
-            panel.grid(alpha=0.3)
-    # Shared along a row, and so set once all of it is drawn: what a limit fixes before, later lines do not move.
-    for line, key, unit in ((0, "tool_seconds", 1), (1, "peak_bytes", 1e6)):
-        panels[line][0].set_ylim(0, 1.1 * max(row[key] for row in result["runs"]) / unit)
-    panels[0][0].set_ylabel("seconds")
-    panels[1][0].set_ylabel("peak MB")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.growth")
@@ -103,7 +79,6 @@ def main() -> None:
     options = parser.parse_args()
     result = benchmark({name: getattr(options, name) for name in AXES}, options.repeats)
     save(options.out, "growth", result, markdown(result))
-    draw(result, options.out / "growth.png")
 
 
 if __name__ == "__main__":

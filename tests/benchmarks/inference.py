@@ -9,8 +9,8 @@ the given rank; pivoted at the rank of the same size, and at the same rank; in f
 ``for_decoding``) live in one process and are measured in turn within each round; medians over the rounds. Prefill is
 one pass over the prompt; decoding is token by token after it, with the key-value cache. With ``--cpu-time`` they are
 those of the process, not the clock: with one thread on a busy machine, they alone can be trusted. A training step is
-forward, backward and AdamW on the whole model, in a process of its own, so that its peak memory is its own. Bytes are
-those of the parameters. Writes JSON and Markdown.
+forward, backward and AdamW on the whole model, in a process of its own, so that its peak memory is its own, likewise in
+turn; its figures are medians over the rounds. Bytes are those of the parameters. Writes JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def measure_inference(
     device: str,
     clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
-    """Tokens per second of every variant, in turn."""
+    """Tokens per second of every variant, in turn, and how many times the dense ones they are."""
     rows = []
     for batch in batches:
         for compile_it in compiled:
@@ -130,8 +130,8 @@ def measure_inference(
             for _ in range(repeats):
                 for name, once in runners.items():
                     seconds[name].append(once())
-            for name, pairs in seconds.items():
-                prefill, decode = (median(pair[i] for pair in pairs) for i in (0, 1))
+            middle = {name: [median(pair[i] for pair in pairs) for i in (0, 1)] for name, pairs in seconds.items()}
+            for name, (prefill, decode) in middle.items():
                 rows.append(
                     {
                         "variant": name,
@@ -139,7 +139,9 @@ def measure_inference(
                         "compiled": compile_it,
                         "prefill_tokens_per_s": batch * prompt / prefill,
                         "decode_tokens_per_s": batch * tokens / decode,
-                        "seconds": pairs,
+                        "prefill_faster": middle["dense"][0] / prefill,
+                        "decode_faster": middle["dense"][1] / decode,
+                        "seconds": seconds[name],
                     }
                 )
     return rows
@@ -188,12 +190,6 @@ def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dic
         clock=time.process_time if options.cpu_time else time.perf_counter,
     )
     del models
-    training = []
-    for name in VARIANTS if options.train_steps else ():
-        line = ["tests.benchmarks.inference", "--model", options.model, "--layers", str(geometry.layers)]
-        line += ["--hidden", str(geometry.hidden), "--vocab", str(geometry.vocab), "--rank", str(rank)]
-        line += ["--train", name, "--train-steps", str(options.train_steps), "--device", options.device]
-        training.append(json.loads(run([*line, "--train-length", str(options.train_length)]).output))
     return {
         "machine": machine(),
         "model": options.model,
@@ -210,20 +206,38 @@ def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dic
         "load": [round(value, 2) for value in os.getloadavg()],
         "bytes": {name: {"all": all_, "blocks": blocks} for name, (all_, blocks) in sizes.items()},
         "inference": rows,
-        "training": training,
+        "training": training_in_turn(options, geometry, rank) if options.train_steps else [],
     }
+
+
+def training_in_turn(options: argparse.Namespace, geometry: Geometry, rank: int) -> list[dict[str, Any]]:
+    """Medians of every variant's step and peak memory, and all rounds' steps."""
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    for _ in range(options.repeats):
+        for name, runs in rounds.items():
+            line = ["tests.benchmarks.inference", "--model", options.model, "--layers", str(geometry.layers)]
+            line += ["--hidden", str(geometry.hidden), "--vocab", str(geometry.vocab), "--rank", str(rank)]
+            line += ["--train", name, "--train-steps", str(options.train_steps), "--device", options.device]
+            runs.append(json.loads(run([*line, "--train-length", str(options.train_length)]).output))
+    middle = {
+        name: {key: median(one[key] for one in runs) for key in ("step_s", "peak_bytes")}
+        for name, runs in rounds.items()
+    }
+    dense = middle["dense"]["step_s"]
+    return [
+        {"variant": name, **row, "faster": dense / row["step_s"], "steps": [one["step_s"] for one in rounds[name]]}
+        for name, row in middle.items()
+    ]
 
 
 def markdown(result: dict[str, Any]) -> str:
     """Tables of bytes, tokens per second and training steps, each with its ratio to dense."""
     heads = ["batch, compiled", "variant", "prefill tokens/s", "against dense", "decode tokens/s", "against dense"]
-    dense = {(r["batch"], r["compiled"]): r for r in result["inference"] if r["variant"] == "dense"}
     rows = []
     for row in result["inference"]:
-        base = dense[row["batch"], row["compiled"]]
         line = [f"{row['batch']}, {'yes' if row['compiled'] else 'no'}", row["variant"]]
-        for kind in ("prefill_tokens_per_s", "decode_tokens_per_s"):
-            line += [f"{row[kind]:,.1f}", f"{row[kind] / base[kind]:.2f}x"]
+        for kind in ("prefill", "decode"):
+            line += [f"{row[f'{kind}_tokens_per_s']:,.1f}", f"{row[f'{kind}_faster']:.2f}x"]
         rows.append(line)
     steps = {row["variant"]: row for row in result["training"]}
     size_rows = []
@@ -231,9 +245,10 @@ def markdown(result: dict[str, Any]) -> str:
         line = [name, f"{size['all'] / 1e6:,.1f}", f"{size['blocks'] / 1e6:,.1f}"]
         line.append(f"{size['blocks'] / result['bytes']['dense']['blocks']:.3f}")
         step = steps.get(name)
-        line += [f"{step['step_s']:.2f}", f"{step['peak_bytes'] / 1e6:,.0f}"] if step else ["", ""]
+        line += [f"{step['step_s']:.2f}", f"{step['faster']:.2f}x"] if step else ["", ""]
+        line.append(f"{step['peak_bytes'] / 1e6:,.0f}" if step else "")
         size_rows.append(line)
-    size_heads = ["variant", "MB of weights", "in the blocks", "against dense", "training step s", "peak MB"]
+    size_heads = ["variant", "MB of weights", "in the blocks", "against dense", "training step s", "faster", "peak MB"]
     title = (
         f"{result['model']}, hidden size {result['hidden']}, {result['layers']} layers, rank {result['rank']}, "
         f"{result['dtype']} on {result['device']}, {result['threads']} threads; prompt {result['prompt']}, "
@@ -263,7 +278,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=2, help="0 leaves training out")
     parser.add_argument("--train-length", type=int, default=128, help="tokens of the training sequence")
     parser.add_argument("--train", choices=VARIANTS, help="only this variant's training step, as JSON")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     whole = MODELS[options.model]
     vocab = options.vocab or max(whole.vocab * options.layers // whole.layers, 1)

@@ -185,8 +185,15 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def save(out: Path, name: str, result: Mapping[str, Any], text: str) -> None:
-    """Write ``NAME.json`` and ``NAME.md`` into a folder, and print the latter."""
+    """Write ``NAME.json`` and ``NAME.md`` into a folder, and ``NAME.png`` if there is a picture; print the table."""
+    # Once everything has been measured, since this makes the process large.
+    from .pictures import add_picture
+
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / f"{name}.md").write_text(text + "\n")
+    table = out / f"{name}.md"
+    table.write_text(text + "\n")
     print(text)
+    if line := add_picture(out, name):
+        table.write_text(f"{text}\n\n{line}\n")
+        print(f"\n{line}")

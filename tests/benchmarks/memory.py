@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.memory --hidden 512 --layers 2 8 24
 
-Every conversion is a process of its own, without the self-check (which loads the result on purpose).
+Every conversion is a process of its own, without the self-check (which loads the result on purpose); all settings take
+turns within each round, medians over the rounds. Writes JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .conversion import convert
@@ -48,23 +50,25 @@ def peak(
     }
 
 
-def benchmark(hidden: int, layers: Sequence[int], vocab: int) -> dict[str, Any]:
-    """Every number of layers with one file and with many."""
-    runs = []
+def benchmark(hidden: int, layers: Sequence[int], vocab: int, repeats: int) -> dict[str, Any]:
+    """Every number of layers with one file and with many.
+
+    Args:
+        hidden, layers, vocab: the models' sizes.
+        repeats: rounds.
+    """
+    chosen = [(count, limit) for count in layers for limit in (ONE_FILE, SMALL_FILE)]
+    found: list[list[dict[str, Any]]] = [[] for _ in chosen]
     with tempfile.TemporaryDirectory() as scratch:
-        for count in layers:
-            for limit in (ONE_FILE, SMALL_FILE):
-                runs.append(
-                    peak(
-                        Path(scratch),
-                        hidden=hidden,
-                        layers=count,
-                        source_bytes=limit,
-                        output_bytes=limit,
-                        vocab=vocab,
-                    )
-                )
-    return {"machine": machine(), "runs": runs}
+        for _ in range(repeats):
+            for runs, (count, limit) in zip(found, chosen, strict=True):
+                sizes = {"hidden": hidden, "layers": count, "vocab": vocab}
+                runs.append(peak(Path(scratch), **sizes, source_bytes=limit, output_bytes=limit))
+    rows = []
+    for runs in found:
+        peaks = [one["peak_bytes"] for one in runs]
+        rows.append(runs[0] | {"peak_bytes": median(peaks), "peaks": peaks})
+    return {"machine": machine(), "repeats": repeats, "runs": rows}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -80,7 +84,8 @@ def markdown(result: dict[str, Any]) -> str:
         for run in result["runs"]
     ]
     heads = ["layers", "files read", "MB written", "files written", "peak MB"]
-    head = f"Peak memory, hidden size {result['runs'][0]['hidden']}, one worker, CPU"
+    hidden = result["runs"][0]["hidden"]
+    head = f"Peak memory, hidden size {hidden}, one worker, CPU, median of {result['repeats']}"
     return "\n".join([head, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
 
 
@@ -90,9 +95,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 24])
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
-    result = benchmark(options.hidden, options.layers, options.vocab)
+    result = benchmark(options.hidden, options.layers, options.vocab, options.repeats)
     save(options.out, "memory", result, markdown(result))
 
 

@@ -1,12 +1,13 @@
 """One matrix at a time in calibrated metrics: the package's solver against SVD-LLM's recipe.
 
     python -m tests.benchmarks.metrics                        # the linear layers of the 1.3B model, whitened
+    python -m tests.benchmarks.metrics --sides two            # the same in metrics of both sides, a quarter of an hour
     python -m tests.benchmarks.metrics --sides two --hidden 1024 --repeats 3
 
 CPU seconds of one thread; both in turn within each round, medians over the rounds. The second moments are those of
 inputs of uneven scale with a few massive channels, which is what activations of language models look like, from four
 times as many tokens as there are channels. ``error`` is ||L^1/2 (W - BA) R^1/2||_F over that of W, in float64. Both
-start from the float16 weight and end with two float32 factors. Writes JSON and Markdown.
+start from the float16 weight and end with two float32 factors. Writes JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import math
 import os
 import time
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .baseline import factor_by_whitening
 from .geometry import MODELS, Weights, resized
 from .measure import machine, machine_line, markdown_table, save
+from .ratios import overall, overall_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +97,7 @@ def benchmark(model: str, hidden: int, sides: str, repeats: int) -> dict[str, An
                 seconds[name].append(time.process_time() - start)
                 if turn == 0:
                     errors[name] = error(weight, down, up, right, left)
-        middle = {name: round(median(values), 3) for name, values in seconds.items()}
+        middle = {name: round(median(values), 6) for name, values in seconds.items()}
         rows.append(
             {"layer": layer, "shape": list(shape), "rank": rank, "cpu_seconds": seconds, "median": middle}
             | {"error": errors, "ratio": middle["SVD-LLM"] / middle["svdconvert"]}
@@ -108,7 +110,7 @@ def benchmark(model: str, hidden: int, sides: str, repeats: int) -> dict[str, An
         "repeats": repeats,
         "load": [round(value, 2) for value in os.getloadavg()],
         "matrices": rows,
-        "geometric_mean": geometric_mean(row["ratio"] for row in rows),
+        "overall": overall(row["ratio"] for row in rows),
     }
 
 
@@ -128,9 +130,10 @@ def markdown(result: dict[str, Any]) -> str:
     heads = ["matrix", "shape", "rank", "svdconvert, s", "SVD-LLM, s", "faster", "error, svdconvert", "error, SVD-LLM"]
     title = (
         f"CPU seconds per matrix, one thread, metrics on {result['sides']} side(s), median of {result['repeats']}; "
-        f"geometric mean {result['geometric_mean']:.2f}x; load average at the end {result['load'][0]:.1f}"
+        f"load average at the end {result['load'][0]:.1f}"
     )
-    return "\n".join([title, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+    mean = overall_line("SVD-LLM's recipe", result["overall"])
+    return "\n".join([title, "", markdown_table(heads, rows), "", mean, "", machine_line(result["machine"])])
 
 
 def main() -> None:
@@ -139,8 +142,8 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="1.3b")
     parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
     parser.add_argument("--sides", choices=["one", "two"], default="one")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     from svdconvert.lapack import threads
 

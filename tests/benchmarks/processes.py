@@ -9,7 +9,7 @@ one thread each, which talk through gloo. ``seconds`` are the tool's own, from t
 ``wall`` is the whole command's, with starting Python, torch and, for the last one, the launcher, which a whole model
 does not notice and four layers do. Medians over the rounds. What is written must be the same byte for byte, but for
 the times in ``svdconvert.json``, wherever the number of threads is the same; otherwise this fails. (More threads cut
-sums in other pieces.) Writes JSON and Markdown.
+sums in other pieces.) Writes JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2, help="processes, workers or threads")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--scratch", type=Path, help="where to put checkpoints  [default: the temporary folder]")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     geometry = resized(MODELS[options.model], hidden=options.hidden, layers=options.layers, vocab=options.vocab)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:

@@ -5,7 +5,7 @@
 
 CPU seconds of one thread, which a busy machine disturbs least; all methods in turn within each round, medians over
 the rounds. ``excess`` is how far the factors' error lies above the optimum of Eckart and Young, both in float64.
-Everything starts from the float16 weight and ends with two float32 factors. Writes JSON and Markdown.
+Everything starts from the float16 weight and ends with two float32 factors. Writes JSON, Markdown and a picture.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, Any
 from .baseline import factor_by_full_svd
 from .geometry import MODELS, SPECTRA, Weights, resized
 from .measure import machine, machine_line, markdown_table, save
+from .ratios import overall, overall_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Method = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+OURS = "svdconvert"
 
 
 def methods() -> dict[str, Method]:
@@ -45,7 +48,7 @@ def methods() -> dict[str, Method]:
         root = s.sqrt()
         return root[:, None] * v.T, u * root
 
-    return {"svdconvert": ours, "linalg.svd": factor_by_full_svd, "svd_lowrank": randomised}
+    return {OURS: ours, "linalg.svd": factor_by_full_svd, "svd_lowrank": randomised}
 
 
 def optimum(weight: Tensor, rank: int) -> float:
@@ -80,7 +83,7 @@ def benchmark(
     import torch
 
     torch.set_num_threads(1)
-    methods()["svdconvert"](torch.eye(8), 2)  # what is imported at the first call
+    methods()[OURS](torch.eye(8), 2)  # what is imported at the first call
     chosen = {name: method for name, method in methods().items() if name not in skip}
     rows = []
     for model in models:
@@ -102,8 +105,9 @@ def benchmark(
                     del down, up
             row: dict[str, Any] = {"model": model, "layer": layer, "shape": list(shape), "rank": rank}
             row["optimal_error"] = best / float(weight.double().norm())
-            row["cpu_seconds"] = {name: [round(value, 3) for value in values] for name, values in seconds.items()}
-            row["median"] = {name: round(median(values), 3) for name, values in seconds.items()}
+            row["cpu_seconds"] = {name: [round(value, 6) for value in values] for name, values in seconds.items()}
+            middle = row["median"] = {name: median(values) for name, values in row["cpu_seconds"].items()}
+            row["faster"] = {name: middle[name] / middle[OURS] for name in chosen if name != OURS}
             row["excess"] = excess
             rows.append(row)
     return {
@@ -112,6 +116,7 @@ def benchmark(
         "repeats": repeats,
         "load": [round(value, 2) for value in os.getloadavg()],
         "matrices": rows,
+        "overall": {name: overall(row["faster"][name] for row in rows) for name in chosen if name != OURS},
     }
 
 
@@ -119,20 +124,21 @@ def markdown(result: dict[str, Any]) -> str:
     """One line per matrix."""
     names = list(result["matrices"][0]["median"])
     heads = ["matrix", "shape", "rank", *(f"{name}, s" for name in names)]
-    heads += [f"faster than {name}" for name in names if name != "svdconvert"] + [f"excess, {name}" for name in names]
+    heads += [f"faster than {name}" for name in result["overall"]] + [f"excess, {name}" for name in names]
     rows = []
     for row in result["matrices"]:
         times = row["median"]
         line = [f"{row['model']} {row['layer']}", " x ".join(map(str, row["shape"])), str(row["rank"])]
         line += [f"{times[name]:.2f}" for name in names]
-        line += [f"{times[name] / times['svdconvert']:.1f}x" for name in names if name != "svdconvert"]
+        line += [f"{row['faster'][name]:.1f}x" for name in result["overall"]]
         line += [f"{row['excess'][name]:.1e}" for name in names]
         rows.append(line)
     title = (
         f"CPU seconds per matrix, one thread, spectrum {result['spectrum']}, median of {result['repeats']}; "
         f"load average at the end {result['load'][0]:.1f}"
     )
-    return "\n".join([title, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+    means = [overall_line(name, found) for name, found in result["overall"].items()]
+    return "\n".join([title, "", markdown_table(heads, rows), "", *means, "", machine_line(result["machine"])])
 
 
 def main() -> None:
@@ -143,7 +149,7 @@ def main() -> None:
     parser.add_argument("--spectrum", choices=SPECTRA, default="llm")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=["linalg.svd", "svd_lowrank"])
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     from svdconvert.lapack import threads
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import ROOT
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from examples.dialogue.full_size import SIZES, VOCABULARY, WAYS, standing_memory
@@ -12,6 +13,7 @@ from examples.dialogue.memory import count_memory
 from examples.dialogue.models import adapt, load_causal
 from examples.dialogue.settings import AdapterSettings, Settings, read_settings
 
+ROOT = Path(__file__).parents[2]
 FILES = ROOT / "examples" / "dialogue" / "settings"
 LAYERS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from runs import settings_for, silent
 from safetensors.torch import load_file
 
 from examples.dialogue import models
 from examples.dialogue.train import last_checkpoint, train
 
+ROOT = Path(__file__).parents[2]
 FILES = ROOT / "examples" / "dialogue" / "settings"
 LORA = {"kind": "lora", "rank": 4, "dropout": 0.0}  # every process draws its own dropout
 KINDS = {

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from examples.dialogue.settings import TrainingSettings, read_settings
 from examples.dialogue.train import parse_changes
 from svdconvert.errors import InputError
 
+ROOT = Path(__file__).parents[2]
 FILES = ROOT / "examples" / "dialogue" / "settings"
 RUN = 'name = "a"\noutput = "out"\n[model]\npath = "m"\n[data]\ntrain = "t.jsonl"\nvalidation = "v.jsonl"\n'
 

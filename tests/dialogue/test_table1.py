@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from runs import settings_for
 
 from examples.dialogue import table1
@@ -19,6 +18,7 @@ from examples.dialogue.experiment import read_experiment
 from examples.dialogue.page import PAPER, paper_table
 from svdconvert.errors import InputError, JobError
 
+ROOT = Path(__file__).parents[2]
 ROWS = """
 [[rows]]
 name = "m"

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import random_tensors, write_checkpoint
-from conftest import ROOT
 from runs import killed_run, settings_for, silent
 from safetensors.torch import load_file
 
@@ -25,6 +24,7 @@ from examples.dialogue.train import last_checkpoint, train, training_arguments
 from svdconvert import fold
 from svdconvert.errors import InputError
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 150, (2, 12), generator=torch.Generator().manual_seed(0))
 TARGETS = {"targets": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}

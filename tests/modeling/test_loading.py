@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import (
+from safetensors.torch import save_file
+from tiny_checkpoints import (
     DTYPE,
     GEOMETRY,
     ONE_LAYOUT,
@@ -25,7 +26,6 @@ from conftest import (
     write_checkpoint,
     write_config,
 )
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

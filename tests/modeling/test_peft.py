@@ -5,7 +5,9 @@ import inspect
 
 import pytest
 import torch
-from conftest import (
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import __version__ as peft_version
+from tiny_checkpoints import (
     GEOMETRY,
     ONE_LAYOUT,
     ROTARY_V4,
@@ -20,8 +22,6 @@ from conftest import (
     stock_model,
     write_checkpoint,
 )
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from peft import __version__ as peft_version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 

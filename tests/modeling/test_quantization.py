@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import (
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from tiny_checkpoints import (
     DTYPE,
     TARGETS,
     VERSION,
@@ -14,7 +15,6 @@ from conftest import (
     stock_model,
     write_checkpoint,
 )
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import BitsAndBytesConfig
 

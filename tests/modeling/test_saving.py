@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import (
+from tiny_checkpoints import (
     AUTO_MAP,
     GEOMETRY,
     MODELING_FILE,

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from conftest import LINEARS, PIVOTED, VERSION, distance, load, logits, saved_tensors, stock_model, write_checkpoint
+from tiny_checkpoints import (
+    LINEARS,
+    PIVOTED,
+    VERSION,
+    distance,
+    load,
+    logits,
+    saved_tensors,
+    stock_model,
+    write_checkpoint,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModel, GPTNeoXModel
 
@@ -58,7 +68,7 @@ def test_plan_follows_what_is_factored(tiny, ranks, plan):
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from conftest import load
+from tiny_checkpoints import load
 source, folder = sys.argv[2:]
 dist.init_process_group("gloo")
 model = load(source, tp_plan="auto")

@@ -5,7 +5,9 @@ import io
 
 import pytest
 import torch
-from conftest import (
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from tiny_checkpoints import (
     LINEARS,
     distance,
     load,
@@ -16,8 +18,6 @@ from conftest import (
     write_checkpoint,
     write_config,
 )
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 OWNER, SHARER = (f"layers.{n}.attention.query_key_value" for n in (0, 1))

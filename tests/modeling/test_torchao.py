@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DTYPE, VERSION, load, logits
+from tiny_checkpoints import DTYPE, VERSION, load, logits
 from torch import nn
 
 torchao = pytest.importorskip("torchao.quantization")

@@ -1,0 +1,111 @@
+"""How tensors come to the device that computes, and back.
+
+On a GPU three things go on at the same time, each on streams of its own: copies from pinned memory to the device, the
+work of each worker, and copies back into pinned memory. None of it makes the host wait; a stream waits for another one
+by an event, and the host for an event only when it needs the numbers. On any other device a tensor is copied, or is
+there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+class Transfer:
+    """Tensors on their way.
+
+    On a GPU a tensor belongs to the stream that it was made on: another one that uses it has to be put down for it,
+    or its memory may be given away too early.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], arrived: torch.cuda.Event | None = None) -> None:
+        self._tensors, self._arrived = list(tensors), arrived
+
+    def take(self) -> list[Tensor]:
+        """The tensors, for work on the calling thread's stream."""
+        if self._arrived is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._arrived)
+            for tensor in self._tensors:
+                tensor.record_stream(stream)
+        return self._tensors
+
+    def wait(self) -> list[Tensor]:
+        """The tensors, when the host may read them, and may use again what they were copied from."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors
+
+
+class Lanes:
+    """The ways to a device and back; these are for one that the host's threads compute on, or wait for.
+
+    Attributes:
+        ahead: units of work that a worker begins before it asks for the result of the first one.
+    """
+
+    ahead = 0
+
+    def __init__(self, device: torch.device) -> None:
+        """Prepare.
+
+        Args:
+            device: what computes.
+        """
+        self.device = device
+
+    def staging(self, size: int) -> Tensor:
+        """Host memory for tensors to be uploaded: [size] uint8."""
+        return torch.empty(size, dtype=torch.uint8)
+
+    def upload(self, tensors: Sequence[Tensor]) -> Transfer:
+        """Begin to bring tensors to the device; what they lie in stays untouched until :meth:`Transfer.wait`."""
+        return Transfer([tensor.to(self.device) for tensor in tensors])
+
+    def worker(self) -> AbstractContextManager[object]:
+        """Where one worker's thread computes; can be entered again and again."""
+        return nullcontext()
+
+    def download(self, tensors: Sequence[Tensor]) -> Transfer:
+        """Begin to bring contiguous tensors of the calling thread's stream to the host."""
+        return Transfer([tensor.cpu() for tensor in tensors])
+
+
+class _CudaLanes(Lanes):
+    ahead = 1
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._arriving, self._leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def staging(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def upload(self, tensors: Sequence[Tensor]) -> Transfer:
+        with torch.cuda.stream(self._arriving):
+            there = [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+            return Transfer(there, self._arriving.record_event())
+
+    def worker(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(torch.cuda.Stream(self.device))
+
+    def download(self, tensors: Sequence[Tensor]) -> Transfer:
+        done = torch.cuda.current_stream().record_event()
+        with torch.cuda.stream(self._leaving):
+            self._leaving.wait_event(done)
+            here = []
+            for tensor in tensors:
+                # torch keeps pinned memory that is given up, so that only the first ones are dear
+                target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                here.append(target.copy_(tensor, non_blocking=True))
+                tensor.record_stream(self._leaving)
+            return Transfer(here, self._leaving.record_event())
+
+
+def lanes_of(device: torch.device) -> Lanes:
+    """The ways to a device."""
+    return _CudaLanes(device) if device.type == "cuda" else Lanes(device)

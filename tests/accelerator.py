@@ -1,0 +1,126 @@
+"""A device that is not the CPU, on machines that have none: what runs on a GPU can be run, and watched, here.
+
+Its tensors keep their numbers in CPU tensors but say that they lie elsewhere (on ``lazy``, one of the few names whose
+devices a build for CPUs lets tensors be on). Everything computes as it would, in the branches that are for GPUs, and
+what a GPU would refuse is refused: tensors of two devices in one operation, LAPACK or NumPy on memory that is not the
+host's. Where the host looks at a number of the device, for which it would have to wait, is counted. What is not shown:
+streams, pinned memory, and what a GPU's own kernels do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = torch.device("lazy")
+
+_aten = torch.ops.aten
+_COPIES = (_aten.copy_.default, _aten._to_copy.default)
+# Indices may lie on the host.
+_INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default)
+# The size of what they return, or a Python number, depends on values.
+_READING = (
+    _aten._local_scalar_dense.default,
+    _aten.equal.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+    _aten.is_nonzero.default,
+)
+
+# Operations that made the host wait for the device since :func:`device_reads` began to count.
+_reads: list[str] = []
+
+
+class _Elsewhere(torch.Tensor):
+    """A tensor of the device; ``raw`` has its numbers."""
+
+    raw: Tensor
+
+    @staticmethod
+    def __new__(cls, raw: Tensor) -> _Elsewhere:
+        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype, device=DEVICE
+        )
+
+    def __init__(self, raw: Tensor) -> None:
+        self.raw = raw
+
+    def data_ptr(self) -> int:  # told apart by it, never followed
+        return self.raw.data_ptr()
+
+    def __repr__(self) -> str:
+        return f"elsewhere: {self.raw!r}"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(func, args, kwargs or {})
+
+
+class _Device(TorchDispatchMode):
+    """Where tensors are made on the device, no argument says so yet."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _call(func, args, kwargs or {})
+
+
+def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    ours = {id(tensor.raw): tensor for tensor in tensors if isinstance(tensor, _Elsewhere)}
+    asked = kwargs.get("device")
+    there = bool(ours) if asked is None else torch.device(asked).type == DEVICE.type
+    if ours and func not in (*_COPIES, *_INDEXING):
+        if any(tensor.dim() and not isinstance(tensor, _Elsewhere) for tensor in tensors):
+            raise RuntimeError(f"{func} was given tensors of two devices")
+    elif func in _INDEXING and ours and not isinstance(args[0], _Elsewhere):
+        raise RuntimeError(f"{func} was given indices on another device than its tensor")
+    if func is _aten.copy_.default:
+        there = isinstance(args[0], _Elsewhere)
+    if ours and (func in _READING or (func in _COPIES and not there)):
+        _reads.append(str(func))
+    args, kwargs = tree_map(lambda value: value.raw if isinstance(value, _Elsewhere) else value, (args, kwargs))
+    if asked is not None:
+        kwargs["device"] = torch.device("cpu")
+    if kwargs.get("pin_memory"):
+        kwargs["pin_memory"] = False
+
+    def back(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return ours.get(id(value)) if id(value) in ours else _Elsewhere(value) if there else value
+
+    return tree_map(back, func(*args, **kwargs))
+
+
+@contextmanager
+def device_reads() -> Iterator[list[str]]:
+    """Have the device there, in this thread; yields the operations in which the host waited for it, so far."""
+    with _Device():
+        _reads.clear()
+        yield _reads
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device, there in every thread that is started meanwhile."""
+    run: Callable[[threading.Thread], None] = threading.Thread.run
+
+    def with_device(thread: threading.Thread) -> None:
+        with _Device():
+            run(thread)
+
+    monkeypatch.setattr(threading.Thread, "run", with_device)
+    with _Device():
+        yield DEVICE
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that may lie on the device."""
+    return tensor.raw if isinstance(tensor, _Elsewhere) else tensor
