@@ -1,29 +1,36 @@
 """A causal language model in pieces, each brought to the device alone: embeddings, one transformer block, head.
 
-The stock class of transformers is built without weights; a piece gets its weights from the source's tensors for as long
-as it is in use. What a block is called with (masks, position embeddings, cache positions) differs from one version of
-transformers to the next and, where some blocks have a sliding window, from block to block. So it is not written down
-here: the base model's own forward is run with recorders in the place of its blocks.
+The class that the checkpoint would be loaded into, transformers' own or that of our modeling file, is built without
+weights; a piece gets its weights from the source's tensors for as long as it is in use. What a block is called with
+(masks, position embeddings, cache positions) differs from one version of transformers to the next and, where some
+blocks have a sliding window, from block to block. So it is not written down here: the base model's own forward is run
+with recorders in the place of its blocks.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from svdconvert.architectures import dense_architecture
+from svdconvert.architectures import dense_architecture, factored_architecture
 from svdconvert.architectures.row import Section
 from svdconvert.errors import InputError
-from svdconvert.loading import quiet_transformers
+from svdconvert.layouts import shared_layers
+from svdconvert.names import layer_number, suffix
+from svdconvert.skeletons import is_factored, move_buffers, skeleton
 from svdconvert.source import Source
 from svdconvert.splitting import fused_layer, section_of
-from svdconvert.weights import WeightReader
+from svdconvert.weights import WeightReader, torch_dtype
+
+# As much of a head is in memory at a time where it is run in parts, in bytes; a vocabulary's whole one may be larger
+# than everything else.
+HEAD_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -87,32 +94,38 @@ class Call:
     kwargs: Mapping[str, Any]
 
 
-class ModelBlocks:
-    """A dense model of which only one piece has weights at a time.
+# a module of the model, and where its tensors are stored: its own name for each -> the checkpoint's
+Part = tuple[nn.Module, Mapping[str, str]]
 
-    Weights are read into ``dtype`` on ``device``, whatever type they are stored in. Gradients of weights are never
-    computed; those of inputs are, where a caller asks for them.
+
+class ModelBlocks:
+    """A model, dense or factored, of which only one piece has weights at a time.
+
+    Weights are read into ``dtype`` on ``device``, whatever type they are stored in; stored integers stay what they are.
+    Gradients of weights are never computed; those of inputs are, where a caller asks for them.
     """
 
     def __init__(self, source: Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         """Build the model without weights.
 
         Args:
-            source: the dense checkpoint.
+            source: the checkpoint. A factored one can be run, but its matrices can be neither read nor replaced.
             device: where pieces are put.
             dtype: what they compute in.
 
         Raises:
             InputError: the architecture cannot be taken apart, or its config is wrong.
         """
-        row = dense_architecture(source.config, source.name)
+        factored = is_factored(source)
+        row = (factored_architecture if factored else dense_architecture)(source.config, source.name)
         if row.model_type not in PIECES:
             known = ", ".join(sorted(PIECES))
             raise InputError(f"{source.name} ({row.model_type}) cannot be run block by block; known: {known}")
         self._source, self._row, self._pieces = source, row, PIECES[row.model_type]
+        self._head_name = row.head[factored]
         self._tensors = {row.full_name(name): info for name, info in source.tensors.items()}
         self.device, self.dtype = torch.device(device), dtype
-        self._model = _skeleton(source)
+        self._model = skeleton(source, row)
         # Where norms come after the sums (an OPT of that kind), a block's outputs do not add up.
         self.writers = self._pieces.writers if getattr(self._model.config, "do_layer_norm_before", True) else ()
         self._base: nn.Module = self._model.base_model
@@ -121,7 +134,7 @@ class ModelBlocks:
         recorders = [_Recorder(layer, self._calls) for layer in self._layers]
         recorders[-1].last = True
         _set(self._base, self._pieces.blocks, nn.ModuleList(recorders))
-        _move_buffers(self._base, self.device)
+        move_buffers(self._base, self.device)
         for module in self._present(self._pieces.embeddings[1:]).values():
             _hollow(module, self.device, dtype)
         self.count = len(self._layers)
@@ -132,13 +145,17 @@ class ModelBlocks:
         self._arguments: dict[tuple[int, ...], list[Call]] = {}
 
     @contextmanager
-    def embeddings(self) -> Iterator[None]:
-        """Have the embeddings' weights on the device; :meth:`embed` works inside."""
-        prefix = self._row.prefix
-        parts = self._present(self._pieces.embeddings)
-        with self._weights(
-            (module, {key: f"{prefix}{name}.{key}" for key, _ in module.named_parameters()})
-            for name, module in parts.items()
+    def embeddings(self, highest: int | None = None) -> Iterator[None]:
+        """Have the embeddings' weights on the device; :meth:`embed` works inside.
+
+        Args:
+            highest: the highest token id that it will be asked for; rows of higher ones are not read.
+        """
+        tokens, *others = self._present(self._pieces.embeddings).items()
+        rows = None if highest is None else slice(0, highest + 1)
+        with (
+            self._weights([self._part(*tokens)], partial(self._begin, rows=rows)),
+            self._weights(self._part(*other) for other in others),
         ):
             yield
 
@@ -168,9 +185,8 @@ class ModelBlocks:
             InputError: a weight has NaN or infinite entries; it is named.
         """
         module = self._layers[index]
-        prefix = f"{self._row.prefix}{self._pieces.blocks}.{index}."
-        _move_buffers(module, self.device)
-        with self._weights([(module, {key: prefix + key for key, _ in module.named_parameters()})]):
+        move_buffers(module, self.device)
+        with self._weights([self._part(f"{self._pieces.blocks}.{index}", module), *self._lent(index)]):
             yield module
 
     def run(self, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -196,17 +212,31 @@ class ModelBlocks:
         Yields:
             [..., hidden] -> logits [..., vocabulary], each position by itself.
         """
-        final, head = self._present(self._pieces.final), self._model.get_output_embeddings()
-        stored, prefix = self._row.head[0], self._row.prefix
-        if self._row.is_tied(self._source.config) or stored not in self._tensors:
-            stored = f"{prefix}{self._pieces.embeddings[0]}.weight"
-        names = {key: stored if key == "weight" else self._row.head[0][:-6] + key for key, _ in head.named_parameters()}
-        parts = [
-            (module, {key: f"{prefix}{name}.{key}" for key, _ in module.named_parameters()})
-            for name, module in final.items()
-        ]
-        with self._weights([*parts, (head, names)]):
-            yield nn.Sequential(*final.values(), head, _Logits(self._pieces.logits, self._model.config))
+        final, head = self._present(self._pieces.final), self._head()
+        with self._weights([*(self._part(*part) for part in final.items()), head]):
+            yield nn.Sequential(*final.values(), head[0], _Logits(self._pieces.logits, self._model.config))
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """The logits, with a part of the head's weights on the device at a time.
+
+        Args:
+            hidden: [..., hidden], the last block's output.
+
+        Yields:
+            [..., n], those of the vocabulary's next n tokens.
+
+        Raises:
+            InputError: a weight has NaN or infinite entries; it is named.
+        """
+        final, (head, names) = self._present(self._pieces.final), self._head()
+        with self._weights(self._part(*part) for part in final.items()):
+            hidden = nn.Sequential(*final.values())(hidden)
+        step = max(1, HEAD_BYTES // (hidden.shape[-1] * self.dtype.itemsize))
+        for begin in range(0, self.vocabulary, step):
+            rows = slice(begin, min(begin + step, self.vocabulary))
+            with self._weights([(head, names)], partial(self._read, rows=rows)):
+                part = self._pieces.logits(self._model.config, head(hidden))
+            yield part
 
     def place(self, path: str) -> tuple[str, Section | None]:
         """The linear layer of a block that a path means, and which of its outputs; None for all of them.
@@ -246,6 +276,27 @@ class ModelBlocks:
         modules = dict(self._base.named_modules())
         return {name: modules[name] for name in names if name in modules}
 
+    def _part(self, path: str, module: nn.Module) -> Part:
+        """A module of the base model with what is stored of it: its parameters, and buffers that are not computed."""
+        return module, {key: f"{self._row.prefix}{path}.{key}" for key in module.state_dict()}
+
+    def _head(self) -> Part:
+        """The head, which may be the embedding's other use."""
+        head, own = self._model.get_output_embeddings(), self._head_name
+        stored = own
+        if self._row.is_tied(self._source.config) or own not in self._tensors:
+            stored = f"{self._row.prefix}{self._pieces.embeddings[0]}.weight"
+        return head, {key: stored if key == "weight" else own[:-6] + key for key in head.state_dict()}
+
+    def _lent(self, index: int) -> Iterator[Part]:
+        """What layers of a block use of layers in other blocks."""
+        shared = shared_layers(self._source.config)
+        owners = dict.fromkeys(owner for user, owner in shared.items() if layer_number(user) == index)
+        for owner in owners:
+            if (other := layer_number(owner)) != index:
+                down = f"{suffix(owner)}.down"
+                yield self._part(f"{self._pieces.blocks}.{other}.{down}", self._layers[other].get_submodule(down))
+
     def _call(self, index: int, hidden: Tensor, mask: Tensor) -> Call:
         """What a block is called with for this batch; it depends on the mask and on the input's shape alone."""
         width = self._model.get_input_embeddings().weight.shape[1]
@@ -268,10 +319,15 @@ class ModelBlocks:
         return calls
 
     @contextmanager
-    def _weights(self, parts: Any) -> Iterator[None]:
-        """Give modules their weights, and take them away again."""
+    def _weights(self, parts: Iterable[Part], read: Callable[..., Tensor] | None = None) -> Iterator[None]:
+        """Give modules their weights, and take them away again.
+
+        Args:
+            parts: the modules.
+            read: reads one, from a reader, its name and the tensor whose place it takes; by default all of it.
+        """
         reader = WeightReader(self._source)
-        taken: list[tuple[nn.Module, str, nn.Parameter]] = []
+        taken: list[tuple[nn.Module, str, Tensor]] = []
         try:
             for module, names in parts:
                 for key, name in names.items():
@@ -279,14 +335,26 @@ class ModelBlocks:
                     owner = module.get_submodule(path)
                     empty = getattr(owner, last)
                     taken.append((owner, last, empty))
-                    setattr(owner, last, nn.Parameter(self._read(reader, name, empty), requires_grad=False))
+                    stored = (read or self._read)(reader, name, empty)
+                    is_weight = isinstance(empty, nn.Parameter)
+                    setattr(owner, last, nn.Parameter(stored, requires_grad=False) if is_weight else stored)
             yield
         finally:
             reader.close()
             for owner, last, empty in taken:
                 setattr(owner, last, empty)
 
-    def _read(self, reader: WeightReader, name: str, like: Tensor) -> Tensor:
+    def _begin(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None) -> Tensor:
+        """A tensor of which some rows are read; the others are whatever is there, in memory that nobody has touched."""
+        stored = self._read(reader, name, like, rows)
+        if len(stored) == len(like):
+            return stored
+        whole = stored.new_empty(like.shape)
+        whole[: len(stored)] = stored
+        return whole
+
+    def _read(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None = None) -> Tensor:
+        """A stored tensor, or some of its rows."""
         info = self._tensors.get(name)
         if info is None:
             raise InputError(f"{self._source.name} lacks {name}; the checkpoint is incomplete, fetch it again")
@@ -295,12 +363,22 @@ class ModelBlocks:
                 f"tensor {name} of {self._source.name} has shape {list(info.shape)}, but by config.json it must be "
                 f"{list(like.shape)}; config and weights are not of one model"
             )
-        stored = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
-        if not bool(torch.isfinite(stored).all()):
-            raise InputError(f"tensor {name} has NaN or infinite entries; repair the source checkpoint")
-        weight = stored.to(device=self.device, dtype=self.dtype)
-        if not bool(torch.isfinite(weight).all()):
-            raise InputError(f"tensor {name} exceeds the range of {self.dtype}; compute in another type")
+        if rows is not None:
+            info = info.rows(rows.start, rows.stop)
+        dtype = self.dtype if like.is_floating_point() else like.dtype
+        weight = torch.empty(info.shape, dtype=dtype, device=self.device)
+        flat, done = weight.view(-1), 0
+        # In pieces, so that a large one is not in memory in both types at a time.
+        for data in reader.stream(info):
+            stored = data.view(torch_dtype(info.dtype))
+            piece = flat[done : done + len(stored)].copy_(stored)
+            done += len(stored)
+            # of what isfinite() takes memory for, these are all that counts: NaN comes out of them as NaN
+            if all(bool(torch.isfinite(end)) for end in torch.aminmax(piece)):
+                continue
+            if not bool(torch.isfinite(stored).all()):
+                raise InputError(f"tensor {name} has NaN or infinite entries; repair the checkpoint")
+            raise InputError(f"tensor {name} exceeds the range of {dtype}; compute in another type")
         return weight
 
 
@@ -359,46 +437,3 @@ def _hollow(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None
 def _set(module: nn.Module, path: str, value: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, value)
-
-
-def _skeleton(source: Source) -> Any:
-    """The stock model in evaluation mode: its parameters on the meta device, its buffers real.
-
-    Buffers that are computed rather than stored (rotary frequencies, causal masks) have no values on the meta device
-    and come out uninitialised from ``to_empty``, so only parameters are left out.
-    """
-    import transformers
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    row = dense_architecture(source.config, source.name)
-    # as a checkpoint of ours would say it: some spellings of old are understood by no version or by one alone
-    settings = {key: value for key, value in source.config.items() if key != "model_type"}
-    settings |= row.config_overrides(source.config)
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    # Without it the config's half type becomes the type that buffers are computed in.
-    dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
-    try:
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
-            config = AutoConfig.for_model(source.config["model_type"], **settings)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype)
-    except (ValueError, TypeError, KeyError, RuntimeError, _config_error()) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"config.json of {source.name} cannot be used: {reason}") from None
-    return model.eval()
-
-
-def _config_error() -> type[Exception]:
-    """What transformers 5 raises for a config that contradicts itself; before it was a ValueError."""
-    from huggingface_hub import errors
-
-    found = getattr(errors, "StrictDataclassError", ValueError)
-    assert issubclass(found, Exception)
-    return found
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            assert not buffer.is_meta, name
-            part._buffers[name] = buffer.to(device)

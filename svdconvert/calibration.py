@@ -17,9 +17,9 @@ Memory, with B sequences of T tokens in a batch, N in all, hidden size h and inn
 one block, or of the embeddings, or of the head, in the type that is computed in; the Grams of one block in float64, in
 a GPT-NeoX block 8 (3 h^2 + f^2) bytes for C and 8 (11 h^2 + f^2) for G; :data:`ROWS` rows of a layer's input in
 float64; what one block's forward and backward passes hold for B T tokens; for the Fisher vector one matrix and its
-square; and the logits of :mod:`svdconvert.head`, a few times over. On the host: a batch of activations, and of several processes
-with devices of their own the same Grams once more. On disk: N T h numbers for each block where gradients are needed, for two
-blocks where they are not.
+square; and the logits of :mod:`svdconvert.head`, a few times over. On the host: a batch of activations, and of several
+processes with devices of their own the same Grams once more. On disk: N T h numbers for each block where gradients are
+needed, for two blocks where they are not.
 
 Several processes (``processes.py``) take a part of the sequences each, and a block's sums are added up over them, in
 float64 and with the same bits for all. They differ from a single process's by the order of the additions alone, a few

@@ -216,7 +216,7 @@ def convert(
         overwrite: replace what the folder holds.
         workers: matrices solved at the same time; memory grows with it. None: one a core on the CPU, two on a GPU, as
             far as memory goes.
-        check: load the result afterwards and look at its logits.
+        check: run a few tokens through the result afterwards and look at its logits.
         push_to_hub: repository to upload the result to.
         private: make that repository private if it has to be created.
         hub_revision: branch to upload to.

@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from svdconvert.errors import InputError
@@ -100,6 +100,16 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes of the data."""
         return self.size * DTYPES[self.dtype][0]
+
+    def rows(self, begin: int, end: int) -> TensorInfo:
+        """Some of the rows of a stored tensor, the first dimension's, to be read as a tensor of their own.
+
+        >>> TensorInfo("head", "F16", (10, 4)).rows(2, 5).cut
+        Cut(tensor='head', start=16, length=24, stride=80)
+        """
+        unit = self.nbytes // self.shape[0]
+        cut = Cut(self.name, begin * unit, (end - begin) * unit, self.nbytes)
+        return replace(self, shape=(end - begin, *self.shape[1:]), cut=cut)
 
 
 def parameters(tensors: Iterable[TensorInfo]) -> int:

@@ -55,8 +55,7 @@ class Outcome:
         folder: the result.
         record: its svdconvert.json.
         seconds: wall time of this run.
-        peak_memory_bytes: highest resident memory of the process until the result was written; checking it takes the
-            whole model's size.
+        peak_memory_bytes: highest resident memory of the process so far, the self-check included.
         peak_device_bytes: highest memory allocated on the GPU; 0 on the CPU.
         resumed: computed steps that an earlier, interrupted run had done.
         already_done: the finished result was there before, nothing was computed.
@@ -97,7 +96,7 @@ def run_job(
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         workers: matrices in work at the same time.
         overwrite: replace what the folder holds.
-        check: load the result afterwards.
+        check: run a few tokens through the result afterwards.
         events: receiver of progress.
 
     Raises:
@@ -141,8 +140,8 @@ def run_job(
         pipeline = Pipeline(
             source, job.steps, job.shards, output, device=target, workers=workers, events=events, times=times
         )
-        reports = pipeline.run()
-        peak = checkpoint.peak_memory_bytes()
+        reports, resumed = pipeline.run(), pipeline.resumed
+        del pipeline  # its buffers, so that the check does not come on top of them
         stages = times.to_json()
         stages["solve"]["workers"] = workers
         timing = group.gather(stages)
@@ -153,7 +152,6 @@ def run_job(
             checkpoint.write_model_files(
                 output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
             )
-            peak = checkpoint.peak_memory_bytes()
             if check:
                 from svdconvert.verification import self_check
 
@@ -165,9 +163,9 @@ def run_job(
         folder,
         record,
         time.perf_counter() - start,
-        peak,
+        checkpoint.peak_memory_bytes(),
         torch.cuda.max_memory_allocated(target) if target.type == "cuda" else 0,
-        resumed=pipeline.resumed,
+        resumed=resumed,
         checks=checks,
     )
 

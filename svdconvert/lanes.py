@@ -80,6 +80,9 @@ class _CudaLanes(Lanes):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
+        # torch loads its library of solvers at their first call, which must not be several threads' at once
+        # (pytorch/pytorch#90613)
+        torch.linalg.eigh(torch.eye(2, device=device))
         self._arriving, self._leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def staging(self, size: int) -> Tensor:

@@ -21,9 +21,16 @@ from svdconvert.solver import CANCELLATION, SINGULAR, Factors, float32_is_enough
 PANEL = 4096
 
 # What is known of each matrix, in this order: its largest absolute entry; the highest eigenvalue and the lowest wanted
-# one; squared norms of the matrix, of what the best product loses and of what the rounded one does; whether the
-# columns of the rounded smaller factor are independent, and whether both factors are finite.
-FACTS = ("largest", "highest", "lowest", "total", "tail", "loss", "independent", "finite")
+# one; the squared norm of the matrix, and the same as the sum of all eigenvalues; the norm of G Q - Q diag(values) for
+# the wanted eigenvectors Q of its Gram matrix G, over that of the values; squared norms of what the best product loses
+# by its eigenvalues and of what the rounded one does; whether the columns of the rounded smaller factor are
+# independent, and whether both factors are finite.
+FACTS = ("largest", "highest", "lowest", "energy", "total", "astray", "tail", "loss", "independent", "finite")
+
+# Batched eigensolvers have given wrong vectors without a word (pytorch/pytorch#192483, cuSOLVER before 11.7.3), so they
+# are not trusted: eigenvalues have to add up to the squared norm, and eigenvectors to be some, within these shares; and
+# the product may lose more than its eigenvalues say by the last of them, and by what rounding explains.
+SUM_SHARE, VECTOR_SHARE, LOSS_SHARE = 1e-4, 1e-3, 1e-2
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class StackedFactors:
     Attributes:
         down: [s, r, n].
         up: [s, m, r].
-        facts: [s, 8] float64, see :data:`FACTS`.
+        facts: [s, 10] float64, see :data:`FACTS`.
     """
 
     down: Tensor
@@ -57,18 +64,21 @@ def factorize_stack(weights: Tensor, rank: int, dtype: torch.dtype) -> StackedFa
     for _, piece in _panels(weights):
         rows = piece if tall else piece.mT
         gram.baddbmm_(rows.mT, rows)
+    energy = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
     # The eigensolver raises an error for what is not finite, instead of giving it on.
     values, vectors = torch.linalg.eigh(gram.nan_to_num_(0.0, 0.0, 0.0))
+    wanted, leading = values[:, -rank:].flip(1), vectors[..., -rank:].flip(2)
+    astray = torch.linalg.vector_norm(gram @ leading - leading * wanted[:, None], dim=(1, 2))
+    astray = astray / torch.linalg.vector_norm(wanted, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    small = (leading * wanted.clamp_min(0).pow(0.25)[:, None]).to(dtype)
+    del gram, vectors, leading
     values = values.double()
     kept = values.clamp_min(0)
-    lengths = kept[:, -rank:].flip(1).sqrt().float()
-    small = (vectors[..., -rank:].flip(2) * lengths.sqrt()[:, None]).to(dtype)
-    del gram, vectors
     lifted = small.float()
     solved, independent = _pseudo_inverse(lifted)
     overlap = lifted.mT @ lifted
     large = torch.empty((count, m, rank) if tall else (count, rank, n), dtype=dtype, device=weights.device)
-    loss = total = kept.sum(1)
+    loss = energy
     for part, piece in _panels(weights):
         best = piece @ solved.mT if tall else (solved @ piece).mT  # [s, p, r]
         rounded = best.to(dtype)
@@ -77,10 +87,10 @@ def factorize_stack(weights: Tensor, rank: int, dtype: torch.dtype) -> StackedFa
         # as in the solver: what the best partner leaves, and what rounding it adds
         loss = loss + ((stored @ overlap) * (stored - 2 * best)).sum((1, 2), dtype=torch.float64)
     finite = torch.isfinite(small).flatten(1).all(1) & torch.isfinite(large).flatten(1).all(1)
-    facts = [torch.maximum(high, -low), values[:, -1], values[:, -rank], total, kept[:, :-rank].sum(1), loss]
-    facts = [fact.double() for fact in (*facts, independent, finite)]
+    facts = [torch.maximum(high, -low), values[:, -1], values[:, -rank], energy, kept.sum(1), astray]
+    facts += [kept[:, :-rank].sum(1), loss, independent, finite]
     down, up = (small.mT.contiguous(), large) if tall else (large, small.contiguous())
-    return StackedFactors(down, up, torch.stack(facts, 1))
+    return StackedFactors(down, up, torch.stack([fact.double() for fact in facts], 1))
 
 
 def settle(weights: Tensor, found: StackedFactors, facts: Tensor) -> list[Factors | None]:
@@ -92,26 +102,32 @@ def settle(weights: Tensor, found: StackedFactors, facts: Tensor) -> list[Factor
 
     Returns:
         The factors, on the device; None for a matrix that :func:`svdconvert.solver.factorize` has to do again: it is
-        not finite, its squares leave float32's range, its singular values are too far apart, or the factors leave the
-        range of their type.
+        not finite, its squares leave float32's range, its singular values are too far apart, the factors leave the
+        range of their type, or the eigensolver was wrong.
     """
     settled: list[Factors | None] = []
     for weight, down, up, row in zip(weights, found.down, found.up, facts.tolist(), strict=True):
         told = dict(zip(FACTS, row, strict=True))
-        total, tail, loss = told["total"], told["tail"], max(told["loss"], 0.0)
+        energy, tail, loss = told["energy"], told["tail"], max(told["loss"], 0.0)
         good = math.isfinite(told["largest"]) and scale_of(told["largest"]) == 1 and told["independent"]
         if not (good and told["finite"] and float32_is_enough(told["highest"], told["lowest"])):
             settled.append(None)
             continue
-        if loss < CANCELLATION[torch.float32] * total:
+        if loss < CANCELLATION[torch.float32] * energy:
             loss = residual_of(weight, down, up)
-        error = relative(loss, total)
+        rounding = 16 * torch.finfo(down.dtype).eps ** 2 + 1e-6  # of float32's sums
+        excess, whole = loss - tail, abs(told["total"] - energy)
+        sound = whole <= SUM_SHARE * energy and told["astray"] <= VECTOR_SHARE
+        if not sound or excess > LOSS_SHARE * tail + rounding * energy:
+            settled.append(None)
+            continue
+        error = relative(loss, energy)
         settled.append(
             Factors(
                 down=down,
                 up=up,
                 relative_error=error,
-                optimal_error=relative(tail, total),
+                optimal_error=relative(tail, energy),
                 metric_error=error,
                 metric_loss=loss,
                 rounding_excess=(loss - tail) / tail if tail > 0 else None,

@@ -274,7 +274,7 @@ def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file from the tensors' own memory; its name never shows half of it."""
+    """Write a safetensors file, one tensor at a time; its name never shows half of it."""
     infos = [
         TensorInfo(name, CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         for name, tensor in tensors.items()
@@ -285,7 +285,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         with temporary.open("wb", buffering=0) as handle:
             handle.write(header)
             for name in sorted(tensors, key=starts.__getitem__):
-                view = as_bytes(tensors[name].contiguous())
+                view = as_bytes(tensors[name].cpu().contiguous())
                 while view:
                     view = view[handle.write(view) :]
             assert handle.tell() == size

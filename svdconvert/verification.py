@@ -16,16 +16,14 @@ from svdconvert.densifying import outer_shape
 from svdconvert.errors import InputError, JobError
 from svdconvert.headers import DTYPES, TensorInfo
 from svdconvert.layouts import layout_of, stored_names
-from svdconvert.loading import available_memory_bytes, factored_classes, load_model, quiet_transformers
+from svdconvert.loading import factored_classes, quiet_transformers
 from svdconvert.pivoting import full_up
+from svdconvert.probing import PROBE, probe
 from svdconvert.sharing import relative_error
 from svdconvert.source import LocalSource, Source, listing, open_source
 from svdconvert.splitting import split_layers, split_tensors
 from svdconvert.weights import WeightReader
 from svdconvert.writer import RECORD
-
-# Token ids for the trial run: any will do, they only have to be in the vocabulary and not all alike.
-_PROBE = 16
 
 # Two float64 evaluations of the same stored numbers agree far better; the record was computed in float32.
 _ERROR_TOLERANCE = 1e-3
@@ -50,7 +48,7 @@ def self_check(folder: Path, config: Mapping[str, Any]) -> list[str]:
         JobError: the files do not make the model that the config describes.
     """
     source = _Files(folder, config)
-    checks = [_keys_and_shapes(source, config), _logits(folder, source, config)]
+    checks = [_keys_and_shapes(source, config), _logits(folder, source)]
     for check in checks:
         if not check.passed:
             raise JobError(
@@ -79,7 +77,7 @@ def verify(folder: Path, against: str | None = None, revision: str | None = None
     checks = [_modeling_file(folder, row), _ranks(source, row)]
     checks.append(_keys_and_shapes(source, source.config))
     if all(check.passed for check in checks[1:]):
-        checks.append(_logits(folder, source, source.config))
+        checks.append(_logits(folder, source))
     if against is not None:
         checks += _compare(source, open_source(against, revision, download_folder=None), row, folder)
     return checks
@@ -123,7 +121,7 @@ def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:
     """Build the model without memory and compare what it expects with what the files hold."""
     name = "keys and shapes"
     try:
-        expected = _expected_tensors(config)
+        expected = expected_tensors(config)
     except (ValueError, TypeError) as error:
         return Check(name, False, str(error).splitlines()[0])
     found = {key: info.shape for key, info in source.tensors.items()}
@@ -138,8 +136,12 @@ def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:
     return Check(name, not problems, "; ".join(problems) or f"{len(expected)} tensors, none missing or unexpected")
 
 
-def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Parameters of the model that a config describes, under their names on the disk."""
+def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a config describes, dense or factored, under their names on the disk.
+
+    Raises:
+        ValueError, TypeError: the config contradicts itself.
+    """
     if "svd_ranks" not in config:
         return dense_architecture(config, "the result").parameters(config)
     config_class, model_class = factored_classes(factored_architecture(config, "the result"))
@@ -149,28 +151,12 @@ def _expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
 
 
-def _logits(folder: Path, source: Source, config: Mapping[str, Any]) -> Check:
-    """Load the model for real and run a few tokens, if it fits."""
-    name = "logits"
-    # In float32, beside the files while they are read.
-    needed = sum(4 * info.size + info.nbytes for info in source.tensors.values())
-    available = available_memory_bytes()
-    if needed > available / 2:
-        return Check(
-            name,
-            True,
-            f"not run, since the model takes {needed / 1e9:.1f} GB of the {available / 1e9:.1f} GB available",
-        )
+def _logits(folder: Path, source: Source) -> Check:
     try:
-        model = load_model(folder, "cpu", torch.float32, config)
+        how = probe(folder, source)
     except InputError as error:
-        return Check(name, False, str(error))
-    ids = torch.arange(_PROBE).remainder(int(config["vocab_size"]))[None]
-    with torch.inference_mode():
-        logits = model(input_ids=ids).logits
-    if not bool(torch.isfinite(logits).all()):
-        return Check(name, False, "NaN or infinite values for a few tokens")
-    return Check(name, True, f"finite for {_PROBE} tokens")
+        return Check("logits", False, str(error))
+    return Check("logits", True, f"finite for {PROBE} tokens, {how}")
 
 
 def _compare(factored: Source, dense: Source, row: Architecture, folder: Path) -> list[Check]:

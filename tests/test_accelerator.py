@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_conversion import products
 from test_methods import DATA_AWARE
 
-from svdconvert import Calibration, convert, densify
+from svdconvert import Calibration, calibrate, convert, densify
 
 
 @pytest.fixture
@@ -102,6 +102,15 @@ def test_calibrated(options: dict[str, Any], dense: Path, varied: Calibration, d
         convert(dense, tmp_path / name, keep=0.5, device=name, calibration=varied, **options)
     assert far(tmp_path / "cpu", tmp_path / device) < 2e-2
     assert_same_errors(tmp_path / "cpu", tmp_path / device, 1e-3)
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="asks torch.autocast about the device's name")
+def test_statistics(dense: Path, varied: Calibration, device: str, tmp_path: Path) -> None:
+    for name in ("cpu", device):
+        calibrate(dense, varied, tmp_path / f"{name}-statistics", device=name)
+        stats = tmp_path / f"{name}-statistics"
+        convert(dense, tmp_path / name, keep=0.5, device=name, method="kfac", stats=stats, check=False)
+    assert far(tmp_path / "cpu", tmp_path / device) < 2e-2
 
 
 def test_densify(factored: Path, device: str, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from svdconvert.events import Events
 from svdconvert.layouts import LAYOUTS
 from svdconvert.metrics import METHODS
 from svdconvert.names import layer_number, suffix
+from svdconvert.probing import logits_by_block
 from svdconvert.replaying import measure_losses
 from svdconvert.source import LocalSource
 from svdconvert.verification import failed
@@ -97,6 +98,10 @@ def logits(model: Any, ids: Tensor = IDS, mask: Tensor | None = None, **options:
 
 def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
+
+
+def by_block(folder: Path, ids: Tensor = IDS) -> Tensor:
+    return torch.cat(list(logits_by_block(LocalSource(folder), ids)), -1)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -176,12 +181,22 @@ def test_verify(dense: Path, pair: SimpleNamespace) -> None:
     assert not failed(verify(pair.factored, str(dense)))
 
 
+def test_logits_by_block(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one block, and a part of the head, in memory at a time; rows of the table that no token needs are not."""
+    monkeypatch.setattr("svdconvert.blocks.HEAD_BYTES", 64 * 4 * 33)
+    for folder in (pair.factored, pair.densified):
+        model = load(folder)
+        for ids in (IDS, IDS.remainder(3)):  # below the padding token, too
+            assert distance(by_block(folder, ids), logits(model, ids)) < 1e-5
+
+
 def test_layers_that_share_a_factor(row: Architecture, dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "shared", keep=0.6, share_layers=2, device="cpu")
     densify(tmp_path / "shared", tmp_path / "densified", device="cpu")
     model, stock = load(tmp_path / "shared"), load(tmp_path / "densified")
     assert len(model.config.svd_shared) == len(row.targets)
     assert distance(logits(model), logits(stock)) < 1e-4
+    assert distance(logits(model), by_block(tmp_path / "shared")) < 1e-5
     assert not failed(verify(tmp_path / "shared", str(dense)))
     model.save_pretrained(tmp_path / "again")
     assert_sound(tmp_path / "again", row, tmp_path / "shared")

@@ -88,6 +88,7 @@ def book(monkeypatch: pytest.MonkeyPatch) -> Book:
     real_to: Callable[..., torch.Tensor] = torch.Tensor.to
     real_copy: Callable[..., torch.Tensor] = torch.Tensor.copy_
     real_empty: Callable[..., torch.Tensor] = torch.empty
+    real_eye: Callable[..., torch.Tensor] = torch.eye
 
     def to(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         if args and args[0] == DEVICE:
@@ -105,6 +106,8 @@ def book(monkeypatch: pytest.MonkeyPatch) -> Book:
             book.write("pinned")
         return real_empty(*args, **options)
 
+    # what is there before there are streams
+    monkeypatch.setattr(torch, "eye", lambda size, device=None, **options: real_eye(size, **options))
     monkeypatch.setattr(torch.cuda, "Stream", new_stream)
     monkeypatch.setattr(torch.cuda, "stream", Reentrant)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: book.current)

@@ -22,6 +22,7 @@ from test_families import (  # noqa: F401 - these run here too, on the checkpoin
     test_base_model,
     test_engine_that_replaces_every_linear_layer,
     test_generation,
+    test_logits_by_block,
     test_round_trip,
     test_sequence_classification,
 )

@@ -98,6 +98,32 @@ def test_what_asks_for_more_is_left_to_the_solver(what: str) -> None:
     assert second is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wrong", ["vectors", "values", "both"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wrong_eigenvectors_are_found_out(
+    shape: tuple[int, int], wrong: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a batched eigensolver has returned them at times: the diagonal and the unit matrix, or anything else."""
+    real = torch.linalg.eigh
+
+    def eigh(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        diagonal = gram[1].diagonal().clone()
+        values, vectors = real(gram)
+        order = diagonal.argsort()
+        if wrong != "values":
+            vectors[1] = torch.eye(len(diagonal))[:, order]
+        if wrong != "vectors":
+            values[1] = diagonal[order] if wrong == "both" else values[1] * 1.01
+        return values, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    weights = stack(shape, [0.3, 0.5, 0.8], dtype)
+    found = factorize_stack(weights, 24, dtype)
+    settled = settle(weights, found, found.facts)
+    assert [factors is None for factors in settled] == [False, True, False]
+
+
 def test_zeros() -> None:
     weights = torch.zeros(2, 40, 30)
     weights[1] = matrix(40, 30, power_law(30, 0.5)).float()

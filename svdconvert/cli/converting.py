@@ -245,7 +245,7 @@ _method_options = _options(
 @click.option("--keep-work", is_flag=True, help="Keep them beside the result: short for --work OUT-work.")
 @_workers_option
 @overwrite_option
-@click.option("--no-check", is_flag=True, help="Do not load the result afterwards.")
+@click.option("--no-check", is_flag=True, help="Leave out the check of the result: keys, shapes and logits.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen, from headers alone, and stop.")
 @json_option
 @verbose_option

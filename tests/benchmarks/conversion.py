@@ -60,7 +60,7 @@ def convert(
         "tool_seconds": report["seconds"],
         "tool_peak_bytes": report["peak_memory_bytes"],
         "peak_device_bytes": report["peak_device_bytes"],
-        # Before the self-check, which loads the result for a trial run if the machine has the memory.
+        # Before the self-check, for which transformers is imported and the result run block by block.
         "conversion_peak_bytes": measured.marks.get(WROTE) or measured.peak_bytes,
         "solver_s": round(sum(matrix["seconds"] for matrix in matrices), 2),
         "solver_s_by_kind": _by_kind({name: m["seconds"] for name, m in record["matrices"].items()}),

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.growth --layers 2 4 8 --hidden 256 512 --rank 64 128 --repeats 3
 
 One of the three is varied at a time, the others stay at their first value; every conversion is a process of its own,
-without the self-check (which loads the result on purpose), and the settings take turns within each round. Medians over
+without the self-check (which loads a small result whole), and the settings take turns within each round. Medians over
 the rounds. Writes JSON, Markdown and a picture.
 """
 

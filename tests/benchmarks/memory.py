@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.memory --hidden 512 --layers 2 8 24
 
-Every conversion is a process of its own, without the self-check (which loads the result on purpose); all settings take
+Every conversion is a process of its own, without the self-check (which loads a small result whole); all settings take
 turns within each round, medians over the rounds. Writes JSON, Markdown and a picture.
 """
 

@@ -1,0 +1,80 @@
+"""Models without weights: the classes that a checkpoint is loaded into, dense or factored, on the meta device."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdconvert.architectures import Architecture
+from svdconvert.errors import InputError
+from svdconvert.loading import factored_classes, quiet_transformers
+from svdconvert.source import Source
+
+
+def is_factored(source: Source) -> bool:
+    """Whether a checkpoint has factors in the place of weights."""
+    return "svd_ranks" in source.config
+
+
+def skeleton(source: Source, row: Architecture) -> Any:
+    """The causal model in evaluation mode: its parameters on the meta device, its buffers real.
+
+    Buffers that are computed rather than stored (rotary frequencies, causal masks) have no values on the meta device
+    and come out uninitialised from ``to_empty``, so only parameters are left out.
+
+    Args:
+        source: the checkpoint; only its config is read.
+        row: its architecture.
+
+    Raises:
+        InputError: its config contradicts itself.
+    """
+    from accelerate import init_empty_weights
+
+    build = _factored if is_factored(source) else _dense
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            model = build(source, row)
+    except (ValueError, TypeError, KeyError, RuntimeError, _config_error()) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"config.json of {source.name} cannot be used: {reason}") from None
+    return model.eval()
+
+
+def _dense(source: Source, row: Architecture) -> Any:
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # as a checkpoint of ours would say it: some spellings of old are understood by no version or by one alone
+    settings = {key: value for key, value in source.config.items() if key != "model_type"}
+    settings |= row.config_overrides(source.config)
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    # Without it the config's half type becomes the type that buffers are computed in.
+    dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
+    config = AutoConfig.for_model(source.config["model_type"], **settings)
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype)
+
+
+def _factored(source: Source, row: Architecture) -> Any:
+    config_class, model_class = factored_classes(row)
+    return model_class(config_class(**source.config))
+
+
+def _config_error() -> type[Exception]:
+    """What transformers 5 raises for a config that contradicts itself; before it was a ValueError."""
+    from huggingface_hub import errors
+
+    found = getattr(errors, "StrictDataclassError", ValueError)
+    assert issubclass(found, Exception)
+    return found
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put the buffers of a module on a device."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            assert not buffer.is_meta, name
+            part._buffers[name] = buffer.to(device)
