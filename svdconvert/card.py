@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from svdconvert.architectures import Architecture
+from svdconvert.fast import done
 from svdconvert.metrics import LOW_GUESS, METHODS, calibrated
 from svdconvert.names import suffix
 from svdconvert.planning import Plan
@@ -52,13 +53,14 @@ def factored_card(
         losses: what it tells of the loss on the calibration text.
     """
     method = METHODS[plan.method]
+    solver = f" Fast solver: {done(list(matrices.values()))}." if settings["solver"] == "fast" else ""
     looked = f" Calibrated on {calibrated(method, settings)}." if "tokens" in settings else ""
     lines = [
         f"# {source.name.split('/')[-1]}, factored",
         "",
         f"[{source.name}]{_link(source)} with its linear layers replaced by products of low rank, made by svdconvert.",
         "",
-        f"Method `{plan.method}`: {method.summary}.{looked} Layout `{plan.settings['layout']}`.",
+        f"Method `{plan.method}`: {method.summary}.{looked} Layout `{plan.settings['layout']}`.{solver}",
         "",
         *(_SHARED if plan.shared else ()),
         "| | parameters | bytes |",

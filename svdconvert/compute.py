@@ -12,6 +12,7 @@ from torch import Tensor
 
 from svdconvert.architectures.row import Section
 from svdconvert.errors import InputError
+from svdconvert.filtered import factorize_fast
 from svdconvert.headers import TensorInfo
 from svdconvert.pivoting import full_up, pivot, product, rounded_coefficients
 from svdconvert.sharing import SharedFactors, plain_shared, relative_error, truncate_shared
@@ -19,14 +20,17 @@ from svdconvert.solver import Decomposition, Factors, Metric, Workspace, apply_m
 from svdconvert.steps import Step
 from svdconvert.weights import torch_dtype
 
+# Value of a step's option -> what computes the factors.
+_SOLVERS = {"exact": factorize, "fast": factorize_fast}
+
 Operation = Callable[[Sequence[Tensor], Step, Workspace], tuple[list[Tensor], dict[str, Any]]]
 
 
 def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W -> the tensors of its layout."""
     (weight,) = matrices(inputs, step)
-    rank = step.options["rank"]
-    return _stored(weight, step, lambda dtype: factorize(weight, rank, dtype, workspace), None, None)
+    rank, solve = step.options["rank"], _SOLVERS[step.options.get("solver", "exact")]
+    return _stored(weight, step, lambda dtype: solve(weight, rank, dtype, workspace), None, None)
 
 
 def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -163,13 +167,24 @@ def _stored(
     lost = exact - stored_product(tensors)
     added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
     told = {"rounding_excess": added / factors.metric_loss if factors.metric_loss > 0 else None}
+    told |= _solver(step, factors)
     return tensors, _report(step, weight, error, factors.optimal_error, factors.precision) | told
 
 
 def balanced_report(step: Step, weight: Tensor, factors: Factors) -> dict[str, Any]:
     """What to record of a truncation in the balanced layout."""
     told = {"rounding_excess": factors.rounding_excess, "basis": factors.basis}
+    told |= _solver(step, factors)
     return _report(step, weight, factors.relative_error, factors.optimal_error, factors.precision) | told
+
+
+def _solver(step: Step, factors: Factors) -> dict[str, Any]:
+    """Which solver the factors come from, where there was a choice."""
+    if "solver" not in step.options:
+        return {}
+    if factors.certificate is None:
+        return {"solver": "exact"}
+    return {"solver": "filtered", "certificate": factors.certificate}
 
 
 def _report(step: Step, weight: Tensor, error: float, optimal_error: float, precision: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert import card, checkpoint, processes
+from svdconvert import card, checkpoint, fast, processes
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, check_parts, default_method, find_knowledge
@@ -62,8 +62,11 @@ class Report:
         rank, shape ``[out, in]``, precision (of the eigenproblem), seconds; relative_error, ||W - BA|| / ||W|| of the
         stored factors, optimal_error, the same of the best product in the method's metrics, before rounding,
         energy_kept, 1 - relative_error^2; rounding_excess, what the storage type adds to the loss in the method's
-        metrics, relative to the best product's (of independent rounding errors), and for two factors basis, the one
-        that was rounded (``singular vectors``, or a row of :data:`svdconvert.rounding.BASES`). With decompositions:
+        metrics, relative to what it is before rounding (of independent rounding errors), and for two factors basis,
+        the one that was rounded (``singular vectors``, or a row of :data:`svdconvert.rounding.BASES`). Where the fast
+        solver was tried: solver, ``filtered`` with its certificate, by how much the error before rounding is estimated
+        to be above the least one at most, relative to it (optimal_error is then the least that this leaves possible),
+        or ``exact``, where it could not be certified and the matrix was solved exactly. With decompositions:
         whole and lost, the sum of the squared singular values in the method's metrics and of those cut off. Where the
         second moments C of the layer's inputs are known (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||,
         the relative error of its outputs on the calibration text, before rounding. Where the metrics are those of the
@@ -113,6 +116,7 @@ def plan(
     layout: str = DEFAULT.name,
     share_layers: int = 1,
     split_fused: bool = False,
+    solver: str = "exact",
 ) -> Plan:
     """What :func:`convert` would do, from config and headers alone.
 
@@ -132,6 +136,7 @@ def plan(
         layout: how the products are stored, see :func:`convert`.
         share_layers: consecutive layers that share the input-side factor of each kind of matrix, see :func:`convert`.
         split_fused: factor queries, keys and values that are one matrix as three, see :func:`convert`.
+        solver: ``exact`` or ``fast``, see :func:`convert`.
 
     Raises:
         InputError: the model or the request cannot be used; the message says why.
@@ -147,6 +152,7 @@ def plan(
         layout=layout,
         share_layers=share_layers,
         split_fused=split_fused,
+        solver=solver,
         max_shard_bytes=_bytes(max_shard_size),
     )
 
@@ -173,6 +179,7 @@ def convert(
     layout: str = DEFAULT.name,
     share_layers: int = 1,
     split_fused: bool = False,
+    solver: str = "exact",
     refit: str = "none",
     stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,
@@ -207,6 +214,10 @@ def convert(
             stored once and buys more rank for the same size. A group is one matrix to ranks and budgets.
         split_fused: queries, keys and values that are one matrix (GPT-NeoX, Phi-3, GPT-2) are factored as three, each
             with a rank and a metric of its own; the checkpoint has three layers in the place of one.
+        solver: ``exact``, or ``fast``: plain SVD on the CPU, where the rank is so low that it is at least 1.5 times as
+            fast (:func:`svdconvert.fast.acts`), by a filtered subspace whose error is estimated to be at most 0.1 %
+            above the least one (:mod:`svdconvert.filtered`); all other matrices are solved exactly, and those that
+            miss this bound.
         refit: ``sequential`` fits the outer factors to the dense model on the inputs that the compressed layers before
             them give, see :mod:`svdconvert.refitting`; ``none`` leaves the truncation as it is.
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
@@ -241,9 +252,18 @@ def convert(
         raise InputError(f"--refit {refit} does not go with --share-layers; leave one of them out")
     check_knowledge(row, calibration, stats, refit=refit)
     check_parts(row, collected=stats is not None, split_fused=split_fused)
+    fast.check_solver(
+        solver,
+        row.name,
+        share_layers=share_layers,
+        allocation=spread,
+        refit=refit,
+        keeps=keep_work or work is not None,
+    )
     if keep_work and work is not None:
         raise InputError(f"give either --keep-work, which keeps them in {kept_work(folder)}, or --work FOLDER")
     used_device = resolve_device(device)
+    refused_fast = solver == "fast" and used_device != "cpu"
     group = processes.current()
     if push_to_hub and group.leader:
         from svdconvert.hub import check_push
@@ -256,11 +276,14 @@ def convert(
         "layout": layout,
         "share_layers": share_layers,
         "split_fused": split_fused,
+        "solver": "exact" if refused_fast else solver,
         "max_shard_bytes": max_shard_bytes,
     }
     if method != row.name:
         events.note(f"{method} has the same optimum as {row.name}, which computes it")
     made = make_plan(source, request, method=row.name, **planned)
+    if refused_fast:
+        made = replace(made, notes=(*made.notes, fast.NOT_ON_A_GPU))
     settings = {**made.settings, "allocation": spread, "refit": refit, **options}
     knowledge = find_knowledge(source, calibration, stats)
     if knowledge is not None:
@@ -556,6 +579,7 @@ def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str
     words += ["--layout", settings["layout"]] if settings["layout"] != DEFAULT.name else []
     words += ["--share-layers", str(settings["share_layers"])] if settings["share_layers"] > 1 else []
     words += ["--split-fused"] if settings["split_fused"] else []
+    words += ["--solver", settings["solver"]] if settings["solver"] != "exact" else []
     words += ["--allocation", "global"] if settings["allocation"] == "global" else []
     for option in method_named(made.method).options:
         words += [f"--{option}", f"{settings[option]:g}"]

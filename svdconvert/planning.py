@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from svdconvert import fast
 from svdconvert.architectures import Architecture, dense_architecture
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo, parameters
@@ -215,6 +216,7 @@ def make_plan(
     layout: str = DEFAULT.name,
     share_layers: int = 1,
     split_fused: bool = False,
+    solver: str = "exact",
 ) -> Plan:
     """Plan a conversion.
 
@@ -232,12 +234,14 @@ def make_plan(
         refitted: module path -> file with its refitted factors, where there are such.
         share_layers: consecutive layers that share their input-side factor.
         split_fused: whether queries, keys and values that are one matrix are factored as three.
+        solver: one of :data:`svdconvert.fast.SOLVERS`.
 
     Raises:
         InputError: the source is not supported, lacks tensors, or cannot meet the request.
     """
     row = dense_architecture(source.config, source.name)
     method = method_named(method).name
+    fast.check_solver(solver, method, share_layers=share_layers)
     if dtype != "keep" and CODES.get(dtype) not in FLOATS - {"F64"}:
         raise InputError(f"--dtype {dtype!r} is unknown; choose keep, float16, bfloat16 or float32")
     dropped = [name for name in source.tensors if row.is_dropped(name)]
@@ -256,9 +260,10 @@ def make_plan(
     # a projection of which every part stays dense stays whole
     split = {part.fused for target in ranked if target.rank is not None for part in target.parts}
     cut = split_tensors(kept, row, source.config, split.__contains__)
-    steps = _steps(cut, ranked, row, dtype, decompositions or {}, refitted or {}, stored)
+    steps = _steps(cut, ranked, row, dtype, decompositions or {}, refitted or {}, stored, solver)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
+    notes = _notes(source, dropped, copies, ranked, request, untouched, share_layers)
     return Plan(
         source=source.name,
         commit=source.commit,
@@ -271,7 +276,7 @@ def make_plan(
         params_after=parameters(outputs),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
-        notes=tuple(_notes(source, dropped, copies, ranked, request, untouched, share_layers)),
+        notes=(*notes, fast.planned(steps)) if solver == "fast" else tuple(notes),
         settings={
             "method": method,
             "targets": list(targets),
@@ -280,6 +285,7 @@ def make_plan(
             "layout": layout,
             "share_layers": share_layers,
             "split_fused": split_fused,
+            "solver": solver,
             "max_shard_bytes": max_shard_bytes,
         },
     )
@@ -424,6 +430,7 @@ def _steps(
     decompositions: Mapping[str, Mapping[str, Any]],
     refitted: Mapping[str, str],
     layout: Layout,
+    solver: str,
 ) -> list[Step]:
     """One step per source tensor or group, in the order of the source's files, so that each file is needed once.
 
@@ -442,6 +449,8 @@ def _steps(
                 options = dict(decompositions.get(target.module, {}))
                 if target.module in refitted:
                     options["refitted"] = refitted[target.module]
+                if solver == "fast" and fast.acts(target.shape, target.rank or 0):
+                    options["solver"] = solver
                 steps.append(_factor_step(tensors, target, row, code, layout, options))
             continue
         full = row.full_name(name)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from svdconvert.events import Events
+from svdconvert.fast import done
 from svdconvert.metrics import LOW_GUESS, METHODS, calibrated
 from svdconvert.steps import Step
 
@@ -97,6 +98,8 @@ def show_result(console: Console, report: Report) -> None:
         mean = sum(errors) / len(errors)
         rows.append(("relative error", f"mean {mean:.4f}, worst {max(errors):.4f} ({worst}){resumed}"))
     settings = outcome.record["settings"]
+    if settings["solver"] == "fast":
+        rows.append(("fast solver", done(list(report.matrices.values()))))
     if "tokens" in settings:
         rows.append(("calibration", calibrated(METHODS[plan.method], settings)))
     outputs = [float(matrix["output_error"]) for matrix in report.matrices.values() if "output_error" in matrix]

@@ -54,13 +54,16 @@ class Factors:
         down: [r, n], the first linear layer's weight.
         up: [m, r], the second one's.
         relative_error: ||W - up @ down||_F / ||W||_F of the factors as they are stored.
-        optimal_error: the relative error, in the metrics, of the best rank-r product.
+        optimal_error: the relative error, in the metrics, of the best rank-r product; with a certificate the least
+            that it can be by that.
         metric_error: the relative error, in the metrics, of the factors as they are stored.
         metric_loss: the square of the same, not relative: tr(L E R E^T) with E = W - up @ down.
-        rounding_excess: what the storage type adds to the loss in the metrics, relative to that of the best product;
-            None where that one loses nothing.
+        rounding_excess: what the storage type adds to the loss in the metrics, relative to that of the product before
+            rounding; None where that one loses nothing.
         basis: ``singular vectors``, or the name of a row of :data:`svdconvert.rounding.BASES`.
         precision: ``float32`` or ``float64``, what the eigenproblem was solved in.
+        certificate: what the error of the product before rounding is estimated to be above the least possible one at
+            most, relative to it (``filtered.py``); None for the best product.
     """
 
     down: Tensor
@@ -72,6 +75,7 @@ class Factors:
     rounding_excess: float | None
     basis: str
     precision: str
+    certificate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,23 @@ def decompose(
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
     return decompose_gram(_gram(matrix, outer, torch.float64), inner, work)
+
+
+def plain_gram(weight: Tensor, workspace: Workspace) -> tuple[Tensor, float]:
+    """The Gram matrix on the smaller side in float32, of the matrix times a power of four.
+
+    Args:
+        weight: [m, n], any floating type.
+        workspace: its buffers hold the result until it is used again.
+
+    Returns:
+        ``(gram, scale)``: [k, k], of which the lower triangle counts; and the power.
+
+    Raises:
+        InputError: the matrix has NaN or infinite entries.
+    """
+    matrix = _Scaled(weight, scale_of(refuse_not_finite(weight)), workspace)
+    return _gram(matrix, None, torch.float32), matrix.scale
 
 
 def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decomposition:

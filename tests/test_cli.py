@@ -80,6 +80,8 @@ def test_help_errors_and_plans_do_not_import_torch(dense: Path, tmp_path: Path) 
         (0, "break-even", ["plan", str(dense), "--rank", "8"]),
         (0, "svd_ranks", ["plan", str(dense), "--rank", "8", "--json"]),
         (0, "break-even", [str(dense), "--rank", "8", "--dry-run"]),
+        (0, "fast solver", ["plan", str(dense), "--rank", "8", "--solver", "fast"]),
+        (2, "does not go with", [str(dense), "--rank", "8", "--solver", "fast", "--work", "w", "--out", "o"]),
     ]
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps([args for _, _, args in lines])],

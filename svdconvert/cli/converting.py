@@ -176,6 +176,14 @@ _plan_options = _options(
         help="Consecutive layers that share the input-side factor of each kind of matrix, stored once.",
     ),
     split_option,
+    click.option(
+        "--solver",
+        type=click.Choice(["exact", "fast"]),
+        default="exact",
+        show_default=True,
+        help="fast: plain SVD at low ranks on the CPU 1.5 times as fast or more, at most 0.1% above the least error by "
+        "its own estimate.",
+    ),
     click.option("--factor-all", is_flag=True, help="Factor also where the rank saves nothing."),
 )
 
@@ -282,8 +290,16 @@ def convert(
     calibration = _calibration(request)
     if dry_run:
         from svdconvert.calibrating import default_method
+        from svdconvert.fast import check_solver
 
         request["method"] = default_method(request["method"], calibration, stats)
+        check_solver(
+            request["solver"],
+            request["method"],
+            allocation=allocation,
+            refit=refit,
+            keeps=keep_work or work is not None,
+        )
         _show_plan(model, out, as_json, request)
         return
     if out is None:

@@ -1,26 +1,27 @@
 """A rank-r factorization that is not exact: a Chebyshev-filtered subspace of the Gram matrix, and how far it is off.
 
-What the package's solver spends on all eigenvectors of a k x k Gram matrix goes into a few products of that matrix
-with a block a little wider than the rank (Zhou, Saad, Tiago and Chelikowsky, 2006, "Self-consistent-field calculations
-using Chebyshev-filtered subspace iteration"). Everything is float32, on the CPU and on CUDA alike; the Gram matrix, the
-partner and the balancing are the solver's own. It pays where the rank is small beside k.
+What the exact solver spends on all eigenvectors of a k x k Gram matrix goes into a few products of that matrix with a
+block a little wider than the rank (Zhou, Saad, Tiago and Chelikowsky, 2006, "Self-consistent-field calculations using
+Chebyshev-filtered subspace iteration"). Everything is float32; the Gram matrix, the partner and the balancing are the
+exact solver's own. Where it pays is said in ``fast.py``.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from svdconvert.solver import (
     CANCELLATION,
-    FLOAT32_EIGENVALUE_RATIO,
     Decomposition,
+    Factors,
     Workspace,
-    _gram,
-    _scale,
-    _Scaled,
+    factorize,
+    float32_is_enough,
+    plain_gram,
     truncate,
 )
 
@@ -43,33 +44,55 @@ GROWTH = 1e3
 SAFETY = 2.0
 
 
+def factorize_fast(weight: Tensor, rank: int, dtype: torch.dtype, workspace: Workspace | None = None) -> Factors:
+    """:func:`filtered_factors`, or the best product where that gives nothing.
+
+    Args:
+        weight, rank, dtype, workspace: see :func:`svdconvert.solver.factorize`.
+
+    Raises:
+        InputError: the matrix has NaN or infinite entries, or the factors do not fit the storage type.
+    """
+    work = workspace or Workspace()
+    return filtered_factors(weight, rank, dtype, work) or factorize(weight, rank, dtype, work)
+
+
 def filtered_factors(
-    weight: Tensor, rank: int, workspace: Workspace | None = None, *, degree: int = 0, passes: int = PASSES
-) -> tuple[Tensor, Tensor, float] | None:
+    weight: Tensor,
+    rank: int,
+    dtype: torch.dtype,
+    workspace: Workspace | None = None,
+    *,
+    degree: int = 0,
+    passes: int = PASSES,
+) -> Factors | None:
     """Nearly the best rank-r product, with an estimate of how near, or nothing.
+
+    The same matrix gives the same factors: the start is the same for all matrices of a size.
 
     Args:
         weight: [m, n], any floating type, on the device that is to do the work.
         rank: 1 <= rank <= min(m, n).
+        dtype: storage type of the factors.
         workspace: buffers to reuse between calls.
         degree: of the first filter; 0 leaves it to ``DEGREES``.
         passes: how many filters may be tried.
 
     Returns:
-        ``(down, up, certificate)``: [r, n] and [m, r] in float32, and by how much ||W - up @ down||_F exceeds the
-        Eckart-Young optimum, relative to it: twice a first-order estimate, at most ``BOUND``. None where that was not
-        reached, or float32 is not good enough, or the rank is too large for this to make sense: to be done exactly.
+        The factors, with a certificate of at most ``BOUND``: by how much ||W - product||_F exceeds the Eckart-Young
+        optimum before rounding, relative to it, twice a first-order estimate. None where that was not reached, or
+        float32 is not good enough, or the rank is too large for this to make sense: to be done exactly.
 
     Raises:
-        InputError: the matrix has NaN or infinite entries.
+        InputError: the matrix has NaN or infinite entries, or the factors do not fit the storage type.
     """
     work = workspace or Workspace()
-    matrix = _Scaled(weight, _scale(weight), work)
     k = min(weight.shape)
     block = rank + max(EXTRA_LEAST, int(rank * EXTRA_SHARE))
+    lower, scale = plain_gram(weight, work)
     if 2 * block > k:
         return None
-    gram = _whole(_gram(matrix, None, torch.float32))
+    gram = _whole(lower)
     found = _subspace(gram, rank, block, degree or next(d for share, d in DEGREES if block >= share * k), passes)
     if found is None:
         return None
@@ -77,8 +100,8 @@ def filtered_factors(
     # Only the sum of the values that were not computed is known, and only their sum is used.
     rest = (float(gram.diagonal().sum(dtype=torch.float64)) - float(top.sum())) / (k - rank)
     values = torch.cat([top.new_full((k - rank,), rest), top])
-    factors = truncate(weight, Decomposition(values, basis, matrix.scale), rank, torch.float32, work)
-    return factors.down, factors.up, certificate
+    factors = truncate(weight, Decomposition(values, basis, scale), rank, dtype, work)
+    return replace(factors, optimal_error=factors.optimal_error / (1 + certificate), certificate=certificate)
 
 
 def excess_estimate(top: Tensor, residuals: Tensor, floor: float, tail: float) -> float:
@@ -106,6 +129,8 @@ def excess_estimate(top: Tensor, residuals: Tensor, floor: float, tail: float) -
 def _subspace(gram: Tensor, rank: int, block: int, degree: int, passes: int) -> tuple[Tensor, Tensor, float] | None:
     """Ritz values [r] (ascending, float64), vectors [k, r] and the certificate; None where it is above the bound."""
     total = float(gram.diagonal().sum(dtype=torch.float64))
+    if not math.isfinite(total):  # the power of four for the smallest of denormal entries leaves float32's range
+        return None
     generator = torch.Generator(gram.device).manual_seed(0)  # the same bytes for the same matrix
     start = gram @ torch.randn(gram.shape[0], block, generator=generator, device=gram.device)
     basis = _orthonormal(start)[0]
@@ -113,7 +138,7 @@ def _subspace(gram: Tensor, rank: int, block: int, degree: int, passes: int) -> 
     projected = basis.T @ image
     ritz = torch.linalg.eigvalsh((projected + projected.T) / 2)
     # After one product the smallest wanted value comes out too low by up to a half and more.
-    if not 0 < float(ritz[-1]) <= 4 * FLOAT32_EIGENVALUE_RATIO * float(ritz[-rank]):
+    if not (float(ritz[-1]) > 0 and float32_is_enough(float(ritz[-1]), 4 * float(ritz[-rank]))):
         return None
     # Ritz values lie below the eigenvalues of the same number: nothing that is wanted is damped.
     bound = float(ritz[-rank])
@@ -123,7 +148,7 @@ def _subspace(gram: Tensor, rank: int, block: int, degree: int, passes: int) -> 
         image = gram @ basis
         projected = basis.T @ image
         ritz, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-        if not 0 < float(ritz[-1]) <= FLOAT32_EIGENVALUE_RATIO * float(ritz[-rank]):
+        if not (float(ritz[-1]) > 0 and float32_is_enough(float(ritz[-1]), float(ritz[-rank]))):
             return None
         leading = rotation[:, -rank:]
         vectors, top = basis @ leading, ritz[-rank:].double()
