@@ -210,8 +210,10 @@ class TestLostProcess:
         assert not (out / "config.json").exists()
         for path in out.glob("*.safetensors"):
             assert content(path) == content(in_many_files / path.name)
-        recorded = [json.loads(line)["step"] for line in whole_lines(out)]
+        recorded = [json.loads(line) for line in whole_lines(out)]
         assert recorded
+        # where the other process was slow, nothing but copies may be done, of which nothing is said
+        solved = sum(bool(entry["report"]) for entry in recorded)
         if go_on == 1:
             done = subprocess.run(
                 [sys.executable, "-m", "svdconvert", *map(str, options)],
@@ -221,7 +223,7 @@ class TestLostProcess:
                 check=False,
             )
             assert (done.returncode, done.stderr) == (0, "")
-            assert "were done by an earlier run" in done.stdout
+            assert (f"{solved} matrices were done by an earlier run" in done.stdout) == bool(solved)
         else:
             again = torchrun(go_on, "-m", "svdconvert", *options)
             assert again.code == 0, again

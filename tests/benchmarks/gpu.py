@@ -7,6 +7,8 @@
 * ``conversion``: polyglot-ko 3.8B's geometry from files to files with one, two and four workers, and
   ``torch.linalg.svd`` of some of its layers on the same card, extrapolated;
 * ``stacks``: small matrices one by one and several at a time;
+* ``filtered``: the exact solver, its eigenproblem and the fast solver, which is not used on a GPU until it is known to
+  pay there;
 * ``calibrated``: 1.3B by its text (``kfac``), 131,072 tokens, from nothing to finished files;
 * ``agreement``: the same small conversions on the CPU and on the GPU: how far their products are from each other;
 * ``inference``: dense against factored layers in half precision, with and without torch.compile, and training steps;
@@ -260,9 +262,26 @@ def qlora(bench: Bench) -> tuple[dict[str, Any], Lines]:
     ]
 
 
+def filtered(bench: Bench) -> tuple[dict[str, Any], Lines]:
+    """The fast solver against the exact one, matrix by matrix."""
+    out, hidden = bench.scratch / "filtered", bench.sizes.medium.hidden
+    line = ["tests.benchmarks.filtered", "--device", bench.device, "--hidden", str(hidden), "--out", str(out)]
+    ranks = ["64", "128", "256", "0"] if bench.sizes is FULL else ["16", "0"]
+    run([*line, "--spectrum", "llm", "--repeats", "3", "--ranks", *ranks])
+    found = json.loads((out / "filtered.json").read_text())
+    return found, [
+        (
+            f"{' x '.join(map(str, row['shape']))}, rank {row['rank']}: ms exact, its eigh, fast",
+            ", ".join(f"{1000 * row[key]:.1f}" for key in ("exact_s", "eigh_s", "filtered_s") if row.get(key)),
+        )
+        for row in found["rows"]
+    ]
+
+
 PARTS: Mapping[str, Callable[[Bench], tuple[dict[str, Any], Lines]]] = {
     "conversion": plain,
     "stacks": stacks,
+    "filtered": filtered,
     "calibrated": calibrated,
     "agreement": agreement,
     "inference": inference,
