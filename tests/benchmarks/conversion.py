@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from .geometry import MODELS, SPECTRA, Geometry, resized
-from .measure import Measured, machine, machine_line, markdown_table, run, save
+from .measure import Measured, machine, machine_line, markdown_table, repeated, run, save
 
 RANKS = {"1.3b": 512, "3.8b": 768, "5.8b": 1024, "12.8b": 1280}
 # Said of every weight file when it is complete, so last of all before the self-check and what that imports.
@@ -216,7 +216,7 @@ def markdown(result: dict[str, Any]) -> str:
     checks = "; ".join(first["checks"]) or "none asked for"
     others = [f"{run['others']:.0%}" for runs in result["conversions"].values() for run in runs]
     title = f"polyglot-ko-{result['model']} geometry ({result['layers']} layers of {result['hidden']})"
-    rounds = f"median of {result['repeats']}, in turn"
+    rounds = f"{repeated(result['repeats'])}, in turn"
     return "\n".join(
         [
             f"{title}, rank {result['rank']}, spectrum {result['spectrum']}; {rounds}",

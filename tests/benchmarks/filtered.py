@@ -22,7 +22,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .geometry import MODELS, SPECTRA, Weights, resized
-from .measure import machine, machine_line, markdown_table, save
+from .measure import machine, machine_line, markdown_table, repeated, save
 from .solver import error
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def markdown(result: dict[str, Any]) -> str:
         line.append(f"{row['certificate']:.1e}" if row["certified"] else "none, done exactly")
         rows.append(line)
     unit = "CPU seconds of one thread" if result["card"] == "CPU" else f"Wall seconds on {result['card']}"
-    title = f"{unit}, median of {result['repeats']}; load average at the end {result['load'][0]:.1f}"
+    title = f"{unit}, {repeated(result['repeats'])}; load average at the end {result['load'][0]:.1f}"
     return "\n".join([title, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
 
 

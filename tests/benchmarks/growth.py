@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from .conversion import convert
-from .measure import machine, machine_line, markdown_table, run, save
+from .measure import machine, machine_line, markdown_table, repeated, run, save
 
 AXES = {"layers": "layers", "hidden": "hidden size", "rank": "rank"}
 _VOCAB = 4096
@@ -64,7 +64,7 @@ def markdown(result: dict[str, Any]) -> str:
         + [f"{row['peak_bytes'] / 1e6:,.0f}"]
         for row in result["runs"]
     ]
-    head = f"Growth of a conversion on the CPU, one worker, median of {result['repeats']}; CPU s with starting Python"
+    head = f"Growth of a conversion on the CPU, one worker, {repeated(result['repeats'])}; CPU s with starting Python"
     return "\n".join([head, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
 
 

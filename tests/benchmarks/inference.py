@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from .geometry import MODELS, Geometry, resized
-from .measure import machine, machine_line, markdown_table, run, save
+from .measure import machine, machine_line, markdown_table, repeated, run, save
 
 VARIANTS = ("dense", "balanced", "pivoted", "pivoted, same rank")
 FOR_DECODING = ("balanced, for decoding", "pivoted, for decoding")
@@ -253,7 +253,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['model']}, hidden size {result['hidden']}, {result['layers']} layers, rank {result['rank']}, "
         f"{result['dtype']} on {result['device']}, {result['threads']} threads; prompt {result['prompt']}, "
         f"{result['tokens']} tokens decoded, {'CPU' if result['cpu_time'] else 'wall'} time, "
-        f"median of {result['repeats']}; load average {result['load'][0]:.1f}"
+        f"{repeated(result['repeats'])}; load average {result['load'][0]:.1f}"
     )
     tables = [markdown_table(heads, rows), "", markdown_table(size_heads, size_rows)]
     return "\n".join([title, "", *tables, "", machine_line(result["machine"])])

@@ -27,7 +27,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .geometry import MODELS, Geometry, resized
-from .measure import machine, machine_line, markdown_table, save
+from .measure import machine, machine_line, markdown_table, repeated, save
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -297,7 +297,7 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append([*line, f"{row['block_s'] * 1e3:.2f}", f"{row['slower']:.2f}x"])
     title = (
         f"{result['model']}, hidden size {result['hidden']}, rank {result['rank']}, one token on top of "
-        f"{result['tokens']:,}, {result['dtype']}, CPU time of one thread, median of {result['repeats']}; outputs "
+        f"{result['tokens']:,}, {result['dtype']}, CPU time of one thread, {repeated(result['repeats'])}; outputs "
         f"differ by at most {result['difference']:.0e} in float64"
     )
     return "\n".join([title, "", markdown_table(heads, rows), "", machine_line(result["machine"])])

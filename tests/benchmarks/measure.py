@@ -184,6 +184,11 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def repeated(count: int) -> str:
+    """How a table's figures come from so many rounds."""
+    return "one run" if count == 1 else f"median of {count}"
+
+
 def save(out: Path, name: str, result: Mapping[str, Any], text: str) -> None:
     """Write ``NAME.json`` and ``NAME.md`` into a folder, and ``NAME.png`` if there is a picture; print the table."""
     # Once everything has been measured, since this makes the process large.

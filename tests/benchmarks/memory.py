@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from .conversion import convert
-from .measure import machine, machine_line, markdown_table, run, save
+from .measure import machine, machine_line, markdown_table, repeated, run, save
 
 # Of the files that are read and written when there are to be many.
 SMALL_FILE = 20_000_000
@@ -85,7 +85,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     heads = ["layers", "files read", "MB written", "files written", "peak MB"]
     hidden = result["runs"][0]["hidden"]
-    head = f"Peak memory, hidden size {hidden}, one worker, CPU, median of {result['repeats']}"
+    head = f"Peak memory, hidden size {hidden}, one worker, CPU, {repeated(result['repeats'])}"
     return "\n".join([head, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from .baseline import factor_by_whitening
 from .geometry import MODELS, Weights, resized
-from .measure import machine, machine_line, markdown_table, save
+from .measure import machine, machine_line, markdown_table, repeated, save
 from .ratios import overall, overall_line
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     heads = ["matrix", "shape", "rank", "svdconvert, s", "SVD-LLM, s", "faster", "error, svdconvert", "error, SVD-LLM"]
     title = (
-        f"CPU seconds per matrix, one thread, metrics on {result['sides']} side(s), median of {result['repeats']}; "
+        f"CPU seconds per matrix, one thread, metrics on {result['sides']} side(s), {repeated(result['repeats'])}; "
         f"load average at the end {result['load'][0]:.1f}"
     )
     mean = overall_line("SVD-LLM's recipe", result["overall"])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.errors import InputError
 from svdconvert.plots import GREY, empty_figure, need_matplotlib, save_figure
 
+from .measure import repeated
 from .panels import Bar, draw_bars, draw_curves
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def solver(result: Result) -> Figure:
     excess = max(row["excess"]["svdconvert"] for row in matrices)
     title = (
         f"One matrix: svdconvert's solver, whose excess error is up to {excess:.0e}\n"
-        f"CPU seconds of one thread, svdconvert's against the other's, median of {result['repeats']}, "
+        f"CPU seconds of one thread, svdconvert's against the other's, {repeated(result['repeats'])}, "
         f"spectrum {result['spectrum']}"
     )
     return _bars(title, (groups, {"times as fast": series}))
@@ -67,7 +68,7 @@ def metrics(result: Result) -> Figure:
     sides = {"one": "the metric of the inputs", "two": "metrics of both sides"}[result["sides"]]
     title = (
         f"One matrix in {sides}: svdconvert's solver against SVD-LLM's recipe, errors {apart:.0e} apart\n"
-        f"CPU seconds of one thread, svdconvert's against the other's, median of {result['repeats']}"
+        f"CPU seconds of one thread, svdconvert's against the other's, {repeated(result['repeats'])}"
     )
     return _bars(title, (groups, {"times as fast": {f"against SVD-LLM: {_mean(result['overall'])}": bars}}))
 
@@ -101,7 +102,7 @@ def memory(result: Result) -> Figure:
     panel.set_ylabel("peak memory, MB")
     panel.legend(frameon=False, fontsize=9, loc="lower right")
     title = f"Peak memory of a conversion on the CPU, one worker, hidden size {rows[0]['hidden']}"
-    figure.suptitle(f"{title}\nmedian of {result['repeats']}", fontsize=11)
+    figure.suptitle(f"{title}\n{repeated(result['repeats'])}", fontsize=11)
     return figure
 
 
@@ -120,7 +121,7 @@ def calibration(result: Result) -> Figure:
         memory_bars[name] = [Bar(value, f"{value:,.0f}") if value else None for value in peaks]
     title = (
         f"Calibration for {result['method']}: {result['model']}, hidden size {result['hidden']:,}, "
-        f"{result['tokens']:,} tokens\nmedian of {result['repeats']}"
+        f"{result['tokens']:,} tokens\n{repeated(result['repeats'])}"
     )
     # A machine that does not tell memory has no such panel.
     known = {unit: bars for unit, bars in series.items() if any(any(row) for row in bars.values())}
@@ -141,7 +142,7 @@ def growth(result: Result) -> Figure:
     first = {name: next(row[name] for row in result["runs"] if row["varied"] == name) for name in GROWING}
     title = "Growth of a conversion on the CPU, one worker; what is not varied stays at "
     title += ", ".join(f"{GROWING[name]} {value}" for name, value in first.items())
-    figure.suptitle(f"{title}\nmedian of {result['repeats']}", fontsize=11)
+    figure.suptitle(f"{title}\n{repeated(result['repeats'])}", fontsize=11)
     return figure
 
 
@@ -170,7 +171,7 @@ def inference(result: Result) -> Figure:
     title = (
         f"{result['model']}, hidden size {result['hidden']:,}, {result['layers']} layers, rank {result['rank']}, "
         f"{result['dtype']} on {result['device']}, against dense\nprompt of {result['prompt']} tokens, "
-        f"{result['tokens']} decoded, {'CPU' if result['cpu_time'] else 'wall'} time, median of {result['repeats']}"
+        f"{result['tokens']} decoded, {'CPU' if result['cpu_time'] else 'wall'} time, {repeated(result['repeats'])}"
     )
     return _bars(title, (list(result["bytes"]), series), *training)
 
@@ -187,7 +188,7 @@ def latent_cache(result: Result) -> Figure:
         time_bars.append(Bar(time, f"{_short(time)}  ({row['slower']:.2f}x)"))
     title = (
         f"What is cached of a token: {result['model']}, hidden size {result['hidden']:,}, rank {result['rank']}\n"
-        f"one token on top of {result['tokens']:,}, {result['dtype']}, one thread, median of {result['repeats']}"
+        f"one token on top of {result['tokens']:,}, {result['dtype']}, one thread, {repeated(result['repeats'])}"
     )
     return _bars(title, (ways, series))
 
@@ -205,7 +206,7 @@ def processes(result: Result) -> Figure:
     }
     title = (
         f"A conversion shared out: {result['layers']} layers of {result['model']}, hidden size {result['hidden']:,}, "
-        f"rank {result['rank']}\nmedian of {result['repeats']}"
+        f"rank {result['rank']}\n{repeated(result['repeats'])}"
     )
     return _bars(title, ([row["way"].replace(", ", ",\n", 1) for row in rows], {"wall seconds": series}))
 
@@ -229,7 +230,7 @@ def conversion(result: Result) -> Figure:
         series[unit] = {"": bars}
     title = (
         f"A whole conversion: polyglot-ko-{result['model']} geometry, {result['layers']} layers of "
-        f"{result['hidden']:,}, rank {result['rank']}, {result['device']}\nmedian of {result['repeats']}, in turn"
+        f"{result['hidden']:,}, rank {result['rank']}, {result['device']}\n{repeated(result['repeats'])}, in turn"
     )
     return _bars(title, (["full SVD, model in memory\n(extrapolated)"] * bool(full) + groups, series))
 

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from .geometry import MODELS, Geometry, resized
-from .measure import machine, machine_line, markdown_table, run, save
+from .measure import machine, machine_line, markdown_table, repeated, run, save
 
 ONE = "one process, one worker, one thread"
 
@@ -128,7 +128,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     title = (
         f"{result['layers']} layers of {result['model']}, hidden size {result['hidden']}, rank {result['rank']}; "
-        f"faster than {ONE}; median of {result['repeats']}"
+        f"faster than {ONE}; {repeated(result['repeats'])}"
     )
     return "\n".join([title, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
 

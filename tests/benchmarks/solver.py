@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .baseline import factor_by_full_svd
 from .geometry import MODELS, SPECTRA, Weights, resized
-from .measure import machine, machine_line, markdown_table, save
+from .measure import machine, machine_line, markdown_table, repeated, save
 from .ratios import overall, overall_line
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def markdown(result: dict[str, Any]) -> str:
         line += [f"{row['excess'][name]:.1e}" for name in names]
         rows.append(line)
     title = (
-        f"CPU seconds per matrix, one thread, spectrum {result['spectrum']}, median of {result['repeats']}; "
+        f"CPU seconds per matrix, one thread, spectrum {result['spectrum']}, {repeated(result['repeats'])}; "
         f"load average at the end {result['load'][0]:.1f}"
     )
     means = [overall_line(name, found) for name, found in result["overall"].items()]
