@@ -6,7 +6,7 @@ Nothing here reads tensor data or imports torch, so a plan takes seconds whateve
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -153,14 +153,13 @@ class Plan:
             workers: matrices, or groups of them, in work at the same time.
         """
         work = 0
-        for target, step in ((t, s) for t in self.targets if t.rank for s in self.steps if s.key == t.weight):
+        for target, raw, stored in self._solved():
             k = min(target.shape)
-            raw = sum(info.nbytes for info in step.inputs)
             # The next matrix is read ahead, and up to two results wait to be written.
-            waiting = raw + 2 * sum(info.nbytes for info in step.outputs)
+            waiting = raw + 2 * stored
             # Three k x k arrays in float32, the Gram matrix and LAPACK's workspace, and the smaller factor with its
             # inverse. The matrices of a group are stacked in a copy.
-            own = (2 if target.followers else 1) * raw + sum(info.nbytes for info in step.outputs)
+            own = (2 if target.followers else 1) * raw + stored
             own += 3 * 4 * k * k + 4 * 4 * k * (target.rank or 0)
             work = max(work, waiting + workers * own)
         return BASE_BYTES + work
@@ -172,13 +171,20 @@ class Plan:
             workers: matrices, or groups of them, in work at the same time.
         """
         work = 0
-        for target, step in ((t, s) for t in self.targets if t.rank for s in self.steps if s.key == t.weight):
+        for target, raw, stored in self._solved():
             k = min(target.shape)
-            raw, stored = (sum(info.nbytes for info in infos) for infos in (step.inputs, step.outputs))
             # Each worker has one matrix in work and begun with another; one more is on its way. Gram matrix,
             # eigenvectors and the eigensolver's workspace are in float64 where float32 is not enough.
             work = max(work, raw + workers * (3 * raw + 2 * stored + 5 * 8 * k * k))
         return work
+
+    def _solved(self) -> Iterator[tuple[Target, int, int]]:
+        """The targets that get a rank, with the bytes that their steps read and write."""
+        ranked = {target.weight: target for target in self.targets if target.rank}
+        for step in self.steps:
+            if step.key in ranked:
+                raw, stored = (sum(info.nbytes for info in infos) for infos in (step.inputs, step.outputs))
+                yield ranked[step.key], raw, stored
 
     def to_json(self) -> dict[str, Any]:
         """The plan in JSON types, for ``--json``."""
