@@ -208,7 +208,7 @@ def test_tied_head(fresh: Callable[..., Path]) -> None:
 
 def test_memory_of_a_gpu(tmp_path: Path) -> None:
     """The largest matrix of 1.3B has 8192 x 2048 numbers in two bytes each, and two factors of rank 512."""
-    made = plan(polyglot(tmp_path, "1.3b"), rank=512)
+    made = plan(polyglot(tmp_path / "1.3b", "1.3b"), rank=512)
     raw, stored = 2 * 8192 * 2048, 2 * 512 * (8192 + 2048)
     one, two, three = (made.device_bytes(workers) for workers in (1, 2, 3))
     assert one > 4 * raw + 2 * stored  # in work, begun, and on the way, once more in float32 by panels
