@@ -450,14 +450,15 @@ class _Worker:
         def outer(place: Path) -> Metric:
             return _on(load_file(place).get("outer"), self.device)
 
-        found = decompose_shared(
-            [partial(outer, place) for place in places],
-            [partial(load_metric, self.groups.metric_path(target, i), self.device) for i in range(len(places))],
-            [_tokens(place) for place in places],
-            self.weights(target) if wide else None,
-            self.workspace,
-        )
-        self.groups.save_group(target, found)
+        with self.lane:
+            found = decompose_shared(
+                [partial(outer, place) for place in places],
+                [partial(load_metric, self.groups.metric_path(target, i), self.device) for i in range(len(places))],
+                [_tokens(place) for place in places],
+                self.weights(target) if wide else None,
+                self.workspace,
+            )
+            self.groups.save_group(target, found)
         self.events.decomposed(_announcement(self.tensors, target))
 
     def weights(self, target: Target, index: int | None = None) -> list[Tensor]:
