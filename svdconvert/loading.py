@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.architectures import FACTORED, Architecture
 from svdconvert.errors import InputError
-from svdconvert.source import read_json
+from svdconvert.source import parse_index, read_json, weight_files
 
 if TYPE_CHECKING:
     import torch
 
+
+# How attention is computed is the user's choice for his machine; what a look needs is a way that runs on any.
+_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -42,29 +48,46 @@ def load_model(
         InputError: the folder is no model, is of an unknown kind, or its weights and config do not fit.
     """
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     found = config or read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
+    found = {key: value for key, value in found.items() if key not in _ATTENTION}
     # The argument's name changed in transformers 4.56.
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "output_loading_info": True}
     row = FACTORED.get(str(found.get("model_type")))
     try:
-        with quiet_transformers():
+        with quiet_transformers(), _view(folder, found) as seen:
             if row is None:
-                if config is not None:
-                    settings = {key: value for key, value in config.items() if key != "model_type"}
-                    options["config"] = AutoConfig.for_model(config["model_type"], **settings)
-                model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+                model, info = AutoModelForCausalLM.from_pretrained(seen, trust_remote_code=False, **options)
             else:
                 config_class, model_class = factored_classes(row)
-                model, info = model_class.from_pretrained(folder, config=config_class(**found), **options)
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+                model, info = model_class.from_pretrained(seen, config=config_class(**found), **options)
+    except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
         raise InputError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
     return model.to(device).eval()
+
+
+@contextmanager
+def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder that has the model as it will be, whatever is beside it yet: its config.json and links to its weights.
+
+    transformers looks into the folder for more than weights: with no usable generation_config.json for config.json
+    itself, whatever config it was given; and for an adapter, which it would load as well.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    index, files, _ = weight_files(names, folder)
+    if index:
+        files = [index, *set(parse_index(read_json(folder / index, f"{folder / index} is missing"), index).values())]
+    with tempfile.TemporaryDirectory(prefix="svdconvert-") as temporary:
+        seen = Path(temporary)
+        for name in {*files, *{"generation_config.json"}.intersection(names)}:
+            (seen / name).symlink_to((folder / name).resolve())
+        (seen / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield seen
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 HIDDEN, LAYERS, HEADS, INNER, VOCAB, POSITIONS = 64, 3, 4, 256, 160, 64
+GENERATION = b'{"eos_token_id": 2}'
 
 # The fields and the spelling of polyglot-ko's config.json.
 CONFIG: Mapping[str, Any] = {
@@ -91,6 +92,7 @@ def write_checkpoint(
     legacy: bool = False,
     config: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
+    generation: bytes | None = GENERATION,
 ) -> Path:
     """Write a checkpoint.
 
@@ -102,6 +104,7 @@ def write_checkpoint(
         legacy: add :func:`legacy_buffers`.
         config: changes to :data:`CONFIG`.
         tokenizer: add side files as on the Hub.
+        generation: generation_config.json, which older checkpoints and those saved by AutoModel do not have.
     """
     folder.mkdir(parents=True, exist_ok=True)
     everything = dict(tensors or random_tensors()) | (legacy_buffers() if legacy else {})
@@ -125,7 +128,22 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(dict(CONFIG) | dict(config or {})))
     if tokenizer:
         write_tokenizer(folder)
+    if generation is not None:
+        (folder / "generation_config.json").write_bytes(generation)
     return folder
+
+
+def pickle_weights(folder: Path) -> None:
+    """Make a safetensors checkpoint one of ``pytorch_model*.bin``, file by file."""
+    for file in sorted(folder.glob("*.safetensors")):
+        torch.save(
+            load_file(file), folder / (file.name.replace("model", "pytorch_model").replace("safetensors", "bin"))
+        )
+        file.unlink()
+    for index in folder.glob("model.safetensors.index.json"):
+        text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -146,7 +164,6 @@ def write_tokenizer(folder: Path) -> None:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     (folder / "LICENSE").write_text("a licence")
     (folder / "README.md").write_text("---\nlanguage: ko\nlicense: apache-2.0\ntags:\n- korean\n---\n\n# tiny\n")

@@ -104,12 +104,24 @@ def stock_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
-def write_family(folder: Path, model_type: str, *, max_shard_size: str = "5GB", **changes: Any) -> Path:
-    """Save the tiny model as its stock class does, with a tokenizer beside it."""
+def write_family(
+    folder: Path, model_type: str, *, max_shard_size: str = "5GB", generation: bool | None = None, **changes: Any
+) -> Path:
+    """Save the tiny model as its stock class does, with a tokenizer beside it.
+
+    Args:
+        folder: where to.
+        model_type: its family.
+        max_shard_size: limit of a weight file.
+        generation: whether there is a generation_config.json; by default every second family has one.
+        changes: to its configuration.
+    """
     model = stock_model(model_type, **changes)
     model.generation_config = transformers.GenerationConfig(eos_token_id=2, pad_token_id=3, bos_token_id=0)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     write_tokenizer(folder)
+    if not (FAMILIES.index(model_type) % 2 if generation is None else generation):
+        (folder / "generation_config.json").unlink()
     return folder
 
 
