@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert.documents import json_or_none, open_regular
 from svdconvert.errors import InputError, JobError
+from svdconvert.fields import NUMBER, OBJECT, POSITIVE, optional, problem, record
 from svdconvert.job import free_bytes
 from svdconvert.weights import as_bytes
 from svdconvert.writer import atomic_write, disk_errors, sync_folder
@@ -43,6 +45,11 @@ class Loss:
         return math.exp(self.mean)
 
 
+# How a loss is kept in a document.
+LOSS = record({"nll": NUMBER, "tokens": POSITIVE})
+_STATE = {"key": OBJECT, "loss": optional(LOSS)}
+
+
 class ActivationStore:
     """Activations and gradients at the boundaries of blocks, [N, length, hidden] each, in files.
 
@@ -57,11 +64,11 @@ class ActivationStore:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             state = json_or_none(folder / "state.json")
-            if state is None or state.get("key") != self._key:
+            if state is None or problem(state, _STATE) is not None or state["key"] != self._key:
                 self._remove_files()
                 state = {"key": self._key, "loss": None}
                 atomic_write(folder / "state.json", json.dumps(state).encode())
-        self._loss = state["loss"]
+        self._loss = state.get("loss")
 
     @property
     def loss(self) -> Loss | None:
@@ -159,7 +166,7 @@ def read_into(tensor: Tensor, path: Path, position: int) -> None:
     """
     view = as_bytes(tensor)
     try:
-        with path.open("rb", buffering=0) as handle:
+        with open_regular(path) as handle:
             handle.seek(position)
             while view:
                 count = handle.readinto(view)
@@ -168,11 +175,3 @@ def read_into(tensor: Tensor, path: Path, position: int) -> None:
                 view = view[count:]
     except OSError as error:
         raise JobError(f"{path} cannot be read ({error.strerror}); the same command goes on once it can") from None
-
-
-def json_or_none(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
 import random
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert.documents import TEXT_ADVICE, open_regular, parse_json
 from svdconvert.errors import InputError
 from svdconvert.loading import opening_token
 from svdconvert.source import listing
@@ -26,6 +28,9 @@ KINDS = (".txt", ".jsonl", ".parquet")
 
 # Lines of a text without blank lines are joined to documents of about this many characters.
 GROUP_CHARACTERS = 2000
+
+# No document is longer; read as a whole, a file without line ends could fill the memory.
+MAX_LINE_BYTES = 100_000_000
 
 # Sequences are drawn from so many times as many as are asked for; what comes later in a larger text is not read.
 POOL = 32
@@ -284,8 +289,12 @@ def _plain(file: Path, field: str) -> Iterator[str]:
 def _lines(file: Path) -> Iterator[str]:
     """Lines of a UTF-8 file without their ends."""
     position = 0
-    with file.open("rb") as handle:
-        for number, raw in enumerate(handle):
+    with io.BufferedReader(open_regular(file, advice=TEXT_ADVICE), 1 << 20) as handle:
+        for number, raw in enumerate(iter(lambda: handle.readline(MAX_LINE_BYTES), b"")):
+            if len(raw) == MAX_LINE_BYTES:
+                raise InputError(
+                    f"{file} has a line of more than {MAX_LINE_BYTES:,} bytes (line {number + 1}); split it"
+                )
             if number == 0:
                 raw = raw.removeprefix(codecs.BOM_UTF8)
             try:
@@ -301,10 +310,7 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{file}, line {number}, is not valid JSON ({error}); correct it") from None
+        entry = parse_json(line, f"{file}, line {number},", "correct it")
         if not isinstance(entry, dict):
             raise InputError(
                 f"{file}, line {number}, is no JSON object; each line must be one with the field {field!r}"
@@ -321,7 +327,7 @@ def _parquet(file: Path, field: str) -> Iterator[str]:
     except ImportError:
         raise InputError(f"{file} needs the package pyarrow; install it with `pip install pyarrow`") from None
     try:
-        with parquet.ParquetFile(file) as table:
+        with open_regular(file, advice=TEXT_ADVICE) as handle, parquet.ParquetFile(handle) as table:
             names = table.schema_arrow.names
             if field not in names:
                 raise InputError(f"{file} has no column {field!r}; it has {_named(names)}")

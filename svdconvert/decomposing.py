@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from svdconvert.checkpoint import versions
+from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
@@ -37,7 +38,7 @@ from svdconvert.processes import current
 from svdconvert.ranks import Target
 from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_statistic
 from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
-from svdconvert.source import Source, read_json
+from svdconvert.source import Source
 from svdconvert.splitting import target_tensors
 from svdconvert.steps import Step
 from svdconvert.threads import in_threads, usual_workers
@@ -88,7 +89,7 @@ class Decompositions:
         found = folder / "key.json"
         wanted = json.loads(json.dumps(key))
         if found.is_file():
-            theirs = read_json(found, "")
+            theirs = read_json(found, "", "give another --work folder, or delete this one")
             for field in dict.fromkeys([*wanted, *theirs]):
                 if wanted.get(field) != theirs.get(field):
                     raise InputError(

@@ -19,13 +19,14 @@ from typing import Any
 from svdconvert import card, checkpoint
 from svdconvert.architectures import factored_architecture
 from svdconvert.densifying import Layer, copy_step, factored_steps, outer_shape
+from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters, read_header
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
 from svdconvert.names import suffix
-from svdconvert.source import LocalSource, Source, listing, read_json
+from svdconvert.source import LocalSource, Source, listing
 from svdconvert.steps import Step, parse_size, shard
 
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -13,8 +13,11 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from svdconvert.documents import open_regular, parse_json
 from svdconvert.errors import InputError
+from svdconvert.fields import COUNT, TEXT, Kind, few, problem
 
 # safetensors code -> (bytes per element, torch dtype name)
 DTYPES: Mapping[str, tuple[int, str]] = {
@@ -39,6 +42,16 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 # The reference implementation refuses larger headers, so a length beyond it means that this is no safetensors file.
 MAX_HEADER_BYTES = 100_000_000
+# Names become file names of decompositions and refits, with a suffix; file systems take 255 bytes.
+MAX_NAME = 200
+# torch takes no more.
+MAX_DIMENSIONS = 64
+
+_ENTRY: Mapping[str, Kind] = {
+    "dtype": TEXT,
+    "shape": few(COUNT, 0, MAX_DIMENSIONS),
+    "data_offsets": few(COUNT, 2, 2),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,40 +151,60 @@ def parse_header(raw: bytes, file: str, file_size: int | None = None) -> list[Te
         raise InputError(f"{file} is not a safetensors file (its header length reads {length}); fetch it again")
     if len(raw) < 8 + length:
         raise InputError(f"{file} is truncated inside its header; fetch it again")
-    try:
-        header = json.loads(raw[8 : 8 + length])
-        header.pop("__metadata__", None)
-        entries = sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"]))
-        data = 8 + length
-        position = 0
-        tensors = []
-        for name, entry in entries:
-            begin, end = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                raise InputError(
-                    f"tensor {name} in {file} has the unsupported type {entry['dtype']}; "
-                    "convert from an unquantised float16, bfloat16 or float32 checkpoint"
-                )
-            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, data + begin)
-            if begin != position or end - begin != info.nbytes:
-                raise InputError(f"{file} has a damaged header at tensor {name}; fetch it again")
-            position = end
-            tensors.append(info)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} has a header that cannot be read ({error}); fetch it again") from None
-    if file_size is not None and data + position != file_size:
+    header = parse_json(bytes(raw[8 : 8 + length]), f"the header of {file}", unique=True)
+    if not isinstance(header, dict):
+        raise InputError(f"{file} has a header that is no JSON object; fetch it again")
+    header.pop("__metadata__", None)
+    data = 8 + length
+    position = data
+    tensors = []
+    entries = [_entry(name, entry, file, data) for name, entry in header.items()]
+    for begin, end, info in sorted(entries, key=lambda entry: entry[:2]):
+        if begin != position or end - begin != info.nbytes:
+            raise InputError(f"{file} has a damaged header at tensor {info.name}; fetch it again")
+        position = end
+        tensors.append(info)
+    if file_size is not None and position != file_size:
         raise InputError(
-            f"{file} is truncated or damaged: its header promises {data + position:,} bytes, "
+            f"{file} is truncated or damaged: its header promises {position:,} bytes, "
             f"the file has {file_size:,}; fetch it again"
         )
     return tensors
+
+
+def check_name(name: str, file: str) -> None:
+    """Refuse a tensor's name that is longer than a file system takes.
+
+    Raises:
+        InputError: naming the file.
+    """
+    if not 0 < len(name.encode()) <= MAX_NAME:
+        raise InputError(
+            f"{file} has a tensor whose name has {len(name.encode()):,} bytes ({name[:40]}...); 1 to {MAX_NAME} are "
+            "possible"
+        )
+
+
+def _entry(name: str, entry: Any, file: str, data: int) -> tuple[int, int, TensorInfo]:
+    """``(begin, end, tensor)`` of one entry, bytes counted from the file's start."""
+    check_name(name, file)
+    wrong = problem(entry, _ENTRY)
+    if wrong is not None:
+        raise InputError(f"{file} has a header that cannot be read at tensor {name} ({wrong}); fetch it again")
+    if entry["dtype"] not in DTYPES:
+        raise InputError(
+            f"tensor {name} in {file} has the unsupported type {entry['dtype'][:40]}; "
+            "convert from an unquantised float16, bfloat16 or float32 checkpoint"
+        )
+    begin, end = entry["data_offsets"]
+    return data + begin, data + end, TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, data + begin)
 
 
 def read_header(path: Path, file: str | None = None) -> list[TensorInfo]:
     """Read the header of a local safetensors file. See :func:`parse_header`."""
     name = file or path.name
     try:
-        with path.open("rb") as handle:
+        with open_regular(path, advice="put the weight file in its place") as handle:
             raw = handle.read(8)
             if len(raw) == 8:
                 raw += handle.read(min(struct.unpack("<Q", raw)[0], MAX_HEADER_BYTES))

@@ -32,9 +32,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     http_backoff,
 )
 
+from svdconvert.documents import read_bytes, read_json
 from svdconvert.errors import InputError, JobError, SvdconvertError
 from svdconvert.headers import MAX_HEADER_BYTES, TensorInfo, parse_header, read_header
-from svdconvert.source import Source, is_side_file, listing, merge_headers, parse_index, read_json, weight_files
+from svdconvert.source import Source, is_side_file, listing, merge_headers, parse_index, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -444,7 +445,7 @@ class HubSource(Source):
     def card(self) -> str | None:
         if "README.md" not in self._sizes:
             return None
-        return self.path("README.md").read_text(encoding="utf-8", errors="replace")
+        return read_bytes(self.path("README.md"), "").decode("utf-8", errors="replace")
 
     def _verify(self, file: str, path: Path) -> None:
         """Check a local file against the header that was planned with."""

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.architectures import FACTORED, Architecture
+from svdconvert.documents import read_json
 from svdconvert.errors import InputError
-from svdconvert.source import parse_index, read_json, weight_files
+from svdconvert.source import parse_index, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+# What else is read together with them; refused by name where it is no JSON, or JSON that would take a parser down.
+_TOKENIZER_DOCUMENTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def factored_classes(row: Architecture) -> tuple[Any, Any]:
@@ -63,8 +68,8 @@ def load_model(
             else:
                 config_class, model_class = factored_classes(row)
                 model, info = model_class.from_pretrained(seen, config=config_class(**found), **options)
-    except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
-        raise InputError(f"{folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except Exception as error:  # noqa: BLE001 - a damaged model may make transformers raise anything
+        raise InputError(f"{folder} cannot be loaded: {_reason(error)}") from None
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
@@ -106,6 +111,9 @@ def load_tokenizer(folder: Path) -> Any:
     # transformers 5 makes up an empty tokenizer where there is none.
     if not has_tokenizer(folder):
         raise InputError(f"{folder} has no usable tokenizer (none of {', '.join(_VOCABULARIES)})")
+    for name in _TOKENIZER_DOCUMENTS:
+        if (folder / name).exists():
+            read_json(folder / name, "")
     file = folder / "config.json"
     row = FACTORED.get(str(read_json(file, "").get("model_type"))) if file.is_file() else None
     # Left to itself, transformers 5 reads config.json as one of no particular kind, which some rotary scalings break.
@@ -113,8 +121,22 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise InputError(f"{folder} has no usable tokenizer ({str(error).strip().splitlines()[0]})") from None
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing else, transformers anything
+        raise InputError(f"{folder} has no usable tokenizer ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """What a library said about a file, in one line.
+
+    Raises:
+        MemoryError, RuntimeError: the memory is full, which is no fault of the file.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        raise error
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    # These say nothing without their name.
+    kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) and line else f"{type(error).__name__}: "
+    return f"{kind}{line}".rstrip(": ")
 
 
 def opening_token(tokenizer: Any) -> int | None:

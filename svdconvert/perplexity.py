@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 
+from svdconvert import documents
 from svdconvert.architectures import longest_input
+from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.job import resolve_device
 from svdconvert.loading import compute_dtype, load_model, load_tokenizer, opening_token
-from svdconvert.source import local_folder, read_json
+from svdconvert.source import local_folder
+
+# No text that anybody measures on is larger, and all of it is in memory.
+MAX_TEXT_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,10 @@ def evaluate(
     )
 
 
+# No text that anybody measures on is larger, and all of it is in memory.
+MAX_TEXT_BYTES = 1_000_000_000
+
+
 @dataclass(frozen=True)
 class Passage:
     """A text as a model reads it.
@@ -166,12 +175,7 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: it cannot be read or is empty.
     """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    content = documents.read_text(path, f"{path} cannot be read (No such file or directory)", MAX_TEXT_BYTES)
     if not content.strip():
         raise InputError(f"{path} is empty; give a text with content")
     return content

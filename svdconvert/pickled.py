@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from svdconvert.documents import open_regular
 from svdconvert.errors import InputError
-from svdconvert.headers import CODES, TensorInfo
+from svdconvert.headers import CODES, MAX_DIMENSIONS, MAX_HEADER_BYTES, TensorInfo, check_name
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +26,7 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     """
     import torch
 
+    _check_archive(path)
     try:
         state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -30,20 +34,23 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is a pickle that holds more than weights, and opening it could run foreign code; "
             "save the model again with save_pretrained and give that folder"
         ) from None
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged pickle may raise anything
         if "mmap can only be used" in str(error):
             raise InputError(
                 f"{path} is in the pickle format of torch before 1.6; save the model again with save_pretrained "
                 "and give that folder"
             ) from None
-        raise InputError(
-            f"{path} is damaged or no weight file ({str(error).splitlines()[0]}); fetch it again"
-        ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is damaged or no weight file ({reason}); fetch it again") from None
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     ):
         raise InputError(f"{path} does not hold a plain dictionary of tensors; save the model with save_pretrained")
-    return state
+    for name, tensor in state.items():
+        _check_tensor(path, name, tensor)
+    return dict(state)
 
 
 def pickled_header(path: Path) -> list[TensorInfo]:
@@ -55,3 +62,43 @@ def pickled_header(path: Path) -> list[TensorInfo]:
             raise InputError(f"tensor {name} in {path.name} has the unsupported type {tensor.dtype}")
         infos.append(TensorInfo(name, code, tuple(tensor.shape), path.name))
     return infos
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose parts are packed: they would be unpacked into memory, to whatever size they have.
+
+    What is no archive is left to torch, which knows older formats by name.
+    """
+    try:
+        with open_regular(path, advice="put the weight file in its place") as handle:
+            if not zipfile.is_zipfile(handle):
+                return
+            parts = zipfile.ZipFile(handle).infolist()
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise InputError(f"{path} is damaged or no weight file ({error}); fetch it again") from None
+    for part in parts:
+        if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
+            raise InputError(f"{path} is packed at {part.filename}, as torch never does; save the model again")
+        if part.filename.endswith(".pkl") and part.file_size > MAX_HEADER_BYTES:
+            raise InputError(f"{path} has {part.file_size:,} bytes beside its weights; this is no checkpoint")
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Refuse what is no plain array of stored numbers."""
+    check_name(name, path.name)
+    if (
+        str(tensor.layout) != "torch.strided"
+        or tensor.device.type != "cpu"
+        or tensor.is_quantized
+        or tensor.dim() > MAX_DIMENSIONS
+    ):
+        raise InputError(f"tensor {name} in {path} is no plain array; save the model again with save_pretrained")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise InputError(
+            f"tensor {name} in {path} claims {tensor.numel() * tensor.element_size():,} bytes, but "
+            f"{tensor.untyped_storage().nbytes():,} are stored; save the model again with save_pretrained"
+        )

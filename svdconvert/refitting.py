@@ -43,15 +43,17 @@ from svdconvert.activations import check_room
 from svdconvert.blocks import ModelBlocks
 from svdconvert.compute import OPERATIONS, stored_product
 from svdconvert.corpus import CalibrationTokens
+from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
+from svdconvert.fields import COUNT, FLAG, NUMBER, require
 from svdconvert.names import layer_number, suffix
 from svdconvert.pivoting import full_up, pivot
 from svdconvert.ranks import Target
 from svdconvert.replaying import Stream, Weights
 from svdconvert.rounding import round_with_feedback
 from svdconvert.solver import Workspace
-from svdconvert.source import Source, read_json
+from svdconvert.source import Source
 from svdconvert.steps import Step
 from svdconvert.writer import atomic_write, disk_errors
 
@@ -63,6 +65,9 @@ DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 # What is tried, one after the other, until it helps: whether targets make good what the layers before have lost.
 ATTEMPTS = {"compensated": True, "plain": False}
+
+# What to do about a damaged file of the work folder.
+_AGAIN = "delete the folder it is in, then the same command computes it again"
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,9 @@ class Refit:
         if self.accepted:
             return f"the refit brought the loss from {change}"
         return f"the refit would have brought the loss from {change}, so the truncation's own factors are kept"
+
+
+_OUTCOME = {"dense": NUMBER, "truncated": NUMBER, "refitted": NUMBER, "tokens": COUNT, "compensated": FLAG}
 
 
 @dataclass
@@ -145,7 +153,11 @@ class RefitFolder:
     @property
     def outcome(self) -> Refit | None:
         """How the refit ended, if it has."""
-        return Refit(**read_json(self._outcome, "")) if self._outcome.is_file() else None
+        if not self._outcome.is_file():
+            return None
+        found = read_json(self._outcome, "", _AGAIN)
+        require(found, _OUTCOME, self._outcome, _AGAIN)
+        return Refit(**{name: found[name] for name in _OUTCOME})
 
     def finish(self, outcome: Refit) -> None:
         """Keep how it ended."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from svdconvert.architectures import ARCHITECTURES
+from svdconvert.documents import open_regular, read_bytes, read_json
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, TensorInfo, read_header
 
@@ -151,7 +151,7 @@ class LocalSource(Source):
 
     def card(self) -> str | None:
         readme = self.folder / "README.md"
-        return readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else None
+        return read_bytes(readme, "").decode("utf-8", errors="replace") if readme.is_file() else None
 
 
 def open_source(
@@ -290,29 +290,6 @@ def tensors_from_config(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     return {name: TensorInfo(name, dtype, shape) for name, shape in row.parameters(config).items()}
 
 
-def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: the file.
-        missing: the message if it does not exist.
-
-    Raises:
-        InputError: the file is missing, unreadable or no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(missing) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object; fetch it again")
-    return value
-
-
 def listing(names: list[str], most: int = 3) -> str:
     """``a, b, c and 4 more``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
@@ -327,7 +304,7 @@ def _sampled_digest(path: Path, blocks: int = 64, block: int = 4096) -> str:
     """
     status = path.stat()
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as handle:
+    with open_regular(path) as handle:
         for i in range(blocks):
             handle.seek(max(status.st_size - block, 0) * i // max(blocks - 1, 1))
             digest.update(handle.read(block))

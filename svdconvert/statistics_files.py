@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +15,16 @@ import torch
 from torch import Tensor
 
 import svdconvert
-from svdconvert.activations import Loss, read_into
+from svdconvert.activations import LOSS, Loss, read_into
 from svdconvert.calibration import STATISTICS, ModuleStatistics, Needs, StatisticsRun, statistic_tensors
 from svdconvert.corpus import CalibrationTokens
+from svdconvert.documents import open_regular, read_json
 from svdconvert.errors import InputError
+from svdconvert.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, WHOLE, Kind, nullable, optional, record, require, table
 from svdconvert.headers import CODES, TensorInfo, layout, read_header
 from svdconvert.names import layer_number
 from svdconvert.processes import current
-from svdconvert.source import LocalSource, Source, listing, read_json
+from svdconvert.source import LocalSource, Source, listing
 from svdconvert.weights import as_bytes, torch_dtype
 from svdconvert.writer import atomic_write, disk_errors, sync_folder
 
@@ -29,6 +32,28 @@ from svdconvert.writer import atomic_write, disk_errors, sync_folder
 KEY_BYTES = 4096
 
 TOKENS = "tokens.safetensors"
+
+# What to do about a damaged file.
+_AGAIN = "give another folder and run `svdconvert calibrate` again"
+
+_KEY = {
+    "text": TEXT,
+    "tokens": TEXT,
+    "tokenizer": TEXT,
+    "samples": COUNT,
+    "length": COUNT,
+    "packed": FLAG,
+    "seed": WHOLE,
+    "labels": optional(TEXT),
+}
+_MODULE = record({"tokens": NUMBER, "samples": NUMBER, **dict.fromkeys(STATISTICS, optional(TEXT))})
+_FILE = Kind("a block's file", lambda value: re.fullmatch(r"block-\d+\.safetensors", str(value)) is not None)
+_BLOCK = record({"file": _FILE, "modules": table(_MODULE)})
+_STATE = {
+    "key": OBJECT,
+    "loss": nullable(LOSS),
+    "blocks": Kind("blocks by number", lambda value: table(_BLOCK).fits(value) and all(map(str.isdecimal, value))),
+}
 
 _FIELDS: Mapping[str, str] = {
     "model": "another model",
@@ -81,7 +106,7 @@ def model_key(source: Source) -> str:
     for file in source.files:
         path = source.path(file)
         try:
-            with path.open("rb") as handle:
+            with open_regular(path) as handle:
                 for info in sorted(source.tensors.values(), key=lambda info: info.start):
                     last = max(info.nbytes - KEY_BYTES, 0)
                     for offset in (0, last // 2, last) if info.file == file else ():
@@ -119,10 +144,10 @@ class StatisticsFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             self._write()
             return
-        self._state = read_json(path, f"{folder} has no stats.json, so it holds no statistics of svdconvert")
-        key = self._state.get("key")
-        if not isinstance(key, dict) or not isinstance(self._state.get("blocks"), dict):
-            raise InputError(f"{path} is damaged; give another folder and run `svdconvert calibrate` again")
+        self._state = read_json(path, f"{folder} has no stats.json, so it holds no statistics of svdconvert", _AGAIN)
+        require(self._state, _STATE, path, _AGAIN)
+        key = self._state["key"]
+        require(key, _KEY, path, _AGAIN)
         for field, value in wanted.items():
             if key.get(field) != value:
                 what = _FIELDS.get(field, f"another setting of {field.replace('_', ' ')}")
@@ -152,7 +177,8 @@ class StatisticsFolder:
     @property
     def loss(self) -> Loss | None:
         """The dense model's loss on the calibration text; None if it is not known yet."""
-        return None if self._state["loss"] is None else Loss(**self._state["loss"])
+        found = self._state["loss"]
+        return None if found is None else Loss(found["nll"], found["tokens"])
 
     def set_loss(self, loss: Loss) -> None:
         """Keep the loss."""

@@ -8,22 +8,24 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from svdconvert.calibrating import Calibration, calibrate, check_knowledge, check_parts, default_method, find_knowledge
 from svdconvert.checkpoint import digest, versions
 from svdconvert.conversion import chosen_allocation, convert
+from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
+from svdconvert.fields import COUNT, NUMBER, OBJECT, POSITIVE, TEXT, many, nullable, optional, record, require, table
 from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.metrics import Method, method_named, method_options
 from svdconvert.perplexity import evaluate, read_passage, read_text
 from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest
-from svdconvert.source import Source, local_folder, open_source, read_json
+from svdconvert.source import Source, local_folder, open_source
 from svdconvert.steps import Step
 from svdconvert.writer import JOB_FOLDER, atomic_write, disk_errors
 
@@ -56,7 +58,7 @@ class Setting:
     def line(self) -> str:
         """What it shares with the other budgets of its line: ``kfac, global, pivoted, shrinkage 0.1``."""
         defaults = method_named(self.method).options
-        changed = [f"{name} {value:g}" for name, value in self.options if value != defaults[name]]
+        changed = [f"{name} {value:g}" for name, value in self.options if value != defaults.get(name)]
         refit = [] if self.refit == "none" else [f"refit {self.refit}"]
         return ", ".join([self.method, self.allocation, self.layout, *changed, *refit])
 
@@ -106,8 +108,8 @@ class Point:
     def from_json(cls, row: Mapping[str, Any]) -> Point:
         """What :meth:`to_json` gave."""
         own = {"refit": "none", **row, "options": tuple(row["options"].items())}
-        setting = Setting(**{name: own.pop(name) for name in Setting.__dataclass_fields__})
-        return cls(setting, **own)
+        setting = Setting(**{name: own[name] for name in Setting.__dataclass_fields__})
+        return cls(setting, **{name: own[name] for name in cls.__dataclass_fields__ if name != "setting"})
 
 
 @dataclass(frozen=True)
@@ -394,6 +396,31 @@ def _refuse_foreign(folder: Path, overwrite: bool) -> None:
         raise InputError(f"{folder} is not empty and holds no sweep; give another folder, or --overwrite")
 
 
+_ANEW = "give another --out, or --overwrite to start anew"
+_POINT = {
+    "method": TEXT,
+    "options": table(NUMBER),
+    "layout": TEXT,
+    "allocation": TEXT,
+    "keep": nullable(NUMBER),
+    "rank": nullable(COUNT),
+    "refit": replace(TEXT, needed=False),
+    "params": COUNT,
+    "bytes": COUNT,
+    "perplexity": POSITIVE,
+    "bits_per_character": NUMBER,
+    "added": NUMBER,
+    "predicted_loss": nullable(NUMBER),
+    "seconds": NUMBER,
+}
+_BOOK = {
+    "settings": OBJECT,
+    "calibration": optional(OBJECT),
+    "dense": optional(record(_POINT)),
+    "points": many(record(_POINT)),
+}
+
+
 class _Book:
     """``sweep.json``: what was measured, and under what."""
 
@@ -420,14 +447,16 @@ class _Book:
             shutil.rmtree(folder / JOB_FOLDER, ignore_errors=True)
             shutil.rmtree(folder / "models", ignore_errors=True)
         elif self._path.is_file():
-            self._resume(read_json(self._path, ""))
+            found = read_json(self._path, "", _ANEW)
+            require(found, _BOOK, self._path, _ANEW)
+            self._resume(found)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.write()
 
     def _resume(self, theirs: Mapping[str, Any]) -> None:
         ours = dict(self._head["settings"])
-        other = dict(theirs.get("settings") or {})
+        other = dict(theirs["settings"])
         # A sweep of plain methods alone may be joined by one with a text.
         if theirs.get("calibration") and self._head["calibration"]:
             ours |= self._head["calibration"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from svdconvert.architectures import Architecture, dense_architecture, factored_architecture
 from svdconvert.checkpoint import modeling_source
 from svdconvert.densifying import outer_shape
+from svdconvert.documents import read_bytes
 from svdconvert.errors import InputError, JobError
 from svdconvert.headers import DTYPES, TensorInfo
 from svdconvert.layouts import layout_of, stored_names
@@ -23,7 +23,7 @@ from svdconvert.sharing import relative_error
 from svdconvert.source import LocalSource, Source, listing, open_source
 from svdconvert.splitting import split_layers, split_tensors
 from svdconvert.weights import WeightReader
-from svdconvert.writer import RECORD
+from svdconvert.writer import RECORD, read_record
 
 # Two float64 evaluations of the same stored numbers agree far better; the record was computed in float32.
 _ERROR_TOLERANCE = 1e-3
@@ -98,7 +98,7 @@ def _modeling_file(folder: Path, row: Architecture) -> Check:
     path = folder / f"{row.modeling}.py"
     if not path.is_file():
         return Check("modeling file", False, f"{path.name} is missing, so trust_remote_code has nothing to load")
-    same = path.read_bytes() == modeling_source(row)
+    same = read_bytes(path, "") == modeling_source(row)
     detail = "the one of this version" if same else "another one than this version's; it was not run here"
     return Check("modeling file", same, detail)
 
@@ -211,11 +211,9 @@ def _copied_name(name: str, row: Architecture, factored: Source) -> str:
 
 
 def _recorded_errors(folder: Path) -> dict[str, float]:
-    try:
-        matrices = json.loads((folder / RECORD).read_text(encoding="utf-8"))["matrices"]
-        return {module: float(matrix["relative_error"]) for module, matrix in matrices.items()}
-    except (OSError, ValueError, KeyError):
+    if not (folder / RECORD).is_file():
         return {}
+    return {module: matrix["relative_error"] for module, matrix in (read_record(folder).get("matrices") or {}).items()}
 
 
 def _whole(reader: WeightReader, info: TensorInfo) -> torch.Tensor:

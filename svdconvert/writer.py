@@ -23,10 +23,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from svdconvert.documents import read_json, read_json_lines
 from svdconvert.errors import InputError, JobError
+from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, either, many, optional, problem, record, require, table
 from svdconvert.headers import TensorInfo, layout
 from svdconvert.processes import Group
-from svdconvert.source import PICKLE_INDEX, SAFE_INDEX, listing, read_json
+from svdconvert.source import PICKLE_INDEX, SAFE_INDEX, listing
 
 # What may be lost to a kill: data are made durable and recorded in batches, since every batch costs several fsyncs.
 BATCH_BYTES = 32_000_000
@@ -37,6 +39,23 @@ JOB_FOLDER = ".svdconvert"
 WORK_FOLDERS = ("source", "work")
 RECORD = "svdconvert.json"
 JOURNAL = "journal.jsonl"
+
+# What to do about a damaged file of ours.
+_ANEW = "convert anew, with --overwrite"
+_JOB_FIELDS = {"settings": OBJECT}
+_JOURNAL_FIELDS = {"step": TEXT, "tensors": many(TEXT), "report": OBJECT}
+_MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
+_RECORD_FIELDS = {
+    "command": TEXT,
+    "source": record({"name": TEXT}),
+    "settings": OBJECT,
+    "params": either(COUNT, record({"before": COUNT, "after": COUNT})),
+    "matrices": optional(table(record(_MATRIX))),
+    "predicted_loss": optional(NUMBER),
+    "dense_loss": optional(NUMBER),
+    "measured_loss": optional(NUMBER),
+    "timing": many(table(record({"wall_seconds": NUMBER, "cpu_seconds": NUMBER}))),
+}
 
 
 def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
@@ -54,8 +73,14 @@ def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """A finished result's ``svdconvert.json``."""
-    return read_json(folder / RECORD, f"{folder} has no {RECORD}, so svdconvert did not write it")
+    """A finished result's ``svdconvert.json``.
+
+    Raises:
+        InputError: there is none, or it lacks what a record has.
+    """
+    found = read_json(folder / RECORD, f"{folder} has no {RECORD}, so svdconvert did not write it", _ANEW)
+    require(found, _RECORD_FIELDS, folder / RECORD, _ANEW)
+    return found
 
 
 class OutputFolder:
@@ -90,13 +115,14 @@ class OutputFolder:
         refuse_foreign(folder, overwrite=overwrite)
         if overwrite or not folder.is_dir():
             return
-        job, record = _read(self.job / "job.json"), _read(folder / RECORD)
-        if job is not None:
-            self._refuse_other(
-                job.get("settings", {}), f"{folder} holds an unfinished job", "finish it as it was begun"
-            )
-        elif record is not None and (folder / "config.json").is_file():
-            self._refuse_other(record.get("settings", {}), f"{folder} holds a converted model", "give another folder")
+        job = self.job / "job.json"
+        if job.is_file():
+            begun = read_json(job, "", _ANEW)
+            require(begun, _JOB_FIELDS, job, _ANEW)
+            self._refuse_other(begun["settings"], f"{folder} holds an unfinished job", "finish it as it was begun")
+        elif (folder / RECORD).is_file() and (folder / "config.json").is_file():
+            done = read_record(folder)
+            self._refuse_other(done["settings"], f"{folder} holds a converted model", "give another folder")
             self.finished = True
 
     def _refuse_other(self, theirs: Mapping[str, Any], what: str, advice: str) -> None:
@@ -236,18 +262,13 @@ class ShardWriter:
         return entries
 
     def _read_journal(self, path: Path) -> list[dict[str, Any]]:
-        entries = []
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                entry = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                entry = None
-            # A torn last line is a step whose end was not recorded: it is done again. So is one whose file is gone.
-            if entry is not None and all(
-                name in self._where and self._where[name].survives() for name in entry["tensors"]
-            ):
-                entries.append(entry)
-        return entries
+        # A torn last line is a step whose end was not recorded: it is done again. So is one whose file is gone.
+        return [
+            entry
+            for entry in read_json_lines(path)
+            if problem(entry, _JOURNAL_FIELDS) is None
+            and all(name in self._where and self._where[name].survives() for name in entry["tensors"])
+        ]
 
     def _note_done(self, entries: Iterable[Mapping[str, Any]]) -> None:
         for entry in entries:
@@ -449,14 +470,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _short(value: object) -> str:

@@ -172,7 +172,7 @@ class TestPlaces:
         def refuse(*args: Any, **kwargs: Any) -> None:
             raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr(Path, "open", refuse)
+        monkeypatch.setattr("svdconvert.documents.os.open", refuse)
         with pytest.raises(InputError, match=r"a.txt cannot be read \(Permission denied\)"):
             read(path)
 

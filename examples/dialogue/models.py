@@ -17,8 +17,9 @@ from torch import nn
 
 from examples.dialogue.settings import AdapterSettings, QuantizationSettings, Settings, read_settings
 from svdconvert.architectures import FACTORED
+from svdconvert.documents import read_json
 from svdconvert.errors import InputError
-from svdconvert.source import local_folder, read_json
+from svdconvert.source import local_folder
 
 MODEL, ADAPTER, START, REPORT = "model", "adapter", "start", "report.json"
 

@@ -86,6 +86,8 @@ class DefaultGroup(click.Group):
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
+    # Names in files may hold anything; a terminal is not to be steered by them.
+    message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     group = processes.current()
     if group.size == 1:
         click.echo(f"Error: {message}", err=True)
