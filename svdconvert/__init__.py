@@ -8,10 +8,11 @@ report = convert("EleutherAI/polyglot-ko-3.8b", "polyglot-ko-3.8b-r768", rank=76
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = metadata.version("svdconvert")
+# Read by pyproject.toml too: one place, and there without an installation.
+__version__ = "0.1.0"
 
 # Imported when they are first used: torch and transformers take seconds.
 _EXPORTS = {

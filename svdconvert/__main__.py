@@ -1,5 +1,5 @@
 """`python -m svdconvert`."""
 
-from svdconvert.cli import main
+from svdconvert.program import run
 
-main()
+run()

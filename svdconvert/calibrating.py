@@ -92,6 +92,7 @@ class Knowledge:
         key: what they depend on beside the model, in JSON types.
         text: the text itself, in the model's tokens.
         batch_size: sequences at a time.
+        options: options of the command line that lead to the same, with stand-ins for names of files.
         collect: (method, modules, device, work folder, events) -> their provider.
     """
 
@@ -99,6 +100,7 @@ class Knowledge:
     key: Mapping[str, Any]
     text: CalibrationTokens
     batch_size: int
+    options: Mapping[str, Any]
     collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
 
 
@@ -179,7 +181,16 @@ def from_text(source: Source, calibration: Calibration) -> Knowledge:
         "labels": calibration.labels,
         "seed": calibration.seed,
     }
-    return Knowledge(calibration.text, key, tokens, calibration.batch_size, collect)
+    options = {
+        "--calib": "TEXT",
+        "--calib-field": calibration.field,
+        "--calib-samples": samples,
+        "--calib-length": length,
+        "--calib-batch-size": calibration.batch_size,
+        "--labels": calibration.labels,
+        "--seed": calibration.seed,
+    }
+    return Knowledge(calibration.text, key, tokens, calibration.batch_size, options, collect)
 
 
 def from_folder(source: Source, folder: Path) -> Knowledge:
@@ -222,7 +233,7 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
 
     settings = {name: key[name] for name in ("samples", "length", "labels", "seed")}
     settings = {"calibration": text.digest, "tokens": text.tokens, **settings}
-    return Knowledge(str(folder), settings, text, BATCH_SIZE, collect)
+    return Knowledge(str(folder), settings, text, BATCH_SIZE, {"--stats": "STATS"}, collect)
 
 
 def calibrate(

@@ -8,7 +8,7 @@ from typing import Any
 
 from svdconvert.architectures import Architecture
 from svdconvert.fast import done
-from svdconvert.metrics import LOW_GUESS, METHODS, calibrated
+from svdconvert.metrics import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.names import suffix
 from svdconvert.planning import Plan
 from svdconvert.source import Source
@@ -27,7 +27,7 @@ _LOSSES = (
         "predicted_loss",
         "predicted loss",
         ".2g",
-        f"predicted loss: what the layer is estimated to add, nats per token, {LOW_GUESS}",
+        f"predicted loss: what the layer is estimated to add, nats per token, {ROUGH_GUESS}",
     ),
 )
 

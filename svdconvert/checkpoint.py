@@ -7,9 +7,11 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata, resources
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
 
+from svdconvert import __version__
 from svdconvert.architectures import Architecture
 from svdconvert.headers import DTYPES, TensorInfo
 from svdconvert.source import SAFE_INDEX, Source
@@ -19,7 +21,8 @@ from svdconvert.writer import RECORD, OutputFolder
 
 def modeling_source(row: Architecture) -> bytes:
     """The modeling file of an architecture, as it is copied into checkpoints."""
-    return resources.files("svdconvert.modeling").joinpath(f"{row.modeling}.py").read_bytes()
+    # By the package's folder: in a checkout that is another one than this file's.
+    return Path(import_module("svdconvert.modeling").__path__[0], f"{row.modeling}.py").read_bytes()
 
 
 def factored_config(
@@ -78,8 +81,12 @@ def majority_dtype(infos: Sequence[TensorInfo]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    packages = ("svdconvert", "torch", "safetensors", "numpy", "scipy")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    packages = ("torch", "safetensors", "numpy", "scipy")
+    return {
+        "python": platform.python_version(),
+        "svdconvert": __version__,
+        **{name: metadata.version(name) for name in packages},
+    }
 
 
 def record(command: str, source: Source, settings: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -19,6 +18,7 @@ from svdconvert.events import Events
 from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
 from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.metrics import Method, method_named, method_options
+from svdconvert.options import BY_NAME, repeating_command
 from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest, Target
 from svdconvert.source import Source, open_source
@@ -289,7 +289,8 @@ def convert(
     if knowledge is not None:
         settings |= knowledge.key
     place = kept_work(folder) if keep_work else None if work is None else Path(work).expanduser()
-    needs_decomposition = bool(row.statistics) or spread == "global" or refit != "none" or place is not None
+    always_decomposed = bool(row.statistics) or spread == "global" or refit != "none"
+    needs_decomposition = always_decomposed or place is not None
     if spread == "uniform":
         events.planned(made, free_bytes(folder))
     elif row.allocation != "global":
@@ -324,7 +325,10 @@ def convert(
         measure = None
         if knowledge is not None and check:
             measure = partial(_measured, source, made, knowledge, folder, used_device, events)
-        return _job(source, made, settings, row, told, measure)
+        command = command_line(
+            source, made, settings, request, knowledge, keeps=not always_decomposed and place is not None
+        )
+        return _job(source, made, settings, row, command, told, measure)
 
     outcome = run_job(
         "convert",
@@ -486,6 +490,7 @@ def _job(
     made: Plan,
     settings: Mapping[str, Any],
     method: Method,
+    command: str,
     told: Mapping[str, Any],
     measure: Callable[[], Mapping[str, float]] | None,
 ) -> Job:
@@ -494,7 +499,6 @@ def _job(
         source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"], made.shared
     )
     config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
-    command = command_line(source, made, settings)
 
     def matrices(reports: Reports) -> dict[str, dict[str, Any]]:
         found = {
@@ -556,36 +560,36 @@ def _by_layer(target: Target, report: Mapping[str, Any]) -> dict[str, Mapping[st
     }
 
 
-def command_line(source: Source, made: Plan, settings: Mapping[str, Any]) -> str:
-    """The command that makes this result again."""
-    words = ["svdconvert", source.repo or source.name]
-    if source.commit:
-        words += ["--revision", source.commit]
-    for option in ("rank", "keep", "params"):
-        if settings[option] is not None:
-            words += [f"--{option}", str(settings[option])]
-    for pattern, rank in settings["rank_patterns"].items():
-        words += ["--rank", f"{pattern}={rank}"]
-    for pattern in settings["targets"]:
-        words += ["--targets", pattern]
-    if settings["rank_multiple"] != 1:
-        words += ["--rank-multiple", str(settings["rank_multiple"])]
-    if settings["factor_all"]:
-        words.append("--factor-all")
-    if "calibration" in settings:
-        words += ["--method", made.method, "--calib", "TEXT", "--calib-samples", str(settings["samples"])]
-        words += ["--calib-length", str(settings["length"]), "--seed", str(settings["seed"])]
-    words += ["--refit", settings["refit"]] if settings["refit"] != "none" else []
-    words += ["--layout", settings["layout"]] if settings["layout"] != DEFAULT.name else []
-    words += ["--share-layers", str(settings["share_layers"])] if settings["share_layers"] > 1 else []
-    words += ["--split-fused"] if settings["split_fused"] else []
-    words += ["--solver", settings["solver"]] if settings["solver"] != "exact" else []
-    words += ["--allocation", "global"] if settings["allocation"] == "global" else []
-    for option in method_named(made.method).options:
-        words += [f"--{option}", f"{settings[option]:g}"]
-    if settings["dtype"] != "keep":
-        words += ["--dtype", settings["dtype"]]
-    return shlex.join([*words, "--out", "DIR"])
+def command_line(
+    source: Source,
+    made: Plan,
+    settings: Mapping[str, Any],
+    request: RankRequest,
+    knowledge: Knowledge | None,
+    *,
+    keeps: bool,
+) -> str:
+    """The command that makes this result again, see :func:`svdconvert.options.repeating_command`."""
+    row = method_named(made.method)
+    usual = chosen_allocation(row, None, request)
+    ranks = [] if request.rank is None else [str(request.rank)]
+    values: dict[str, Any] = {
+        "--revision": source.commit,
+        "--rank": (*ranks, *(f"{pattern}={rank}" for pattern, rank in (request.patterns or {}).items())),
+        "--targets": tuple(settings["targets"]),
+        # Named wherever there is a text, whatever the usual one may be some day.
+        "--method": None if knowledge is None and made.method == default_method(None, None, None) else made.method,
+        "--allocation": None if settings["allocation"] == usual == "uniform" else settings["allocation"],
+        "--max-shard-size": settings["max_shard_bytes"],
+        **{f"--{name}": settings.get(name) for name in ("alpha", "shrinkage")},
+        **{name: BY_NAME[name].default for name in BY_NAME if BY_NAME[name].keyword.startswith("calibration.")},
+        "--stats": None,
+        "--work": "WORK" if keeps else None,
+        **(knowledge.options if knowledge else {}),
+    }
+    same = ("keep", "params", "rank_multiple", "factor_all", "split_fused", "share_layers", "refit", "layout", "solver")
+    values |= {f"--{name.replace('_', '-')}": settings[name] for name in (*same, "dtype")}
+    return repeating_command(source.repo or source.name, values)
 
 
 def _request(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # What is said beside every predicted loss; docs/prediction.md has the figures.
-LOW_GUESS = "usually too low: it takes layers, inputs and gradients as independent"
+ROUGH_GUESS = "an estimate for comparing ranks; as an absolute loss it may be off by a factor of several either way"
 
 
 @dataclass(frozen=True)

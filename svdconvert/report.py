@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from svdconvert.events import Events
 from svdconvert.fast import done
-from svdconvert.metrics import LOW_GUESS, METHODS, calibrated
+from svdconvert.metrics import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.steps import Step
+from svdconvert.tables import new_table, show_pairs, show_table
 
 if TYPE_CHECKING:
     from svdconvert.ablation import GroupResult
@@ -53,9 +53,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     layers = plan.settings["share_layers"]
     shared = f", input-side factors shared by {layers} layers" if layers > 1 else ""
     console.print(f"[bold]{escape(plan.source)}[/]{commit} ({plan.architecture}), method {plan.method}{shared}")
-    table = Table(box=None, pad_edge=False)
-    for heading in ("target", "shape", "matrices", "rank", "break-even", "parameters", "kept"):
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("target", "shape") else "right")
+    table = new_table(("target", "shape"), ("matrices", "rank", "break-even", "parameters", "kept"))
     for group in plan.groups:
         table.add_row(
             group.name,
@@ -66,7 +64,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
             f"{group.dense_params:,} -> {group.params:,}",
             f"{group.params / group.dense_params:.1%}",
         )
-    console.print(table)
+    show_table(console, table)
     trained = plan.training_bytes
     peak, worker = plan.peak_bytes(), plan.peak_bytes(2) - plan.peak_bytes()
     rows = [
@@ -108,7 +106,7 @@ def show_result(console: Console, report: Report) -> None:
         rows.append(("error of the outputs", f"mean {mean:.4f}, worst {max(outputs):.4f}, on the calibration text"))
     record = outcome.record
     if "measured_loss" in record:
-        guess = f" ({record['predicted_loss']:+.4f} predicted; {LOW_GUESS})" if "predicted_loss" in record else ""
+        guess = f" ({record['predicted_loss']:+.4f} predicted; {ROUGH_GUESS})" if "predicted_loss" in record else ""
         measured = f"{record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
         rows.append(("loss added", f"{measured}, measured on the calibration text{guess}"))
     rows += _times(outcome)
@@ -172,16 +170,14 @@ def _times(outcome: Outcome) -> list[tuple[str, str]]:
 
 def show_ablation(console: Console, results: Sequence[GroupResult]) -> None:
     """Print an ablation, the untouched model first."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("group", "singular values", "energy", "perplexity", "added log-perplexity"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table((), ("group", "singular values", "energy", "perplexity", "added log-perplexity"))
     dense = results[0].perplexity
     table.add_row("none", "", "", f"{dense:.2f}", "")
     for row in results[1:]:
         place = f"{row.first:.0%} to {row.last:.0%}"
         added = f"{math.log(row.perplexity / dense):+.4f}"
         table.add_row(str(row.group), place, f"{row.energy:.2%}", f"{row.perplexity:.2f}", added)
-    console.print(table)
+    show_table(console, table)
 
 
 def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False) -> None:
@@ -199,9 +195,9 @@ def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False)
     }
     if all(matrix.outputs is not None for matrix in spectra.matrices):
         columns["output error"] = (lambda matrix: matrix.break_even_output_error or 0.0, "{:.4f}".format)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("target", "shape", *(() if per_layer else ("matrices", ""))):
-        table.add_column(heading, no_wrap=True, justify="right" if heading == "matrices" else "left")
+    table = new_table(("target", "shape"), () if per_layer else ("matrices",))
+    if not per_layer:
+        table.add_column("", no_wrap=True)
     for heading in columns:
         table.add_column(heading, no_wrap=True, justify="right")
     for (kind, shape), matrices in spectra.kinds.items():
@@ -216,7 +212,7 @@ def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False)
             table.add_row(*label, name, *(told(pick(found[column])) for column, (_, told) in columns.items()))
     metrics = "plain" if spectra.method == "svd" else f"in the metrics of {spectra.method}"
     console.print(f"[bold]{escape(spectra.model)}[/], {metrics}, layout {spectra.layout}")
-    console.print(table)
+    show_table(console, table, keys=(0,) if per_layer else (0, 3))
     console.print("90%, 95%, 99%: least rank with that share of the energy", style="dim", highlight=False)
     outputs = ", and the error of the outputs there" if "output error" in columns else ""
     console.print(f"keeps: share at the highest rank that saves something{outputs}", style="dim", highlight=False)
@@ -225,16 +221,14 @@ def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False)
 
 def show_sweep(console: Console, sweep: Sweep) -> None:
     """Print a sweep, the dense model first."""
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "budget", "parameters", "weight files", "perplexity", "added log-perplexity"):
-        table.add_column(heading, no_wrap=True, justify="right" if heading else "left")
+    table = new_table(("",), ("budget", "parameters", "weight files", "perplexity", "added log-perplexity"))
     dense = sweep.dense
     table.add_row("dense", "", f"{dense.params:,}", size(dense.bytes), f"{dense.perplexity:.2f}", "")
     for line, points in sweep.lines.items():
         for i, point in enumerate(points):
             cells = (f"{point.params:,}", size(point.bytes), f"{point.perplexity:.2f}", f"{point.added:+.4f}")
             table.add_row("" if i else line, point.setting.budget, *cells)
-    console.print(table)
+    show_table(console, table, keys=(0, 1))
     console.print(escape(sweep.headline), highlight=False)
     show_pairs(console, [("written to", str(sweep.folder))])
 
@@ -253,16 +247,6 @@ def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def show_pairs(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two columns."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, escape(value))
-    console.print(table)
 
 
 class TerminalEvents(Events):

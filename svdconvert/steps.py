@@ -86,14 +86,31 @@ def files_bytes(shards: Mapping[str, Sequence[TensorInfo]]) -> int:
     return sum(layout(infos)[2] for infos in shards.values())
 
 
+_UNITS = {"": 1, "b": 1} | {
+    unit + suffix: base**power
+    for power, unit in enumerate(("k", "m", "g", "t"), 1)
+    for base, suffixes in ((1000, ("", "b")), (1024, ("i", "ib")))
+    for suffix in suffixes
+}
+
+
 def parse_size(text: str) -> int:
-    """``5GB`` -> 5,000,000,000. Decimal units, as the Hub counts.
+    """Bytes of a size in words: ``5GB`` is 5,000,000,000, ``5GiB`` 5 * 2**30, a plain number counts bytes.
 
     Raises:
         InputError: not a size, or too small to be meant.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    size = round(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    unit = _UNITS.get(match[2]) if match else None
+    size = round(float(match[1]) * unit) if match and unit else 0
     if size < 1000:
-        raise InputError(f"--max-shard-size {text!r} is no size; write for example 5GB or 500MB")
+        raise InputError(f"--max-shard-size {text!r} is no size; write for example 5GB, 500MB or 2GiB")
     return size
+
+
+def size_text(size: int) -> str:
+    """The shortest way to write a number of bytes that :func:`parse_size` reads."""
+    names = {"TB": 1000**4, "GB": 1000**3, "MB": 1000**2, "kB": 1000}
+    names |= {"TiB": 1024**4, "GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
+    ways = [f"{size // count}{name}" for name, count in names.items() if size % count == 0]
+    return min([*ways, str(size)], key=len)

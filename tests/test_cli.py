@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from svdconvert import __version__
 from svdconvert.cli import main
+from svdconvert.cli.groups import GROUPS
 
 SCRIPT = Path(sys.executable).parent / "svdconvert"
 COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold push".split())
@@ -156,20 +157,67 @@ def test_shell_completion_script(shell: str) -> None:
     ("words", "expected"),
     [
         ("svdconvert pl", {"plan"}),
+        ("svdconvert poly", {f"polyglot-ko-{size}" for size in ("1.3b", "3.8b", "5.8b", "12.8b")}),
         ("svdconvert verify DIR --ag", {"--against"}),
+        ("svdconvert --ra", {"--rank", "--rank-multiple"}),
+        ("svdconvert --ver", {"--version", "--verbose"}),
         ("svdconvert polyglot-ko-1.3b --ra", {"--rank", "--rank-multiple"}),
         ("svdconvert polyglot-ko-1.3b --rank 8 --d", {"--device", "--dtype", "--dry-run"}),
         ("svdconvert --rank 8 --dty", {"--dtype"}),
         ("svdconvert polyglot-ko-1.3b --dtype b", {"bfloat16"}),
+        ("svdconvert --method k", {"kfac"}),
+        ("svdconvert MODEL --method d", {"drone"}),
+        ("svdconvert MODEL --layout p", {"pivoted"}),
+        ("svdconvert sweep MODEL --method w", {"whiten"}),
+        ("svdconvert MODEL --device cu", {"cuda", "cuda:N"}),
         ("svdconvert verfy --ag", set()),
     ],
 )
 def test_shell_completes(words: str, expected: set[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert completed(words, monkeypatch) == expected
+
+
+def completed(words: str, monkeypatch: pytest.MonkeyPatch, kind: str = "plain") -> set[str]:
+    """What a shell is offered; of kind ``dir`` and ``file`` it completes the names itself."""
     monkeypatch.setenv("COMP_WORDS", words)
-    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
     completer = shell_completion.ZshComplete(main, {}, "svdconvert", "_SVDCONVERT_COMPLETE")
     args, incomplete = completer.get_completion_args()
-    assert expected == {item.value for item in completer.get_completions(args, incomplete)}
+    return {item.value for item in completer.get_completions(args, incomplete) if item.type == kind}
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("svdconvert out", "dir"),
+        ("svdconvert plan out", "dir"),
+        ("svdconvert MODEL --out out", "dir"),
+        ("svdconvert MODEL --calib out", "file"),
+        ("svdconvert verify out", "dir"),
+        ("svdconvert evaluate MODEL --text out", "file"),
+    ],
+)
+def test_shell_completes_names_of_files(words: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert completed(words, monkeypatch, kind) == {"out"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_stands_in_a_group_and_names_its_values(command: str, run: Run) -> None:
+    for parameter in main.commands[command].params:
+        if parameter.param_type_name == "option":
+            assert parameter.group in GROUPS, parameter.name
+            metavar = parameter.metavar or ""
+            assert parameter.is_flag or metavar or "|" in parameter.make_metavar(None), parameter.name
+    shown = run(command, "--help").out
+    assert not re.search(r"\b(TEXT|INTEGER|FLOAT|PATH|WORD)\b(?! *(Text for|Text to))", shown), shown
+    headings = re.findall(r"^(\w[\w ]*):$", shown, re.MULTILINE)
+    assert headings[-1] == "Other"
+    assert headings[:-1] == [name for name in GROUPS if name in headings]
+    if command in ("convert", "plan", "sweep"):
+        assert "--method [svd|asvd|fwsvd|whiten|kfac]" in shown
+    if command == "convert":
+        assert headings[:-1] == "Size,What to factor,Method,Calibration,Output,Running,Hub".split(",")
+        assert re.search(r"--work FOLDER .*?\n  --keep-work ", shown, re.DOTALL)
 
 
 # --- plan

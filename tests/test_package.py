@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     assert re.search(r"^Requires-Python: >=3\.10$", text, re.MULTILINE)
     assert re.search(r"^License-Expression: Apache-2\.0$", text, re.MULTILINE)
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
-    assert "svdconvert = svdconvert.cli:main" in archive.read(name).decode()
+    assert "svdconvert = svdconvert.program:run" in archive.read(name).decode()
 
 
 def test_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
@@ -88,6 +89,69 @@ def test_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     assert int(size) == (ROOT / "modeling" / "modeling_polyglot_svd.py").stat().st_size
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's files as they are cloned, without anything that an installation leaves in them."""
+    root = tmp_path_factory.mktemp("clone") / "repository"
+    for name in ("svdconvert", "modeling"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as `pip install .` leaves it: a folder of files, away from the repository."""
+    target = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(target)
+    return target
+
+
+@pytest.mark.parametrize("start", [["-m"], ["-m", "torch.distributed.run", "--nproc-per-node", "1", "-m"]])
+def test_from_the_repository_after_an_installation(
+    start: list[str], checkout: Path, installed: Path, dense: Path, tmp_path: Path
+) -> None:
+    """In the repository's root its folder `svdconvert` comes before the installed package, and has to be whole."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, *start, "svdconvert", str(dense), "--rank", "8", "--device", "cpu", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=checkout,
+        # Before an editable installation, which would lead to this repository; behind the folder we are in.
+        env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "logits" in done.stdout
+    assert (out / "modeling_polyglot_svd.py").read_bytes() == (ROOT / "modeling/modeling_polyglot_svd.py").read_bytes()
+
+
+@pytest.mark.parametrize("installation", [True, False])
+def test_where_the_modeling_files_are(installation: bool, checkout: Path, installed: Path, tmp_path: Path) -> None:
+    """An installation uses its own package, a checkout the folder beside it; neither needs the other."""
+    place = installed if installation else checkout
+    program = (
+        "import svdconvert.modeling as m; from svdconvert.modeling import modeling_llama_svd as f; "
+        "from svdconvert.checkpoint import versions; "
+        "print(m.__file__); print(f.__file__); print(versions()['svdconvert'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(place)},
+    )
+    assert done.returncode == 0, done.stderr
+    package, file, version = done.stdout.splitlines()
+    assert Path(package) == place / ("svdconvert/modeling/__init__.py" if installation else "svdconvert/modeling.py")
+    assert Path(file) == place / ("svdconvert/modeling" if installation else "modeling") / "modeling_llama_svd.py"
+    assert version == svdconvert.__version__
+
+
 @pytest.mark.parametrize("name", svdconvert.__all__)
 def test_public_names(name: str) -> None:
     value = getattr(svdconvert, name)
@@ -99,18 +163,51 @@ def test_public_names(name: str) -> None:
             assert parameter.annotation is not inspect.Parameter.empty, (name, parameter.name)
 
 
-@pytest.mark.parametrize("name", ["convert", "plan", "densify", "evaluate", "fold", "verify", "push"])
-def test_every_parameter_of_a_public_function_is_explained(name: str) -> None:
-    function = getattr(svdconvert, name)
+FUNCTIONS = [name for name in svdconvert.__all__ if inspect.isfunction(getattr(svdconvert, name))]
+
+
+def explained(function: object) -> set[str]:
+    """Names that the Args section of a docstring explains: `name: what it is`, or `name, name, name: ...`."""
     text = inspect.getdoc(function) or ""
-    for parameter in inspect.signature(function).parameters:
-        assert re.search(rf"\b{parameter}\b.*:", text), (name, parameter)
+    section = re.search(r"^Args:\n((?:    .*\n|\n)+)", text + "\n", re.MULTILINE)
+    entries = re.split(r"\n(?=    \S)", "\n" + section[1]) if section else []
+    found: set[str] = set()
+    for entry in entries:
+        names, colon, meaning = " ".join(entry.split()).partition(": ")
+        if colon and len(meaning) > 3:
+            found |= set(names.split(", "))
+    return found
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_parameter_of_a_public_function_is_explained(name: str) -> None:
+    assert len(FUNCTIONS) >= 11
+    function = getattr(svdconvert, name)
+    assert explained(function) == set(inspect.signature(function).parameters)
+
+
+def test_what_counts_as_explained() -> None:
+    def good(one: int, two: int, three: int) -> None:
+        """Do it.
+
+        Args:
+            one: the first, where three: is no entry.
+            two, three: others,
+                with a line more.
+
+        Raises:
+            ValueError: never.
+        """
+
+    assert explained(good) == {"one", "two", "three"}
+    good.__doc__ = "Uses one: and two: in passing.\n\nArgs:\n    one: number.\n\nReturns:\n    two: nothing.\n"
+    assert explained(good) == {"one"}
 
 
 def test_all_is_complete() -> None:
     assert sorted(svdconvert.__all__) == svdconvert.__all__
     assert set(dir(svdconvert)) >= set(svdconvert.__all__)
-    assert svdconvert.__version__ == metadata.version("svdconvert")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", svdconvert.__version__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = svdconvert.nonsense
 

@@ -6,25 +6,27 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import click
-
-from svdconvert.cli.converting import (
-    console_for,
+from svdconvert.cli.groups import FILE, option
+from svdconvert.cli.parameters import (
     device_option,
+    folder_argument,
     json_option,
-    main,
-    need_folder,
-    print_json,
+    model_argument,
+    revision_option,
     split_option,
+    targets_option,
+    window_options,
 )
+from svdconvert.cli.program import main
+from svdconvert.cli.screen import console_for, need_folder, print_json
 from svdconvert.errors import InputError, JobError
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="The dense source, to compare every tensor with.")
-@click.option("--revision", metavar="R", help="Branch, tag or commit of --against.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text for the perplexity of the model, and of --against.")
+@folder_argument
+@option("--against", metavar="MODEL", group="Measuring", help="The dense source, to compare every tensor with.")
+@option("--revision", metavar="R", group="Hub", help="Branch, tag or commit of --against.")
+@option("--text", type=FILE, group="Measuring", help="Text for the perplexity of the model, and of --against.")
 @device_option
 @json_option
 def verify(
@@ -65,12 +67,10 @@ def verify(
 
 
 @main.command()
-@click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
-@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
-@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
-@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@model_argument
+@option("--text", type=FILE, required=True, group="Measuring", help="UTF-8 text file.")
+@window_options
+@revision_option
 @device_option
 @json_option
 def evaluate(
@@ -106,15 +106,13 @@ def evaluate(
 
 
 @main.command()
-@click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="UTF-8 text file.")
-@click.option("--groups", type=int, default=10, show_default=True, help="Groups of singular values.")
-@click.option("--targets", multiple=True, metavar="PATTERN", help="Only linear layers that match (repeatable).")
+@model_argument
+@option("--text", type=FILE, required=True, group="Measuring", help="UTF-8 text file.")
+@option("--groups", type=int, default=10, show_default=True, group="Measuring", help="Groups of singular values.")
+@targets_option
 @split_option
-@click.option("--window", type=int, help="Tokens per input.  [default: 1024, or the model's longest context]")
-@click.option("--stride", type=int, help="Tokens the window moves.  [default: half the window]")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Windows at a time.")
-@click.option("--revision", metavar="R", help="Branch, tag or commit of a Hub repository.")
+@window_options
+@revision_option
 @device_option
 @json_option
 def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:

@@ -9,16 +9,18 @@ from typing import Any
 
 import click
 
-from svdconvert.cli.converting import (
-    console_for,
+from svdconvert.cli.groups import FOLDER, option
+from svdconvert.cli.parameters import (
     device_option,
-    main,
-    need_folder,
+    folder_argument,
+    hub_revision_option,
     overwrite_option,
     private_option,
     shard_option,
     verbose_option,
 )
+from svdconvert.cli.program import main
+from svdconvert.cli.screen import console_for, need_folder
 
 
 @contextmanager
@@ -36,8 +38,8 @@ def _show_outcome(outcome: Any) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@folder_argument
+@option("--out", type=FOLDER, required=True, group="Output", help="Folder to write.")
 @shard_option
 @device_option
 @overwrite_option
@@ -53,11 +55,11 @@ def densify(folder: Path, out: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--adapter", type=click.Path(path_type=Path), required=True, help="Folder that peft's save_pretrained wrote."
+@folder_argument
+@option(
+    "--adapter", type=FOLDER, required=True, group="What to factor", help="Folder that peft's save_pretrained wrote."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@option("--out", type=FOLDER, required=True, group="Output", help="Folder to write.")
 @shard_option
 @device_option
 @overwrite_option
@@ -73,10 +75,10 @@ def fold(folder: Path, adapter: Path, out: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@folder_argument
 @click.argument("repo")
 @private_option
-@click.option("--hub-revision", metavar="B", help="Branch to upload to.")
+@hub_revision_option
 def push(folder: Path, repo: str, private: bool, hub_revision: str | None) -> None:
     """Upload a finished result to the Hub."""
     need_folder(folder)

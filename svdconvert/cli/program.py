@@ -1,0 +1,120 @@
+"""The program itself: its commands, its errors, and who speaks where several processes work."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from click.shell_completion import CompletionItem
+
+from svdconvert import __version__, processes
+from svdconvert.cli.groups import GroupedCommand
+from svdconvert.errors import InputError, JobError, SvdconvertError
+
+DEFAULT_COMMAND = "convert"
+# What several processes can share; under a launcher, the first of them does the others alone.
+SHARED_COMMANDS = ("convert", "calibrate", "densify", "fold")
+# Launchers end all processes when one has failed: in so many seconds another one has said what was wrong.
+_LET_SPEAK = 1.0
+
+
+class DefaultGroup(click.Group):
+    """A group whose first word may also be the argument of its default command: `svdconvert MODEL --rank 768`."""
+
+    command_class = GroupedCommand
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            close = difflib.get_close_matches(args[0], self.commands, cutoff=0.7)
+            # While a shell completes a line, nothing in it is an error yet.
+            if close and not ctx.resilient_parsing and not Path(args[0]).exists():
+                raise InputError(f"there is no command {args[0]!r}; did you mean {close[0]!r}?")
+            args = [DEFAULT_COMMAND, *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """What a line may begin with: a command, or what the default command takes."""
+        found = super().shell_complete(ctx, incomplete)
+        default = self.commands[DEFAULT_COMMAND]
+        with default.make_context(DEFAULT_COMMAND, [], parent=ctx, resilient_parsing=True) as inner:
+            if incomplete.startswith("-"):
+                told = {item.value for item in found}
+                return [*found, *(item for item in default.shell_complete(inner, incomplete) if item.value not in told)]
+            return [*found, *default.params[0].shell_complete(inner, incomplete)]
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if processes.launched() and not ctx.resilient_parsing:
+            if name in SHARED_COMMANDS:
+                processes.join()
+            elif processes.launched_rank() > 0:
+                ctx.exit()
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            processes.leave()
+            return result
+        except KeyboardInterrupt:
+            # click itself would say "Aborted!" and no more.
+            raise JobError("interrupted; the same command goes on where it stopped") from None
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        # OpenMP's threads wait for each other by spinning; where other processes hold a core, an eigen-decomposition
+        # then takes up to ten times as long (docs/measurements.md). It is read when torch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if processes.launched_rank() > 0:
+            # One process speaks for all.
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        try:
+            return super().main(*args, **kwargs)
+        except SvdconvertError as error:
+            _fail(str(error), error.exit_code)
+        except MemoryError:
+            _fail("out of memory; use fewer --workers or a machine with more, the same command goes on", 1)
+        except RuntimeError as error:
+            # torch raises its own error type when a GPU is full, and importing torch only to name it costs seconds.
+            if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+                raise
+            _fail("out of memory on the device; use --device cpu, the same command goes on otherwise", 1)
+        except SystemExit as end:
+            if end.code and processes.launched_rank() > 0:
+                time.sleep(_LET_SPEAK)
+            raise
+        finally:
+            if processes.launched_rank() > 0:
+                sys.stderr = sys.__stderr__  # a traceback is for everybody to see
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    # Names in files may hold anything; a terminal is not to be steered by them.
+    message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    group = processes.current()
+    if group.size == 1:
+        click.echo(f"Error: {message}", err=True)
+    elif group.claim_error():
+        click.echo(f"Error: {message}", file=sys.__stderr__)
+    else:
+        time.sleep(_LET_SPEAK)
+    sys.exit(exit_code)
+
+
+@click.group(cls=DefaultGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def main() -> None:
+    """Make a Hugging Face language model a fraction of its size by low-rank factorization.
+
+    \b
+    svdconvert polyglot-ko-3.8b --rank 768 --out DIR
+    is short for `svdconvert convert ...`; the result loads with
+    AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True).
+    """

@@ -1,0 +1,36 @@
+"""Where a command's result goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from svdconvert.errors import InputError
+
+
+def need_folder(folder: Path) -> None:
+    """Refuse a folder that is not there.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}")
+
+
+def console_for(as_json: bool) -> Any:
+    """Where people read: standard output, or standard error while that carries JSON."""
+    from rich.console import Console
+
+    stream = sys.stderr if as_json else sys.stdout
+    # Without a terminal nobody wraps lines: give tables the room they need.
+    return Console(file=stream, width=None if stream.isatty() else 140)
+
+
+def print_json(value: object) -> None:
+    """Print for programs."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
