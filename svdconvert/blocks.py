@@ -17,10 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 
 from svdconvert.architectures import dense_architecture, factored_architecture
 from svdconvert.architectures.row import Section
 from svdconvert.errors import InputError
+from svdconvert.foreign import foreign_code
 from svdconvert.layouts import shared_layers
 from svdconvert.names import layer_number, suffix
 from svdconvert.skeletons import is_factored, move_buffers, skeleton
@@ -103,6 +107,10 @@ class ModelBlocks:
 
     Weights are read into ``dtype`` on ``device``, whatever type they are stored in; stored integers stay what they are.
     Gradients of weights are never computed; those of inputs are, where a caller asks for them.
+
+    Attributes:
+        shapes: tensors that the class has, by their names in it.
+        tied: whether its head is the embedding's other use.
     """
 
     def __init__(self, source: Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -123,9 +131,12 @@ class ModelBlocks:
             raise InputError(f"{source.name} ({row.model_type}) cannot be run block by block; known: {known}")
         self._source, self._row, self._pieces = source, row, PIECES[row.model_type]
         self._head_name = row.head[factored]
-        self._tensors = {row.full_name(name): info for name, info in source.tensors.items()}
+        full = row.full_names(source.tensors, source.config)
+        self._tensors = {full[name]: info for name, info in source.tensors.items()}
         self.device, self.dtype = torch.device(device), dtype
         self._model = skeleton(source, row)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
+        self.tied = bool(self._model.config.tie_word_embeddings)
         # Where norms come after the sums (an OPT of that kind), a block's outputs do not add up.
         self.writers = self._pieces.writers if getattr(self._model.config, "do_layer_norm_before", True) else ()
         self._base: nn.Module = self._model.base_model
@@ -204,6 +215,28 @@ class ModelBlocks:
         output = block(hidden, *call.args, **call.kwargs)
         # transformers 4 returns a tuple; 5 returns the tensor itself, of which [0] would be the first sample.
         return output[0] if isinstance(output, tuple) else output
+
+    def rehearse(self) -> None:
+        """Go through a block of each kind without weights and without values: types and shapes alone.
+
+        Raises:
+            InputError: the class does not take what config.json says.
+        """
+        mask, kinds = torch.ones(1, 4, dtype=torch.bool), set()
+        with foreign_code(f"config.json of {self._source.name} cannot be used"), torch.no_grad():
+            hidden = torch.zeros(1, 4, self.hidden_size, device=self.device)
+            for index, block in enumerate(self._layers):
+                if (kind := getattr(block, "attention_type", None)) in kinds:
+                    continue
+                kinds.add(kind)
+                call = self._call(index, hidden, mask)
+                with FakeTensorMode():
+                    tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+                    given = (tensors, (hidden, *call.args), dict(call.kwargs))
+                    functional_call(block, *tree_map_only(Tensor, self._without_values, given))
+
+    def _without_values(self, tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
 
     @contextmanager
     def head(self) -> Iterator[nn.Module]:

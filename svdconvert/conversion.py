@@ -284,6 +284,9 @@ def convert(
     made = make_plan(source, request, method=row.name, **planned)
     if refused_fast:
         made = replace(made, notes=(*made.notes, fast.NOT_ON_A_GPU))
+    from svdconvert.preflight import check_model
+
+    check_model(source)
     settings = {**made.settings, "allocation": spread, "refit": refit, **options}
     knowledge = find_knowledge(source, calibration, stats)
     if knowledge is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of, shared_layers, stored_names
-from svdconvert.names import natural, suffix
+from svdconvert.names import suffix
 from svdconvert.source import Source, listing, open_source
 from svdconvert.splitting import split_layers
-from svdconvert.steps import Step, parse_size, shard
+from svdconvert.steps import Step, in_order, parse_size, shard
+from svdconvert.tying import head_copies, with_copies
 
 
 def densify(
@@ -142,15 +143,12 @@ def factored_steps(
         groups[owner].append(Layer(module, f"{row.prefix}{module}.weight", stored))
         factors.update(names)
     steps = [step for layers in groups.values() for step in factored_step(layers)]
+    copies = head_copies(row, source)
+    full = row.full_names(source.tensors, source.config)
     for name, info in source.tensors.items():
-        if name not in factors:
-            steps.append(copy_step(info, copied_name(name)))
-    return _in_order(steps)
-
-
-def _in_order(steps: Iterable[Step]) -> list[Step]:
-    """Steps by where the last tensor of each is read."""
-    return sorted(steps, key=lambda step: (*max((info.file, info.start) for info in step.inputs), natural(step.key)))
+        if name not in factors and info not in copies:
+            steps.append(with_copies(copy_step(info, copied_name(full[name])), copies, row))
+    return in_order(steps)
 
 
 def _joined(steps: Sequence[Step], source: Source, row: Architecture) -> list[Step]:
@@ -173,7 +171,7 @@ def _joined(steps: Sequence[Step], source: Source, row: Architecture) -> list[St
         if missing:
             raise InputError(f"{source.name} lacks {listing(missing)}, which its config.json promises")
         whole.append(_join_step(f"{fused}.{kind}", {part: parts.pop(own) for part, own in names.items()}, source, row))
-    return _in_order([*parts.values(), *whole])
+    return in_order([*parts.values(), *whole])
 
 
 def _join_step(name: str, parts: Mapping[str, Step], source: Source, row: Architecture) -> Step:

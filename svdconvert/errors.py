@@ -5,6 +5,8 @@ Every message is one sentence: what is wrong with which file or tensor, and what
 
 from __future__ import annotations
 
+import errno
+
 
 class SvdconvertError(Exception):
     """Base of all errors that are reported to the user without a traceback."""
@@ -22,3 +24,14 @@ class JobError(SvdconvertError):
     """The work broke off half-way; the same command continues it once the cause is gone (exit code 1)."""
 
     exit_code = 1
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Where there was not enough memory, if that is what an error says: ``device``, ``host``, or nothing.
+
+    By name: torch raises types of its own, and importing it only to name them costs seconds.
+    """
+    if type(error).__name__ == "OutOfMemoryError":
+        return "device"
+    full = getattr(error, "errno", None) == errno.ENOMEM or "can't allocate memory" in str(error)
+    return "host" if isinstance(error, MemoryError) or full else ""

@@ -303,11 +303,11 @@ class _Checkout:
         self.where = f"the cached copy of {self.where} (HF_HUB_OFFLINE is set)"
         return {entry.name: entry.stat().st_size for entry in snapshot.iterdir() if entry.is_file()}
 
-    def weights(self) -> tuple[list[str], bool, dict[str, str] | None, str]:
+    def weights(self) -> tuple[list[str], bool, str | None]:
         """Find the weight files.
 
         Returns:
-            ``(files, pickled, weight_map, index)``: without an index the last two are None and empty.
+            ``(files, pickled, index)``; the last is None where there is no such file.
 
         Raises:
             InputError: there are no weights, or the index is wrong or names files that are missing.
@@ -316,7 +316,7 @@ class _Checkout:
         if index is None:
             if not files:
                 raise InputError(f"{self.where} has no weights; give a repository that holds a model")
-            return files, pickled, None, ""
+            return files, pickled, None
         weight_map = parse_index(self.json(index, f"{self.where} has no {index}"), f"{index} of {self.where}")
         files = sorted(set(weight_map.values()))
         missing = [file for file in files if file not in self.sizes]
@@ -325,7 +325,7 @@ class _Checkout:
                 f"{self.where} lacks {listing(missing)}, which {index} names; "
                 "wait until its upload is complete, or give another revision"
             )
-        return files, pickled, weight_map, index
+        return files, pickled, index
 
     def config(self) -> dict[str, Any]:
         """Parsed ``config.json``."""
@@ -399,10 +399,10 @@ class HubSource(Source):
         self._headers: dict[str, list[TensorInfo]] = {}
         self.config = self._checkout.config()
         self.side_files = sorted(name for name in self._sizes if is_side_file(name))
-        self.files, self.pickled, weight_map, index = self._checkout.weights()
+        self.files, self.pickled, _ = self._checkout.weights()
         self.download_bytes = {file: self._sizes[file] for file in self.files if not self._checkout.cached(file)}
         self._headers = self._pickled_headers() if self.pickled else self._safe_headers()
-        self.tensors = merge_headers(self._headers, weight_map, index)
+        self.tensors = merge_headers(self._headers)
 
     def path(self, file: str) -> Path:
         """The local path of a file: in the Hugging Face cache if it is there, else downloaded now.
@@ -561,7 +561,7 @@ def download_model(repo: str, revision: str | None = None) -> Path:
     """
     checkout = _Checkout(repo, revision)
     checkout.config()
-    files, _, _, index = checkout.weights()
+    files, _, index = checkout.weights()
     wanted = [
         n for n in checkout.sizes if is_side_file(n) or n.endswith(".py") or n in ("README.md", "svdconvert.json")
     ]

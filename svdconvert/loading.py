@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.architectures import FACTORED, Architecture
 from svdconvert.documents import read_json
 from svdconvert.errors import InputError
-from svdconvert.source import parse_index, weight_files
+from svdconvert.foreign import foreign_code
+from svdconvert.source import parse_index, refuse_adapter, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -56,24 +57,26 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     found = config or read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
-    found = {key: value for key, value in found.items() if key not in _ATTENTION}
+    found = without_attention(found)
     # The argument's name changed in transformers 4.56.
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "output_loading_info": True}
     row = FACTORED.get(str(found.get("model_type")))
-    try:
-        with quiet_transformers(), _view(folder, found) as seen:
-            if row is None:
-                model, info = AutoModelForCausalLM.from_pretrained(seen, trust_remote_code=False, **options)
-            else:
-                config_class, model_class = factored_classes(row)
-                model, info = model_class.from_pretrained(seen, config=config_class(**found), **options)
-    except Exception as error:  # noqa: BLE001 - a damaged model may make transformers raise anything
-        raise InputError(f"{folder} cannot be loaded: {_reason(error)}") from None
+    with foreign_code(f"{folder} cannot be loaded"), quiet_transformers(), _view(folder, found) as seen:
+        if row is None:
+            model, info = AutoModelForCausalLM.from_pretrained(seen, trust_remote_code=False, **options)
+        else:
+            config_class, model_class = factored_classes(row)
+            model, info = model_class.from_pretrained(seen, config=config_class(**found), **options)
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong:
         raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
     return model.to(device).eval()
+
+
+def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without the way in which attention is to be computed."""
+    return {key: value for key, value in config.items() if key not in _ATTENTION}
 
 
 @contextmanager
@@ -81,9 +84,10 @@ def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     """A folder that has the model as it will be, whatever is beside it yet: its config.json and links to its weights.
 
     transformers looks into the folder for more than weights: with no usable generation_config.json for config.json
-    itself, whatever config it was given; and for an adapter, which it would load as well.
+    itself, whatever config it was given.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    refuse_adapter(names, folder)
     index, files, _ = weight_files(names, folder)
     if index:
         files = [index, *set(parse_index(read_json(folder / index, f"{folder / index} is missing"), index).values())]
@@ -118,25 +122,8 @@ def load_tokenizer(folder: Path) -> Any:
     row = FACTORED.get(str(read_json(file, "").get("model_type"))) if file.is_file() else None
     # Left to itself, transformers 5 reads config.json as one of no particular kind, which some rotary scalings break.
     options = {"config": AutoConfig.for_model(row.model_type)} if row else {}
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing else, transformers anything
-        raise InputError(f"{folder} has no usable tokenizer ({_reason(error)})") from None
-
-
-def _reason(error: Exception) -> str:
-    """What a library said about a file, in one line.
-
-    Raises:
-        MemoryError, RuntimeError: the memory is full, which is no fault of the file.
-    """
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        raise error
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    # These say nothing without their name.
-    kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) and line else f"{type(error).__name__}: "
-    return f"{kind}{line}".rstrip(": ")
+    with foreign_code(f"{folder} has no usable tokenizer"), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def opening_token(tokenizer: Any) -> int | None:
@@ -149,7 +136,10 @@ def compute_dtype(config: Mapping[str, Any], device: str) -> torch.dtype:
     """Type to evaluate in: the stored one on a GPU; float32 on the CPU, where half types are slow or missing."""
     import torch
 
-    stored = getattr(torch, str(config.get("torch_dtype") or config.get("dtype") or "float32"))
+    named = config.get("torch_dtype") or config.get("dtype") or "float32"
+    stored = getattr(torch, str(named), None)
+    if not isinstance(stored, torch.dtype):
+        raise InputError(f"config.json says torch_dtype {named!r}, but it must be a type of torch; correct it")
     return stored if device.startswith("cuda") else torch.float32
 
 

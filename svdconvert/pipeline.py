@@ -34,8 +34,9 @@ from svdconvert.source import Source
 from svdconvert.steps import Step, files_here
 from svdconvert.threads import shared_cores
 from svdconvert.timing import StageTimes
+from svdconvert.tying import other_head
 from svdconvert.units import Finish, begin, in_units
-from svdconvert.weights import WeightReader, as_bytes
+from svdconvert.weights import WeightReader, as_bytes, same_values
 from svdconvert.writer import OutputFolder, ShardWriter
 
 _ALIGN = 64
@@ -286,7 +287,10 @@ class Pipeline:
         return report, self._writer.finish(step.key, [info.name for info in step.outputs], report)
 
     def _copy(self, reader: WeightReader, step: Step) -> None:
-        (source,), (target,) = step.inputs, step.outputs
+        (source, *copies), (target,) = step.inputs, step.outputs
+        for copy in copies:
+            if not same_values(self._source, source, copy):
+                raise other_head(self._source, copy.name, source.name)
         position = 0
         for piece in reader.stream(source):
             data = as_bytes(convert_piece(piece, source, target))

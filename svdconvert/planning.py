@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from svdconvert import fast
-from svdconvert.architectures import Architecture, dense_architecture
+from svdconvert.architectures import Architecture, dense_architecture, dense_shapes
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo, parameters
 from svdconvert.layouts import DEFAULT, Layout, layout_named
@@ -21,7 +21,8 @@ from svdconvert.names import layer_number, natural, suffix
 from svdconvert.ranks import RankRequest, Target, assign
 from svdconvert.source import Source, listing
 from svdconvert.splitting import fused_layer, split_tensors
-from svdconvert.steps import Step, files_bytes, shard
+from svdconvert.steps import Step, files_bytes, in_order, shard
+from svdconvert.tying import head_copies, with_copies
 
 # fp32 weight, gradient and the two moments of AdamW; activations come on top of it.
 TRAINING_BYTES_PER_PARAMETER = 16
@@ -251,8 +252,9 @@ def make_plan(
     if dtype != "keep" and CODES.get(dtype) not in FLOATS - {"F64"}:
         raise InputError(f"--dtype {dtype!r} is unknown; choose keep, float16, bfloat16 or float32")
     dropped = [name for name in source.tensors if row.is_dropped(name)]
-    copies = [name for name in source.tensors if name == row.head[0] and row.is_tied(source.config)]
-    kept = {name: info for name, info in source.tensors.items() if name not in {*dropped, *copies}}
+    copies = head_copies(row, source)
+    left_out = {*dropped, *(copy.name for copy in copies)}
+    kept = {name: info for name, info in source.tensors.items() if name not in left_out}
     check_tensors(kept, row, source)
 
     stored = layout_named(layout)
@@ -266,7 +268,9 @@ def make_plan(
     # a projection of which every part stays dense stays whole
     split = {part.fused for target in ranked if target.rank is not None for part in target.parts}
     cut = split_tensors(kept, row, source.config, split.__contains__)
-    steps = _steps(cut, ranked, row, dtype, decompositions or {}, refitted or {}, stored, solver)
+    steps = _steps(cut, ranked, row, source.config, dtype, decompositions or {}, refitted or {}, stored, solver)
+    if copies:
+        steps = in_order(with_copies(step, copies, row) for step in steps)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
     notes = _notes(source, dropped, copies, ranked, request, untouched, share_layers)
@@ -334,13 +338,12 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
         InputError: the checkpoint is quantised, or a tensor is missing, has another shape, or is none the architecture
             knows.
     """
-    try:
-        expected = row.parameters(source.config)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"config.json of {source.name} lacks {error}, so the model's shape is unknown") from None
-    found = {row.full_name(name): info for name, info in tensors.items()}
+    check_layers(tensors, source)
+    expected = dense_shapes(row, source.config, source.name)
+    full = row.full_names(tensors, source.config)
+    found = {full[name]: info for name, info in tensors.items()}
     for name, info in tensors.items():
-        if _QUANTISED.search(name) or (row.full_name(name) in expected and info.dtype not in FLOATS):
+        if _QUANTISED.search(name) or (full[name] in expected and info.dtype not in FLOATS):
             raise InputError(
                 f"tensor {name} of {source.name} ({DTYPES[info.dtype][1]}) is one of a quantised checkpoint; "
                 "convert the unquantised model and quantise the result"
@@ -352,7 +355,7 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
         twice = next(name for name in tensors if row.prefix + name in tensors)
         raise InputError(f"{source.name} has both {twice} and {row.prefix}{twice}; remove one of them")
     for name, info in tensors.items():
-        shape = expected.get(row.full_name(name))
+        shape = expected.get(full[name])
         if shape is None:
             raise InputError(
                 f"{source.name} has the tensor {name} ({info.file}), which {row.dense_class} does not know; "
@@ -363,6 +366,21 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
                 f"tensor {name} of {source.name} has shape {list(info.shape)}, but by config.json it must be "
                 f"{list(shape)}; config and weights are not of one model"
             )
+
+
+def check_layers(tensors: Mapping[str, TensorInfo], source: Source) -> None:
+    """Compare the number of blocks, before anything is made for each of as many as config.json says.
+
+    Raises:
+        InputError: there are others.
+    """
+    said = source.config.get("n_layer") or source.config.get("num_hidden_layers")
+    there = 1 + max((layer_number(name) for name in tensors), default=-1)
+    if said and there and said != there:
+        raise InputError(
+            f"config.json of {source.name} says {said} layers, but the weights are of {there}; "
+            "the checkpoint is incomplete, or config and weights are not of one model"
+        )
 
 
 def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, patterns: Sequence[str]) -> list[Target]:
@@ -432,6 +450,7 @@ def _steps(
     tensors: Mapping[str, TensorInfo],
     targets: Sequence[Target],
     row: Architecture,
+    config: Mapping[str, Any],
     dtype: str,
     decompositions: Mapping[str, Mapping[str, Any]],
     refitted: Mapping[str, str],
@@ -446,6 +465,7 @@ def _steps(
     factored_biases = {weight.removesuffix("weight") + "bias" for weight in owners}
     unread = {target.weight: len(target.parts) for target in owners.values()}
     steps = []
+    full = row.full_names(tensors, config)
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start, natural(item[0]))):
         code = info.dtype if dtype == "keep" else CODES[dtype]
         if name in owners:
@@ -459,8 +479,7 @@ def _steps(
                     options["solver"] = solver
                 steps.append(_factor_step(tensors, target, row, code, layout, options))
             continue
-        full = row.full_name(name)
-        renamed = layout.bias_name(full) if name in factored_biases else row.factored_name(full)
+        renamed = layout.bias_name(full[name]) if name in factored_biases else row.factored_name(full[name])
         copied = replace(info, name=renamed, dtype=code, file="", start=-1, cut=None)
         steps.append(Step("copy", name, (info,), (copied,)))
     return steps
@@ -492,7 +511,7 @@ def _factor_step(
 def _notes(
     source: Source,
     dropped: Sequence[str],
-    copies: Sequence[str],
+    copies: Sequence[TensorInfo],
     targets: Sequence[Target],
     request: RankRequest,
     untouched: int,
@@ -509,7 +528,7 @@ def _notes(
         kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
         notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
     if copies:
-        notes.append(f"{copies[0]} is dropped: by config.json it is a copy of the embedding, which is stored once")
+        notes.append(f"{copies[0].name} is dropped: it must be a copy of the embedding, which is stored once")
     budget = request.budget(targets, untouched)
     if request.multiple > 1 and budget is not None:
         left = budget - sum(target.params for target in targets)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from svdconvert.architectures import Architecture
-from svdconvert.errors import InputError
-from svdconvert.loading import factored_classes, quiet_transformers
+from svdconvert.foreign import foreign_code
+from svdconvert.loading import factored_classes, quiet_transformers, without_attention
 from svdconvert.source import Source
 
 
@@ -23,53 +24,41 @@ def skeleton(source: Source, row: Architecture) -> Any:
     """The causal model in evaluation mode: its parameters on the meta device, its buffers real.
 
     Buffers that are computed rather than stored (rotary frequencies, causal masks) have no values on the meta device
-    and come out uninitialised from ``to_empty``, so only parameters are left out.
+    and come out uninitialised from ``to_empty``, so only parameters are left out. Attention is what transformers uses
+    of its own accord: one that config.json asks for may be for another machine.
 
     Args:
         source: the checkpoint; only its config is read.
         row: its architecture.
 
     Raises:
-        InputError: its config contradicts itself.
+        InputError: no model can be made of its config.
     """
     from accelerate import init_empty_weights
 
     build = _factored if is_factored(source) else _dense
-    try:
-        with quiet_transformers(), init_empty_weights(include_buffers=False):
-            model = build(source, row)
-    except (ValueError, TypeError, KeyError, RuntimeError, _config_error()) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise InputError(f"config.json of {source.name} cannot be used: {reason}") from None
-    return model.eval()
+    problem = f"config.json of {source.name} cannot be used"
+    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+        return build(row, without_attention(source.config)).eval()
 
 
-def _dense(source: Source, row: Architecture) -> Any:
+def _dense(row: Architecture, config: Mapping[str, Any]) -> Any:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # as a checkpoint of ours would say it: some spellings of old are understood by no version or by one alone
-    settings = {key: value for key, value in source.config.items() if key != "model_type"}
-    settings |= row.config_overrides(source.config)
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    settings |= row.config_overrides(config)
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     # Without it the config's half type becomes the type that buffers are computed in.
     dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
-    config = AutoConfig.for_model(source.config["model_type"], **settings)
-    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype)
+    made = AutoConfig.for_model(config["model_type"], **settings)
+    return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype)
 
 
-def _factored(source: Source, row: Architecture) -> Any:
+def _factored(row: Architecture, config: Mapping[str, Any]) -> Any:
     config_class, model_class = factored_classes(row)
-    return model_class(config_class(**source.config))
-
-
-def _config_error() -> type[Exception]:
-    """What transformers 5 raises for a config that contradicts itself; before it was a ValueError."""
-    from huggingface_hub import errors
-
-    found = getattr(errors, "StrictDataclassError", ValueError)
-    assert issubclass(found, Exception)
-    return found
+    return model_class(config_class(**config))
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from svdconvert.architectures import ARCHITECTURES
+from svdconvert.architectures import ARCHITECTURES, dense_shapes
 from svdconvert.documents import open_regular, read_bytes, read_json
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, TensorInfo, read_header
@@ -121,11 +121,9 @@ class LocalSource(Source):
             missing = [file for file in self.files if file not in names]
             if missing:
                 raise InputError(f"{folder} lacks {listing(missing)}, which {index} names; fetch the missing files")
-        else:
-            weight_map = None
         if not self.files:
             self.config_only = True
-            self.tensors = tensors_from_config(self.config)
+            self.tensors = tensors_from_config(self.config, self.name)
             if need_weights or not self.tensors:
                 raise InputError(
                     f"{folder} has no weights; expected {SAFE_SINGLE}, {SAFE_INDEX}, {PICKLE_SINGLE} or {PICKLE_INDEX}"
@@ -137,7 +135,7 @@ class LocalSource(Source):
             headers = {file: pickled_header(folder / file) for file in self.files}
         else:
             headers = {file: read_header(folder / file) for file in self.files}
-        self.tensors = merge_headers(headers, weight_map, index or "")
+        self.tensors = merge_headers(headers)
 
     def read_config(self) -> dict[str, Any]:
         """Parsed ``config.json``."""
@@ -174,10 +172,26 @@ def open_source(
     """
     found = _resolve(model, revision)
     if isinstance(found, Path):
-        return LocalSource(found, need_weights=need_weights)
-    from svdconvert.hub import HubSource
+        source: Source = LocalSource(found, need_weights=need_weights)
+    else:
+        from svdconvert.hub import HubSource
 
-    return HubSource(found, revision, download_folder=download_folder)
+        source = HubSource(found, revision, download_folder=download_folder)
+    refuse_adapter(source.side_files, source.name)
+    return source
+
+
+def refuse_adapter(names: Iterable[str], where: object) -> None:
+    """Refuse a model with an adapter in its folder, which transformers would load as well, without a word.
+
+    Raises:
+        InputError: there is one.
+    """
+    if "adapter_config.json" in names:
+        raise InputError(
+            f"{where} has an adapter_config.json beside its weights, so it is a model with an adapter; merge the "
+            "adapter with peft, or move it to a folder of its own and add it afterwards with `svdconvert fold`"
+        )
 
 
 def local_folder(model: str, revision: str | None = None) -> Path:
@@ -251,13 +265,13 @@ def parse_index(index: Mapping[str, Any], where: object) -> dict[str, str]:
     return weight_map
 
 
-def merge_headers(
-    headers: Mapping[str, list[TensorInfo]], weight_map: Mapping[str, str] | None, index: str
-) -> dict[str, TensorInfo]:
-    """Join the headers of all files and check them against the index.
+def merge_headers(headers: Mapping[str, list[TensorInfo]]) -> dict[str, TensorInfo]:
+    """Join the headers of all files.
+
+    An index only says which files there are: transformers loads all that they hold, whatever it says of each tensor.
 
     Raises:
-        InputError: a tensor is in two files, or index and files disagree.
+        InputError: a tensor is in two files.
     """
     tensors: dict[str, TensorInfo] = {}
     for file, infos in headers.items():
@@ -265,29 +279,20 @@ def merge_headers(
             if info.name in tensors:
                 raise InputError(f"tensor {info.name} is both in {tensors[info.name].file} and in {file}")
             tensors[info.name] = info
-    if weight_map is not None:
-        for name, file in weight_map.items():
-            if name not in tensors or tensors[name].file != file:
-                raise InputError(
-                    f"{index} puts tensor {name} into {file}, but that file does not have it; "
-                    "index and shards are not of one checkpoint"
-                )
-        unlisted = [name for name in tensors if name not in weight_map]
-        if unlisted:
-            raise InputError(
-                f"{index} does not name {listing(unlisted)}, which {tensors[unlisted[0]].file} has; "
-                "index and shards are not of one checkpoint"
-            )
     return tensors
 
 
-def tensors_from_config(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
-    """The tensors that a model of this config must have; empty for an architecture that is not known."""
+def tensors_from_config(config: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
+    """The tensors that a model of this config must have; empty for an architecture that is not known.
+
+    Raises:
+        InputError: its config does not say it.
+    """
     row = ARCHITECTURES.get(str(config.get("model_type")))
     if row is None:
         return {}
     dtype = CODES.get(str(config.get("torch_dtype") or config.get("dtype") or "float32"), "F32")
-    return {name: TensorInfo(name, dtype, shape) for name, shape in row.parameters(config).items()}
+    return {name: TensorInfo(name, dtype, shape) for name, shape in dense_shapes(row, config, where).items()}
 
 
 def listing(names: list[str], most: int = 3) -> str:

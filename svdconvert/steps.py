@@ -9,6 +9,7 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo, layout
+from svdconvert.names import natural
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,11 @@ class Step:
     def files(self) -> frozenset[str]:
         """Source files that the step reads."""
         return frozenset(info.file for info in self.inputs)
+
+
+def in_order(steps: Iterable[Step]) -> list[Step]:
+    """Steps by where the last tensor of each is read."""
+    return sorted(steps, key=lambda step: (*max((info.file, info.start) for info in step.inputs), natural(step.key)))
 
 
 def files_here(steps: Sequence[Step]) -> int:

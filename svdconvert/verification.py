@@ -14,9 +14,10 @@ from svdconvert.checkpoint import modeling_source
 from svdconvert.densifying import outer_shape
 from svdconvert.documents import read_bytes
 from svdconvert.errors import InputError, JobError
+from svdconvert.foreign import foreign_code
 from svdconvert.headers import DTYPES, TensorInfo
 from svdconvert.layouts import layout_of, stored_names
-from svdconvert.loading import factored_classes, quiet_transformers
+from svdconvert.loading import factored_classes, quiet_transformers, without_attention
 from svdconvert.pivoting import full_up
 from svdconvert.probing import PROBE, probe
 from svdconvert.sharing import relative_error
@@ -122,8 +123,8 @@ def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:
     name = "keys and shapes"
     try:
         expected = expected_tensors(config)
-    except (ValueError, TypeError) as error:
-        return Check(name, False, str(error).splitlines()[0])
+    except InputError as error:
+        return Check(name, False, str(error))
     found = {key: info.shape for key, info in source.tensors.items()}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
@@ -140,13 +141,13 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that a config describes, dense or factored, under their names on the disk.
 
     Raises:
-        ValueError, TypeError: the config contradicts itself.
+        InputError: no model can be made of it.
     """
     if "svd_ranks" not in config:
         return dense_architecture(config, "the result").parameters(config)
     config_class, model_class = factored_classes(factored_architecture(config, "the result"))
-    with torch.device("meta"), quiet_transformers():
-        model = model_class(config_class(**config))
+    with foreign_code("config.json cannot be used"), torch.device("meta"), quiet_transformers():
+        model = model_class(config_class(**without_attention(config)))
     tied = set(getattr(model, "_tied_weights_keys", None) or []) if config.get("tie_word_embeddings") else set()
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
 

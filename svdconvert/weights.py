@@ -101,6 +101,34 @@ class WeightReader:
         return data.view(-1, info.cut.stride).narrow(1, info.cut.start, info.cut.length).reshape(-1)
 
 
+def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two matrices of a source hold the same numbers, each in whatever type; read a piece at a time.
+
+    Raises:
+        JobError: a file cannot be read.
+    """
+    if first.shape != second.shape:
+        return False
+    step = max(1, CHUNK * first.shape[0] // max(first.nbytes, second.nbytes, 1))
+    readers = WeightReader(source), WeightReader(source)
+    buffers = [torch.empty(step * info.nbytes // info.shape[0], dtype=torch.uint8) for info in (first, second)]
+    try:
+        for begin in range(0, first.shape[0], step):
+            end = min(begin + step, first.shape[0])
+            one, other = (
+                reader.read(info.rows(begin, end), buffer)
+                for reader, info, buffer in zip(readers, (first, second), buffers, strict=True)
+            )
+            if one.dtype != other.dtype:
+                one, other = one.double(), other.double()
+            if not torch.equal(one, other):
+                return False
+    finally:
+        for reader in readers:
+            reader.close()
+    return True
+
+
 @contextmanager
 def _read_errors(file: str) -> Iterator[None]:
     try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from svdconvert.architectures import gpt2, gpt_neox, llama, opt
-from svdconvert.architectures.row import Architecture, Config
+from svdconvert.architectures.claims import check_claims
+from svdconvert.architectures.row import Architecture, Config, Shapes
 from svdconvert.errors import InputError
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "GPT_NEOX",
     "Architecture",
     "dense_architecture",
+    "dense_shapes",
     "factored_architecture",
     "longest_input",
 ]
@@ -30,6 +32,7 @@ GPT_NEOX = gpt_neox.ROW
 
 # What config.json has in models of other kinds, and what they are called.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+_QUANTISED = ("quantization_config", "compression_config")
 _SENSES = ("vision_config", "audio_config", "mm_vision_tower", "visual", "vision_tower")
 
 
@@ -37,26 +40,52 @@ def dense_architecture(config: Config, where: str) -> Architecture:
     """The row of a dense source checkpoint.
 
     Raises:
-        InputError: the architecture is unknown, or the checkpoint is already factored or quantised.
+        InputError: the architecture is unknown, the checkpoint is already factored or quantised, or a field of its
+            config is what it cannot be.
     """
-    model_type = config.get("model_type")
+    model_type = _model_type(config, where)
     if model_type in FACTORED or "svd_ranks" in config:
         raise InputError(
             f"{where} is already factored; give its dense source, or run `svdconvert densify {where} --out DIR` first"
         )
-    quantised = config.get("quantization_config") or config.get("compression_config")
-    if quantised:
-        method = dict(quantised).get("quant_method", "an unknown method")
+    quantised = next((config[key] for key in _QUANTISED if config.get(key) is not None), None)
+    if quantised is not None:
+        method = (isinstance(quantised, Mapping) and quantised.get("quant_method")) or "an unknown method"
         raise InputError(
             f"{where} is already quantised ({method}); convert the unquantised model and quantise the result"
         )
-    if model_type not in ARCHITECTURES:
+    if model_type is None or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise InputError(
             f"{where} has model_type {model_type!r}{_kind(config)}, which is not supported; supported are decoder-only "
             f"language models of the types {known}"
         )
-    return ARCHITECTURES[str(model_type)]
+    check_claims(config, where)
+    return ARCHITECTURES[model_type]
+
+
+def dense_shapes(row: Architecture, config: Config, where: str) -> Shapes:
+    """Every parameter that a dense checkpoint must have, and its shape as stored.
+
+    Raises:
+        InputError: config.json does not say it.
+    """
+    check_claims(config, where)
+    try:
+        shapes = row.parameters(config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"config.json of {where} lacks {error}, so the model's shape is unknown") from None
+    for name, shape in shapes.items():
+        if not all(shape):
+            raise InputError(f"by config.json of {where}, {name} would have shape {list(shape)}; correct its sizes")
+    return shapes
+
+
+def _model_type(config: Config, where: str) -> str | None:
+    model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise InputError(f"config.json of {where} says model_type {model_type!r}, but it must be a name; correct it")
+    return model_type
 
 
 def _kind(config: Config) -> str:
@@ -84,9 +113,17 @@ def factored_architecture(config: Config, where: str) -> Architecture:
             f"{where} is not a factored checkpoint (model_type {config.get('model_type')!r}); "
             "give a folder that `svdconvert` wrote"
         )
+    check_claims(config, where)
     return row
 
 
 def longest_input(config: Config, default: int) -> int:
-    """Tokens that a model reads at most."""
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or default)
+    """Tokens that a model reads at most.
+
+    Raises:
+        InputError: its config does not say it with a number.
+    """
+    longest = config.get("max_position_embeddings") or config.get("n_positions") or default
+    if not isinstance(longest, int) or longest < 1:
+        raise InputError(f"config.json says max_position_embeddings {longest!r}, but it must be a number; correct it")
+    return longest

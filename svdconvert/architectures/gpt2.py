@@ -34,6 +34,7 @@ ROW = Architecture(
     factored="GPT2SVD",
     svd_model_type="gpt2_svd",
     prefix="transformer.",
+    embedding="transformer.wte.weight",
     targets=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     shapes=_shapes,
     # A field of old that transformers has given up and llama.cpp's converter still reads.

@@ -34,6 +34,7 @@ ROW = Architecture(
     factored="PolyglotSVD",
     svd_model_type="polyglot_svd",
     prefix="gpt_neox.",
+    embedding="gpt_neox.embed_in.weight",
     targets=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     shapes=_shapes,
     config_overrides=rotary.gpt_neox,

@@ -43,6 +43,7 @@ ROW = Architecture(
     factored="OPTSVD",
     svd_model_type="opt_svd",
     prefix="model.",
+    embedding="model.decoder.embed_tokens.weight",
     targets=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     shapes=_shapes,
     config_overrides=lambda config: {},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,7 @@ class Architecture:
         targets: suffixes of the linear layers that are factored unless the user says otherwise.
         shapes: config -> every parameter of the dense model and its shape as stored, the head included.
         config_overrides: config -> fields that a checkpoint's config.json has beyond the source's, dense or factored.
+        embedding: name of the weight that a tied head is a copy of.
         head: ``(name in dense checkpoints, name in factored ones)`` of the output head's weight.
         dropped: patterns of legacy buffers that old checkpoints carry and no current model reads.
         tied: whether the head is the embedding where config.json does not say.
@@ -100,6 +101,7 @@ class Architecture:
     targets: tuple[str, ...]
     shapes: Callable[[Config], Shapes]
     config_overrides: Callable[[Config], dict[str, Any]]
+    embedding: str = "model.embed_tokens.weight"
     head: tuple[str, str] = ("lm_head.weight", "lm_head.weight")
     dropped: tuple[str, ...] = ()
     tied: bool = False
@@ -159,6 +161,13 @@ class Architecture:
     def full_name(self, name: str) -> str:
         """Name in the causal model of a tensor of a checkpoint, which may be one of the base model alone."""
         return name if name.startswith(self.prefix) or name in self.head else self.prefix + name
+
+    def full_names(self, names: Iterable[str], config: Config) -> dict[str, str]:
+        """The same of all tensors of a checkpoint; a tied model may have stored its head alone, as its embedding."""
+        full = {name: self.full_name(name) for name in names}
+        if self.is_tied(config) and self.embedding not in full.values():
+            full |= {name: self.embedding for name in self.head if name in full}
+        return full
 
     def factored_name(self, name: str) -> str:
         """Name in the factored checkpoint of a tensor that is copied."""

@@ -6,6 +6,7 @@ import difflib
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,13 +15,17 @@ from click.shell_completion import CompletionItem
 
 from svdconvert import __version__, processes
 from svdconvert.cli.groups import GroupedCommand
-from svdconvert.errors import InputError, JobError, SvdconvertError
+from svdconvert.errors import InputError, JobError, SvdconvertError, out_of_memory
 
 DEFAULT_COMMAND = "convert"
 # What several processes can share; under a launcher, the first of them does the others alone.
 SHARED_COMMANDS = ("convert", "calibrate", "densify", "fold")
 # Launchers end all processes when one has failed: in so many seconds another one has said what was wrong.
 _LET_SPEAK = 1.0
+_OUT_OF_MEMORY = {
+    "host": "out of memory; use fewer --workers or a machine with more, the same command goes on",
+    "device": "out of memory on the device; use --device cpu, the same command goes on otherwise",
+}
 
 
 class DefaultGroup(click.Group):
@@ -78,14 +83,13 @@ class DefaultGroup(click.Group):
         try:
             return super().main(*args, **kwargs)
         except SvdconvertError as error:
+            if os.environ.get("SVDCONVERT_DEBUG"):
+                traceback.print_exception(error)
             _fail(str(error), error.exit_code)
-        except MemoryError:
-            _fail("out of memory; use fewer --workers or a machine with more, the same command goes on", 1)
-        except RuntimeError as error:
-            # torch raises its own error type when a GPU is full, and importing torch only to name it costs seconds.
-            if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not (where := out_of_memory(error)):
                 raise
-            _fail("out of memory on the device; use --device cpu, the same command goes on otherwise", 1)
+            _fail(_OUT_OF_MEMORY[where], 1)
         except SystemExit as end:
             if end.code and processes.launched_rank() > 0:
                 time.sleep(_LET_SPEAK)
