@@ -248,6 +248,7 @@ def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple
     if position:
         up = full_up(up, position[0]).float()
     wider, taller = torch.cat([down, root * lora_a]), torch.cat([up, sign * root * lora_b], dim=1)
+    _refuse_overflow((wider, taller), dtype, step)
     tensors = list(pivot(taller, wider, dtype)) if position else [wider.to(dtype), taller.to(dtype)]
     return tensors, {"rank": wider.shape[0]}
 
@@ -270,6 +271,7 @@ def _extend_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -
             columns.append(own if i == index else own.new_zeros(columns[0].shape[0], own.shape[1]))
     dtype = torch_dtype(step.outputs[0].dtype)
     tensors = [torch.cat(rows), *(torch.cat(columns, dim=1) for columns in ups)]
+    _refuse_overflow(tensors, dtype, step)
     return [tensor.to(dtype) for tensor in tensors], {"rank": tensors[0].shape[0]}
 
 
@@ -278,7 +280,18 @@ def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[li
     weight, lora_a, lora_b = (tensor.float() for tensor in inputs)
     (matrix,) = matrices([weight], step)
     merged = torch.addmm(matrix, lora_b, lora_a, alpha=float(step.options["scale"]))
-    return list(matrices([merged.to(torch_dtype(step.outputs[0].dtype))], step)), {}
+    dtype = torch_dtype(step.outputs[0].dtype)
+    _refuse_overflow((merged,), dtype, step)
+    return list(matrices([merged.to(dtype)], step)), {}
+
+
+def _refuse_overflow(tensors: Sequence[Tensor], dtype: torch.dtype, step: Step) -> None:
+    """Refuse an adapter that is too large for the type that the model is stored in, or not finite itself."""
+    if not all(bool(torch.isfinite(tensor.to(dtype)).all()) for tensor in tensors):
+        raise InputError(
+            f"the adapter cannot be folded into {step.key}: the result is not finite in "
+            f"{str(dtype).removeprefix('torch.')}; the adapter is damaged, or its scale too large"
+        )
 
 
 OPERATIONS: Mapping[str, Operation] = {

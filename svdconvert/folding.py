@@ -7,83 +7,30 @@ that share A go on sharing it: it gets the rows LA of all their adapters, and ea
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from svdconvert import card, checkpoint
+from svdconvert.adapters import ADAPTER_WEIGHTS, Adapter
 from svdconvert.architectures import factored_architecture
 from svdconvert.densifying import Layer, copy_step, factored_steps, outer_shape
-from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.headers import TensorInfo, parameters, read_header
+from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
 from svdconvert.names import suffix
 from svdconvert.source import LocalSource, Source, listing
 from svdconvert.steps import Step, parse_size, shard
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-class _Adapter:
-    """A LoRA adapter as peft saves it: (A, B, scale) by module path."""
-
-    def __init__(self, folder: Path) -> None:
-        config = read_json(folder / ADAPTER_CONFIG, f"{folder} has no {ADAPTER_CONFIG}, so it is no peft adapter")
-        if not (folder / ADAPTER_WEIGHTS).is_file():
-            raise InputError(f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter with save_pretrained")
-        self.folder, self.config = folder, config
-        for field, plain in (
-            ("peft_type", "LORA"),
-            ("use_dora", False),
-            ("bias", "none"),
-            ("modules_to_save", None),
-            ("lora_bias", False),
-        ):
-            if config.get(field, plain) not in (plain, [] if plain is None else plain):
-                raise InputError(
-                    f"{folder} cannot be folded: its {field} is {config[field]!r}; only a plain LoRA adds a product "
-                    "to each layer"
-                )
-        for field, least in (("r", 1), ("lora_alpha", -math.inf)):
-            if not isinstance(config.get(field), (int, float)) or config[field] < least:
-                raise InputError(f"{folder / ADAPTER_CONFIG} has no usable {field!r} ({config.get(field)!r})")
-        self.pairs: dict[str, tuple[TensorInfo, TensorInfo]] = {}
-        halves: dict[str, dict[str, TensorInfo]] = {}
-        for info in read_header(folder / ADAPTER_WEIGHTS):
-            match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", info.name)
-            if match is None:
-                raise InputError(f"{folder} cannot be folded: {info.name} is no LoRA weight of a linear layer")
-            halves.setdefault(match[1], {})[match[2]] = info
-        for module, half in halves.items():
-            if half.keys() != {"A", "B"} or half["A"].shape[0] != half["B"].shape[1]:
-                raise InputError(f"{folder} is damaged: lora_A and lora_B of {module} do not fit together")
-            self.pairs[module] = (half["A"], half["B"])
-
-    def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rsLoRA, with the layer's own settings where it has some."""
-
-        def setting(patterns: str, default: str) -> float:
-            for pattern, value in (self.config.get(patterns) or {}).items():
-                if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                    return float(value)
-            return float(self.config[default])
-
-        rank, alpha = setting("rank_pattern", "r"), setting("alpha_pattern", "lora_alpha")
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
 
 class _WithAdapter(LocalSource):
     """A factored checkpoint and an adapter for it, read as one."""
 
-    def __init__(self, folder: Path, adapter: _Adapter) -> None:
+    def __init__(self, folder: Path, adapter: Adapter) -> None:
         super().__init__(folder)
         self.adapter = adapter
 
@@ -91,10 +38,7 @@ class _WithAdapter(LocalSource):
         return self.adapter.folder / ADAPTER_WEIGHTS if file == ADAPTER_WEIGHTS else super().path(file)
 
     def identity(self) -> dict[str, Any]:
-        header = LocalSource.identity(self)
-        data = (self.adapter.folder / ADAPTER_WEIGHTS).read_bytes()
-        settings = json.dumps(self.adapter.config, sort_keys=True).encode()
-        return header | {"adapter": checkpoint.digest(data + settings)}
+        return LocalSource.identity(self) | {"adapter": self.adapter.identity()}
 
 
 def fold(
@@ -130,7 +74,7 @@ def fold(
             raise InputError(f"there is no folder {path}")
     if Path(out).expanduser().resolve() == adapter_folder.resolve():
         raise InputError(f"--out {out} is the adapter's own folder; give another one")
-    lora = _Adapter(adapter_folder)
+    lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
     row = factored_architecture(source.config, source.name)
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
@@ -148,6 +92,10 @@ def fold(
     def details(reports: Reports) -> Mapping[str, Any]:
         return {"params": parameters(outputs), "folded": sorted(lora.pairs)}
 
+    def prepare() -> Job:
+        _refuse_overflow(source, lora, steps)
+        return job
+
     job = Job(
         steps=steps,
         shards=shard(outputs, limit),
@@ -160,7 +108,7 @@ def fold(
         "fold",
         source,
         {"max_shard_bytes": limit},
-        lambda: job,
+        prepare,
         Path(out).expanduser(),
         device=resolve_device(device),
         overwrite=overwrite,
@@ -169,7 +117,27 @@ def fold(
     )
 
 
-def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
+def _refuse_overflow(source: Source, lora: Adapter, steps: Sequence[Step]) -> None:
+    """Refuse factors that are not finite, or not in the type of the layers they come to, before any is folded."""
+    import torch
+
+    from svdconvert.weights import WeightReader, torch_dtype
+
+    stored = {info.name: torch_dtype(step.outputs[0].dtype) for step in steps for info in step.inputs}
+    reader = WeightReader(source)
+    for module, pair in lora.pairs.items():
+        for info in pair:
+            factor = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).float()
+            scaled = factor * abs(lora.scales[module]) ** 0.5
+            if not bool(torch.isfinite(scaled.to(stored[info.name])).all()):
+                raise InputError(
+                    f"{lora.folder} cannot be folded: {info.name}, scaled, is not finite in "
+                    f"{str(stored[info.name]).removeprefix('torch.')}; it is damaged, or its lora_alpha too large"
+                )
+    reader.close()
+
+
+def _steps(source: Source, lora: Adapter) -> tuple[list[Step], dict[str, int]]:
     """The job, and the new ranks.
 
     Raises:
@@ -205,7 +173,7 @@ def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
                 "run `svdconvert densify` and merge the adapter into the dense model"
             )
         ranks.update({layer.module: rank for layer in layers})
-        weight, scales = layers[0].weight, {i: lora.scale(f"{row.prefix}{layers[i].module}") for i in adapted}
+        weight, scales = layers[0].weight, {i: lora.scales[f"{row.prefix}{layers[i].module}"] for i in adapted}
         inputs = (*stored, *(info for pair in adapted.values() for info in pair))
         if len(layers) == 1:
             outputs = layout.tensors(weight, rank, shape, stored[0].dtype)
@@ -226,7 +194,7 @@ def _steps(source: Source, lora: _Adapter) -> tuple[list[Step], dict[str, int]]:
         # Only the linear layers of blocks are stored the other way round.
         transposed = row.transposed and suffix(module.removeprefix(row.prefix)) in (*row.targets, *row.split().targets)
         check(module, (info.shape[1], info.shape[0]) if transposed else (info.shape[0], info.shape[1]), pair)
-        options = {"scale": lora.scale(module), "transposed": transposed}
+        options = {"scale": lora.scales[module], "transposed": transposed}
         steps.append(Step("add", step.key, (info, *pair), step.outputs, options))
     if left:
         raise InputError(

@@ -759,6 +759,47 @@ ADAPTER_FAULTS = {
     "no rank": (lambda f: edit_json(f / "adapter_config.json", r=None), "adapter_config.json", "'r'"),
     "no alpha": (lambda f: edit_json(f / "adapter_config.json", lora_alpha=None), "adapter_config.json", "lora_alpha"),
     "odd rank": (lambda f: edit_json(f / "adapter_config.json", r=0), "adapter_config.json"),
+    "endless rank": (lambda f: edit_json(f / "adapter_config.json", r=float("inf")), "adapter_config.json", "'r'"),
+    "true as rank": (lambda f: edit_json(f / "adapter_config.json", r=True), "adapter_config.json", "'r'"),
+    "rank of other weights": (lambda f: edit_json(f / "adapter_config.json", r=3), "says rank 3", "have 2"),
+    "alpha that is no number": (
+        lambda f: edit_json(f / "adapter_config.json", lora_alpha=float("nan")),
+        "adapter_config.json",
+        "lora_alpha",
+    ),
+    "rank of a layer that is text": (
+        lambda f: edit_json(f / "adapter_config.json", rank_pattern={"dense": "2"}),
+        "'rank_pattern'",
+    ),
+    "pattern that is none": (
+        lambda f: edit_json(f / "adapter_config.json", alpha_pattern={"(dense": 2}),
+        "alpha_pattern",
+        "no regular expression",
+    ),
+    "no tensors": (edit_adapter(lambda t: t.clear()), "holds no LoRA weights"),
+    "integers": (
+        edit_adapter(lambda t: t.update({f"{LORA}.lora_A.weight": torch.ones(2, HIDDEN, dtype=torch.int64)})),
+        "lora_A.weight is I64",
+    ),
+    "a convolution": (
+        edit_adapter(lambda t: t.update({f"{LORA}.lora_A.weight": torch.ones(2, HIDDEN, 1, 1)})),
+        "of shape [2, 64, 1, 1]",
+    ),
+    "layers that the config does not name": (
+        lambda f: edit_json(f / "adapter_config.json", target_modules=["query_key_value"]),
+        "has weights for gpt_neox.layers.0.attention.dense",
+        "peft would leave them out",
+    ),
+    "layers that it leaves out": (
+        lambda f: edit_json(f / "adapter_config.json", exclude_modules=r".*\.0\..*"),
+        "peft would leave them out",
+    ),
+    "layers of other blocks": (
+        lambda f: edit_json(f / "adapter_config.json", layers_to_transform=[1, 2]),
+        "peft would leave them out",
+    ),
+    "not finite": (edit_adapter(lambda t: t[f"{LORA}.lora_B.weight"].fill_(float("nan"))), "is not finite in float16"),
+    "beyond float16": (lambda f: edit_json(f / "adapter_config.json", lora_alpha=1e30), "is not finite in float16"),
 }
 
 
@@ -778,6 +819,22 @@ def test_faulty_adapter(fault: str, factored: Path, run: Run, tmp_path: Path) ->
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["embed_in"]}, "modules_to_save"),
+        ({"peft_type": ...}, "peft_type"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+        ({"init_lora_weights": "of tomorrow"}, "of tomorrow"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"megatron_config": {"tensor_parallel": 2}}, "megatron_config"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"target_parameters": ["dense.weight"]}, "target_parameters"),
+        ({"of_tomorrow": 3}, "of_tomorrow"),
     ],
 )
 def test_adapter_of_another_kind(config: dict[str, Any], word: str, factored: Path, run: Run, tmp_path: Path) -> None:
@@ -785,6 +842,31 @@ def test_adapter_of_another_kind(config: dict[str, Any], word: str, factored: Pa
     result = run("fold", factored, "--adapter", folder, "--out", tmp_path / "out")
     assert_refused(result, folder, word, "only a plain LoRA")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {
+            "init_lora_weights": "gaussian",
+            "lora_dropout": 0.1,
+            "peft_version": "9.9",
+            "of_tomorrow": None,
+            "more": False,
+        },
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(dense|query_key_value)", "exclude_modules": ["layers.1.attention.dense"]},
+        {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"layers_to_transform": 0},
+        {"r": 5, "rank_pattern": {r"layers\.\d+\.attention\.dense": 2}},
+    ],
+)
+def test_adapters_that_are_plain(config: dict[str, Any], factored: Path, run: Run, tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", **config)
+    result = run("fold", factored, "--adapter", folder, "--out", tmp_path / "out")
+    assert (result.code, result.err) == (0, "")
+    assert read_config(tmp_path / "out")["svd_ranks"]["layers.0.attention.dense"] == 18
 
 
 def test_adapter_for_transposed_layers(factored: Path, run: Run, tmp_path: Path) -> None:
@@ -796,7 +878,7 @@ def test_adapter_for_transposed_layers(factored: Path, run: Run, tmp_path: Path)
 
 @pytest.mark.parametrize("module", ["gpt_neox.layers.7.attention.dense", "model.layers.0.self_attn.q_proj"])
 def test_adapter_of_another_model(module: str, factored: Path, run: Run, tmp_path: Path) -> None:
-    folder = adapter(tmp_path / "adapter", module)
+    folder = adapter(tmp_path / "adapter", module, target_modules=[module])
     result = run("fold", factored, "--adapter", folder, "--out", tmp_path / "out")
     assert_refused(result, module, "trained on another model")
 
