@@ -25,7 +25,8 @@ from svdconvert.headers import TensorInfo
 from svdconvert.job import resolve_device
 from svdconvert.loading import compute_dtype, load_model
 from svdconvert.metrics import METHODS
-from svdconvert.perplexity import negative_log_likelihood, read_passage
+from svdconvert.passages import read_passage
+from svdconvert.perplexity import negative_log_likelihood
 from svdconvert.planning import find_targets
 from svdconvert.ranks import Target
 from svdconvert.source import LocalSource, local_folder
@@ -64,7 +65,7 @@ def ablate(
     split_fused: bool = False,
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     revision: str | None = None,
     device: str = "auto",
     events: Events | None = None,

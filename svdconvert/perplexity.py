@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from svdconvert import documents
-from svdconvert.architectures import longest_input
+from svdconvert.divergence import Divergence, likelihoods
 from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.job import resolve_device
-from svdconvert.loading import compute_dtype, load_model, load_tokenizer, opening_token
+from svdconvert.loading import compute_dtype, load_model
+from svdconvert.passages import Passage, read_passage
 from svdconvert.source import local_folder
-
-# No text that anybody measures on is larger, and all of it is in memory.
-MAX_TEXT_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -30,28 +27,36 @@ class Evaluation:
 
     Attributes:
         model, text: what was evaluated on what.
+        protocol: how the text was read, row of :data:`svdconvert.passages.PROTOCOLS`.
         perplexity: exp of the mean negative log-likelihood of a token; depends on the tokenizer.
-        bits_per_character: total negative log-likelihood in bits / characters of the text; does not.
-        tokens, characters: what was counted.
-        window, stride: length of the model's input in tokens, and how far it moves each time. Each token is
-            predicted once, from between window - stride and window tokens of context (fewer at the start).
+        bits_per_character: total negative log-likelihood in bits / characters of the text; does not. None where the
+            protocol does not predict the whole text.
+        tokens, characters: predicted tokens; characters of the text.
+        opening: the token before the text, or None.
+        window, stride: length of the model's input in tokens, and how far it moves each time.
         dtype, device: what it was computed in and on.
         parameters: of the model.
         seconds: wall time.
+        against: the model it was compared with, or None.
+        divergence: how far its predictions are from that one's, or None.
     """
 
     model: str
     text: str
+    protocol: str
     perplexity: float
-    bits_per_character: float
+    bits_per_character: float | None
     tokens: int
     characters: int
+    opening: str | None
     window: int
     stride: int
     dtype: str
     device: str
     parameters: int
     seconds: float
+    against: str | None = None
+    divergence: Divergence | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result in JSON types."""
@@ -62,164 +67,91 @@ def evaluate(
     model: str | os.PathLike[str],
     text: str | os.PathLike[str],
     *,
+    protocol: str = "sliding",
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     revision: str | None = None,
     device: str = "auto",
+    against: str | os.PathLike[str] | None = None,
+    against_revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Perplexity of a text file under a dense or factored model.
-
-    The text is tokenised as one sequence after the token that opens a text, or else the one that ends it, so that its
-    first token is predicted too, and read in overlapping windows.
+    """Perplexity of a text file under a dense or factored model, and how faithful it is to another one.
 
     Args:
         model: a local folder, or a model on the Hub, which is then downloaded into the Hugging Face cache.
         text: UTF-8 text file.
-        window: tokens per input; by default 1024, or the model's longest context if that is less.
+        protocol: ``sliding``, or ``disjoint`` as the literature has it, see :mod:`svdconvert.passages`.
+        window: tokens per input; by default 1024 (disjoint: 2048), or the model's longest context if that is less.
         stride: tokens the window moves; by default half the window.
-        batch_size: windows at a time.
+        batch_size: windows at a time; None: 8, or fewer where their logits would take more than a gigabyte.
         revision: branch, tag or commit on the Hub.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        against: the model that it was made from; both are then in memory at the same time.
+        against_revision: its branch, tag or commit on the Hub.
         progress: called with (tokens done, tokens in all).
 
     Raises:
-        InputError: the model or the text cannot be used.
+        InputError: a model or the text cannot be used, or the two do not read the text as the same tokens.
     """
     start = time.perf_counter()
-    folder = local_folder(os.fspath(model), revision)
-    config = read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
+    folder, passage = _passage(model, revision, text, window, stride, protocol)
+    other = None
+    if against is not None:
+        other, theirs = _passage(against, against_revision, text, window, stride, protocol)
+        if not torch.equal(passage.ids, theirs.ids) or passage.window != theirs.window:
+            raise InputError(
+                f"{model} and {against} read {text} as different tokens or windows; only models of one tokenizer and "
+                "one --window can be compared"
+            )
     used = resolve_device(device)
-    passage = read_passage(folder, config, Path(text).expanduser(), window, stride)
-    loaded = load_model(folder, used, compute_dtype(config, used))
-    total = negative_log_likelihood(loaded, passage, batch_size, progress)
-    dtype = next(loaded.parameters()).dtype
+    loaded = _load(folder, used)
+    reference = None if other is None else _load(other, used)
+    found = likelihoods(loaded, passage, batch_size, progress, reference)
+    mean = found.negative / passage.tokens
     return Evaluation(
         model=str(model),
         text=str(text),
-        perplexity=math.exp(total / passage.tokens),
-        bits_per_character=total / math.log(2) / passage.characters,
+        protocol=protocol,
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bits_per_character=found.negative / math.log(2) / passage.characters if protocol == "sliding" else None,
         tokens=passage.tokens,
         characters=passage.characters,
+        opening=passage.opening,
         window=passage.window,
         stride=passage.stride,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(next(loaded.parameters()).dtype).removeprefix("torch."),
         device=used,
         parameters=sum(parameter.numel() for parameter in loaded.parameters()),
         seconds=time.perf_counter() - start,
+        against=None if against is None else str(against),
+        divergence=found.divergence,
     )
 
 
-# No text that anybody measures on is larger, and all of it is in memory.
-MAX_TEXT_BYTES = 1_000_000_000
+def _passage(
+    model: str | os.PathLike[str],
+    revision: str | None,
+    text: str | os.PathLike[str],
+    window: int | None,
+    stride: int | None,
+    protocol: str,
+) -> tuple[Path, Passage]:
+    folder = local_folder(os.fspath(model), revision)
+    config = read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
+    return folder, read_passage(folder, config, Path(text).expanduser(), window, stride, protocol)
 
 
-@dataclass(frozen=True)
-class Passage:
-    """A text as a model reads it.
-
-    Attributes:
-        ids: [1 + tokens] int64, the end-of-text token first.
-        characters: of the text.
-        window, stride: see :class:`Evaluation`.
-    """
-
-    ids: torch.Tensor
-    characters: int
-    window: int
-    stride: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that are predicted."""
-        return self.ids.numel() - 1
+def _load(folder: Path, device: str) -> torch.nn.Module:
+    return load_model(folder, device, compute_dtype(read_json(folder / "config.json", ""), device))
 
 
-def read_passage(
-    folder: Path, config: Mapping[str, Any], text: Path, window: int | None, stride: int | None
-) -> Passage:
-    """Tokenise a text file for a model.
-
-    Args:
-        folder: the model, for its tokenizer.
-        config: its config.json.
-        text: UTF-8 text file.
-        window, stride: in tokens; None takes the defaults of :func:`evaluate`.
-
-    Raises:
-        InputError: the text, the tokenizer or the window cannot be used.
-    """
-    content = read_text(text)
-    longest = longest_input(config, 1024)
-    window = min(1024, longest) if window is None else window
-    stride = max(window // 2, 1) if stride is None else stride
-    if not 2 <= window <= longest:
-        raise InputError(f"--window {window} is not possible; the model reads from 2 to {longest} tokens")
-    if not 1 <= stride < window:
-        raise InputError(f"--stride {stride} must lie between 1 and {window - 1}, below the window")
-    tokenizer = load_tokenizer(folder)
-    ids = tokenizer(content, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
-    if ids.numel() == 0:
-        raise InputError(f"{text} has no tokens; give a text with content")
-    if int(ids.max()) >= int(config["vocab_size"]):
-        raise InputError(f"the tokenizer of {folder} has more tokens than the model; it belongs to another model")
-    candidates = (opening_token(tokenizer), tokenizer.eos_token_id, config.get("eos_token_id"), 0)
-    first = next(token for token in candidates if isinstance(token, int))
-    return Passage(torch.cat([torch.tensor([first]), ids]), len(content), window, stride)
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file with something in it.
-
-    Raises:
-        InputError: it cannot be read or is empty.
-    """
-    content = documents.read_text(path, f"{path} cannot be read (No such file or directory)", MAX_TEXT_BYTES)
-    if not content.strip():
-        raise InputError(f"{path} is empty; give a text with content")
-    return content
-
-
-@torch.inference_mode()
 def negative_log_likelihood(
     model: torch.nn.Module,
     passage: Passage,
-    batch_size: int,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Sum of -log p over a passage's tokens, each predicted once.
-
-    Args:
-        model: causal language model.
-        passage: the text.
-        batch_size: windows at a time.
-        progress: called with (tokens done, tokens in all).
-
-    Returns:
-        The sum in nats, accumulated in float64.
-    """
-    device = next(model.parameters()).device
-    ids, window, stride, targets = passage.ids, passage.window, passage.stride, passage.tokens
-    # (start, tokens whose prediction counts): the first window counts whole, a later one its last `stride` tokens.
-    spans = [(0, min(window, targets))]
-    while (done := spans[-1][0] + min(window, targets)) < targets:
-        begin = min(spans[-1][0] + stride, targets - window)
-        spans.append((begin, begin + window - done))
-    total, count = 0.0, 0
-    for i in range(0, len(spans), batch_size):
-        batch = spans[i : i + batch_size]
-        width = min(window, targets)
-        inputs = torch.stack([ids[begin : begin + width] for begin, _ in batch]).to(device)
-        labels = torch.stack([ids[begin + 1 : begin + 1 + width] for begin, _ in batch]).to(device)
-        logits = model(input_ids=inputs, use_cache=False).logits
-        for row, (_, counted) in enumerate(batch):
-            losses = torch.nn.functional.cross_entropy(
-                logits[row, -counted:].float(), labels[row, -counted:], reduction="none"
-            )
-            total += float(losses.double().sum())
-            count += counted
-        if progress:
-            progress(count, targets)
-    assert count == targets
-    return total
+    """Sum of -log p over a passage's predicted tokens, in nats. See :func:`svdconvert.divergence.likelihoods`."""
+    return likelihoods(model, passage, batch_size, progress).negative

@@ -21,6 +21,7 @@ from svdconvert.tables import new_table, show_pairs, show_table
 if TYPE_CHECKING:
     from svdconvert.ablation import GroupResult
     from svdconvert.conversion import Report
+    from svdconvert.divergence import Divergence
     from svdconvert.job import Outcome
     from svdconvert.perplexity import Evaluation
     from svdconvert.planning import Plan
@@ -123,16 +124,33 @@ def show_result(console: Console, report: Report) -> None:
 
 def show_evaluation(console: Console, result: Evaluation) -> None:
     """Print a perplexity with all that it depends on."""
-    show_pairs(
-        console,
-        [
-            ("perplexity", f"{result.perplexity:.4f} per token"),
-            ("bits per character", f"{result.bits_per_character:.4f}"),
-            ("text", f"{result.text}: {result.tokens:,} tokens, {result.characters:,} characters"),
-            ("window, stride", f"{result.window}, {result.stride} tokens"),
-            ("parameters", f"{result.parameters:,}"),
-            ("computed in", f"{result.dtype} on {result.device}, {result.seconds:.1f} s"),
-        ],
+    rows = [("perplexity", f"{result.perplexity:,.4f} per token")]
+    if result.bits_per_character is not None:
+        rows.append(("bits per character", f"{result.bits_per_character:.4f}"))
+    if (far := result.divergence) is not None:
+        rows += [
+            (f"against {result.against}", f"KL {far.kl:.4f} nats per token, {far.agreement:.1%} same first choice"),
+            (
+                "added log-perplexity",
+                f"{far.added:+.4f} on {far.cross_entropy:.4f} (perplexity {math.exp(far.cross_entropy):,.4f})",
+            ),
+            ("entropy of that model", f"{far.entropy:.4f} nats per token" + _confidence(far)),
+        ]
+    stride = f", moved by {result.stride}" if result.protocol == "sliding" else " that do not overlap"
+    opening = f"after {result.opening}" if result.opening else "without an opening token"
+    rows += [
+        ("text", f"{result.text}: {result.tokens:,} tokens predicted, {result.characters:,} characters, {opening}"),
+        ("protocol", f"{result.protocol}: windows of {result.window:,} tokens{stride}"),
+        ("parameters", f"{result.parameters:,}"),
+        ("computed in", f"{result.dtype} on {result.device}, {result.seconds:.1f} s"),
+    ]
+    show_pairs(console, rows)
+
+
+def _confidence(far: Divergence) -> str:
+    """A warning where perplexity is no judge."""
+    return (
+        "; it is over-confident here, so a lower perplexity does not mean a better copy" if far.over_confident else ""
     )
 
 
@@ -221,14 +239,16 @@ def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False)
 
 def show_sweep(console: Console, sweep: Sweep) -> None:
     """Print a sweep, the dense model first."""
-    table = new_table(("",), ("budget", "parameters", "weight files", "perplexity", "added log-perplexity"))
+    table = new_table(("",), ("budget", "parameters", "weight files", "perplexity", "added", "KL"))
     dense = sweep.dense
-    table.add_row("dense", "", f"{dense.params:,}", size(dense.bytes), f"{dense.perplexity:.2f}", "")
+    table.add_row("dense", "", f"{dense.params:,}", size(dense.bytes), f"{dense.perplexity:.2f}", "", "")
     for line, points in sweep.lines.items():
         for i, point in enumerate(points):
             cells = (f"{point.params:,}", size(point.bytes), f"{point.perplexity:.2f}", f"{point.added:+.4f}")
-            table.add_row("" if i else line, point.setting.budget, *cells)
+            kl = "" if point.kl is None else f"{point.kl:.4f}"
+            table.add_row("" if i else line, point.setting.budget, *cells, kl)
     show_table(console, table, keys=(0, 1))
+    console.print("added to the dense model's log-perplexity, and KL(dense || model): nats per token", style="dim")
     console.print(escape(sweep.headline), highlight=False)
     show_pairs(console, [("written to", str(sweep.folder))])
 

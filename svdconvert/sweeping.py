@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
@@ -22,7 +21,8 @@ from svdconvert.fields import COUNT, NUMBER, OBJECT, POSITIVE, TEXT, many, nulla
 from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.metrics import Method, method_named, method_options
-from svdconvert.perplexity import evaluate, read_passage, read_text
+from svdconvert.passages import read_passage, read_text
+from svdconvert.perplexity import evaluate
 from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest
 from svdconvert.source import Source, local_folder, open_source
@@ -88,16 +88,23 @@ class Point:
         added: log-perplexity on top of the dense model's, nats per token.
         predicted_loss: what the method expected to add, nats per token; None where it expects nothing.
         seconds: wall time of conversion and evaluation.
+        kl: KL(dense || model), nats per token; None in a sweep of an earlier version.
     """
 
     setting: Setting
     params: int
     bytes: int
     perplexity: float
-    bits_per_character: float
+    bits_per_character: float | None
     added: float
     predicted_loss: float | None
     seconds: float
+    kl: float | None = None
+
+    @property
+    def losses(self) -> str:
+        """Added log-perplexity and KL, two cells of a Markdown table."""
+        return f"{self.added:+.4f} | {'' if self.kl is None else f'{self.kl:.4f}'}"
 
     def to_json(self) -> dict[str, Any]:
         """The row in JSON types: the fields of the setting, then its own."""
@@ -159,13 +166,18 @@ class Sweep:
 
     def to_markdown(self) -> str:
         """The table of ``sweep.md``."""
-        head = "| | kept | parameters | bytes | perplexity | added log-perplexity |\n|---|---|---|---|---|---|\n"
-        rows = [("dense", self.dense, "")]
-        rows += [(line, point, f"{point.added:+.4f}") for line, points in self.lines.items() for point in points]
-        return head + "".join(
-            f"| {line} | {'' if line == 'dense' else point.setting.budget.removesuffix(' kept')} | {point.params:,} "
-            f"| {point.bytes:,} | {point.perplexity:.2f} | {added} |\n"
-            for line, point, added in rows
+        head = "| | kept | parameters | bytes | perplexity | added log-perplexity | KL to dense |\n"
+        rows = [("dense", self.dense, " | ")]
+        rows += [(line, point, point.losses) for line, points in self.lines.items() for point in points]
+        return (
+            head
+            + "|---" * 7
+            + "|\n"
+            + "".join(
+                f"| {line} | {'' if line == 'dense' else point.setting.budget.removesuffix(' kept')} "
+                f"| {point.params:,} | {point.bytes:,} | {point.perplexity:.2f} | {losses} |\n"
+                for line, point, losses in rows
+            )
         )
 
 
@@ -189,7 +201,7 @@ def sweep(
     dtype: str = "keep",
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     work: str | os.PathLike[str] | None = None,
     keep_models: bool = False,
     plot: bool = True,
@@ -269,7 +281,7 @@ def sweep(
         events.note("measuring the dense model")
         found = evaluate(dense_folder, text, **measuring)
         sizes = (plans[0].params_before, plans[0].bytes_before)
-        book.dense = Point(_DENSE, *sizes, found.perplexity, found.bits_per_character, 0.0, None, found.seconds)
+        book.dense = Point(_DENSE, *sizes, found.perplexity, found.bits_per_character, 0.0, None, found.seconds, 0.0)
         book.write()
     dense = book.dense
 
@@ -316,8 +328,9 @@ def sweep(
             alpha=dict(setting.options).get("alpha"),
             shrinkage=dict(setting.options).get("shrinkage"),
         )
-        found = evaluate(target, text, **measuring)
-        added = math.log(found.perplexity / dense.perplexity)
+        found = evaluate(target, text, **measuring, against=dense_folder)
+        assert found.divergence is not None
+        added = found.divergence.added
         book.points[setting] = point = Point(
             setting,
             report.plan.params_after,
@@ -327,6 +340,7 @@ def sweep(
             added,
             report.outcome.record.get("predicted_loss"),
             time.perf_counter() - start,
+            found.divergence.kl,
         )
         book.write()
         if not keep_models:

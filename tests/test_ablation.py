@@ -11,7 +11,8 @@ from checkpoints import TARGETS, read_config
 from transformers import GPTNeoXForCausalLM
 
 from svdconvert import InputError, ablate, evaluate
-from svdconvert.perplexity import negative_log_likelihood, read_passage
+from svdconvert.passages import read_passage
+from svdconvert.perplexity import negative_log_likelihood
 
 TEXT = "옛날 옛적에 호랑이가 살았다. Once upon a time there was a tiger.\n" * 6
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svdconvert import convert, evaluate, verify
-from svdconvert.perplexity import Passage, negative_log_likelihood
+from svdconvert.passages import Passage
+from svdconvert.perplexity import negative_log_likelihood
 from svdconvert.verification import failed
 
 TEXT = "옛날 옛적에 호랑이가 살았다. Once upon a time there was a tiger.\n" * 6

@@ -69,36 +69,35 @@ def verify(
 @main.command()
 @model_argument
 @option("--text", type=FILE, required=True, group="Measuring", help="UTF-8 text file.")
+@option(
+    "--against",
+    metavar="MODEL",
+    group="Measuring",
+    help="The dense model: how far the predictions are from its own (KL divergence); both are then in memory.",
+)
+@option("--against-revision", metavar="R", group="Hub", help="Branch, tag or commit of --against.")
+@option(
+    "--protocol",
+    type=click.Choice(["sliding", "disjoint"]),
+    default="sliding",
+    show_default=True,
+    group="Measuring",
+    help="Windows that overlap, or that do not (2048 tokens by default), as papers read WikiText-2.",
+)
 @window_options
 @revision_option
 @device_option
 @json_option
-def evaluate(
-    model: str,
-    text: Path,
-    window: int | None,
-    stride: int | None,
-    batch_size: int,
-    revision: str | None,
-    device: str,
-    as_json: bool,
-) -> None:
-    """Perplexity and bits per character of MODEL, dense or factored, on a text."""
+def evaluate(model: str, text: Path, as_json: bool, **options: Any) -> None:
+    """Perplexity of MODEL, dense or factored, on a text, and how faithful it is to the dense model."""
+    if options["against_revision"] and not options["against"]:
+        raise InputError("--against-revision belongs to --against")
     from svdconvert.perplexity import evaluate as run
     from svdconvert.report import bar, show_evaluation
 
     console = console_for(as_json)
     with bar(console, "tokens") as progress:
-        result = run(
-            model,
-            text,
-            window=window,
-            stride=stride,
-            batch_size=batch_size,
-            revision=revision,
-            device=device,
-            progress=progress,
-        )
+        result = run(model, text, **options, progress=progress)
     if as_json:
         print_json(result.to_json())
     else:

@@ -190,9 +190,7 @@ window_options = options(
     option(
         "--batch-size",
         type=COUNT,
-        default=8,
-        show_default=True,
         group="Measuring",
-        help="Windows at a time.",
+        help="Windows at a time.  [default: 8, fewer for large vocabularies]",
     ),
 )

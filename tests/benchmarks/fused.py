@@ -37,7 +37,8 @@ from svdconvert.calibration import ModuleStatistics, Needs, part_statistics, sta
 from svdconvert.layouts import LAYOUTS
 from svdconvert.metrics import METHODS, method_options
 from svdconvert.names import suffix
-from svdconvert.perplexity import negative_log_likelihood, read_passage
+from svdconvert.passages import read_passage
+from svdconvert.perplexity import negative_log_likelihood
 from svdconvert.planning import choose_targets
 from svdconvert.ranks import Target
 from svdconvert.solver import decompose, truncate
