@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -109,12 +110,14 @@ class Point:
     def to_json(self) -> dict[str, Any]:
         """The row in JSON types: the fields of the setting, then its own."""
         setting = asdict(self.setting) | {"options": dict(self.setting.options)}
-        return {**setting, **{name: value for name, value in vars(self).items() if name != "setting"}}
+        own = {name: value for name, value in vars(self).items() if name != "setting"}
+        return {**setting, **own, "perplexity": self.perplexity if math.isfinite(self.perplexity) else None}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Point:
         """What :meth:`to_json` gave."""
-        own = {"refit": "none", **row, "options": tuple(row["options"].items())}
+        own = {"refit": "none", "kl": None, **row, "options": tuple(row["options"].items())}
+        own["perplexity"] = math.inf if own["perplexity"] is None else own["perplexity"]
         setting = Setting(**{name: own[name] for name in Setting.__dataclass_fields__})
         return cls(setting, **{name: own[name] for name in cls.__dataclass_fields__ if name != "setting"})
 
@@ -421,11 +424,12 @@ _POINT = {
     "refit": replace(TEXT, needed=False),
     "params": COUNT,
     "bytes": COUNT,
-    "perplexity": POSITIVE,
+    "perplexity": nullable(POSITIVE),
     "bits_per_character": NUMBER,
     "added": NUMBER,
     "predicted_loss": nullable(NUMBER),
     "seconds": NUMBER,
+    "kl": optional(NUMBER),
 }
 _BOOK = {
     "settings": OBJECT,
