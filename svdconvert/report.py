@@ -124,7 +124,7 @@ def show_result(console: Console, report: Report) -> None:
 
 def show_evaluation(console: Console, result: Evaluation) -> None:
     """Print a perplexity with all that it depends on."""
-    rows = [("perplexity", f"{result.perplexity:,.4f} per token")]
+    rows = [("perplexity", f"{result.perplexity:.4f} per token")]
     if result.bits_per_character is not None:
         rows.append(("bits per character", f"{result.bits_per_character:.4f}"))
     if (far := result.divergence) is not None:

@@ -214,7 +214,10 @@ def _copied_name(name: str, row: Architecture, factored: Source) -> str:
 def _recorded_errors(folder: Path) -> dict[str, float]:
     if not (folder / RECORD).is_file():
         return {}
-    return {module: matrix["relative_error"] for module, matrix in (read_record(folder).get("matrices") or {}).items()}
+    matrices = read_record(folder).get("matrices") or {}
+    if not isinstance(matrices, dict):
+        raise InputError(f"{folder / RECORD} is that of a model without factors; convert anew, with --overwrite")
+    return {module: matrix["relative_error"] for module, matrix in matrices.items()}
 
 
 def _whole(reader: WeightReader, info: TensorInfo) -> torch.Tensor:

@@ -50,7 +50,7 @@ _RECORD_FIELDS = {
     "source": record({"name": TEXT}),
     "settings": OBJECT,
     "params": either(COUNT, record({"before": COUNT, "after": COUNT})),
-    "matrices": optional(table(record(_MATRIX))),
+    "matrices": optional(either(COUNT, table(record(_MATRIX)))),  # a densified model's were multiplied out
     "predicted_loss": optional(NUMBER),
     "dense_loss": optional(NUMBER),
     "measured_loss": optional(NUMBER),

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import click
+
 from svdconvert.cli.groups import FILE, option
 from svdconvert.cli.parameters import (
     device_option,
