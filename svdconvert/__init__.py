@@ -25,7 +25,7 @@ _EXPORTS = {
     "Evaluation": "perplexity",
     "fold": "folding",
     "verify": "verification",
-    "Check": "verification",
+    "Check": "comparing",
     "Calibration": "calibrating",
     "ablate": "ablation",
     "calibrate": "calibrating",
@@ -72,6 +72,7 @@ __all__ = [
 if TYPE_CHECKING:
     from svdconvert.ablation import ablate
     from svdconvert.calibrating import Calibration, calibrate
+    from svdconvert.comparing import Check
     from svdconvert.conversion import Report, convert, plan, push
     from svdconvert.densifying import densify
     from svdconvert.errors import InputError, JobError, SvdconvertError
@@ -82,7 +83,7 @@ if TYPE_CHECKING:
     from svdconvert.planning import Plan
     from svdconvert.spectra import MatrixSpectrum, Spectra, spectrum
     from svdconvert.sweeping import Sweep, sweep
-    from svdconvert.verification import Check, verify
+    from svdconvert.verification import verify
 
 
 def __getattr__(name: str) -> Any:

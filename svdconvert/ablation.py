@@ -28,6 +28,7 @@ from svdconvert.metrics import METHODS
 from svdconvert.passages import read_passage
 from svdconvert.perplexity import negative_log_likelihood
 from svdconvert.planning import find_targets
+from svdconvert.preflight import check_model
 from svdconvert.ranks import Target
 from svdconvert.source import LocalSource, local_folder
 from svdconvert.splitting import section_of, target_tensors
@@ -99,6 +100,7 @@ def ablate(
     if not 1 <= groups <= fewest:
         raise InputError(f"--groups {groups} is not possible; the smallest matrix has {fewest} singular values")
     used = resolve_device(device)
+    check_model(source)
     passage = read_passage(folder, source.config, Path(text).expanduser(), window, stride)
     with tempfile.TemporaryDirectory() as temporary:
         store = Decompositions(Path(temporary), {})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -113,13 +114,21 @@ class ModelBlocks:
         tied: whether its head is the embedding's other use.
     """
 
-    def __init__(self, source: Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        stored_as: Mapping[str, torch.dtype] = MappingProxyType({}),
+    ) -> None:
         """Build the model without weights.
 
         Args:
             source: the checkpoint. A factored one can be run, but its matrices can be neither read nor replaced.
             device: where pieces are put.
             dtype: what they compute in.
+            stored_as: types that some weights are rounded to first, by their full names.
 
         Raises:
             InputError: the architecture cannot be taken apart, or its config is wrong.
@@ -133,7 +142,7 @@ class ModelBlocks:
         self._head_name = row.head[factored]
         full = row.full_names(source.tensors, source.config)
         self._tensors = {full[name]: info for name, info in source.tensors.items()}
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self._stored_as = torch.device(device), dtype, stored_as
         self._model = skeleton(source, row)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         self.tied = bool(self._model.config.tie_word_embeddings)
@@ -412,7 +421,7 @@ class ModelBlocks:
             if not bool(torch.isfinite(stored).all()):
                 raise InputError(f"tensor {name} has NaN or infinite entries; repair the checkpoint")
             raise InputError(f"tensor {name} exceeds the range of {dtype}; compute in another type")
-        return weight
+        return weight.to(self._stored_as.get(name, dtype)).to(dtype)
 
 
 def _matrix(layer: nn.Module) -> Tensor:

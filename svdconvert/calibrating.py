@@ -266,6 +266,7 @@ def calibrate(
     import shutil
 
     from svdconvert.planning import choose_targets
+    from svdconvert.preflight import check_model
     from svdconvert.statistics_files import StatisticsFolder, save_statistics, statistics_key
 
     events = events or Events()
@@ -280,6 +281,7 @@ def calibrate(
     source = open_source(os.fspath(model), revision, download_folder=group.own(folder / "source"))
     architecture = dense_architecture(source.config, source.name)
     modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
+    check_model(source)
     tokens = calibration.tokens(source)
     key = statistics_key(source, tokens, _needs(kinds), labels=calibration.labels, seed=calibration.seed)
     with group.leader_first():

@@ -49,6 +49,8 @@ def densify(
         InputError: the model or the folder cannot be used.
         JobError: it broke off; the same call continues it.
     """
+    from svdconvert.preflight import check_model
+
     source = open_source(os.fspath(model))
     row = factored_architecture(source.config, source.name)
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
@@ -62,6 +64,7 @@ def densify(
     steps = factored_steps(source, row, lambda layers: [_multiply_step(row, layer) for layer in layers], dense_name)
     steps = _joined(steps, source, row)
     outputs = [info for step in steps for info in step.outputs]
+    check_model(source)
 
     def model_card(reports: Reports) -> str:
         text = (

@@ -23,7 +23,7 @@ from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
 from svdconvert.names import suffix
-from svdconvert.source import LocalSource, Source, listing
+from svdconvert.source import LocalSource, Source, listing, refuse_adapter
 from svdconvert.steps import Step, parse_size, shard
 
 
@@ -68,6 +68,8 @@ def fold(
         InputError: one of both cannot be used, or they do not fit each other.
         JobError: it broke off; the same call continues it.
     """
+    from svdconvert.preflight import check_model
+
     folder, adapter_folder = Path(model).expanduser(), Path(adapter).expanduser()
     for path in (folder, adapter_folder):
         if not path.is_dir():
@@ -76,10 +78,12 @@ def fold(
         raise InputError(f"--out {out} is the adapter's own folder; give another one")
     lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
+    refuse_adapter(source.side_files, source.name)
     row = factored_architecture(source.config, source.name)
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
     steps, ranks = _steps(source, lora)
     outputs = [info for step in steps for info in step.outputs]
+    check_model(source)
     for first, second in lora.pairs.values():
         # The reader asks the source where a tensor lies.
         source.tensors[first.name], source.tensors[second.name] = first, second

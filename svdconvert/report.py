@@ -20,6 +20,7 @@ from svdconvert.tables import new_table, show_pairs, show_table
 
 if TYPE_CHECKING:
     from svdconvert.ablation import GroupResult
+    from svdconvert.comparing import Check
     from svdconvert.conversion import Report
     from svdconvert.divergence import Divergence
     from svdconvert.job import Outcome
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from svdconvert.planning import Plan
     from svdconvert.spectra import MatrixSpectrum, Spectra
     from svdconvert.sweeping import Sweep
-    from svdconvert.verification import Check
 
 
 _PICKS: Mapping[str, Callable[[Sequence[float]], float]] = {"lowest": min, "median": median, "highest": max}

@@ -231,6 +231,7 @@ def spectrum(
         JobError: it broke off; with ``work`` the same call continues it.
     """
     from svdconvert.decomposing import decompose_all, kept_decompositions
+    from svdconvert.preflight import check_model
 
     events = events or Events()
     method = default_method(method, calibration, stats)
@@ -247,6 +248,7 @@ def spectrum(
         )
         source = open_source(os.fspath(model), revision, download_folder=place / "source")
         chosen = find_targets(source, targets, split_fused=split_fused)
+        check_model(source)
         knowledge = find_knowledge(source, calibration, stats)
         if method != row.name:
             events.note(f"{method} has the same optimum as {row.name}, which computes it")

@@ -264,6 +264,9 @@ def sweep(
     dense_folder = local_folder(os.fspath(model), revision)
     source = open_source(os.fspath(model), revision, download_folder=internal / "source")
     plans = [_plan(source, setting, targets, dtype, split_fused) for setting in chosen]
+    from svdconvert.preflight import check_model
+
+    check_model(source)
     measuring: dict[str, Any] = {"batch_size": batch_size, "device": used}
     passage = read_passage(dense_folder, source.config, Path(text).expanduser(), window, stride)
     measuring |= {"window": passage.window, "stride": passage.stride}

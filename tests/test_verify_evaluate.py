@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def test_a_good_result_passes(factored: Path, dense: Path) -> None:
         "logits",
         "copied tensors",
         "factored matrices",
+        "outcome",
     ]
 
 
@@ -73,8 +75,9 @@ def edit(folder: Path, name: str) -> None:
 def test_changed_copy_is_found(copy: Path, dense: Path) -> None:
     edit(copy, "gpt_neox.layers.2.attention.dense.up.bias")
     bad = failed(verify(copy, str(dense)))
-    assert [check.name for check in bad] == ["copied tensors"]
+    assert [check.name for check in bad] == ["copied tensors", "outcome"]
     assert "gpt_neox.layers.2.attention.dense.bias" in bad[0].detail
+    assert "block 2" in bad[1].detail
 
 
 def test_changed_factor_is_found(copy: Path, dense: Path) -> None:
@@ -82,6 +85,55 @@ def test_changed_factor_is_found(copy: Path, dense: Path) -> None:
     bad = failed(verify(copy, str(dense)))
     assert [check.name for check in bad] == ["factored matrices"]
     assert "layers.2.attention.dense" in bad[0].detail
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("rotary_pct", 1.0, "block "),
+        ("layer_norm_eps", 0.5, "block "),
+        ("use_parallel_residual", False, "block "),
+        ("hidden_act", "relu", "block "),
+        ("tie_word_embeddings", True, "the logits"),
+    ],
+)
+def test_changed_settings_are_found(field: str, value: object, what: str, copy: Path, dense: Path) -> None:
+    """Every tensor is the source's, and yet it is another model."""
+    path = copy / "config.json"
+    config = json.loads(path.read_text()) | {field: value}
+    config.pop("rope_parameters")
+    path.write_text(json.dumps(config))
+    bad = failed(verify(copy, str(dense)))
+    assert bad[-1].name == "outcome"
+    assert what in bad[-1].detail
+
+
+def test_changed_head_is_found(dense: Path, copy: Path, tmp_path: Path) -> None:
+    """That of the result, or one of the source that by its config is a copy of the embedding."""
+    edit(copy, "lm_head.weight")
+    assert [check.name for check in failed(verify(copy, str(dense)))] == ["copied tensors", "outcome"]
+    source = write_checkpoint(tmp_path / "source", config={"tie_word_embeddings": True})
+    tensors = load_file(source / "model.safetensors")
+    embedding = tensors["gpt_neox.embed_in.weight"]
+    save_file(
+        tensors | {"embed_out.weight": embedding.clone()}, source / "model.safetensors", metadata={"format": "pt"}
+    )
+    convert(source, tmp_path / "out", rank=16, device="cpu")
+    assert not failed(verify(tmp_path / "out", str(source)))
+    edit(source, "embed_out.weight")
+    bad = failed(verify(tmp_path / "out", str(source)))
+    assert [check.name for check in bad] == ["copied tensors"]
+    assert "embed_out.weight" in bad[0].detail
+
+
+@pytest.mark.parametrize(
+    "how", [{"share_layers": 3}, {"split_fused": True}, {"layout": "pivoted", "split_fused": True}]
+)
+def test_every_layout_has_the_outcome(how: dict[str, Any], dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "out", rank=16, device="cpu", dtype="bfloat16", **how)
+    checks = verify(tmp_path / "out", str(dense))
+    assert not failed(checks)
+    assert checks[-1].name == "outcome"
 
 
 def test_pivoted(dense: Path, tmp_path: Path) -> None:
