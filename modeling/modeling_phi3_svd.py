@@ -22,6 +22,7 @@ import re
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
@@ -42,8 +43,9 @@ FUSED = (".self_attn.qkv_proj",)
 PARTS = ("query", "key", "value")
 
 NO_DENSE_WEIGHT = (
-    "this layer is factored and has no dense weight to read or to merge into; "
-    "to fold a LoRA adapter into the factors use `svdconvert fold`"
+    "this layer is factored: its product can be read, but it has no dense weight to write or to merge into; "
+    "to fold a LoRA adapter into the factors use `svdconvert fold`, and for a method that changes the weights "
+    'under it write target_modules=["down", "up"]'
 )
 
 
@@ -203,6 +205,7 @@ class FactoredLinear(nn.Module):
     def __init__(self, in_features, out_features, rank):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.path = "a factored layer"  # in messages; where the layer is in its model, once it is there
 
     @staticmethod
     def highest_rank(in_features, out_features):
@@ -210,6 +213,37 @@ class FactoredLinear(nn.Module):
 
     def init_own(self):
         """Initial values of what this module holds beside `down` and `up`, which are initialised on their own."""
+
+    def inner(self):
+        """The module that computes z = A x [..., r]."""
+        return self.down
+
+    def outputs(self, z, y):
+        """What the layer gives without its bias [..., out], of z = down(x) [..., r] and y = up(z)."""
+        return y
+
+    @torch.no_grad()
+    def product(self):
+        """The weight W [out, in] that the factors stand for, multiplied anew at every call.
+
+        Of quantised factors it is what the layer makes of the columns of an identity.
+
+        Raises:
+            RuntimeError: a process has a part of the factors only.
+        """
+        up, down = self.up.weight, self.inner().weight
+        if {type(up), type(down)} <= {torch.Tensor, nn.Parameter}:
+            z = down.to(up.device).t()
+            dense = self.outputs(z, z @ up.t())
+        else:
+            dtype = up.dtype if up.is_floating_point() else torch.float32
+            # the last row is of zeros: it gives the bias
+            columns = torch.eye(self.in_features + 1, self.in_features, device=up.device, dtype=dtype)
+            dense = self(columns)
+            dense = dense[:-1] - dense[-1]
+        if dense.shape != (self.in_features, self.out_features):
+            raise RuntimeError("the weight of a factored layer can be read only where its factors are whole")
+        return dense.t().contiguous()
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -239,8 +273,11 @@ class SharedSVDLinear(FactoredLinear):
         self.__dict__["owner"] = owner  # nn.Module would take it for a submodule
         self.up = nn.Linear(owner.rank, out_features, bias=bias, device=device, dtype=dtype)
 
+    def inner(self):
+        return self.owner.down
+
     def forward(self, x):
-        down = self.owner.down
+        down = self.inner()
         # Layers of one model may lie on several devices, and what moves inputs between them sees to whole blocks. On
         # meta, weights are offloaded: they and their input are moved when `down` is called.
         device = getattr(down, "weight", x).device
@@ -263,6 +300,7 @@ class PivotedLinear(FactoredLinear):
         # Until then no index is valid: an engine that loads parameters only must not compute with an identity.
         device = None if self.down.weight.is_meta else device
         self.register_buffer("position", torch.full((out_features,), -1, device=device, dtype=torch.int64))
+        self.checked = False  # whether `position` is known to be a permutation
         self.init_own()
 
     @staticmethod
@@ -277,14 +315,36 @@ class PivotedLinear(FactoredLinear):
         if self.bias is not None and not getattr(self.bias, "_is_hf_initialized", False):
             self.bias.zero_()
 
+    def check(self, position):
+        """ValueError if `position`, which may lie elsewhere than in this layer, is no permutation of the outputs.
+
+        Waits for the device; so it is done once, after loading or at the first use.
+        """
+        found = position.long().sort().values
+        if not torch.equal(found, torch.arange(self.out_features, device=found.device)):
+            raise ValueError(
+                f"{self.path}.position is no permutation of 0 to {self.out_features - 1}: it was not loaded with the "
+                "weights, or what wrote the checkpoint changed it (by averaging two, say)"
+            )
+        self.checked = True
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.checked = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def outputs(self, z, y):
+        # index_select: the gradient of an indexing expression is a sort, because its indices might repeat. On CPUs
+        # it is several times as fast on a matrix as on a batch of them.
+        both = torch.cat([z, y], -1).reshape(-1, self.out_features).index_select(-1, self.position)
+        return both.view(*z.shape[:-1], self.out_features)
+
     def forward(self, x):
         if self.position.is_meta and not x.is_meta:  # torch would return uninitialised memory
             raise RuntimeError("`position` of a pivoted layer was not loaded with its weights")
+        if not (self.checked or self.position.is_meta or torch.compiler.is_compiling()):
+            self.check(self.position)
         z = self.down(x)
-        # index_select: the gradient of an indexing expression is a sort, because its indices might repeat. On CPUs
-        # it is several times as fast on a matrix as on a batch of them.
-        y = torch.cat([z, self.up(z)], -1).reshape(-1, self.out_features).index_select(-1, self.position)
-        y = y.view(*z.shape[:-1], self.out_features)
+        y = self.outputs(z, self.up(z))
         # as nn.Linear and bitsandbytes do it: a bias in float32 beside layers in half precision does not widen y
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -310,32 +370,60 @@ LAYOUTS = {"balanced": SVDLinear, "pivoted": PivotedLinear}
 class _Adaptable(nn.Linear):
     """What a loaded factored layer becomes too: an `nn.Linear` to PEFT, which then adapts it as a whole.
 
-    PEFT reads the device, dtype and shape of `weight`; the weight of this layer has these, and nothing else.
+    Its `weight` can be read, not written.
     """
 
     @property
     def weight(self):
-        return _DenseWeight(self)
+        # what compiles knows no tensors of other classes, and merges nothing
+        return self.product() if torch.compiler.is_compiling() else _DenseWeight(self)
 
     def __setattr__(self, name, value):
-        if name == "weight" and not isinstance(value, _DenseWeight):
+        if name == "weight" and getattr(value, "layer", None) is not self:
             raise RuntimeError(NO_DENSE_WEIGHT)
         # PEFT 0.13 unloads an adapter by assigning the layer its own weight and bias
-        if name == "weight" or (name == "bias" and value is self.bias):
-            return
-        super().__setattr__(name, value)
+        if name != "weight":
+            super().__setattr__(name, value)
 
 
-class AdaptableSVDLinear(SVDLinear, _Adaptable):
+class _BiasOfUp(_Adaptable):
+    """An adaptable layer whose bias is that of `up`, and called so in checkpoints of the model.
+
+    A PEFT adapter that trains biases (`bias="lora_only"`) keeps it as `base_layer.bias`, as it would on any layer.
+    """
+
+    from_adapter = False  # whether the bias came from an adapter, so that it belongs to it also when it is not trained
+
     @property
     def bias(self):
         return self.up.bias
 
+    def __setattr__(self, name, value):
+        if name != "bias":
+            super().__setattr__(name, value)
+        elif value is not self.up.bias:  # transformers 5 loads an adapter by assignment
+            self.up.bias, self.from_adapter = value, True
 
-class AdaptableSharedSVDLinear(SharedSVDLinear, _Adaptable):
-    @property
-    def bias(self):
-        return self.up.bias
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        bias = self.up.bias
+        if prefix.endswith("base_layer.") and bias is not None and (self.from_adapter or bias.requires_grad):
+            # a copy, as FSDP gathers for a moment only what it has stored, under its own name
+            destination[prefix + "bias"] = bias if keep_vars else bias.detach().clone()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if prefix + "bias" in state_dict:
+            state_dict[prefix + "up.bias"] = state_dict.pop(prefix + "bias")
+            self.from_adapter = True
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class AdaptableSVDLinear(SVDLinear, _BiasOfUp):
+    pass
+
+
+class AdaptableSharedSVDLinear(SharedSVDLinear, _BiasOfUp):
+    pass
 
 
 class AdaptablePivotedLinear(PivotedLinear, _Adaptable):
@@ -350,24 +438,44 @@ ADAPTABLE = {
 
 
 class _DenseWeight(torch.Tensor):
-    """Shape [out, in], dtype and device of a factored layer's product, without the numbers: any use of them raises.
+    """The weight [out, in] of a factored layer, to be read: what computes with it gets `layer.product()`.
 
-    A stock LoRA merge adds to the weight it reads. Given the product, it would add to a temporary and then drop the
-    adapter; given `up.weight`, it would corrupt the layer where r == in_features. So there must be nothing to add to.
+    Until then it is a shape, a dtype and a device. What would change it raises, and so do views of it. (A stock LoRA
+    merge adds to the weight that it reads. Given the product, it would add to a temporary and then drop the adapter;
+    given `up.weight`, it would corrupt the layer where r == in_features.)
     """
 
     # attribute access stays as it is in C++; whatever computes comes to __torch_dispatch__
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, layer):
-        like = layer.up.weight
-        shape = (layer.out_features, layer.in_features)
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+    def __new__(cls, layer, part=None):
+        """The weight of `layer`; or `part`, a view of its product."""
+        if part is None:
+            like, shape, strides = layer.up.weight, (layer.out_features, layer.in_features), (layer.in_features, 1)
+        else:
+            like, shape, strides = part, part.shape, part.stride()
+        return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype, device=like.device)
+
+    def __init__(self, layer, part=None):
+        self.layer, self.part = layer if part is None else None, part
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError(NO_DENSE_WEIGHT)
+        kwargs = kwargs or {}
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        changed = [given.get(argument.name) for argument in func._schema.arguments if argument.is_write]
+        if any(isinstance(value, cls) for value in tree_flatten(changed)[0]):
+            raise RuntimeError(NO_DENSE_WEIGHT)
+        if func is torch.ops.aten.detach.default and args[0].layer is not None:
+            return cls(args[0].layer)
+        out = func(*tree_map_only(cls, cls._numbers, args), **tree_map_only(cls, cls._numbers, kwargs))
+        if any(result.alias_info is not None for result in func._schema.returns):
+            out = tree_map_only(torch.Tensor, lambda part: cls(None, part), out)
+        return out
+
+    def _numbers(self):
+        return self.layer.product() if self.part is None else self.part
 
     @property
     def data(self):
@@ -377,8 +485,21 @@ class _DenseWeight(torch.Tensor):
     def data(self, value):
         raise RuntimeError(NO_DENSE_WEIGHT)
 
+    @property
+    def requires_grad(self):
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value):
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad=True):
+        if requires_grad:
+            raise RuntimeError(NO_DENSE_WEIGHT)
+        return self
+
     def __repr__(self):
-        return f"<no dense weight: {tuple(self.shape)}, {self.dtype}, {self.device}>"
+        return f"<weight of factors: {tuple(self.shape)}, {self.dtype}, {self.device}>"
 
 
 def _factor_linears(model, config):
@@ -417,6 +538,7 @@ def _factor_linears(model, config):
         else:
             new = layout(columns, rows, config.svd_ranks[path], **options)
         factored[path] = new
+        new.path = path
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, new)
 
@@ -486,8 +608,24 @@ class _Factored:
         kwargs.setdefault("offload_buffers", True)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         _check_factors(model, info)
+        _check_positions(model)
         _make_adaptable(model)
         return (model, info) if output_loading_info else model
+
+    def get_submodule(self, target):
+        """As in torch. A factor of a layer that PEFT adapts is no submodule any more; its name leads to the adapter.
+
+        PEFT lists all names first. By "all-linear" it wants the layer, which it replaces, and then its factors. Led to
+        an adapter that is there already, it brings that up to date; so every layer is adapted once, as a whole.
+        """
+        try:
+            return super().get_submodule(target)
+        except AttributeError:
+            path, _, name = target.rpartition(".")
+            layer = super().get_submodule(path)
+            if name in ("down", "up") and isinstance(getattr(layer, "base_layer", None), FactoredLinear):
+                return layer
+            raise
 
     def for_decoding(self):
         """Store the `up` weights that lie on the CPU in float32 by columns, and return the model.
@@ -547,6 +685,24 @@ def _check_factors(model, info):
     ):
         if keys:
             raise ValueError(f"{what}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if keys[3:] else ""))
+
+
+def _check_positions(model):
+    """ValueError if `position` of a pivoted layer is no permutation; one still to be loaded is checked when used."""
+    for layer in model.modules():
+        if isinstance(layer, PivotedLinear):
+            hook = getattr(layer, "_hf_hook", None)
+            # accelerate brings what it has offloaded when the layer is called
+            offloaded = getattr(hook, "weights_map", None) if getattr(hook, "offload_buffers", False) else None
+            if offloaded is None:
+                position = layer.position
+            else:
+                # transformers 4 would bring it in the dtype of the weights: in bfloat16, 257 becomes 256
+                index = getattr(offloaded.dataset, "index", None) or {}
+                index.get(offloaded.prefix + "position", {})["dtype"] = "int64"
+                position = offloaded["position"]
+            if not position.is_meta:
+                layer.check(position)
 
 
 class Phi3SVDModel(_Factored, Phi3Model):

@@ -315,48 +315,6 @@ def test_attention_implementations_agree(tiny, ids, expected):
         assert distance(logits(model, ids), expected) < 2e-5
 
 
-# -- the factored layer ------------------------------------------------------------------------------------------------
-
-
-def test_layer_is_a_linear_layer_to_others_but_owns_no_dense_weight(tiny, model):
-    layer = model.gpt_neox.get_submodule(QKV)
-    assert isinstance(layer, nn.Linear)
-    own = {"bias", "position"} if tiny.layout == "pivoted" else {"up.bias"}
-    assert set(layer.state_dict()) == {"down.weight", "up.weight", *own}
-    assert (layer.in_features, layer.out_features, layer.rank) == (64, 192, 24)
-    assert "in_features=64, out_features=192, rank=24" in repr(layer)
-    weight = layer.weight
-    assert (weight.shape, weight.dtype, weight.device) == ((192, 64), torch.float32, torch.device("cpu"))
-    assert layer.bias is (layer._parameters["bias"] if tiny.layout == "pivoted" else layer.up.bias)
-    assert layer.bias.shape == (192,)
-    assert "no dense weight" in repr(weight)
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda layer: layer.weight + 1,
-        lambda layer: layer.weight.clone(),
-        lambda layer: layer.weight.data.clone(),
-        lambda layer: layer.weight.float().sum(),
-        lambda layer: layer.weight.to(torch.bfloat16),
-        lambda layer: layer.weight.data.add_(torch.ones(192, 64)),
-        lambda layer: layer.weight.copy_(torch.ones(192, 64)),
-        lambda layer: nn.init.normal_(layer.weight),
-        lambda layer: torch.nn.functional.linear(torch.ones(64), layer.weight),
-        lambda layer: torch.ones(192, 64).add_(layer.weight),
-        lambda layer: setattr(layer.weight, "data", torch.ones(192, 64)),
-        lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(192, 64))),
-        lambda layer: setattr(layer, "weight", torch.ones(192, 64)),
-        lambda layer: layer.reset_parameters(),
-    ],
-)
-def test_no_use_of_the_dense_weight_passes_in_silence(model, ids, expected, use):
-    with pytest.raises(RuntimeError, match="svdconvert fold"):
-        use(model.gpt_neox.get_submodule(QKV))
-    assert distance(logits(model, ids), expected) < 2e-5
-
-
 # -- unsound configs and checkpoints -----------------------------------------------------------------------------------
 
 

@@ -222,7 +222,7 @@ def test_engine_that_loads_parameters_only_fails(tiny, ids, buffers):
     parameters = {name: t for name, t in weights.items() if t.is_floating_point()}
     model.load_state_dict(parameters, assign=True, strict=False)
     x = torch.ones(2, 64)
-    with pytest.raises((RuntimeError, IndexError), match=r"was not loaded|out of (DATA bounds|range)"):
+    with pytest.raises((RuntimeError, ValueError), match="was not loaded with"):
         layer(x)
     model.load_state_dict(weights, assign=buffers == "meta", strict=False)
     name = "gpt_neox.layers.0.mlp.dense_h_to_4h."
