@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert.disk import atomic_write, create, disk_errors, refuse_full, sync, sync_folder, write_all
 from svdconvert.documents import json_or_none, open_regular
-from svdconvert.errors import InputError, JobError
+from svdconvert.errors import JobError
 from svdconvert.fields import NUMBER, OBJECT, POSITIVE, optional, problem, record
-from svdconvert.job import free_bytes
 from svdconvert.weights import as_bytes
-from svdconvert.writer import atomic_write, disk_errors, sync_folder
 
 
 @dataclass(frozen=True)
@@ -105,26 +104,30 @@ class ActivationStore:
             return
         partial = self.folder / f"{name}.partial"
         with disk_errors(self.folder):
-            handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            handle = create(partial, os.O_WRONLY | os.O_TRUNC)
 
         def write(rows: Tensor) -> None:
             view = as_bytes(rows.detach().to(device="cpu", dtype=self._dtype).contiguous())
             with disk_errors(self.folder):
-                while view:
-                    view = view[os.write(handle, view) :]
+                write_all(handle, view)
 
         try:
             yield write
             with disk_errors(self.folder):
-                os.fsync(handle)
-                os.replace(partial, self._path(name))
-                sync_folder(self.folder)
-        finally:
+                sync(handle)
+        except BaseException:
+            with suppress(OSError):
+                os.close(handle)
+            raise
+        with disk_errors(self.folder):
             os.close(handle)
+            os.replace(partial, self._path(name))
+            sync_folder(self.folder)
 
     def remove(self, name: str) -> None:
         """Give a file up."""
-        self._path(name).unlink(missing_ok=True)
+        with disk_errors(self.folder):
+            self._path(name).unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Give all files up; the loss stays."""
@@ -150,12 +153,8 @@ def check_room(stores: Sequence[ActivationStore], copies: int) -> None:
         InputError: it does not fit.
     """
     folder = stores[0].folder
-    needed, free = sum(store.missing_bytes(copies) for store in stores), free_bytes(folder)
-    if needed > free:
-        raise InputError(
-            f"{folder} needs {needed / 1e9:,.2f} GB for activations, but the disk has only "
-            f"{free / 1e9:,.2f} GB free; use fewer or shorter sequences, or free some"
-        )
+    needed = sum(store.missing_bytes(copies) for store in stores)
+    refuse_full(folder, needed, " for activations", "use fewer or shorter sequences, or free some")
 
 
 def read_into(tensor: Tensor, path: Path, position: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import svdconvert
-from svdconvert import processes
+from svdconvert import locks, processes
 from svdconvert.architectures import dense_architecture, longest_input
 from svdconvert.errors import InputError
 from svdconvert.events import Events
@@ -276,25 +276,29 @@ def calibrate(
     if not kinds:
         raise InputError(f"--method {', '.join(row.name for row in rows)} looks at no text; choose another")
     used, group = resolve_device(device), processes.current()
-    if group.leader and folder.is_dir() and any(folder.iterdir()) and not (folder / "stats.json").is_file():
-        raise InputError(f"{folder} is not empty and holds no statistics; give another folder")
+    if group.leader and folder.is_dir() and not (folder / "stats.json").is_file():
+        # What a run that ended before its first block may have left.
+        ours = {locks.STATISTICS_LOCK, f"{locks.STATISTICS_LOCK}.pid", ".stats.json.tmp", "source"}
+        if any(entry.name not in ours for entry in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no statistics; give another folder")
     source = open_source(os.fspath(model), revision, download_folder=group.own(folder / "source"))
     architecture = dense_architecture(source.config, source.name)
     modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
     check_model(source)
     tokens = calibration.tokens(source)
     key = statistics_key(source, tokens, _needs(kinds), labels=calibration.labels, seed=calibration.seed)
-    with group.leader_first():
-        store = StatisticsFolder(folder, key, create=True)
-    work = folder / "work"
-    run = _run(source, tokens, calibration, kinds, modules, used, work, events, group.share(store.blocks))
-    if group.leader:
-        store.save_tokens(tokens)
-    save_statistics(store, run)
-    group.wait()
-    for left in (group.own(folder / "source"), work):
-        shutil.rmtree(left, ignore_errors=True)
-    loss = group.share(store.loss)
+    with locks.writing(folder, locks.STATISTICS_LOCK, "give another --out"):
+        with group.leader_first():
+            store = StatisticsFolder(folder, key, create=True)
+        work = folder / "work"
+        run = _run(source, tokens, calibration, kinds, modules, used, work, events, group.share(store.blocks))
+        if group.leader:
+            store.save_tokens(tokens)
+        save_statistics(store, run)
+        group.wait()
+        for left in (group.own(folder / "source"), work):
+            shutil.rmtree(left, ignore_errors=True)
+        loss = group.share(store.loss)
     return loss.perplexity if loss else None
 
 

@@ -195,6 +195,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         if batch_size < 1:
             raise InputError(f"a batch of {batch_size} sequences is not possible; use at least 1")
         self._blocks = ModelBlocks(source, device=device, dtype=dtype)
+        self._source = source
         self._name, self._tokens, self._needs, self._labels, self._seed = source.name, tokens, needs, labels, seed
         self._events, self._progress, self._group = events, progress, current()
         self._check_tokens()
@@ -225,6 +226,10 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
 
     def __next__(self) -> tuple[int, dict[str, ModuleStatistics]]:
         return next(self._generator)
+
+    def refuse_changed(self) -> None:
+        """As :meth:`svdconvert.source.Source.refuse_changed`."""
+        self._source.refuse_changed()
 
     def close(self) -> None:
         """Stop; what is finished stays for the next run."""

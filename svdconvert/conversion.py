@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert import card, checkpoint, fast, processes
+from svdconvert import card, checkpoint, fast, locks, processes
 from svdconvert.allocation import allocate
 from svdconvert.architectures import dense_architecture
 from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, check_parts, default_method, find_knowledge
+from svdconvert.disk import free_bytes
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.job import Job, Outcome, Reports, free_bytes, resolve_device, run_job
+from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.metrics import Method, method_named, method_options
 from svdconvert.options import BY_NAME, repeating_command
@@ -306,6 +308,10 @@ def convert(
 
     def prepare() -> Job:
         nonlocal made
+        if place is not None:
+            held.enter_context(locks.working(place))
+        if stats is not None:
+            held.enter_context(locks.collected(Path(stats).expanduser()))
         if needs_decomposition:
             from svdconvert.decomposing import kept_decompositions
 
@@ -333,18 +339,19 @@ def convert(
         )
         return _job(source, made, settings, row, command, told, measure)
 
-    outcome = run_job(
-        "convert",
-        source,
-        settings,
-        prepare,
-        folder,
-        device=used_device,
-        workers=workers or usual_workers(used_device, made.peak_bytes, made.device_bytes),
-        overwrite=overwrite,
-        check=check,
-        events=events,
-    )
+    with ExitStack() as held:
+        outcome = run_job(
+            "convert",
+            source,
+            settings,
+            prepare,
+            folder,
+            device=used_device,
+            workers=workers or usual_workers(used_device, made.peak_bytes, made.device_bytes),
+            overwrite=overwrite,
+            check=check,
+            events=events,
+        )
     if outcome.already_done and spread == "global":  # the ranks that an earlier run has chosen
         matrices = outcome.record["matrices"]
         ranked = [

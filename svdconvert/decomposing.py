@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from svdconvert.checkpoint import versions
+from svdconvert.differences import difference
+from svdconvert.disk import atomic_write, disk_errors
 from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
@@ -41,9 +41,9 @@ from svdconvert.solver import Decomposition, Metric, Workspace, decompose, outpu
 from svdconvert.source import Source
 from svdconvert.splitting import target_tensors
 from svdconvert.steps import Step
+from svdconvert.tensor_files import names_in, read_tensors, write_tensors
 from svdconvert.threads import in_threads, usual_workers
 from svdconvert.weights import WeightReader
-from svdconvert.writer import atomic_write, disk_errors
 
 if TYPE_CHECKING:
     from svdconvert.calibrating import Knowledge, StatisticsProvider
@@ -90,13 +90,16 @@ class Decompositions:
         wanted = json.loads(json.dumps(key))
         if found.is_file():
             theirs = read_json(found, "", "give another --work folder, or delete this one")
-            for field in dict.fromkeys([*wanted, *theirs]):
-                if wanted.get(field) != theirs.get(field):
-                    raise InputError(
-                        f"{folder} was computed with another {field.replace('_', ' ')} "
-                        f"({theirs.get(field)}, now {wanted.get(field)}); give another --work folder"
-                    )
+            differing = difference(theirs, wanted)
+            if differing is not None:
+                field, values = differing
+                raise InputError(
+                    f"{folder} was computed with another {field.replace('_', ' ')} ({values}); give another --work "
+                    "folder"
+                )
             return
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
+            raise InputError(f"{folder} lacks key.json, which says of what it is; give another --work folder")
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(found, json.dumps(wanted, indent=1).encode())
@@ -117,7 +120,18 @@ class Decompositions:
 
     def has(self, target: Target) -> bool:
         """Whether a target is done."""
-        return self.path(target).is_file()
+        path = self.path(target)
+        if not path.is_file():
+            return False
+        # Of a group that was decomposed in metrics, those of all layers are needed.
+        return not target.followers or "captured" not in names_in(path) or self._has_metrics(target)
+
+    def _has_metrics(self, target: Target) -> bool:
+        return all(self.metric_path(target, index).is_file() for index in range(len(target.parts)))
+
+    def is_waiting(self, target: Target, index: int) -> bool:
+        """Whether all that has to be known of one layer of a group is there."""
+        return self.waiting_path(target, index).is_file() and self.metric_path(target, index).is_file()
 
     def options(self, target: Target) -> dict[str, Any]:
         """What the step that truncates a target has to know."""
@@ -138,8 +152,9 @@ class Decompositions:
     def save_group(self, target: Target, found: SharedDecomposition) -> None:
         """Write the file of a group that has metrics, and give up what waited for it."""
         self._save(target, found.found, captured=found.captured)
-        for index in range(len(target.parts)):
-            self.waiting_path(target, index).unlink()
+        with disk_errors(self.folder):
+            for index in range(len(target.parts)):
+                self.waiting_path(target, index).unlink(missing_ok=True)
 
     def _save(self, target: Target, found: Decomposition, **more: Metric) -> None:
         tensors = {
@@ -149,18 +164,13 @@ class Decompositions:
             "double": torch.tensor(found.basis.dtype == torch.float64),
             "scale": torch.tensor(found.scale, dtype=torch.float64),
         }
-        self.write(self.path(target), tensors | {name: tensor for name, tensor in more.items() if tensor is not None})
-
-    def write(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write a file of the collection, whole or not at all."""
-        with disk_errors(self.folder):
-            atomic_write(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+        given = {name: tensor for name, tensor in more.items() if tensor is not None}
+        write_tensors(self.path(target), tensors | given)
 
     def spectrum(self, target: Target) -> torch.Tensor:
         """[k] float64, descending: squared singular values in the metrics; of a group, what each rank captures."""
-        with safe_open(self.path(target), "pt") as handle:
-            values, scale = handle.get_tensor("values"), float(handle.get_tensor("scale"))
-        return Decomposition(values, torch.empty(0), scale).spectrum
+        found = read_tensors(self.path(target), ("values", "scale"))
+        return Decomposition(found["values"], torch.empty(0), float(found["scale"])).spectrum
 
     def outputs(self, target: Target) -> torch.Tensor | None:
         """[k + 1] float64: :func:`svdconvert.solver.output_losses`, or None where the inputs are not known."""
@@ -168,13 +178,12 @@ class Decompositions:
 
 
 def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in load_file(path).items()}
+    return {name: tensor.to(device) for name, tensor in read_tensors(path).items()}
 
 
 def load_outputs(path: Path) -> torch.Tensor | None:
     """:meth:`Decompositions.outputs` of a target's file."""
-    with safe_open(path, "pt") as handle:
-        return handle.get_tensor("outputs") if "outputs" in handle.keys() else None  # noqa: SIM118 - no mapping
+    return read_tensors(path, (), optional=("outputs",)).get("outputs")
 
 
 def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric, Metric]:
@@ -366,7 +375,7 @@ def _needed(missing: Sequence[Target], store: Store, worker: _Worker) -> set[tup
         (target.module, index)
         for target in missing
         for index in range(len(target.parts))
-        if not store.has(target) and not (target.followers and worker.is_waiting(target, index))
+        if not store.has(target) and not (target.followers and worker.groups.is_waiting(target, index))
     }
 
 
@@ -401,6 +410,7 @@ class _Worker:
                 with _naming(part.weight):
                     refuse_not_finite(weight)
             stack = torch.cat(weights) if target.followers else weights[0]
+            self.source.refuse_changed()
             self.store.save(target, decompose(stack, self.workspace), None, None, None)
         self.events.decomposed(_announcement(self.tensors, target))
 
@@ -423,33 +433,29 @@ class _Worker:
                 gram = right if own else _on(gram, self.device)
                 outputs = None if gram is None else output_losses(weight, found, left, right, gram)
                 inner, outer = (right, left) if tall else (left, right)
+                self.source.refuse_changed()
                 self.store.save(target, found, inner, outer, outputs)
                 self.events.decomposed(_announcement(self.tensors, target))
                 return
             outer = outer_statistic(weight, left, tall=tall)
         assert right is not None  # every method that looks at a text has a metric on the inputs
         store, amount = self.groups, float(self.options.get("shrinkage", 0.0))
+        self.source.refuse_changed()
         # how to have the second moment again
         known = {"shrinkage": torch.tensor(amount, dtype=torch.float64)} if gram is not None and amount < 1 else {}
-        store.write(store.metric_path(target, index), {"metric": right, **known})
+        write_tensors(store.metric_path(target, index), {"metric": right, **known})
         waiting = {"tokens": torch.tensor(statistics.tokens)} | ({} if outer is None else {"outer": outer})
-        store.write(store.waiting_path(target, index), waiting)
-
-    def is_waiting(self, target: Target, index: int) -> bool:
-        """Whether all that has to be known of one layer of a group is there."""
-        return self.groups.waiting_path(target, index).is_file()
+        write_tensors(store.waiting_path(target, index), waiting)
 
     def finish_group(self, target: Target) -> None:
         """Decompose a group if all its layers are known."""
-        if not target.followers:
+        if not target.followers or not all(self.groups.is_waiting(target, i) for i in range(len(target.parts))):
             return
         places = [self.groups.waiting_path(target, index) for index in range(len(target.parts))]
-        if not all(place.is_file() for place in places):
-            return
         wide = target.shape[0] < target.shape[1]
 
         def outer(place: Path) -> Metric:
-            return _on(load_file(place).get("outer"), self.device)
+            return _on(read_tensors(place, (), optional=("outer",)).get("outer"), self.device)
 
         with self.lane:
             found = decompose_shared(
@@ -477,8 +483,7 @@ class _Worker:
 
 
 def _tokens(path: Path) -> int:
-    with safe_open(path, "pt") as handle:
-        return int(handle.get_tensor("tokens"))
+    return int(read_tensors(path, ("tokens",))["tokens"])
 
 
 @contextmanager

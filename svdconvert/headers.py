@@ -214,8 +214,10 @@ def read_header(path: Path, file: str | None = None) -> list[TensorInfo]:
     return parse_header(raw, name, size)
 
 
-def layout(tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
-    """Lay out one file.
+def layout(
+    tensors: Iterable[TensorInfo], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
+    """Lay out one file, with metadata if there are any.
 
     Wider types come first, so that every tensor is aligned to its own element size without gaps, which the format
     forbids.
@@ -225,7 +227,7 @@ def layout(tensors: Iterable[TensorInfo]) -> tuple[bytes, dict[str, int], int]:
     """
     ordered: Sequence[TensorInfo] = sorted(tensors, key=lambda info: -DTYPES[info.dtype][0])
     # "format": "pt" is what transformers before 5 insists on.
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     begins = {}
     for info in ordered:

@@ -6,7 +6,6 @@ They differ in their steps and in the config they end with; everything between i
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert import checkpoint, processes
+from svdconvert.differences import difference
+from svdconvert.disk import refuse_full
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, layout
-from svdconvert.source import LocalSource, Source
+from svdconvert.source import SAFE_INDEX, LocalSource, Source
 from svdconvert.steps import Step, files_here
 from svdconvert.timing import StageTimes
-from svdconvert.writer import JOB_FOLDER, OutputFolder, read_record
+from svdconvert.writer import FILES, JOB_FOLDER, OutputFolder, read_record
 
 Reports = Mapping[str, Mapping[str, Any]]
 
@@ -109,7 +110,7 @@ def run_job(
     everything = {
         "svdconvert": checkpoint.versions()["svdconvert"],
         "command": command,
-        **source.identity(),
+        **(identity := {**source.identity(), **source.side_identity()}),
         **settings,
         "device": device.split(":")[0],
     }
@@ -122,7 +123,7 @@ def run_job(
                 stack.enter_context(output)
             elif group.leader:
                 # A kill between config.json and the end may have left something.
-                output.clean_up()
+                output.tidy()
         if output.finished:
             events.note(f"{folder} already holds this result; nothing to compute")
             seconds = time.perf_counter() - start
@@ -136,6 +137,8 @@ def run_job(
         with times.measure("prepare", process=True):
             job = prepare()
         if group.leader:
+            files = _files(job, source)
+            output.promise(files)
             preflight_disk(folder, job, source)
         pipeline = Pipeline(
             source, job.steps, job.shards, output, device=target, workers=workers, events=events, times=times
@@ -148,7 +151,8 @@ def run_job(
         record: dict[str, Any] = {}
         checks: Sequence[str] = ()
         if group.leader:
-            record = checkpoint.record(command, source, everything, {**job.details(reports), "timing": timing})
+            details = {**job.details(reports), "files": files, "timing": timing}
+            record = checkpoint.record(command, source, everything, details)
             checkpoint.write_model_files(
                 output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
             )
@@ -157,6 +161,7 @@ def run_job(
 
                 events.note("checking the result")
                 checks = self_check(folder, job.config)
+            _refuse_changed(source, identity)
             checkpoint.write_config(output, job.config)
         record, checks = group.share((record, checks))
     return Outcome(
@@ -168,6 +173,26 @@ def run_job(
         resumed=resumed,
         checks=checks,
     )
+
+
+def _files(job: Job, source: Source) -> list[str]:
+    """All files that a job writes."""
+    index = [SAFE_INDEX] if len(job.shards) > 1 else []
+    return sorted({*job.shards, *index, *source.side_files, *job.extra, *FILES})
+
+
+def _refuse_changed(source: Source, before: Mapping[str, Any]) -> None:
+    """See that what was read is one model: the source is what it was at the beginning.
+
+    Raises:
+        InputError: it was changed or replaced meanwhile.
+    """
+    found = difference(before, {**source.identity(), **source.side_identity()})
+    if found is not None:
+        raise InputError(
+            f"{source.name} was changed while it was read ({': '.join(found)}), so the result would be of two models; "
+            "start anew with --overwrite"
+        )
 
 
 def resolve_device(device: str) -> str:
@@ -214,15 +239,4 @@ def preflight_disk(folder: Path, job: Job, source: Source) -> None:
         if not (folder / name).exists() and not (folder / JOB_FOLDER / f"{name}.partial").exists()
     )
     needed += sum(sorted(source.download_bytes.values())[-files_here(job.steps) :])
-    free = free_bytes(folder)
-    if needed > free:
-        raise InputError(
-            f"{folder} needs {needed / 1e9:,.2f} GB, but the disk has only {free / 1e9:,.2f} GB free; "
-            "free some or give another --out"
-        )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free room where a folder is or would be."""
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    refuse_full(folder, needed, "", "free some or give another --out")

@@ -14,11 +14,14 @@ writer and count as writing.
 from __future__ import annotations
 
 import queue
+import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
 from svdconvert.lanes import Transfer, lanes_of
 from svdconvert.partition import split_steps
+from svdconvert.shards import ShardWriter
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
 from svdconvert.steps import Step, files_here
@@ -37,7 +41,7 @@ from svdconvert.timing import StageTimes
 from svdconvert.tying import other_head
 from svdconvert.units import Finish, begin, in_units
 from svdconvert.weights import WeightReader, as_bytes, same_values
-from svdconvert.writer import OutputFolder, ShardWriter
+from svdconvert.writer import OutputFolder
 
 _ALIGN = 64
 
@@ -67,6 +71,31 @@ class _Solved:
 
 class _Stopped(Exception):
     """Another thread failed or the user interrupted: leave quietly."""
+
+
+class _Thread(threading.Thread):
+    """A thread that says itself when it has ended: Python's own join, once interrupted, takes it for dead."""
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        # Daemons, so that a second Ctrl-C ends the process while a solver is deep inside LAPACK.
+        super().__init__(name=name, daemon=True)
+        self._work, self.ended = work, threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self.ended.set()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the body is through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Pipeline:
@@ -137,21 +166,22 @@ class Pipeline:
         writing = self._thread(self._write_all, "write")
         try:
             with shared_cores(self._workers):
-                for thread in [*threads, writing]:
-                    thread.start()
+                with _interrupts_held():
+                    for thread in [*threads, writing]:
+                        thread.start()
                 for thread in threads:
-                    thread.join()
+                    thread.ended.wait()
                 if not self._stop.is_set():
                     self._put(self._to_write, None)
-                writing.join()
+                writing.ended.wait()
         except KeyboardInterrupt:
             self._events.note("stopping after the matrix in work; press Ctrl-C again to stop at once")
             self._stop.set()
             for thread in [*threads, writing]:
-                thread.join()
+                thread.ended.wait()
             raise
         finally:
-            if not any(thread.is_alive() for thread in [*threads, writing]):
+            if all(thread.ended.is_set() for thread in [*threads, writing]):
                 try:
                     with self._times.measure("write"):
                         self._shards_done(self._writer.record())
@@ -164,9 +194,8 @@ class Pipeline:
         self._shards_done(self._writer.join())
         return {key: report for key, report in self._writer.reports.items() if report}
 
-    def _thread(self, work: Callable[[], None], name: str) -> threading.Thread:
-        # Daemons, so that a second Ctrl-C ends the process while a solver is deep inside LAPACK.
-        return threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
+    def _thread(self, work: Callable[[], None], name: str) -> _Thread:
+        return _Thread(partial(self._guard, work), name)
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

@@ -7,9 +7,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.disk import atomic_write, disk_errors
 from svdconvert.errors import InputError
 from svdconvert.names import layer_number
-from svdconvert.writer import atomic_write, disk_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

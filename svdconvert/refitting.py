@@ -35,14 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from svdconvert.activations import check_room
 from svdconvert.blocks import ModelBlocks
 from svdconvert.compute import OPERATIONS, stored_product
 from svdconvert.corpus import CalibrationTokens
+from svdconvert.disk import atomic_write, disk_errors
 from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
@@ -55,7 +54,7 @@ from svdconvert.rounding import round_with_feedback
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
 from svdconvert.steps import Step
-from svdconvert.writer import atomic_write, disk_errors
+from svdconvert.tensor_files import read_note, read_tensors, sealed, unseal, write_tensors
 
 # One sequence of so many is held out.
 HELD_OUT = 8
@@ -155,14 +154,15 @@ class RefitFolder:
         """How the refit ended, if it has."""
         if not self._outcome.is_file():
             return None
-        found = read_json(self._outcome, "", _AGAIN)
+        found = unseal(read_json(self._outcome, "", _AGAIN), self._outcome)
         require(found, _OUTCOME, self._outcome, _AGAIN)
         return Refit(**{name: found[name] for name in _OUTCOME})
 
     def finish(self, outcome: Refit) -> None:
         """Keep how it ended."""
         with disk_errors(self._folder):
-            atomic_write(self._outcome, json.dumps(asdict(outcome)).encode())
+            self._folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(self._outcome, sealed(asdict(outcome)))
 
     def path(self, module: str) -> Path:
         """File of one target."""
@@ -170,18 +170,16 @@ class RefitFolder:
 
     def save(self, module: str, tensors: Sequence[Tensor], report: Mapping[str, Any]) -> None:
         """Write one target's file, whole or not at all."""
-        named = {str(place): tensor.contiguous().cpu() for place, tensor in enumerate(tensors)}
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.path(module), save(named, {"report": json.dumps(report)}))
+        named = {str(place): tensor for place, tensor in enumerate(tensors)}
+        write_tensors(self.path(module), named, json.dumps(report))
 
 
 def load_refitted(path: Path) -> tuple[list[Tensor], dict[str, Any]]:
     """``(the tensors of a target's layout, their report)``."""
-    found = load_file(path)
-    with safe_open(path, "pt") as handle:
-        report = json.loads(handle.metadata()["report"])
-    return [found[str(place)] for place in range(len(found))], report
+    found = read_tensors(path)
+    return [found[str(place)] for place in range(len(found))], json.loads(read_note(path))
 
 
 def refit_targets(
@@ -245,7 +243,7 @@ class _Run:
         events: Events,
         compensate: bool,
     ) -> None:
-        self.compensate = compensate
+        self.source, self.compensate = source, compensate
         self.steps, self.folder, self.events = {step.key: step for step in steps}, folder, events
         self.blocks = ModelBlocks(source, device=device)
         self.writers = self.blocks.writers if compensate else ()
@@ -314,6 +312,7 @@ class _Run:
             if path in layers:
                 self.fit(block, index, layers[path], done)
                 done[path] = layers[path].weight
+        self.source.refuse_changed()
         for layer in layers.values():
             self.folder.save(layer.target.module, layer.tensors, layer.report)
         for part in ("train", "held"):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from svdconvert.disk import size
 from svdconvert.events import Events
 from svdconvert.fast import done
 from svdconvert.metrics import METHODS, ROUGH_GUESS, calibrated
@@ -31,15 +32,6 @@ if TYPE_CHECKING:
 
 
 _PICKS: Mapping[str, Callable[[Sequence[float]], float]] = {"lowest": min, "median": median, "highest": max}
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as the Hub counts."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def show_plan(console: Console, plan: Plan, free: int | None) -> None:

@@ -8,7 +8,6 @@ no file outside its folder is read.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -17,9 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 from svdconvert.architectures import ARCHITECTURES, dense_shapes
-from svdconvert.documents import open_regular, read_bytes, read_json
+from svdconvert.documents import read_bytes, read_json
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, TensorInfo, read_header
+from svdconvert.identity import file_digest, weights_digest
 
 ALIASES: Mapping[str, str] = {
     f"polyglot-ko-{size}": f"EleutherAI/polyglot-ko-{size}" for size in ("1.3b", "3.8b", "5.8b", "12.8b")
@@ -86,7 +86,18 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be the same when an interrupted job goes on: the content of the weights, in JSON types."""
+        """What must be the same when an interrupted job goes on: the model's weights and config now, in JSON types."""
+
+    def side_identity(self) -> dict[str, Any]:
+        """Likewise, the other files that a result has its content from."""
+        return {}
+
+    def refuse_changed(self) -> None:  # noqa: B027 - a commit on the Hub never changes
+        """See that the source still is what it was when its identity was first asked for; cheap.
+
+        Raises:
+            InputError: it was changed meanwhile.
+        """
 
     def release(self, file: str) -> None:  # noqa: B027 - a local folder has nothing to give up
         """Say that a weight file is not needed any more."""
@@ -111,6 +122,7 @@ class LocalSource(Source):
         """
         self.folder = folder
         self.name = folder.resolve().name
+        self._known: dict[str, Any] = {}
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
         self.config = self.read_config()
         self.side_files = [name for name in names if is_side_file(name)]
@@ -145,7 +157,32 @@ class LocalSource(Source):
         return self.folder / file
 
     def identity(self) -> dict[str, Any]:
-        return {"weights": {file: _sampled_digest(self.folder / file) for file in self.files}}
+        times = self._times()
+        weights = {
+            file: weights_digest(self.path(file), [info for info in self.tensors.values() if info.file == file])
+            for file in self.files
+        }
+        found = {"weights": weights, "config": self.read_config()}
+        self._known = self._known or {"times": times, "identity": found}
+        return found
+
+    def side_identity(self) -> dict[str, Any]:
+        names = [*self.side_files, *(["README.md"] if (self.folder / "README.md").is_file() else [])]
+        return {"side_file": {name: file_digest(self.path(name)) for name in names}}
+
+    def refuse_changed(self) -> None:
+        times = self._times()
+        if not self._known or self._known["times"] == times:
+            return
+        if self.identity() != self._known["identity"]:
+            raise InputError(f"{self.folder} was changed while it was read; run the command again")
+        self._known["times"] = times
+
+    def _times(self) -> list[tuple[int, int, int]]:
+        """What changes with any of the files, but may change without them."""
+        paths = [self.path(file) for file in [*self.files, "config.json"]]
+        found = [path.stat() if path.is_file() else None for path in paths]
+        return [(s.st_ino, s.st_size, s.st_mtime_ns) if s else (0, 0, 0) for s in found]
 
     def card(self) -> str | None:
         readme = self.folder / "README.md"
@@ -299,18 +336,3 @@ def listing(names: list[str], most: int = 3) -> str:
     """``a, b, c and 4 more``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _sampled_digest(path: Path, blocks: int = 64, block: int = 4096) -> str:
-    """Identity of a local file: size, modification time and a digest of evenly spaced blocks.
-
-    Hashing whole files would cost as much as reading the model once more; a changed or exchanged file differs in
-    its time or in the samples.
-    """
-    status = path.stat()
-    digest = hashlib.blake2b(digest_size=16)
-    with open_regular(path) as handle:
-        for i in range(blocks):
-            handle.seek(max(status.st_size - block, 0) * i // max(blocks - 1, 1))
-            digest.update(handle.read(block))
-    return f"{status.st_size}-{status.st_mtime_ns}-{digest.hexdigest()}"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svdconvert import locks
 from svdconvert.calibrating import Calibration, check_knowledge, check_parts, default_method, find_knowledge
 from svdconvert.events import Events
 from svdconvert.job import resolve_device
@@ -249,6 +250,10 @@ def spectrum(
         source = open_source(os.fspath(model), revision, download_folder=place / "source")
         chosen = find_targets(source, targets, split_fused=split_fused)
         check_model(source)
+        if work is not None:
+            stack.enter_context(locks.working(place))
+        if stats is not None:
+            stack.enter_context(locks.collected(Path(stats).expanduser()))
         knowledge = find_knowledge(source, calibration, stats)
         if method != row.name:
             events.note(f"{method} has the same optimum as {row.name}, which computes it")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -15,21 +14,18 @@ import torch
 from torch import Tensor
 
 import svdconvert
-from svdconvert.activations import LOSS, Loss, read_into
+from svdconvert.activations import LOSS, Loss
 from svdconvert.calibration import STATISTICS, ModuleStatistics, Needs, StatisticsRun, statistic_tensors
 from svdconvert.corpus import CalibrationTokens
-from svdconvert.documents import open_regular, read_json
+from svdconvert.differences import difference
+from svdconvert.disk import atomic_write, disk_errors
+from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, WHOLE, Kind, nullable, optional, record, require, table
-from svdconvert.headers import CODES, TensorInfo, layout, read_header
 from svdconvert.names import layer_number
 from svdconvert.processes import current
-from svdconvert.source import LocalSource, Source, listing
-from svdconvert.weights import as_bytes, torch_dtype
-from svdconvert.writer import atomic_write, disk_errors, sync_folder
-
-# How much of a tensor's beginning, middle and end goes into a model's key.
-KEY_BYTES = 4096
+from svdconvert.source import Source, listing
+from svdconvert.tensor_files import read_tensors, sealed, unseal, write_tensors
 
 TOKENS = "tokens.safetensors"
 
@@ -92,28 +88,10 @@ def statistics_key(
 
 
 def model_key(source: Source) -> str:
-    """Digest of a model's config, headers and content.
-
-    Of a local model's content three blocks of each tensor are read; the files' times do not count, so that statistics
-    are good for a copy of the model too. A model on the Hub goes by its commit, and pickles by their identity.
-    """
+    """Digest of a model's config, headers and content, the same for a copy of the model."""
     digest = hashlib.blake2b(digest_size=16)
     tensors = [[info.name, info.dtype, list(info.shape)] for _, info in sorted(source.tensors.items())]
-    digest.update(json.dumps([dict(source.config), tensors], sort_keys=True).encode())
-    if not isinstance(source, LocalSource) or source.pickled:
-        digest.update(json.dumps(source.identity(), sort_keys=True).encode())
-        return digest.hexdigest()
-    for file in source.files:
-        path = source.path(file)
-        try:
-            with open_regular(path) as handle:
-                for info in sorted(source.tensors.values(), key=lambda info: info.start):
-                    last = max(info.nbytes - KEY_BYTES, 0)
-                    for offset in (0, last // 2, last) if info.file == file else ():
-                        handle.seek(info.start + offset)
-                        digest.update(handle.read(min(KEY_BYTES, info.nbytes)))
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    digest.update(json.dumps([dict(source.config), tensors, source.identity()], sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -144,17 +122,19 @@ class StatisticsFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             self._write()
             return
-        self._state = read_json(path, f"{folder} has no stats.json, so it holds no statistics of svdconvert", _AGAIN)
-        require(self._state, _STATE, path, _AGAIN)
-        key = self._state["key"]
+        found = read_json(path, f"{folder} has no stats.json, so it holds no statistics of svdconvert", _AGAIN)
+        require(found, _STATE, path, _AGAIN)
+        self._state = unseal(found, path, _AGAIN)
+        key = self.key
         require(key, _KEY, path, _AGAIN)
-        for field, value in wanted.items():
-            if key.get(field) != value:
-                what = _FIELDS.get(field, f"another setting of {field.replace('_', ' ')}")
-                raise InputError(
-                    f"{folder} holds statistics of {what} ({_short(key.get(field))}, now {_short(value)}); "
-                    "give another folder, or run `svdconvert calibrate` for this model"
-                )
+        differing = difference({field: key.get(field) for field in wanted}, wanted)
+        if differing is not None:
+            field, values = differing
+            what = _FIELDS.get(field, f"another setting of {field.replace('_', ' ')}")
+            raise InputError(
+                f"{folder} holds statistics of {what} ({values}); give another folder, or run `svdconvert calibrate` "
+                "for this model"
+            )
 
     @property
     def key(self) -> dict[str, Any]:
@@ -201,16 +181,14 @@ class StatisticsFolder:
                 tensors[name] = tensor
                 modules[module][kind] = name
         file = f"block-{index:05d}.safetensors"
-        with disk_errors(self.folder):
-            _write_tensors(self.folder / file, tensors)
+        write_tensors(self.folder / file, tensors)
         self._state["blocks"][str(index)] = {"file": file, "modules": modules}
         self._write()
 
     def save_tokens(self, tokens: CalibrationTokens) -> None:
         """Keep the text, as the model reads it, for what has to look at it again."""
         if not (self.folder / TOKENS).is_file():
-            with disk_errors(self.folder):
-                _write_tensors(self.folder / TOKENS, {"ids": tokens.ids, "mask": tokens.mask})
+            write_tensors(self.folder / TOKENS, {"ids": tokens.ids, "mask": tokens.mask})
 
     def tokens(self) -> CalibrationTokens:
         """The text that the statistics are of.
@@ -221,7 +199,8 @@ class StatisticsFolder:
         path = self.folder / TOKENS
         if not path.is_file():
             raise InputError(f"{self.folder} lacks {TOKENS}; run `svdconvert calibrate` again")
-        ids, mask = self._read(TOKENS, "ids"), self._read(TOKENS, "mask")
+        read = read_tensors(path, ("ids", "mask"))
+        ids, mask = read["ids"], read["mask"]
         key = self.key
         tokens = CalibrationTokens(
             ids=ids,
@@ -264,24 +243,14 @@ class StatisticsFolder:
             for kind in STATISTICS if kinds is None else kinds:
                 if kind in record:
                     if record[kind] not in read:
-                        read[record[kind]] = self._read(entry["file"], record[kind])
+                        read |= read_tensors(self.folder / entry["file"], (record[kind],))
                     values[kind] = read[record[kind]]
             found[module] = ModuleStatistics(**values, tokens=record["tokens"], samples=record["samples"])
         return found
 
-    def _read(self, file: str, name: str) -> Tensor:
-        path = self.folder / file
-        infos = {info.name: info for info in read_header(path)}
-        if name not in infos:
-            raise InputError(f"{path} lacks {name}; run `svdconvert calibrate` again")
-        info = infos[name]
-        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        read_into(tensor, path, info.start)
-        return tensor
-
     def _write(self) -> None:
         with disk_errors(self.folder):
-            atomic_write(self.folder / "stats.json", json.dumps(self._state, indent=1).encode())
+            atomic_write(self.folder / "stats.json", sealed(self._state))
 
 
 def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
@@ -293,36 +262,8 @@ def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
     leader = current().leader
     for index, found in run:
         if leader:
+            run.refuse_changed()
             folder.save(index, found)
         del found  # or two blocks' Grams would be in memory
     if leader and run.loss is not None and folder.loss != run.loss:
         folder.set_loss(run.loss)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, one tensor at a time; its name never shows half of it."""
-    infos = [
-        TensorInfo(name, CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
-    header, starts, size = layout(infos)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb", buffering=0) as handle:
-            handle.write(header)
-            for name in sorted(tensors, key=starts.__getitem__):
-                view = as_bytes(tensors[name].cpu().contiguous())
-                while view:
-                    view = view[handle.write(view) :]
-            assert handle.tell() == size
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ from typing import Any
 from svdconvert.calibrating import Calibration, calibrate, check_knowledge, check_parts, default_method, find_knowledge
 from svdconvert.checkpoint import digest, versions
 from svdconvert.conversion import chosen_allocation, convert
+from svdconvert.differences import difference
+from svdconvert.disk import atomic_write, disk_errors
 from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.fields import COUNT, NUMBER, OBJECT, POSITIVE, TEXT, many, nullable, optional, record, require, table
 from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, layout_named
+from svdconvert.locks import FolderLock
 from svdconvert.metrics import Method, method_named, method_options
 from svdconvert.passages import read_passage, read_text
 from svdconvert.perplexity import evaluate
@@ -28,9 +32,12 @@ from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest
 from svdconvert.source import Source, local_folder, open_source
 from svdconvert.steps import Step
-from svdconvert.writer import JOB_FOLDER, atomic_write, disk_errors
+from svdconvert.writer import JOB_FOLDER, RECORD, clear_folder
 
 RESULT = "sweep.json"
+_PAGES = ("sweep.md", "sweep.png")
+# What a sweep that ended before its first result may have left.
+_OWN = {JOB_FOLDER, f".{RESULT}.tmp"}
 
 
 @dataclass(frozen=True)
@@ -260,7 +267,7 @@ def sweep(
         check_parts(row, collected=stats is not None or len(aware) > 1, split_fused=split_fused)
     used = resolve_device(device)
     internal = folder / JOB_FOLDER
-    _refuse_foreign(folder, overwrite)
+    _refuse_foreign(folder)
     dense_folder = local_folder(os.fspath(model), revision)
     source = open_source(os.fspath(model), revision, download_folder=internal / "source")
     plans = [_plan(source, setting, targets, dtype, split_fused) for setting in chosen]
@@ -274,6 +281,7 @@ def sweep(
     settings = {
         "svdconvert": versions()["svdconvert"],
         **source.identity(),
+        **source.side_identity(),
         "text": digest(read_text(Path(text).expanduser()).encode()),
         "window": passage.window,
         "stride": passage.stride,
@@ -282,84 +290,88 @@ def sweep(
         "dtype": dtype,
         "device": used.split(":")[0],
     }
-    book = _Book(folder, source.name, str(text), settings, None if knowledge is None else knowledge.key, overwrite)
-    if book.dense is None:
-        events.note("measuring the dense model")
-        found = evaluate(dense_folder, text, **measuring)
-        sizes = (plans[0].params_before, plans[0].bytes_before)
-        book.dense = Point(_DENSE, *sizes, found.perplexity, found.bits_per_character, 0.0, None, found.seconds, 0.0)
-        book.write()
-    dense = book.dense
+    with _held(folder, internal):
+        book = _Book(folder, source.name, str(text), settings, None if knowledge is None else knowledge.key, overwrite)
+        if book.dense is None:
+            events.note("measuring the dense model")
+            found = evaluate(dense_folder, text, **measuring)
+            sizes = (plans[0].params_before, plans[0].bytes_before)
+            book.dense = Point(
+                _DENSE, *sizes, found.perplexity, found.bits_per_character, 0.0, None, found.seconds, 0.0
+            )
+            book.write()
+        dense = book.dense
 
-    def model_folder(setting: Setting) -> Path:
-        return (folder if keep_models else internal) / "models" / setting.folder
+        def model_folder(setting: Setting) -> Path:
+            return (folder if keep_models else internal) / "models" / setting.folder
 
-    missing = [
-        setting
-        for setting in chosen
-        if setting not in book.points or (keep_models and not (model_folder(setting) / "config.json").is_file())
-    ]
-    if len(missing) < len(chosen):
-        events.note(f"{len(chosen) - len(missing)} of {len(chosen)} points were measured by an earlier run")
-    place = internal / "work" if work is None else Path(work).expanduser()
-    if calibration is not None and len(aware) > 1 and missing:
-        stats = place / f"statistics-{'-'.join(sorted(row.name for row in aware))}"
-        names = [row.name for row in aware]
-        calibrate(model, calibration, stats, methods=names, revision=revision, device=used, events=events)
-        calibration = None
-    quiet = _Quiet(events)
-    for setting in missing:
-        start = time.perf_counter()
-        row, target = method_named(setting.method), model_folder(setting)
-        report = convert(
-            model,
-            target,
-            keep=setting.keep,
-            rank=setting.rank,
-            targets=targets,
-            split_fused=split_fused,
-            method=row.name,
-            dtype=dtype,
-            device=used,
-            revision=revision,
-            calibration=calibration if row.statistics or refit != "none" else None,
-            stats=stats if row.statistics or refit != "none" else None,
-            refit=refit,
-            allocation=setting.allocation,
-            layout=setting.layout,
-            work=place if len(rows) == 1 else place / row.name,
-            workers=workers,
-            check=keep_models,
-            events=quiet,
-            alpha=dict(setting.options).get("alpha"),
-            shrinkage=dict(setting.options).get("shrinkage"),
-        )
-        found = evaluate(target, text, **measuring, against=dense_folder)
-        assert found.divergence is not None
-        added = found.divergence.added
-        book.points[setting] = point = Point(
-            setting,
-            report.plan.params_after,
-            report.plan.bytes_after,
-            found.perplexity,
-            found.bits_per_character,
-            added,
-            report.outcome.record.get("predicted_loss"),
-            time.perf_counter() - start,
-            found.divergence.kl,
-        )
-        book.write()
-        if not keep_models:
-            shutil.rmtree(target)
-        events.note(f"{setting.line}, {setting.budget}: perplexity {point.perplexity:.2f} ({added:+.4f})")
-    result = Sweep(source.name, str(text), dense, list(book.points.values()), folder)
-    with disk_errors(folder):
-        atomic_write(folder / "sweep.md", result.to_markdown().encode())
-    if plot:
-        from svdconvert.plots import save_figure, sweep_figure
+        missing = [
+            setting
+            for setting in chosen
+            if setting not in book.points or (keep_models and not (model_folder(setting) / "config.json").is_file())
+        ]
+        if len(missing) < len(chosen):
+            events.note(f"{len(chosen) - len(missing)} of {len(chosen)} points were measured by an earlier run")
+        place = internal / "work" if work is None else Path(work).expanduser()
+        if calibration is not None and len(aware) > 1 and missing:
+            stats = place / f"statistics-{'-'.join(sorted(row.name for row in aware))}"
+            names = [row.name for row in aware]
+            calibrate(model, calibration, stats, methods=names, revision=revision, device=used, events=events)
+            calibration = None
+        quiet = _Quiet(events)
+        for setting in missing:
+            start = time.perf_counter()
+            row, target = method_named(setting.method), model_folder(setting)
+            report = convert(
+                model,
+                target,
+                keep=setting.keep,
+                rank=setting.rank,
+                targets=targets,
+                split_fused=split_fused,
+                method=row.name,
+                dtype=dtype,
+                device=used,
+                revision=revision,
+                calibration=calibration if row.statistics or refit != "none" else None,
+                stats=stats if row.statistics or refit != "none" else None,
+                refit=refit,
+                allocation=setting.allocation,
+                layout=setting.layout,
+                work=place if len(rows) == 1 else place / row.name,
+                workers=workers,
+                check=keep_models,
+                events=quiet,
+                alpha=dict(setting.options).get("alpha"),
+                shrinkage=dict(setting.options).get("shrinkage"),
+            )
+            found = evaluate(target, text, **measuring, against=dense_folder)
+            source.refuse_changed()
+            assert found.divergence is not None
+            added = found.divergence.added
+            book.points[setting] = point = Point(
+                setting,
+                report.plan.params_after,
+                report.plan.bytes_after,
+                found.perplexity,
+                found.bits_per_character,
+                added,
+                report.outcome.record.get("predicted_loss"),
+                time.perf_counter() - start,
+                found.divergence.kl,
+            )
+            book.write()
+            if not keep_models:
+                shutil.rmtree(target, ignore_errors=True)
+            events.note(f"{setting.line}, {setting.budget}: perplexity {point.perplexity:.2f} ({added:+.4f})")
+        result = Sweep(source.name, str(text), dense, list(book.points.values()), folder)
+        with disk_errors(folder):
+            atomic_write(folder / "sweep.md", result.to_markdown().encode())
+        if plot:
+            from svdconvert.plots import save_figure, sweep_figure
 
-        save_figure(sweep_figure(result), folder / "sweep.png")
-    shutil.rmtree(internal, ignore_errors=True)
+            save_figure(sweep_figure(result), folder / "sweep.png")
+        clear_folder(internal, ignore_errors=True)
     return result
 
 
@@ -409,11 +421,28 @@ def _plan(source: Source, setting: Setting, targets: Sequence[str], dtype: str, 
     )
 
 
-def _refuse_foreign(folder: Path, overwrite: bool) -> None:
+def _refuse_foreign(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder with --out")
-    if folder.is_dir() and not overwrite and not (folder / RESULT).is_file() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no sweep; give another folder, or --overwrite")
+    if folder.is_dir() and not (folder / RESULT).is_file() and {entry.name for entry in folder.iterdir()} - _OWN:
+        raise InputError(f"{folder} is not empty and holds no sweep; give another folder")
+
+
+@contextmanager
+def _held(folder: Path, internal: Path) -> Iterator[None]:
+    """Keep other sweeps out of a folder.
+
+    Raises:
+        InputError: one is at work in it.
+    """
+    lock = FolderLock(folder, internal / "lock", "give another --out")
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
+        with suppress(OSError):
+            internal.rmdir()  # unless there is something to go on with
 
 
 _ANEW = "give another --out, or --overwrite to start anew"
@@ -465,8 +494,8 @@ class _Book:
         self.dense: Point | None = None
         self.points: dict[Setting, Point] = {}
         if overwrite:
-            shutil.rmtree(folder / JOB_FOLDER, ignore_errors=True)
-            shutil.rmtree(folder / "models", ignore_errors=True)
+            with disk_errors(folder):
+                self._clear(folder)
         elif self._path.is_file():
             found = read_json(self._path, "", _ANEW)
             require(found, _BOOK, self._path, _ANEW)
@@ -475,6 +504,22 @@ class _Book:
             folder.mkdir(parents=True, exist_ok=True)
         self.write()
 
+    def _clear(self, folder: Path) -> None:
+        """Remove what a sweep has left: the files that it names, and no others."""
+        names: set[str] = set()
+        with suppress(InputError):  # what is damaged names nothing
+            found = read_json(self._path, "")
+            require(found, _BOOK, self._path, _ANEW)
+            names = {Point.from_json(row).setting.folder for row in found["points"]}
+        for name in names:
+            if "/" not in name and (folder / "models" / name / RECORD).is_file():
+                shutil.rmtree(folder / "models" / name)
+        clear_folder(folder / JOB_FOLDER)
+        for name in (RESULT, *_PAGES):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / "models").rmdir()
+
     def _resume(self, theirs: Mapping[str, Any]) -> None:
         ours = dict(self._head["settings"])
         other = dict(theirs["settings"])
@@ -482,12 +527,13 @@ class _Book:
         if theirs.get("calibration") and self._head["calibration"]:
             ours |= self._head["calibration"]
             other |= theirs["calibration"]
-        for field in dict.fromkeys([*ours, *other]):
-            if ours.get(field) != other.get(field):
-                raise InputError(
-                    f"{self._path} was measured with another {field.replace('_', ' ')}; give another --out, or "
-                    "--overwrite to start anew"
-                )
+        differing = difference(other, ours)
+        if differing is not None:
+            field, values = differing
+            raise InputError(
+                f"{self._path} was measured with another {field.replace('_', ' ')} ({values}); give another --out, or "
+                "--overwrite to start anew"
+            )
         self._head["calibration"] = self._head["calibration"] or theirs.get("calibration")
         self.dense = Point.from_json(theirs["dense"]) if theirs.get("dense") else None
         for row in theirs.get("points") or []:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,20 +30,20 @@ from svdconvert.writer import JOB_FOLDER
 # process of its own, forked from it. In each, what changes the disk is counted; the process kills itself with SIGKILL
 # at the call it is told to, or waits there for a file, so that the test decides what happens at that moment.
 ZYGOTE = r"""
-import io, json, os, signal, sys, threading, time
+import json, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from svdconvert import cli, conversion, densifying, folding, loading, pipeline, report, verification, writer
+from svdconvert import cli, conversion, densifying, folding, loading, pipeline, report, shards, verification
 from svdconvert.modeling import modeling_polyglot_svd
 
-CALLS = "mkdir pwrite write fsync replace posix_fallocate ftruncate unlink rmdir".split()
+CALLS = "open mkdir pwrite write fsync replace posix_fallocate ftruncate unlink rmdir".split()
 
 def watch(order):
     seen, lock = [], threading.Lock()
     def wrap(name, real):
         def call(*args, **kwargs):
-            if name == "open" and "w" not in str(args[1:2]):
+            if name == "open" and not args[1] & os.O_CREAT:
                 return real(*args, **kwargs)
             with lock:
                 seen.append(name + " " + str(args[-1] if name == "replace" else args[0]))
@@ -60,14 +61,12 @@ def watch(order):
         return call
     for name in CALLS:
         setattr(os, name, wrap(name, getattr(os, name)))
-    # What pathlib opens files with: one that is opened for writing is empty at first.
-    io.open = wrap("open", io.open)
     return seen
 
 def child(order):
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(order["files"] + "." + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    writer.BATCH_BYTES, writer.BATCH_SECONDS = order["batch"], 1e9
+    shards.BATCH_BYTES, shards.BATCH_SECONDS = order["batch"], 1e9
     seen, code = watch(order), 70
     try:
         cli.main(order["args"])
@@ -408,7 +407,10 @@ def test_two_at_once(zygote: Zygote, small: Path, reference: tuple[Path, list[st
     for options in ([], ["--overwrite"]):
         second = zygote.run(*command(small, out, *options))
         assert second.status == 2
-        assert second.err == f"Error: {out} is being written by another svdconvert; wait for it to end\n"
+        (who,) = re.findall(r"process (\d+) on [^ ]+, since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", second.err)
+        assert int(who) == first.pid
+        assert second.err.startswith(f"Error: {out} is in use by another svdconvert (")
+        assert second.err.endswith("); wait for it to end\n")
         assert tree(out) == before
     first.go()
     assert first.wait().status == 0

@@ -29,15 +29,16 @@ from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
 from svdconvert.partition import matrix_cost, split, split_steps, step_cost
 from svdconvert.processes import Group
+from svdconvert.shards import ShardWriter
 from svdconvert.steps import Step
-from svdconvert.writer import JOB_FOLDER, OutputFolder, ShardWriter
+from svdconvert.writer import JOB_FOLDER, OutputFolder
 
 # The command line, in a process that kills itself with SIGKILL at the n-th call of a kind, if it has that rank.
 VICTIM = r"""
 import os, signal, sys
 victim, call, at = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 from svdconvert import cli, writer
-writer.BATCH_BYTES = 1
+shards.BATCH_BYTES = 1
 if int(os.environ["RANK"]) == victim:
     real, seen = getattr(os, call), []
     def dying(*args, **kwargs):
@@ -400,7 +401,7 @@ class TestFolder:
 
         @contextmanager
         def refused() -> Iterator[None]:
-            with pytest.raises(InputError, match="being written by another"):
+            with pytest.raises(InputError, match="in use by another"):
                 yield
 
         with OutputFolder(tmp_path / "out", {"a": 1}, group=Member(1, 2)):

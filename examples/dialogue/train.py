@@ -518,7 +518,7 @@ def _data_line(train: Encoded, validation: Encoded, planned: Schedule, settings:
 
 
 def _size(count: int) -> str:
-    from svdconvert.report import size
+    from svdconvert.disk import size
 
     return size(count)
 

@@ -221,7 +221,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
     with TerminalEvents(console) as events:
         found = run(model, calibration=calibration, **options, events=events)
     if out is not None:
-        from svdconvert.writer import atomic_write, disk_errors
+        from svdconvert.disk import atomic_write, disk_errors
 
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -347,7 +347,7 @@ def _request(options: dict[str, Any]) -> dict[str, Any]:
 
 def _show_plan(model: str, out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     from svdconvert.conversion import plan as make
-    from svdconvert.job import free_bytes
+    from svdconvert.disk import free_bytes
     from svdconvert.report import show_plan
 
     made = make(model, **_request(options))

@@ -1,0 +1,51 @@
+"""What differs between the settings under which something was begun and those of now, in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+# As much of a value as a sentence can take.
+_LONGEST = 60
+
+
+def difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> tuple[str, str] | None:
+    """The first field that differs.
+
+    Returns:
+        ``(field, "was, now is")``: ``("rank", "8, now 16")``, and within a field that has fields of its own
+        ``("weights", "model.safetensors: 10-abc, now 10-abd")``; None if there is none.
+
+    >>> difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}})
+    ('b', 'c: 2, now 3')
+    """
+    for field in dict.fromkeys([*ours, *theirs]):
+        old, new = theirs.get(field), ours.get(field)
+        if _text(old) != _text(new):
+            return field, _within(old, new)
+    return None
+
+
+def _within(old: object, new: object) -> str:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = difference(old, new)
+        assert found is not None
+        return ": ".join(found)
+    first, second = _text(old), _text(new)
+    same = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        same += 1
+    # so that what is shown of long ones is where they differ
+    start = 0 if max(len(first), len(second)) <= _LONGEST else max(same - _LONGEST // 3, 0)
+    return f"{_cut(first, start)}, now {_cut(second, start)}"
+
+
+def _cut(text: str, start: int) -> str:
+    end = start + _LONGEST
+    return ("..." if start else "") + text[start:end] + ("..." if len(text) > end else "")
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)
