@@ -464,10 +464,14 @@ def test_out_is_somebody_elses(dense: Path, factored: Path, run: Run, tmp_path: 
     (out / "model-00001-of-00002.safetensors").write_text("mine")
     (out / "config.json").write_text("{}")
     args = [dense, "--rank", 16, "--device", "cpu", "--out", out]
-    assert_refused(run(*args), out, "not empty and not ours", "--overwrite")
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model-00001-of-00002.safetensors"]
+    theirs = ["config.json", "model-00001-of-00002.safetensors"]
+    assert_refused(run(*args), out, "not empty and not ours")
+    assert_refused(run(*args, "--overwrite"), out, *theirs, "did not write", "move it away")
+    assert sorted(path.name for path in out.iterdir()) == theirs
+    for name in theirs:
+        (out / name).rename(out / f"{name}.txt")
     assert run(*args, "--overwrite").code == 0
-    assert not (out / "model-00001-of-00002.safetensors").exists()
+    assert (out / "model-00001-of-00002.safetensors.txt").read_text() == "mine"
     assert (out / "model.safetensors").read_bytes() == (factored / "model.safetensors").read_bytes()
     assert read_config(out) == read_config(factored)
 
@@ -497,7 +501,7 @@ def test_no_space_to_begin_with(dense: Path, run: Run, tmp_path: Path, monkeypat
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     result = run(dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out")
-    assert_refused(result, tmp_path / "out", "needs", "0.00 GB free")
+    assert_refused(result, tmp_path / "out", "needs", "1.00 kB free")
     assert not (tmp_path / "out").exists()
 
 

@@ -541,9 +541,9 @@ class TestFolder:
         tensors = load_file(filled.folder / "block-00001.safetensors")
         assert torch.equal(tensors[f"{TARGETS[4]}.input_gram"], filled.load(TARGETS[4:5])[TARGETS[4]].input_gram)
 
-    def test_shared_gram_is_stored_once(self, tmp_path: Path) -> None:
+    def test_shared_gram_is_stored_once(self, key: dict[str, Any], tmp_path: Path) -> None:
         gram = torch.eye(20, dtype=torch.float64)
-        folder = StatisticsFolder(tmp_path, {}, create=True)
+        folder = StatisticsFolder(tmp_path, key, create=True)
         names = [f"layers.0.{name}" for name in "qkv"]
         folder.save(0, {name: ModuleStatistics(gram, None, None, None, 7, 2) for name in names})
         found = StatisticsFolder(tmp_path).load(names)

@@ -27,6 +27,7 @@ from svdconvert import JobError, calibrate, convert
 from svdconvert.calibrating import Calibration
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
+from svdconvert.journal import journals, read_journal
 from svdconvert.partition import matrix_cost, split, split_steps, step_cost
 from svdconvert.processes import Group
 from svdconvert.shards import ShardWriter
@@ -37,7 +38,7 @@ from svdconvert.writer import JOB_FOLDER, OutputFolder
 VICTIM = r"""
 import os, signal, sys
 victim, call, at = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-from svdconvert import cli, writer
+from svdconvert import cli, shards
 shards.BATCH_BYTES = 1
 if int(os.environ["RANK"]) == victim:
     real, seen = getattr(os, call), []
@@ -211,7 +212,7 @@ class TestLostProcess:
         assert not (out / "config.json").exists()
         for path in out.glob("*.safetensors"):
             assert content(path) == content(in_many_files / path.name)
-        recorded = [json.loads(line) for line in whole_lines(out)]
+        recorded = [entry for path in journals(out / JOB_FOLDER) for entry in read_journal(path)]
         assert recorded
         # where the other process was slow, nothing but copies may be done, of which nothing is said
         solved = sum(bool(entry["report"]) for entry in recorded)
@@ -258,11 +259,6 @@ class TestLostProcess:
         assert "Traceback" not in outputs[0][1]
         convert(model, out, rank=16, device="cpu", check=False)
         assert tree(out) == tree(reference)
-
-
-def whole_lines(out: Path) -> list[bytes]:
-    journals = (out / JOB_FOLDER).glob("journal*.jsonl")
-    return [line for path in journals for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 class TestErrors:
