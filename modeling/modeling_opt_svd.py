@@ -15,6 +15,7 @@ Layers named in `svd_shared` hold `up` alone and use the `down` of an earlier la
 LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = W x + bias + scale * LB(LA x).
 """
 
+import copy
 import re
 
 import torch
@@ -274,7 +275,7 @@ class PivotedLinear(FactoredLinear):
 LAYOUTS = {"balanced": SVDLinear, "pivoted": PivotedLinear}
 
 
-class _Adaptable(nn.Linear):
+class _Adaptable(nn.modules.linear.NonDynamicallyQuantizableLinear):
     """What a loaded factored layer becomes too: an `nn.Linear` to PEFT, which then adapts it as a whole.
 
     Its `weight` can be read, not written.
@@ -486,6 +487,8 @@ class _Factored:
         """
         # on disk with the weights; by default transformers 4 wants `position` at hand there, and does not load it
         kwargs.setdefault("offload_buffers", True)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _skipping_factors(kwargs["quantization_config"])
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         _check_factors(model, info)
         _check_positions(model)
@@ -529,6 +532,33 @@ class _Factored:
         # also reached from inside from_pretrained, when it is given the folder of an adapter
         _make_adaptable(self)
         return super().load_adapter(*args, **kwargs)
+
+
+# where the quantizers of transformers are told which layers to leave as they are
+SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+
+
+def _skipping_factors(settings):
+    """A copy of a quantizer's settings whose skip lists name the factors of every layer that they name.
+
+    To transformers 5 a plain name is the end of a path, so `q_proj` would not reach `down` and `up` below it.
+    To transformers 4 it is any part of a path.
+    """
+    settings = copy.deepcopy(settings)
+    fields = settings if isinstance(settings, dict) else vars(settings)
+    for skip_list in SKIP_LISTS:
+        names = fields.get(skip_list) or []
+        if patterns := [pattern for name in names if (pattern := _factors_below(name))]:
+            fields[skip_list] = [*names, *patterns]
+    return settings
+
+
+def _factors_below(name):
+    """A pattern of the factors of the layers that an entry of a skip list ends at; "" where it reaches them itself."""
+    below = r"\.(?:down|up)(?:\.|$)"
+    if re.fullmatch(r"[\w.]+", name):
+        return f".*{re.escape(name)}{below}"
+    return f"(?:{name[:-1]}){below}" if name.endswith("$") else ""
 
 
 def _check_factors(model, info):

@@ -61,6 +61,7 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "sizes": "tuple(reversed(layer.weight.shape))" if row.transposed else "tuple(layer.weight.shape)",
         "example": f"{blocks}.0.{row.targets[0]}",
         "second": f"{blocks}.1.{row.targets[0]}",
+        "skipped": row.targets[0].rpartition(".")[2],
         "width": WIDTHS.get(row.model_type, "hidden_size"),
         "rotary": rotary,
         "partial": row.model_type == "phi3",

@@ -93,6 +93,37 @@ def test_lora_trains_on_it(tiny, ids, settings, cls, tolerance, tmp_path):
     assert distance(logits(again, ids), logits(model, ids)) < 1e-4
 
 
+def layers(model, ranks, cls):
+    """The outer paths of the factors of that class."""
+    kinds = {name.removeprefix("gpt_neox."): type(module).__name__ for name, module in model.named_modules()}
+    return {path for path in ranks if kinds[f"{path}.up"] == cls and kinds.get(f"{path}.down", cls) == cls}
+
+
+@METHODS
+@pytest.mark.parametrize(
+    ("skipped", "ends"),
+    [
+        (["query_key_value"], ["query_key_value"]),
+        (["attention.dense", "lm_head"], ["attention.dense"]),
+        (["gpt_neox.layers.1.mlp.dense_h_to_4h"], ["layers.1.mlp.dense_h_to_4h"]),
+        ([r".*\.mlp\..*h$"], ["dense_h_to_4h", "dense_4h_to_h"]),
+        (["query_key_value.up", "query_key_value.down"], ["query_key_value"]),
+    ],
+    ids=["name", "two names", "path", "pattern", "factors"],
+)
+def test_skip_lists_name_outer_layers(tiny, skipped, ends, settings, cls, tolerance, tmp_path):
+    config = BitsAndBytesConfig(**settings, llm_int8_skip_modules=skipped)
+    model = load(tiny.path, quantization_config=config, device_map="cpu", **{DTYPE: torch.float32})
+    assert config.llm_int8_skip_modules == skipped
+    left = {path for path in tiny.ranks if path.endswith(tuple(ends))}
+    if VERSION < (5,) and skipped[0].startswith(".*"):  # transformers 4 knows no patterns
+        left = set()
+    model.save_pretrained(tmp_path)
+    for loaded in (model, load(tmp_path, device_map="cpu", **{DTYPE: torch.float32})):
+        assert layers(loaded, tiny.ranks, "Linear") == left
+        assert layers(loaded, tiny.ranks, cls) == tiny.ranks.keys() - left
+
+
 @METHODS
 def test_merge_is_refused(tiny, settings, cls, tolerance):
     model = get_peft_model(quantized(tiny.path, settings), LoraConfig(r=4, target_modules=TARGETS))
