@@ -9,7 +9,8 @@ this A whatever L_i is.
 
 What each rank leaves in the layers' own metrics is known for all ranks at once. With the rows of A in descending order,
 A R_i A^T = C C^T (Cholesky) and Q = A R_i W_i^T L_i W_i R_i A^T, rank r captures the first r diagonal entries of
-C^-1 Q C^-T, since the leading blocks of C are the Cholesky factors of the leading rows.
+C^-1 Q C^-T, since the leading blocks of C are the Cholesky factors of the leading rows. A layer may not have seen some
+of the rows at all, and A R_i A^T is then singular: so a ridge is added to it, here as in the partners.
 
 The Gram matrix on the stack's smaller side decides what has to be known of a layer. A tall stack needs W_i^T L_i W_i,
 [n, n]; a wide one, sum m_i < n, needs L_i itself and the weights. Both need R_i. One layer's matrices are in memory at
@@ -43,9 +44,6 @@ from svdconvert.solver import (
 # Added to A R_i A^T, which is the identity in the mean over the layers: input directions that the calibration text has
 # hardly shown to one layer are taken from what it has shown to the others.
 RIDGE = 1e-6
-
-# The same where nothing is fitted, only to keep the Cholesky factor of a singular matrix real.
-JITTER = 1e-12
 
 
 @dataclass(frozen=True)
@@ -245,22 +243,35 @@ def _partner(weight: Tensor, rows: Tensor, inner: Tensor) -> Tensor:
 
 
 def _captured(rows: Tensor, inner: Tensor, outer: Metric, weight: Tensor | None) -> Tensor:
-    """[k]: what each row of A, in descending order, adds to what one layer captures."""
+    """[k]: what each row of A, in descending order, adds to what one layer captures by its partners.
+
+    With A R A^T + ridge = C C^T, N = C^-1 Q C^-T and H = C^-1 C^-T, the partner of the leading rows captures
+    tr(N) + ridge tr(N H) of the leading blocks. The ridge is that of the partners, far above what rounding leaves of
+    rows that the layer has not seen; without it, N is there the quotient of two rounding errors. What no partner
+    captures is counted with the last row, so that all add up to tr(L W R W^T).
+    """
     seen = apply_metric(inner, rows)  # [n, k]
-    overlap = rows.T @ seen
     if weight is None:
         assert outer is not None
         gain = seen.T @ apply_metric(outer, seen)
+        whole = (outer * inner).sum() if inner.dim() == 2 else outer.diagonal() @ inner
     else:
-        outputs = weight.double() @ seen
+        exact = weight.double()
+        outputs = exact @ seen
         gain = outputs.T @ apply_metric(outer, outputs)
-    overlap.diagonal().add_(JITTER * max(float(overlap.diagonal().max()), 1.0))
-    root, failed = torch.linalg.cholesky_ex(overlap)
-    while int(failed):
-        overlap.diagonal().mul_(1 + 1e-10).add_(1e-10)
-        root, failed = torch.linalg.cholesky_ex(overlap)
+        whole = (apply_metric(inner, exact.T).T * apply_metric(outer, exact)).sum()
+    overlap = rows.T @ seen
+    overlap.diagonal().add_(RIDGE)
+    root = torch.linalg.cholesky(overlap)
     half = torch.linalg.solve_triangular(root, gain, upper=False)
-    return torch.linalg.solve_triangular(root, half.T, upper=False).diagonal().clamp_min(0).contiguous()
+    caught = torch.linalg.solve_triangular(root, half.T, upper=False)
+    identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    inverse = torch.linalg.solve_triangular(root, identity, upper=False)
+    pairs = caught * (inverse @ inverse.T)
+    gains = caught.diagonal() + RIDGE * (2 * pairs.tril(-1).sum(dim=1) + pairs.diagonal())
+    gains = gains.clamp_min(0)
+    gains[-1] += (whole - gains.sum()).clamp_min(0)
+    return gains
 
 
 def _inverse(values: Tensor) -> Tensor:

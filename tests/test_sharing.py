@@ -187,6 +187,30 @@ def test_what_one_layer_has_not_seen_is_taken_from_the_others() -> None:
     assert measured[1] < 1e-4 * float(found.captured[1].sum())
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), STACKS)
+def test_known_losses_are_no_rounding_errors(outputs: tuple[int, ...], inputs: int) -> None:
+    """The first layer has seen a few different inputs alone, each again and again with the last digits of float32 off:
+    processors differ in no more than the order of sums, and what is told of a rank must not depend on that."""
+    weights, distinct = matrices(outputs, inputs), max(inputs // 3, 1)
+    few = normal(distinct, inputs, seed=30).repeat(40, 1)
+    few = (few * (1 + 6e-8 * normal(*few.shape, seed=31))).float().double()
+    tails = []
+    for seed in range(3):
+        order = torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))
+        own = few[order].T @ few[order] / len(few)
+        rights = [own, *(metric("matrix", inputs, 20 + i) for i in range(1, len(outputs)))]
+        found = solve(weights, [None] * len(outputs), rights)
+        whole = float(found.captured[0].sum())
+        assert whole == pytest.approx(float((weights[0] @ own * weights[0]).sum()), rel=1e-9)
+        tails.append((found.captured[0].flip(0).cumsum(0).flip(0) / whole).sqrt())
+        for rank in (max(1, min(sum(outputs), inputs) // 2), min(sum(outputs), inputs) - 1):
+            down, ups = cut(weights, found, rank, rights)
+            measured = losses(weights[:1], down, ups[:1], [None], rights[:1])[0]
+            assert float(tails[-1][rank]) == pytest.approx((measured / whole) ** 0.5, rel=1e-5, abs=2e-5)
+    for tail in tails[1:]:
+        assert torch.allclose(tail, tails[0], rtol=1e-5, atol=2e-5)
+
+
 def test_layers_of_nothing() -> None:
     weights = [torch.zeros(6, 4, dtype=torch.float64), normal(6, 4)]
     rights = [metric("matrix", 4, i) for i in range(2)]
