@@ -71,7 +71,7 @@ def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
     from svdconvert.decomposing import load_outputs
 
     spectrum = found.spectrum
-    told = {"lost": float(spectrum[rank:].sum()), "whole": float(spectrum.sum())}
+    told = {"lost": found.tail(rank) / found.scale**2, "whole": float(spectrum.sum())}
     losses = load_outputs(file)
     if losses is not None and float(losses[0]) > 0:
         told["output_error"] = float((losses[rank] / losses[0]).sqrt())
@@ -159,16 +159,21 @@ def _stored(
     factors = solve(torch.float64)
     exact = factors.up @ factors.down
     rows, _, position = pivot(factors.up, factors.down, dtype)
+    span = int((factors.up.any(dim=0) & factors.down.any(dim=1)).sum())
+    if right is not None and not bool(right.any()):  # it was left out of the truncation too
+        right = None
     # Where only the diagonal of the inputs' metric is known, that the truncation is the best one is not to be seen in
     # it; but what rounding the rows has changed is.
     wanted = weight if weight.shape[0] >= weight.shape[1] else exact
-    tensors = [rows, rounded_coefficients(wanted, rows, position, right, dtype), position]
+    tensors = [rows, rounded_coefficients(wanted, rows, position, right, dtype, span), position]
     error = _relative_error(weight, tensors)
+    # without metrics both are told of the weights, and only their last digits can be the other way round
+    optimal = min(factors.optimal_error, error) if left is None and right is None else factors.optimal_error
     lost = exact - stored_product(tensors)
     added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
     told = {"rounding_excess": added / factors.metric_loss if factors.metric_loss > 0 else None}
     told |= _solver(step, factors)
-    return tensors, _report(step, weight, error, factors.optimal_error, factors.precision) | told
+    return tensors, _report(step, weight, error, optimal, factors.precision) | told
 
 
 def balanced_report(step: Step, weight: Tensor, factors: Factors) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from svdconvert.partition import matrix_cost, split
 from svdconvert.processes import current
 from svdconvert.ranks import Target
 from svdconvert.sharing import SharedDecomposition, decompose_shared, outer_statistic
-from svdconvert.solver import Decomposition, Metric, Workspace, decompose, output_losses, refuse_not_finite
+from svdconvert.solver import Decomposition, Metric, Workspace, decompose, largest_entry, output_losses
 from svdconvert.source import Source
 from svdconvert.splitting import target_tensors
 from svdconvert.steps import Step
@@ -408,7 +408,7 @@ class _Worker:
             weights = self.weights(target)
             for part, weight in zip(target.parts, weights, strict=True):
                 with _naming(part.weight):
-                    refuse_not_finite(weight)
+                    largest_entry(weight)
             stack = torch.cat(weights) if target.followers else weights[0]
             self.source.refuse_changed()
             self.store.save(target, decompose(stack, self.workspace), None, None, None)

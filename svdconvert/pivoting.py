@@ -28,6 +28,9 @@ def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     move what they span further, on which all others depend: with the coefficients refitted, the loss that rounding
     adds came out between 0.7 and 2 times as large.
 
+    Where components are zeros in a factor, the rows that are not needed for the span are outputs like any others, and
+    no other output depends on them.
+
     Args:
         up: [m, r], m > r.
         down: [r, n].
@@ -39,16 +42,19 @@ def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     """
     # An orthonormal basis of the same outputs: well conditioned whatever the singular values, and of full rank even
     # where the product is not.
+    rank, used = up.shape[1], up.any(dim=0) & down.any(dim=1)
+    if not bool(used.all()):
+        up, down = up[:, used], down[used]
     exact, triangle = torch.linalg.qr(up.double())
     right = triangle @ down.double()
-    rank = exact.shape[1]
+    span = exact.shape[1]
     order = _independent_rows(exact)
-    coefficients = torch.linalg.solve(exact[order[:rank]], exact[order[rank:]], left=False)
-    _exchange(coefficients, order, rank)
-    chosen = exact[order[:rank]]
-    rows = (chosen @ right).to(dtype)
+    coefficients = torch.linalg.solve(exact[order[:span]], exact[order[span:]], left=False)
+    _exchange(coefficients, order, span)
+    rows = (exact[order[:rank]] @ right).to(dtype)
     # The same coefficients from scratch: many exchanges would pile up rounding.
-    coefficients = torch.linalg.solve(chosen, exact[order[rank:]], left=False)
+    coefficients = torch.linalg.solve(exact[order[:span]], exact[order[rank:]], left=False)
+    coefficients = torch.nn.functional.pad(coefficients, (0, rank - span))
     return rows, coefficients.to(dtype), torch.argsort(order).to(rows.device)
 
 
@@ -66,29 +72,33 @@ def refit(weight: Tensor, rows: Tensor, position: Tensor, right: Metric) -> Tens
     Returns:
         [m - r, r] float64.
     """
-    return _refit(weight, rows, position, right)[0]
+    return _refit(weight[torch.argsort(position)[rows.shape[0] :]], rows, right)[0]
 
 
-def rounded_coefficients(weight: Tensor, rows: Tensor, position: Tensor, right: Metric, dtype: torch.dtype) -> Tensor:
+def rounded_coefficients(
+    weight: Tensor, rows: Tensor, position: Tensor, right: Metric, dtype: torch.dtype, span: int | None = None
+) -> Tensor:
     """:func:`refit`, rounded to a storage type: to 16 bits with feedback, as rows that were chosen are far from
     orthogonal and their coefficients can make up for each other.
 
     Args:
         weight, rows, position, right: see :func:`refit`.
         dtype: storage type.
+        span: rows that others may depend on, the first ones; the coefficients of the others are zeros. None means all.
 
     Returns:
         [m - r, r] in ``dtype``.
     """
-    found, gram = _refit(weight, rows, position, right)
-    return found.to(dtype) if dtype.itemsize > 2 else round_with_feedback(found, gram, dtype)
+    rank, others = rows.shape[0], weight[torch.argsort(position)[rows.shape[0] :]]
+    found, gram = _refit(others, rows[:span], right)
+    rounded = found.to(dtype) if dtype.itemsize > 2 else round_with_feedback(found, gram, dtype)
+    return torch.nn.functional.pad(rounded, (0, rank - rounded.shape[1]))
 
 
-def _refit(weight: Tensor, rows: Tensor, position: Tensor, right: Metric) -> tuple[Tensor, Tensor]:
-    """``(coefficients, Gram matrix of the rows in the metric)``."""
-    exact = rows.double()
+def _refit(others: Tensor, rows: Tensor, right: Metric) -> tuple[Tensor, Tensor]:
+    """``(coefficients of the other outputs, Gram matrix of the rows in the metric)``."""
+    exact, others = rows.double(), others.double()
     weighted = apply_metric(right, exact.T)  # [n, r]
-    others = weight[torch.argsort(position)[rows.shape[0] :]].double()
     gram = exact @ weighted
     scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     near = gram * scale[:, None] * scale

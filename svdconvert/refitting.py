@@ -347,7 +347,7 @@ class _Run:
         train, held = (self.sums(block, index, layer, done, part) for part in ("train", "held"))
         before = held.error(layer.up)
         best, damping, up = before, None, layer.up
-        pull = train.gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+        pull = torch.where(train.gram.diagonal() > 0, train.gram.diagonal(), 1)  # unused ranks stay zeros
         for candidate in DAMPINGS:
             root, failed = torch.linalg.cholesky_ex(train.gram + torch.diag(candidate * pull))
             if int(failed):

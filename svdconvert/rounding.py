@@ -42,8 +42,10 @@ def round_with_feedback(rows: Tensor, gram: Tensor, dtype: torch.dtype) -> Tenso
         [p, r] in ``dtype``.
     """
     nearest = rows.to(dtype)
-    norms = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
-    lower, failed = torch.linalg.cholesky_ex((gram / norms / norms[:, None]).flip(0, 1))
+    norms = torch.where(gram.diagonal() > 0, gram.diagonal(), 1).sqrt()  # zeros: a column that nothing depends on
+    near = gram / norms / norms[:, None]
+    near.diagonal().copy_(torch.where(gram.diagonal() > 0, near.diagonal(), 1))
+    lower, failed = torch.linalg.cholesky_ex(near.flip(0, 1))
     if int(failed):
         return nearest
     upper = lower.flip(0, 1) * norms[:, None]  # H = J J^T

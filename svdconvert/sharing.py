@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from svdconvert.solver import (
     decompose,
     decompose_gram,
     factorize,
-    refuse_not_finite,
+    largest_entry,
     refuse_overflow,
     truncate,
 )
@@ -92,7 +93,7 @@ def outer_statistic(weight: Tensor, left: Metric, *, tall: bool) -> Metric:
     Raises:
         InputError: the matrix has NaN or infinite entries.
     """
-    refuse_not_finite(weight)
+    largest_entry(weight)
     if not tall:
         return left
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
@@ -174,6 +175,9 @@ def truncate_shared(
         InputError: the factors do not fit the storage type.
     """
     rows = found.basis[:, -rank:].flip(1)
+    if not bool(rows.any()):  # nothing was seen of any of them
+        return plain_shared(weights, None, rank, dtype, Workspace())
+    inners = [partial(_seen, inner, inners) for inner in inners]
     squares = torch.zeros(rank, dtype=rows.dtype, device=rows.device)
     for weight, inner in zip(weights, inners, strict=True):
         squares += _partner(weight, rows, inner()).square().sum(0)
@@ -231,6 +235,12 @@ def relative_error(weight: Tensor, up: Tensor, down: Tensor, inner: Metric = Non
         residual += square(exact - factor.double() @ narrow)
         energy += square(exact)
     return float((max(residual, 0.0) / energy) ** 0.5) if energy > 0 else 0.0
+
+
+def _seen(inner: Callable[[], Tensor], others: Sequence[Callable[[], Tensor]]) -> Tensor:
+    """A layer's metric, or the mean of all where the text has shown it nothing but zeros."""
+    own = inner()
+    return own if bool(own.any()) else _sum(other() / len(others) for other in others)
 
 
 def _partner(weight: Tensor, rows: Tensor, inner: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,12 @@ PANEL = 1024
 # Below this squared relative error, total minus captured energy loses its digits; the residual is then formed.
 CANCELLATION = {torch.float32: 1e-3, torch.float64: 1e-9}
 
+# Entries whose squares, times those of a metric, stay far inside float64's range. No other type holds others.
+LEAST_ENTRY, GREATEST_ENTRY = 1e-100, 1e100
+
+# Powers of four that a float32 matrix can be multiplied with.
+FLOAT32_SCALES = (4.0**-63, 4.0**63)
+
 # A share of the truncation's own loss that rounding may add without other bases being tried.
 NEGLIGIBLE_EXCESS = 1e-4
 
@@ -50,12 +56,15 @@ Metric = Tensor | None
 class Factors:
     """A rank-r factorization W ~ up @ down.
 
+    Components that rounding cannot tell from nothing are zeros in both factors, the last ones.
+
     Attributes:
         down: [r, n], the first linear layer's weight.
         up: [m, r], the second one's.
         relative_error: ||W - up @ down||_F / ||W||_F of the factors as they are stored.
         optimal_error: the relative error, in the metrics, of the best rank-r product; with a certificate the least
-            that it can be by that.
+            that it can be by that. Components that are not :attr:`Decomposition.resolved` count as nothing in metrics,
+            and where the rank is above their number.
         metric_error: the relative error, in the metrics, of the factors as they are stored.
         metric_loss: the square of the same, not relative: tr(L E R E^T) with E = W - up @ down.
         rounding_excess: what the storage type adds to the loss in the metrics, relative to that of the product before
@@ -92,6 +101,20 @@ class Decomposition:
     values: Tensor
     basis: Tensor
     scale: float = 1.0
+
+    @property
+    def resolved(self) -> int:
+        """How many values are more than what rounding leaves of zeros, k eps times the largest.
+
+        Matrices of exactly low rank left up to 0.04 k eps. What float32 was enough for is far above.
+        """
+        least = self.values.numel() * torch.finfo(torch.float64).eps * float(self.values[-1])
+        return int((self.values > max(least, 0.0)).sum())
+
+    def tail(self, rank: int) -> float:
+        """What rank r loses, the sum of the resolved values beyond it, of the scaled matrix."""
+        beyond = self.values[self.values.numel() - self.resolved : -rank]
+        return float(beyond.sum())
 
     @property
     def spectrum(self) -> Tensor:
@@ -170,13 +193,16 @@ def decompose(
     """
     work = workspace or Workspace()
     if left is None and right is None:
-        matrix = _Scaled(weight, scale_of(refuse_not_finite(weight)), work)
-        for dtype in (torch.float32, torch.float64):
+        matrix = _Scaled(weight, scale_of(largest_entry(weight)), work)
+        least, greatest = FLOAT32_SCALES
+        for dtype in (torch.float32, torch.float64) if least <= matrix.scale <= greatest else (torch.float64,):
             values, vectors = _eigenvectors(_gram(matrix, None, dtype), work, rank)
-            if float32_is_enough(float(values[-1]), float(values[-(rank or values.numel())])):
+            highest, count = float(values[-1]), rank or len(values)
+            resolved = count == len(values) or float(values[:-count].sum()) >= least_tail(len(values), highest)
+            if resolved and float32_is_enough(highest, float(values[-count])):
                 break
         return Decomposition(values, vectors, matrix.scale)
-    refuse_not_finite(weight)  # float64 needs no scaling
+    largest_entry(weight)  # float64 needs no scaling
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
     return decompose_gram(_gram(matrix, outer, torch.float64), inner, work)
@@ -195,7 +221,7 @@ def plain_gram(weight: Tensor, workspace: Workspace) -> tuple[Tensor, float]:
     Raises:
         InputError: the matrix has NaN or infinite entries.
     """
-    matrix = _Scaled(weight, scale_of(refuse_not_finite(weight)), workspace)
+    matrix = _Scaled(weight, scale_of(largest_entry(weight)), workspace)
     return _gram(matrix, None, torch.float32), matrix.scale
 
 
@@ -248,15 +274,21 @@ def truncate(
         InputError: the factors do not fit the storage type.
     """
     work = workspace or Workspace()
+    kept = min(rank, found.resolved)
+    if kept == 0:
+        return _of_nothing(weight, found, rank, dtype, work)
+    if kept < rank:
+        return _padded(truncate(weight, found, kept, dtype, work, left, right), rank)
     matrix = _Scaled(weight, found.scale, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
-    values = found.values.clamp_min(0)
-    total = float(values.sum())
-    tail = float(values[:-rank].sum()) if rank < values.numel() else 0.0
+    total = float(found.values.clamp_min(0).sum())
+    tail = found.tail(rank)
 
     if left is None and right is None:
         basis = found.basis[:, -rank:].flip(1)  # orthonormal, and the partner's columns will have length sigma
-        lengths = values[-rank:].flip(0).sqrt().to(basis.dtype)
+        if tail < CANCELLATION[basis.dtype] * total and rank < found.values.numel():
+            tail = _left_over(matrix, basis)
+        lengths = found.values[-rank:].flip(0).sqrt().to(basis.dtype)
         # Half of the scale belongs to each factor. It is a power of four, so that taking it off and on is exact.
         half = math.sqrt(matrix.scale)
         small = (basis * lengths.sqrt() / half).to(dtype)
@@ -268,6 +300,7 @@ def truncate(
         small, large, loss, name = chosen.small, chosen.large, chosen.loss, chosen.basis
         plain, energy = _residual(matrix, small.double(), large, 1.0)
     refuse_overflow(large)
+    tail = min(tail, loss)  # of two sums that say the same but for their last digits
     return Factors(
         down=small.T.contiguous() if matrix.tall else large,
         up=large if matrix.tall else small,
@@ -279,6 +312,24 @@ def truncate(
         basis=name,
         precision=str(found.basis.dtype)[6:],
     )
+
+
+def _of_nothing(weight: Tensor, found: Decomposition, rank: int, dtype: torch.dtype, work: Workspace) -> Factors:
+    """Factors of a matrix of zeros, or of one that the metrics see nothing of: there any product loses nothing, and
+    that which is best without metrics is taken."""
+    if bool(weight.any()):
+        plain = factorize(weight, rank, dtype, work)
+        return replace(plain, optimal_error=0.0, metric_error=0.0, metric_loss=0.0, rounding_excess=None)
+    (m, n), device = weight.shape, weight.device
+    down, up = torch.zeros(rank, n, dtype=dtype, device=device), torch.zeros(m, rank, dtype=dtype, device=device)
+    return Factors(down, up, 0.0, 0.0, 0.0, 0.0, None, SINGULAR, str(found.basis.dtype)[6:])
+
+
+def _padded(factors: Factors, rank: int) -> Factors:
+    """The same product at a higher rank."""
+    more = rank - factors.down.shape[0]
+    down, up = torch.nn.functional.pad(factors.down, (0, 0, 0, more)), torch.nn.functional.pad(factors.up, (0, more))
+    return replace(factors, down=down, up=up, optimal_error=0.0, rounding_excess=None)
 
 
 def output_losses(weight: Tensor, found: Decomposition, left: Metric, right: Metric, gram: Tensor) -> Tensor:
@@ -328,22 +379,35 @@ def relative(squared: float, total: float) -> float:
     return math.sqrt(max(squared, 0.0) / total) if total > 0 else 0.0
 
 
-def refuse_not_finite(weight: Tensor) -> float:
+def largest_entry(weight: Tensor) -> float:
     """The largest absolute entry.
 
     Raises:
-        InputError: it is NaN or infinite.
+        InputError: it is NaN or infinite, or its square would be too near to the ends of float64's range.
     """
     low, high = torch.aminmax(weight)  # NaN wins in both
     largest = max(abs(float(low)), abs(float(high)))
     if not math.isfinite(largest):
         raise InputError("it has NaN or infinite entries")
+    if largest and not LEAST_ENTRY <= largest <= GREATEST_ENTRY:
+        raise InputError(
+            f"its largest entry is {largest:.1e}, and squares of entries beyond {GREATEST_ENTRY:g} or all below "
+            f"{LEAST_ENTRY:g} leave the range of float64; rescale it, or leave it dense with --targets"
+        )
     return largest
 
 
 def float32_is_enough(highest: float, lowest: float) -> bool:
     """Whether an eigenproblem that was solved in float32 is good, by the highest eigenvalue and the lowest wanted."""
     return highest <= FLOAT32_EIGENVALUE_RATIO * lowest or highest == 0
+
+
+def least_tail(size: int, highest: float) -> float:
+    """What the eigenvalues of a [size, size] problem beyond a rank must add up to for float32 to tell it from nothing.
+
+    Of zeros it left up to 0.15 of this, in exactly low-rank matrices.
+    """
+    return size * torch.finfo(torch.float32).eps * highest
 
 
 def scale_of(largest: float) -> float:
@@ -532,6 +596,15 @@ def _plain_partner(
     if loss < CANCELLATION[small.dtype] * total:
         loss = _residual(matrix, small, large, half)[0]
     return large, max(loss, 0.0)
+
+
+def _left_over(matrix: _Scaled, basis: Tensor) -> float:
+    """||W - W V V^T||^2 for orthonormal columns V on the smaller side, [k, r], formed explicitly."""
+    rest = 0.0
+    for _, piece in matrix.panels(basis.dtype):
+        rows = piece if matrix.tall else piece.T
+        rest += float(torch.linalg.vector_norm(rows - (rows @ basis) @ basis.T)) ** 2
+    return rest
 
 
 @dataclass(frozen=True)

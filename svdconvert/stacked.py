@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdconvert.solver import CANCELLATION, SINGULAR, Factors, float32_is_enough, relative, residual_of, scale_of
+from svdconvert.solver import (
+    CANCELLATION,
+    SINGULAR,
+    Factors,
+    float32_is_enough,
+    least_tail,
+    relative,
+    residual_of,
+    scale_of,
+)
 
 # Rows (or columns) of each matrix that are brought to float32 at a time: a GPU needs longer ones than a CPU.
 PANEL = 4096
@@ -102,15 +111,16 @@ def settle(weights: Tensor, found: StackedFactors, facts: Tensor) -> list[Factor
 
     Returns:
         The factors, on the device; None for a matrix that :func:`svdconvert.solver.factorize` has to do again: it is
-        not finite, its squares leave float32's range, its singular values are too far apart, the factors leave the
-        range of their type, or the eigensolver was wrong.
+        not finite, its squares leave float32's range, its singular values are too far apart or the rest of them too
+        small, the factors leave the range of their type, or the eigensolver was wrong.
     """
     settled: list[Factors | None] = []
     for weight, down, up, row in zip(weights, found.down, found.up, facts.tolist(), strict=True):
         told = dict(zip(FACTS, row, strict=True))
         energy, tail, loss = told["energy"], told["tail"], max(told["loss"], 0.0)
         good = math.isfinite(told["largest"]) and scale_of(told["largest"]) == 1 and told["independent"]
-        if not (good and told["finite"] and float32_is_enough(told["highest"], told["lowest"])):
+        resolved = len(down) == min(weight.shape) or tail >= least_tail(min(weight.shape), told["highest"])
+        if not (good and told["finite"] and resolved and float32_is_enough(told["highest"], told["lowest"])):
             settled.append(None)
             continue
         if loss < CANCELLATION[torch.float32] * energy:
@@ -121,7 +131,7 @@ def settle(weights: Tensor, found: StackedFactors, facts: Tensor) -> list[Factor
         if not sound or excess > LOSS_SHARE * tail + rounding * energy:
             settled.append(None)
             continue
-        error = relative(loss, energy)
+        error, tail = relative(loss, energy), min(tail, loss)
         settled.append(
             Factors(
                 down=down,
