@@ -71,7 +71,7 @@ class Calibration:
         Raises:
             InputError: the model has no tokenizer, or the text cannot be read or is too short.
         """
-        from svdconvert.corpus import load_texts, sample_tokens
+        from svdconvert.corpus import EmptyRows, load_texts, sample_tokens
         from svdconvert.loading import load_tokenizer
 
         folder = _side_folder(source)
@@ -79,8 +79,9 @@ class Calibration:
             raise InputError(f"{source.name} has no tokenizer, so no text can be read with it")
         tokenizer = load_tokenizer(folder)
         length = self.length or min(2048, longest_input(source.config, 2048))
-        texts = load_texts(self.text, field=self.field)
-        return sample_tokens(texts, tokenizer, samples=self.samples, length=length, seed=self.seed)
+        empty = EmptyRows()
+        texts = load_texts(self.text, field=self.field, empty=empty)
+        return sample_tokens(texts, tokenizer, samples=self.samples, length=length, seed=self.seed, empty=empty)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def check_parts(method: Method, *, collected: bool, split_fused: bool) -> None:
 
 
 def find_knowledge(
-    source: Source, calibration: Calibration | None, stats: str | os.PathLike[str] | None
+    source: Source, calibration: Calibration | None, stats: str | os.PathLike[str] | None, events: Events
 ) -> Knowledge | None:
     """Statistics from a text or from the folder that :func:`calibrate` has written; None without either.
 
@@ -154,7 +155,10 @@ def find_knowledge(
         InputError: the text or the folder cannot be used.
     """
     if calibration is not None:
-        return from_text(source, calibration)
+        found = from_text(source, calibration)
+        for note in found.text.notes:
+            events.note(note)
+        return found
     return None if stats is None else from_folder(source, Path(stats).expanduser())
 
 
@@ -286,6 +290,8 @@ def calibrate(
     modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
     check_model(source)
     tokens = calibration.tokens(source)
+    for note in (*source.notes, *tokens.notes):
+        events.note(note)
     key = statistics_key(source, tokens, _needs(kinds), labels=calibration.labels, seed=calibration.seed)
     with locks.writing(folder, locks.STATISTICS_LOCK, "give another --out"):
         with group.leader_first():
@@ -304,7 +310,8 @@ def calibrate(
 
 def _side_folder(source: Source) -> Path | None:
     """Where a model's tokenizer is, if it has any files beside its weights."""
-    folders = [source.path(name).parent for name in source.side_files]
+    paths = {name: source.path(name) for name in source.side_files}
+    folders = [path.parent for name, path in paths.items() if "/" not in name]
     return folders[-1] if folders else None
 
 

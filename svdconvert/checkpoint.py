@@ -13,7 +13,9 @@ from typing import Any
 
 from svdconvert import __version__
 from svdconvert.architectures import Architecture
+from svdconvert.documents import read_bytes
 from svdconvert.headers import DTYPES, TensorInfo
+from svdconvert.side_files import code_classes
 from svdconvert.source import SAFE_INDEX, Source
 from svdconvert.steps import index_json
 from svdconvert.writer import RECORD, OutputFolder
@@ -47,7 +49,7 @@ def factored_config(
     config |= row.config_overrides(source) | {"tie_word_embeddings": row.is_tied(source)}
     config |= {
         "architectures": [row.causal_class],
-        "auto_map": row.auto_map,
+        "auto_map": code_classes(source) | row.auto_map,
         "model_type": row.svd_model_type,
         "svd_ranks": dict(ranks),
         "svd_layout": layout,
@@ -68,6 +70,8 @@ def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, An
         if key not in ("auto_map", "svd_ranks", "svd_layout", "svd_shared", "_name_or_path")
     }
     config |= row.config_overrides(factored) | {"tie_word_embeddings": row.is_tied(factored)}
+    if kept := code_classes(factored):
+        config["auto_map"] = kept
     return config | {"architectures": [row.dense_class], "model_type": row.model_type}
 
 
@@ -125,7 +129,7 @@ def write_model_files(
     if index is not None:
         output.write_file(SAFE_INDEX, _json(index))
     for name in source.side_files:
-        output.write_file(name, source.path(name).read_bytes())
+        output.write_file(name, read_bytes(source.path(name), f"{name} of {source.name} is missing"))
     for name, data in extra.items():
         output.write_file(name, data)
     output.write_file("README.md", card.encode())

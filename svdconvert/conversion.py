@@ -290,7 +290,7 @@ def convert(
 
     check_model(source)
     settings = {**made.settings, "allocation": spread, "refit": refit, **options}
-    knowledge = find_knowledge(source, calibration, stats)
+    knowledge = find_knowledge(source, calibration, stats, events)
     if knowledge is not None:
         settings |= knowledge.key
     place = kept_work(folder) if keep_work else None if work is None else Path(work).expanduser()

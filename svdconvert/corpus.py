@@ -48,6 +48,7 @@ class CalibrationTokens:
         text_digest: of the documents that were read.
         tokenizer_digest: of the tokenizer.
         seed, packed: as given to :func:`sample_tokens`.
+        notes: what a user should know of the text.
     """
 
     ids: Tensor
@@ -58,6 +59,7 @@ class CalibrationTokens:
     tokenizer_digest: str = ""
     seed: int = 0
     packed: bool = True
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the shapes.
@@ -82,8 +84,40 @@ class CalibrationTokens:
         return digest.hexdigest()
 
 
+@dataclass
+class EmptyRows:
+    """Rows of data that hold no text, and are passed over.
+
+    Attributes:
+        count: how many there were.
+        first: where the first one is.
+    """
+
+    count: int = 0
+    first: str = ""
+
+    def add(self, where: str) -> None:
+        """Count one."""
+        self.count, self.first = self.count + 1, self.first or where
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to say of them."""
+        if not self.count:
+            return ()
+        what = (
+            "1 row has no text (null) and is" if self.count == 1 else f"{self.count:,} rows have no text (null) and are"
+        )
+        return (f"{what} left out of the calibration: {self.first}{'' if self.count == 1 else ' and others'}",)
+
+
 def load_texts(
-    spec: str, *, field: str | None = None, config: str | None = None, split: str = "train"
+    spec: str,
+    *,
+    field: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    empty: EmptyRows | None = None,
 ) -> Iterator[str]:
     """Documents of a text file, a folder of them, or a data set.
 
@@ -94,6 +128,7 @@ def load_texts(
         field: key or column that holds the text; ``text`` by default. Text files have none.
         config: configuration of a data set.
         split: split of a data set.
+        empty: counts the rows whose text is null.
 
     Yields:
         Documents that are not blank, one at a time; files are not held in memory.
@@ -102,6 +137,7 @@ def load_texts(
         InputError: there is no such text, it cannot be read, or a line or field is not what it must be. It is raised
             while iterating.
     """
+    empty = empty or EmptyRows()
     path = Path(spec).expanduser()
     if path.is_dir():
         files = sorted(entry for entry in path.rglob("*") if entry.suffix in KINDS and entry.is_file())
@@ -112,20 +148,27 @@ def load_texts(
     elif path.suffix in KINDS or path.is_absolute() or spec.startswith(("./", "../", "~")):
         raise InputError(f"{spec} does not exist; give a text file, a folder or a data set")
     else:
-        yield from _dataset(spec, field or "text", config, split)
+        yield from _dataset(spec, field or "text", config, split, empty)
         return
     for file in files:
         readers = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
         if file.suffix not in readers:
             raise InputError(f"{file} is of an unknown kind; give a file that ends in {', '.join(KINDS)}")
         try:
-            yield from readers[file.suffix](file, field or "text")
+            yield from readers[file.suffix](file, field or "text", empty)
         except OSError as error:
             raise InputError(f"{file} cannot be read ({error.strerror or error})") from None
 
 
 def sample_tokens(
-    texts: Iterable[str], tokenizer: Any, *, samples: int, length: int, seed: int = 0, packed: bool = True
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    packed: bool = True,
+    empty: EmptyRows | None = None,
 ) -> CalibrationTokens:
     """Choose token sequences.
 
@@ -141,6 +184,7 @@ def sample_tokens(
         length: tokens of a sequence, at least 2.
         seed: chooses the sequences.
         packed: whether documents are joined.
+        empty: what was passed over among the documents.
 
     Raises:
         InputError: the text has too few tokens for one sequence.
@@ -175,6 +219,7 @@ def sample_tokens(
         tokenizer_digest=tokenizer_digest(tokenizer),
         seed=seed,
         packed=packed,
+        notes=empty.notes if empty else (),
     )
 
 
@@ -265,7 +310,7 @@ def _filler(tokenizer: Any) -> int:
     return 0
 
 
-def _plain(file: Path, field: str) -> Iterator[str]:
+def _plain(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
     # A blank line between two others separates documents; those at the ends of a file do not.
     blank = separated = begun = False
     for line in _lines(file):
@@ -306,7 +351,7 @@ def _lines(file: Path) -> Iterator[str]:
             position += len(raw)
 
 
-def _json_lines(file: Path, field: str) -> Iterator[str]:
+def _json_lines(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
     for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
@@ -317,10 +362,10 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
             )
         if field not in entry:
             raise InputError(f"{file}, line {number}, has no field {field!r}; it has {_named(entry)}")
-        yield from _document(entry[field], field, f"{file}, line {number}")
+        yield from _document(entry[field], field, f"{file}, line {number}", empty)
 
 
-def _parquet(file: Path, field: str) -> Iterator[str]:
+def _parquet(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
     try:
         parquet = import_module("pyarrow.parquet")
         broken: type[Exception] = import_module("pyarrow").ArrowException
@@ -335,12 +380,12 @@ def _parquet(file: Path, field: str) -> Iterator[str]:
             for rows in table.iter_batches(batch_size=1024, columns=[field]):
                 for value in rows.column(0).to_pylist():
                     number += 1
-                    yield from _document(value, field, f"{file}, row {number}")
+                    yield from _document(value, field, f"{file}, row {number}", empty)
     except broken as error:
         raise InputError(f"{file} is no readable parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _dataset(name: str, field: str, config: str | None, split: str) -> Iterator[str]:
+def _dataset(name: str, field: str, config: str | None, split: str, empty: EmptyRows) -> Iterator[str]:
     try:
         datasets = import_module("datasets")
     except ImportError:
@@ -353,7 +398,7 @@ def _dataset(name: str, field: str, config: str | None, split: str) -> Iterator[
         for number, row in enumerate(rows, 1):
             if field not in row:
                 raise InputError(f"the data set {name} has no field {field!r}; it has {_named(row)}")
-            yield from _document(row[field], field, f"the data set {name}, row {number}")
+            yield from _document(row[field], field, f"the data set {name}, row {number}", empty)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -361,9 +406,14 @@ def _dataset(name: str, field: str, config: str | None, split: str) -> Iterator[
         ) from None
 
 
-def _document(value: Any, field: str, where: str) -> Iterator[str]:
+def _document(value: Any, field: str, where: str, empty: EmptyRows) -> Iterator[str]:
+    if value is None:
+        empty.add(where)
+        return
     if not isinstance(value, str):
-        raise InputError(f"{where}: the field {field!r} is {type(value).__name__}, not text; name another with --field")
+        raise InputError(
+            f"{where}: the field {field!r} is {type(value).__name__}, not text; name another with --calib-field"
+        )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is no text; correct it")
     if value.strip():

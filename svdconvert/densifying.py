@@ -84,6 +84,8 @@ def densify(
         card=model_card,
         details=details,
     )
+    for note in source.notes:
+        (events or Events()).note(note)
     return run_job(
         "densify",
         source,

@@ -108,6 +108,8 @@ def fold(
         card=model_card,
         details=details,
     )
+    for note in source.notes:
+        (events or Events()).note(note)
     return run_job(
         "fold",
         source,

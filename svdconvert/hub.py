@@ -16,7 +16,7 @@ import re
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,8 +34,20 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from svdconvert.documents import read_bytes, read_json
 from svdconvert.errors import InputError, JobError, SvdconvertError
+from svdconvert.folders import ModelFolder
 from svdconvert.headers import MAX_HEADER_BYTES, TensorInfo, parse_header, read_header
-from svdconvert.source import Source, is_side_file, listing, merge_headers, parse_index, weight_files
+from svdconvert.other_formats import refuse_other_format
+from svdconvert.side_files import SideFiles, choose_side_files, side_notes
+from svdconvert.source import (
+    Source,
+    check_type,
+    listing,
+    merge_headers,
+    parse_index,
+    stock_weights,
+    weight_files,
+)
+from svdconvert.wrappers import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +281,7 @@ class _Checkout:
     Attributes:
         where: how messages call it.
         commit: the commit's hash.
-        sizes: bytes of every file outside subfolders.
+        sizes: bytes of every file, by path.
     """
 
     commit: str
@@ -288,7 +300,7 @@ class _Checkout:
         if not info.sha:
             raise InputError(f"{self.where} has no commit; upload a model to it first")
         self.commit = info.sha
-        return {f.rfilename: f.size or 0 for f in info.siblings or () if "/" not in f.rfilename}
+        return {f.rfilename: f.size or 0 for f in info.siblings or ()}
 
     def _cached_files(self) -> dict[str, int]:
         """Pin the commit and find its files in offline mode, name -> bytes."""
@@ -301,7 +313,9 @@ class _Checkout:
         snapshot = Path(config).parent
         self.commit = snapshot.name
         self.where = f"the cached copy of {self.where} (HF_HUB_OFFLINE is set)"
-        return {entry.name: entry.stat().st_size for entry in snapshot.iterdir() if entry.is_file()}
+        found = ModelFolder(snapshot)
+        found.check(found.sizes)
+        return found.sizes
 
     def weights(self) -> tuple[list[str], bool, str | None]:
         """Find the weight files.
@@ -312,7 +326,7 @@ class _Checkout:
         Raises:
             InputError: there are no weights, or the index is wrong or names files that are missing.
         """
-        index, files, pickled = weight_files(self.sizes, self.where)
+        index, files, pickled = weight_files((name for name in self.sizes if "/" not in name), self.where)
         if index is None:
             if not files:
                 raise InputError(f"{self.where} has no weights; give a repository that holds a model")
@@ -327,8 +341,28 @@ class _Checkout:
             )
         return files, pickled, index
 
+    def side_files(self, config: Mapping[str, Any], weights: Iterable[str]) -> SideFiles:
+        """What becomes of the files that are no weights."""
+        return choose_side_files(
+            self.sizes,
+            lambda name: self.json(name, f"{self.where} has no {name}"),
+            lambda name: read_bytes(self.fetch(name, InputError), "").decode("utf-8", errors="replace"),
+            config,
+            set(weights),
+        )
+
     def config(self) -> dict[str, Any]:
-        """Parsed ``config.json``."""
+        """Parsed ``config.json``.
+
+        Raises:
+            InputError: there is none, or the repository is something else than a model that transformers loads.
+        """
+        refuse_other_format(
+            self.where,
+            self.sizes,
+            lambda name: self.json(name, f"{self.where} has no {name}"),
+            has_weights=bool(stock_weights(self.sizes)),
+        )
         return self.json("config.json", f"{self.where} has no config.json, so it is no model")
 
     def json(self, file: str, missing: str) -> dict[str, Any]:
@@ -374,6 +408,7 @@ class HubSource(Source):
 
     repo: str
     commit: str
+    fetched = True
 
     def __init__(self, repo: str, revision: str | None = None, *, download_folder: Path | None) -> None:
         """Resolve the revision and read config, index and headers.
@@ -398,11 +433,14 @@ class HubSource(Source):
         self._in_flight: set[str] = set()
         self._headers: dict[str, list[TensorInfo]] = {}
         self.config = self._checkout.config()
-        self.side_files = sorted(name for name in self._sizes if is_side_file(name))
-        self.files, self.pickled, _ = self._checkout.weights()
+        check_type(self.config, self.name)
+        self.files, self.pickled, index = self._checkout.weights()
+        side = self._checkout.side_files(self.config, [*self.files, *filter(None, [index])])
+        self.side_files = list(side.taken)
         self.download_bytes = {file: self._sizes[file] for file in self.files if not self._checkout.cached(file)}
         self._headers = self._pickled_headers() if self.pickled else self._safe_headers()
-        self.tensors = merge_headers(self._headers)
+        self.tensors, self.stored, note = unwrap(merge_headers(self._headers), self.config)
+        self.notes = (*filter(None, [note]), *side_notes(side, listing))
 
     def path(self, file: str) -> Path:
         """The local path of a file: in the Hugging Face cache if it is there, else downloaded now.
@@ -560,11 +598,11 @@ def download_model(repo: str, revision: str | None = None) -> Path:
         JobError: the download broke off.
     """
     checkout = _Checkout(repo, revision)
-    checkout.config()
+    config = checkout.config()
     files, _, index = checkout.weights()
-    wanted = [
-        n for n in checkout.sizes if is_side_file(n) or n.endswith(".py") or n in ("README.md", "svdconvert.json")
-    ]
+    code = [name for name in checkout.sizes if "/" not in name and name.endswith(".py")]
+    others = {*code, "README.md", "svdconvert.json"} & checkout.sizes.keys()
+    wanted = sorted({*checkout.side_files(config, [*files, *filter(None, [index])]).taken, *others})
     for file in (*wanted, *filter(None, [index]), *files):
         checkout.fetch(file, JobError)
     return checkout.fetch("config.json", JobError).parent

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.architectures import FACTORED, Architecture
+from svdconvert.architectures import FACTORED, Architecture, dense_architecture
 from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.foreign import foreign_code
-from svdconvert.source import parse_index, refuse_adapter, weight_files
+from svdconvert.source import LocalSource, parse_index, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # How attention is computed is the user's choice for his machine; what a look needs is a way that runs on any.
 _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# What holds the vocabulary of a tokenizer, of whatever class.
+_VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
 
 
 # What else is read together with them; refused by name where it is no JSON, or JSON that would take a parser down.
@@ -69,6 +70,8 @@ def load_model(
             config_class, model_class = factored_classes(row)
             model, info = model_class.from_pretrained(seen, config=config_class(**found), **options)
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    if wrong and config is None and (source := LocalSource(folder)).stored:
+        model, wrong = _unwrapped(source, dtype)
     if wrong:
         raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
     return model.to(device).eval()
@@ -79,6 +82,30 @@ def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _ATTENTION}
 
 
+def _unwrapped(source: LocalSource, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """A dense model whose tensors have the names of a wrapper in their files, and which of its weights it lacks."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from svdconvert.weights import WeightReader
+
+    row = dense_architecture(source.config, source.name)
+    settings = {key: value for key, value in without_attention(source.config).items() if key != "model_type"}
+    with quiet_transformers():
+        config = AutoConfig.for_model(row.model_type, **settings)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(dtype)
+    # transformers 5 has another name for GPT-NeoX's head than its files.
+    head = next(name for name in row.head if name in model.state_dict())
+    reader, weights = WeightReader(source), {}
+    for name, info in source.tensors.items():
+        own = head if name == row.head[0] else row.full_name(name)
+        weights[own] = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
+    reader.close()
+    missing, _ = model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    return model, [name for name in missing if name != head or not row.is_tied(source.config)]
+
+
 @contextmanager
 def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     """A folder that has the model as it will be, whatever is beside it yet: its config.json and links to its weights.
@@ -87,7 +114,6 @@ def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     itself, whatever config it was given.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    refuse_adapter(names, folder)
     index, files, _ = weight_files(names, folder)
     if index:
         files = [index, *set(parse_index(read_json(folder / index, f"{folder / index} is missing"), index).values())]
@@ -101,7 +127,7 @@ def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder has the vocabulary of a tokenizer."""
-    return any((folder / name).is_file() for name in _VOCABULARIES)
+    return any(_VOCABULARY.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -114,7 +140,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     # transformers 5 makes up an empty tokenizer where there is none.
     if not has_tokenizer(folder):
-        raise InputError(f"{folder} has no usable tokenizer (none of {', '.join(_VOCABULARIES)})")
+        raise InputError(f"{folder} has no usable tokenizer (tokenizer.json, tokenizer.model, vocab.json or the like)")
     for name in _TOKENIZER_DOCUMENTS:
         if (folder / name).exists():
             read_json(folder / name, "")

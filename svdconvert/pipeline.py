@@ -133,10 +133,10 @@ class Pipeline:
         self.resumed = sum(1 for report in self._writer.reports.values() if report)
         left = [step for step in steps if not self._writer.is_done(step.key)]
         group = output.group
-        self._todo = split_steps(left, group.size, whole_files=source.repo is not None)[group.rank]
+        self._todo = split_steps(left, group.size, whole_files=source.fetched)[group.rank]
         self._open = Counter(file for step in self._todo for file in step.files)
         self._count_lock = threading.Lock()
-        self._files = threading.Semaphore(files_here(self._todo) if source.repo else max(len(source.files), 2))
+        self._files = threading.Semaphore(files_here(self._todo) if source.fetched else max(len(source.files), 2))
         self._fetched: set[str] = set()
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -333,7 +333,7 @@ class Pipeline:
                 self._open[file] -= 1
                 last = self._open[file] == 0
             if last:
-                if self._source.repo:
+                if self._source.fetched:
                     reader.close()
                 self._source.release(file)
                 self._files.release()

@@ -5,7 +5,6 @@ Nothing here reads tensor data or imports torch, so a plan takes seconds whateve
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -18,6 +17,7 @@ from svdconvert.headers import CODES, DTYPES, FLOATS, TensorInfo, parameters
 from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named
 from svdconvert.names import layer_number, natural, suffix
+from svdconvert.other_models import quantised_part, refuse_other_model
 from svdconvert.ranks import RankRequest, Target, assign
 from svdconvert.source import Source, listing
 from svdconvert.splitting import fused_layer, split_tensors
@@ -29,11 +29,6 @@ TRAINING_BYTES_PER_PARAMETER = 16
 
 # A Python process with torch loaded and buffers for copying, measured (docs/measurements.md).
 BASE_BYTES = 400_000_000
-
-# Tensors that GPTQ and AWQ, bitsandbytes, and writers of 8-bit floats put beside or in the place of a weight.
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|g_idx|SCB|weight_packed|weight_scale(_inv)?|weight\.(absmax|quant_map|quant_state\..*))$"
-)
 
 
 @dataclass(frozen=True)
@@ -343,11 +338,13 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
     full = row.full_names(tensors, source.config)
     found = {full[name]: info for name, info in tensors.items()}
     for name, info in tensors.items():
-        if _QUANTISED.search(name) or (full[name] in expected and info.dtype not in FLOATS):
+        by = quantised_part(name)
+        if by is not None or (full[name] in expected and info.dtype not in FLOATS):
             raise InputError(
-                f"tensor {name} of {source.name} ({DTYPES[info.dtype][1]}) is one of a quantised checkpoint; "
+                f"tensor {name} of {source.name} ({DTYPES[info.dtype][1]}) is one of a quantised checkpoint{by or ''}; "
                 "convert the unquantised model and quantise the result"
             )
+    refuse_other_model(tensors, full, expected, row, source)
     missing = [name for name in expected if name not in found]
     if missing:
         raise InputError(f"{source.name} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
@@ -517,7 +514,7 @@ def _notes(
     untouched: int,
     share_layers: int,
 ) -> list[str]:
-    notes = []
+    notes = list(source.notes)
     smaller = [target for target in targets if len(target.parts) < share_layers]
     if smaller:
         sizes = dict.fromkeys(f"{len(t.parts)} from layer {layer_number(t.module)} on" for t in smaller)

@@ -15,11 +15,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from svdconvert.architectures import ARCHITECTURES, dense_shapes
+from svdconvert.architectures import ARCHITECTURES, FACTORED, dense_architecture, dense_shapes
 from svdconvert.documents import read_bytes, read_json
 from svdconvert.errors import InputError
+from svdconvert.folders import ModelFolder, cached_repo
 from svdconvert.headers import CODES, TensorInfo, read_header
 from svdconvert.identity import file_digest, weights_digest
+from svdconvert.other_formats import refuse_other_format
+from svdconvert.side_files import choose_side_files, side_notes
+from svdconvert.wrappers import unwrap
 
 ALIASES: Mapping[str, str] = {
     f"polyglot-ko-{size}": f"EleutherAI/polyglot-ko-{size}" for size in ("1.3b", "3.8b", "5.8b", "12.8b")
@@ -31,31 +35,15 @@ COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep d
 SAFE_SINGLE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-# What is not taken along from the source: weights in any format, training state, caches, and what is written anew.
-_NOT_SIDE_SUFFIXES = (
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .ggml .npz .npy .tflite .ot .mlmodel "
-    ".pkl .pickle .index.json .py .pyc .lock .tmp .partial"
-).split()
-_NOT_SIDE_NAMES = frozenset({"config.json", "README.md", "svdconvert.json", "trainer_state.json"})
-
-
-def is_side_file(name: str) -> bool:
-    """Whether a file of the source goes along into the converted folder unchanged (tokenizer, templates, licence)."""
-    return not (
-        "/" in name
-        or name.startswith(".")
-        or name in _NOT_SIDE_NAMES
-        or any(name.endswith(suffix) for suffix in _NOT_SIDE_SUFFIXES)
-    )
-
 
 class Source(ABC):
     """A checkpoint to read from.
 
     Attributes:
         name: what to call it, and what a model card names as base model.
-        repo: repository id on the Hub, or None for a local folder.
+        repo: repository id on the Hub, or None for a local folder that is not of the Hub cache.
         commit: commit hash on the Hub, or None.
+        fetched: whether weight files come to the machine one by one, and go.
         config: parsed ``config.json``.
         tensors: header of every tensor, by name.
         files: weight files in the order of their names.
@@ -63,11 +51,14 @@ class Source(ABC):
         pickled: whether the weight files are ``torch.save`` pickles.
         config_only: whether there are no weights and ``tensors`` was deduced from the config.
         download_bytes: size of the weight files that have to be downloaded, by name.
+        stored: tensor -> its name in the file, where that is another one (``wrappers.py``).
+        notes: what a user should know of how it was read.
     """
 
     name: str
     repo: str | None = None
     commit: str | None = None
+    fetched: bool = False
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: list[str]
@@ -75,6 +66,8 @@ class Source(ABC):
     pickled: bool = False
     config_only: bool = False
     download_bytes: Mapping[str, int] = MappingProxyType({})
+    stored: Mapping[str, str] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def path(self, file: str) -> Path:
@@ -123,16 +116,27 @@ class LocalSource(Source):
         self.folder = folder
         self.name = folder.resolve().name
         self._known: dict[str, Any] = {}
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+        if (cached := cached_repo(folder)) is not None:
+            self.repo, self.commit = cached
+            self.name = self.repo
+        listed = survey(folder)
+        names = [name for name in listed.sizes if "/" not in name]
         self.config = self.read_config()
-        self.side_files = [name for name in names if is_side_file(name)]
+        check_type(self.config, self.name)
         index, self.files, self.pickled = weight_files(names, folder)
+        listed.check([*self.files, *filter(None, [index])])
         if index:
             weight_map = parse_index(read_json(folder / index, f"{folder / index} is missing"), folder / index)
             self.files = sorted(set(weight_map.values()))
             missing = [file for file in self.files if file not in names]
             if missing:
                 raise InputError(f"{folder} lacks {listing(missing)}, which {index} names; fetch the missing files")
+            listed.check(self.files)
+        side = choose_side_files(
+            listed.sizes, self._settings, self._code, self.config, {*self.files, *filter(None, [index])}
+        )
+        listed.check([*side.taken, "README.md"])
+        self.side_files, self.notes = list(side.taken), tuple(side_notes(side, listing))
         if not self.files:
             self.config_only = True
             self.tensors = tensors_from_config(self.config, self.name)
@@ -147,7 +151,14 @@ class LocalSource(Source):
             headers = {file: pickled_header(folder / file) for file in self.files}
         else:
             headers = {file: read_header(folder / file) for file in self.files}
-        self.tensors = merge_headers(headers)
+        tensors, self.stored, note = unwrap(merge_headers(headers), self.config)
+        self.tensors, self.notes = tensors, (*filter(None, [note]), *self.notes)
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return read_json(self.folder / name, f"{self.folder / name} is missing")
+
+    def _code(self, name: str) -> str:
+        return read_bytes(self.folder / name, f"{self.folder / name} is missing").decode("utf-8", errors="replace")
 
     def read_config(self) -> dict[str, Any]:
         """Parsed ``config.json``."""
@@ -214,21 +225,7 @@ def open_source(
         from svdconvert.hub import HubSource
 
         source = HubSource(found, revision, download_folder=download_folder)
-    refuse_adapter(source.side_files, source.name)
     return source
-
-
-def refuse_adapter(names: Iterable[str], where: object) -> None:
-    """Refuse a model with an adapter in its folder, which transformers would load as well, without a word.
-
-    Raises:
-        InputError: there is one.
-    """
-    if "adapter_config.json" in names:
-        raise InputError(
-            f"{where} has an adapter_config.json beside its weights, so it is a model with an adapter; merge the "
-            "adapter with peft, or move it to a folder of its own and add it afterwards with `svdconvert fold`"
-        )
 
 
 def local_folder(model: str, revision: str | None = None) -> Path:
@@ -240,10 +237,45 @@ def local_folder(model: str, revision: str | None = None) -> Path:
     """
     found = _resolve(model, revision)
     if isinstance(found, Path):
+        survey(found)
         return found
     from svdconvert.hub import download_model
 
     return download_model(found, revision)
+
+
+def survey(folder: Path) -> ModelFolder:
+    """The files of a local model folder.
+
+    Raises:
+        InputError: it is something else than a model in the form that transformers loads, or what makes it a model is
+            outside of it.
+    """
+    listed = ModelFolder(folder)
+    listed.check({"config.json", "adapter_config.json", *stock_weights(listed.sizes)} & listed.sizes.keys())
+    refuse_other_format(
+        folder,
+        listed.sizes,
+        lambda name: read_json(folder / name, f"{folder / name} is missing"),
+        has_weights=bool(stock_weights(listed.sizes)),
+    )
+    return listed
+
+
+def check_type(config: Mapping[str, Any], where: str) -> None:
+    """See that a model is of a type that is known, before anything is said about its weights.
+
+    Raises:
+        InputError: it is not, or it is quantised.
+    """
+    kind = config.get("model_type")
+    if "svd_ranks" not in config and not (isinstance(kind, str) and kind in FACTORED):
+        dense_architecture(config, where)
+
+
+def stock_weights(names: Iterable[str]) -> set[str]:
+    """The files among those of a checkpoint that transformers would load, or their index."""
+    return {SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX}.intersection(names)
 
 
 def _resolve(model: str, revision: str | None) -> Path | str:

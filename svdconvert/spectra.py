@@ -254,7 +254,7 @@ def spectrum(
             stack.enter_context(locks.working(place))
         if stats is not None:
             stack.enter_context(locks.collected(Path(stats).expanduser()))
-        knowledge = find_knowledge(source, calibration, stats)
+        knowledge = find_knowledge(source, calibration, stats, events)
         if method != row.name:
             events.note(f"{method} has the same optimum as {row.name}, which computes it")
         found = _Values()

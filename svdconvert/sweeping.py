@@ -277,7 +277,7 @@ def sweep(
     measuring: dict[str, Any] = {"batch_size": batch_size, "device": used}
     passage = read_passage(dense_folder, source.config, Path(text).expanduser(), window, stride)
     measuring |= {"window": passage.window, "stride": passage.stride}
-    knowledge = find_knowledge(source, calibration, stats)
+    knowledge = find_knowledge(source, calibration, stats, events)
     settings = {
         "svdconvert": versions()["svdconvert"],
         **source.identity(),

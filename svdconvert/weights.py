@@ -94,7 +94,8 @@ class WeightReader:
     def _pickled_bytes(self, info: TensorInfo) -> Tensor:
         from svdconvert.pickled import load_pickled
 
-        stored = load_pickled(Path(self._source.path(info.file)))[info.cut.tensor if info.cut else info.name]
+        name = info.cut.tensor if info.cut else info.name
+        stored = load_pickled(Path(self._source.path(info.file)))[self._source.stored.get(name, name)]
         data = stored.detach().contiguous().reshape(-1).view(torch.uint8)
         if info.cut is None:
             return data

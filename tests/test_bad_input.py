@@ -196,8 +196,8 @@ SINGLE_FILE_FAULTS = {
     "config of odd types": (edit_config(num_hidden_layers="three"), "config.json"),
     "no weights": (remove("model.safetensors"), "has no weights", "model.safetensors"),
     "no known weight file": (
-        lambda f: (f / "model.safetensors").rename(f / "model.gguf"),
-        "model.gguf",
+        lambda f: (f / "model.safetensors").rename(f / "weights.safetensors"),
+        "weights.safetensors",
         "model.safetensors.index.json",
     ),
     "empty weights": (weights(b""), "model.safetensors", "truncated"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from svdconvert.corpus import POOL, CalibrationTokens, load_texts, sample_tokens, tokenizer_digest
+from svdconvert.corpus import POOL, CalibrationTokens, EmptyRows, load_texts, sample_tokens, tokenizer_digest
 from svdconvert.errors import InputError
 from svdconvert.loading import load_tokenizer
 
@@ -93,7 +93,7 @@ class TestJsonLines:
             ("{text}", r"a.jsonl, line 3, is not valid JSON \(.*\); correct it"),
             ('["a"]', r"a.jsonl, line 3, is no JSON object; each line must be one with the field 'text'"),
             ('{"text": 5}', r"a.jsonl, line 3: the field 'text' is int, not text"),
-            ('{"text": null}', r"the field 'text' is NoneType, not text"),
+            ('{"text": []}', r"the field 'text' is list, not text; name another with --calib-field"),
             ('{"text": "\\ud800"}', r"half a surrogate pair"),
         ],
     )
@@ -102,6 +102,14 @@ class TestJsonLines:
         assert next(texts) == "a"
         with pytest.raises(InputError, match=message):
             next(texts)
+
+    def test_rows_without_text_are_counted(self, write: Write) -> None:
+        rows = [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": None}]
+        path = write("a.jsonl", "\n".join(json.dumps(row) for row in rows))
+        empty = EmptyRows()
+        assert list(load_texts(str(path), empty=empty)) == ["a", "b"]
+        assert (empty.count, empty.first) == (2, f"{path}, line 2")
+        assert read(path) == ["a", "b"]
 
 
 class TestParquet:
@@ -128,11 +136,18 @@ class TestParquet:
         with pytest.raises(InputError, match=r"a.parquet has no column 'text'; it has 'title', 'body'$"):
             read(path)
 
-    @pytest.mark.parametrize("values", [["a", None], [b"a", b"b"], [1, 2]])
+    @pytest.mark.parametrize("values", [[b"a", b"b"], [1, 2]])
     def test_not_text(self, tmp_path: Path, values: list[Any]) -> None:
         path = self.table(tmp_path / "a.parquet", text=values)
-        with pytest.raises(InputError, match=r"a.parquet, row \d: the field 'text' is (NoneType|bytes|int), not text"):
+        with pytest.raises(InputError, match=r"a.parquet, row \d: the field 'text' is (bytes|int), not text"):
             read(path)
+
+    def test_rows_without_text_are_counted(self, tmp_path: Path) -> None:
+        path = self.table(tmp_path / "a.parquet", text=["a", None, "b"])
+        empty = EmptyRows()
+        assert list(load_texts(str(path), empty=empty)) == ["a", "b"]
+        (note,) = empty.notes
+        assert note == f"1 row has no text (null) and is left out of the calibration: {path}, row 2"
 
     def test_damaged(self, write: Write) -> None:
         with pytest.raises(InputError, match=r"a.parquet is no readable parquet file"):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from svdconvert.architectures import gpt2, gpt_neox, llama, opt
 from svdconvert.architectures.claims import check_claims
+from svdconvert.architectures.kinds import kind_of, quantisation_of
 from svdconvert.architectures.row import Architecture, Config, Shapes
 from svdconvert.errors import InputError
 
@@ -30,11 +31,6 @@ FACTORED: Mapping[str, Architecture] = {row.svd_model_type: row for row in ARCHI
 
 GPT_NEOX = gpt_neox.ROW
 
-# What config.json has in models of other kinds, and what they are called.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
-_QUANTISED = ("quantization_config", "compression_config")
-_SENSES = ("vision_config", "audio_config", "mm_vision_tower", "visual", "vision_tower")
-
 
 def dense_architecture(config: Config, where: str) -> Architecture:
     """The row of a dense source checkpoint.
@@ -48,17 +44,15 @@ def dense_architecture(config: Config, where: str) -> Architecture:
         raise InputError(
             f"{where} is already factored; give its dense source, or run `svdconvert densify {where} --out DIR` first"
         )
-    quantised = next((config[key] for key in _QUANTISED if config.get(key) is not None), None)
-    if quantised is not None:
-        method = (isinstance(quantised, Mapping) and quantised.get("quant_method")) or "an unknown method"
+    if method := quantisation_of(config):
         raise InputError(
             f"{where} is already quantised ({method}); convert the unquantised model and quantise the result"
         )
     if model_type is None or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise InputError(
-            f"{where} has model_type {model_type!r}{_kind(config)}, which is not supported; supported are decoder-only "
-            f"language models of the types {known}"
+            f"{where} has model_type {model_type!r}{kind_of(config)}, which is not supported; "
+            f"supported are decoder-only language models of the types {known}"
         )
     check_claims(config, where)
     return ARCHITECTURES[model_type]
@@ -86,19 +80,6 @@ def _model_type(config: Config, where: str) -> str | None:
     if model_type is not None and not isinstance(model_type, str):
         raise InputError(f"config.json of {where} says model_type {model_type!r}, but it must be a name; correct it")
     return model_type
-
-
-def _kind(config: Config) -> str:
-    """What a model of an unknown type is, as far as its config tells."""
-    inner = config.get("text_config")
-    fields = {**(inner if isinstance(inner, Mapping) else {}), **config}
-    if any(field in config for field in _SENSES):
-        return ", a model that sees or hears"
-    if config.get("is_encoder_decoder"):
-        return ", an encoder with a decoder"
-    if any((fields.get(field) or 0) not in (0, 1) for field in _EXPERTS):
-        return ", a mixture of experts"
-    return ""
 
 
 def factored_architecture(config: Config, where: str) -> Architecture:
