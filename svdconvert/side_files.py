@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from svdconvert.architectures import FACTORED
+
 TEMPLATES = "additional_chat_templates/"
 
 # Weights in any format, training state, caches, code.
@@ -90,6 +92,7 @@ def choose_side_files(
         config: parsed ``config.json``.
         weights: the weight files that are read, and their index.
     """
+    replaced = {f"{row.modeling}.py" for kind, row in FACTORED.items() if kind == config.get("model_type")}
     by_rule = {name for name, size in sizes.items() if is_side_file(name) and size <= MAX_BYTES}
     known = {name: settings(name) for name in _SETTINGS if name in sizes}
     todo = [(module, "config.json") for module in _modules(config)]
@@ -109,7 +112,7 @@ def choose_side_files(
         folder = file.rpartition("/")[0]
         todo += [(f"{folder}/{_file_of(name)}".lstrip("/"), file) for name in _IMPORT.findall(text)]
         named |= set(_LITERAL.findall(text))
-    passed = {*weights, *_WRITTEN}
+    passed = {*weights, *_WRITTEN, *replaced}
     by_name = {
         name
         for name in named & sizes.keys()
