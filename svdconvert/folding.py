@@ -23,7 +23,7 @@ from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
 from svdconvert.names import suffix
-from svdconvert.source import LocalSource, Source, listing, refuse_adapter
+from svdconvert.source import LocalSource, Source, listing
 from svdconvert.steps import Step, parse_size, shard
 
 
@@ -78,7 +78,6 @@ def fold(
         raise InputError(f"--out {out} is the adapter's own folder; give another one")
     lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
-    refuse_adapter(source.side_files, source.name)
     row = factored_architecture(source.config, source.name)
     limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
     steps, ranks = _steps(source, lora)

@@ -132,7 +132,9 @@ def test_adapter_beside_the_weights(dense: Path, run: Run, tmp_path: Path) -> No
     model = shutil.copytree(dense, tmp_path / "model")
     peft_adapter(model)
     for command in (["plan"], ["convert", "--out", tmp_path / "out"]):
-        assert_refused(run(command[0], model, "--rank", 8, *command[1:]), "adapter_config.json", "merge the adapter", "move it")
+        assert_refused(
+            run(command[0], model, "--rank", 8, *command[1:]), "adapter_config.json", "merge the adapter", "move it"
+        )
 
 
 # --- configs
