@@ -25,6 +25,7 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma2ForSequenceClassification,
+    Gemma2ForTokenClassification,
     Gemma2Model,
     Gemma2PreTrainedModel,
 )
@@ -34,6 +35,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_gemma2_svd.Gemma2SVDModel",
     "AutoModelForCausalLM": "modeling_gemma2_svd.Gemma2SVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_gemma2_svd.Gemma2SVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_gemma2_svd.Gemma2SVDForTokenClassification",
 }
 
 NO_DENSE_WEIGHT = (
@@ -698,8 +700,24 @@ class Gemma2SVDForSequenceClassification(_Factored, Gemma2ForSequenceClassificat
         self.post_init()
 
 
+class Gemma2SVDForTokenClassification(_Factored, Gemma2ForTokenClassification):
+    """Gemma2ForTokenClassification around a Gemma2SVDModel."""
+
+    config_class = Gemma2SVDConfig
+
+    def __init__(self, config):
+        Gemma2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Gemma2SVDModel(config)
+        rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 Gemma2SVDConfig.register_for_auto_class()
 Gemma2SVDModel.register_for_auto_class("AutoModel")
 Gemma2SVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Gemma2SVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+Gemma2SVDForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

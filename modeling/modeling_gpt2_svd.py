@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
     GPT2PreTrainedModel,
@@ -38,6 +39,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_gpt2_svd.GPT2SVDModel",
     "AutoModelForCausalLM": "modeling_gpt2_svd.GPT2SVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_gpt2_svd.GPT2SVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_gpt2_svd.GPT2SVDForTokenClassification",
 }
 
 # projections that may be split, and the names of their parts
@@ -720,8 +722,25 @@ class GPT2SVDForSequenceClassification(_Factored, GPT2ForSequenceClassification)
         self.post_init()
 
 
+class GPT2SVDForTokenClassification(_Factored, GPT2ForTokenClassification):
+    """GPT2ForTokenClassification around a GPT2SVDModel."""
+
+    config_class = GPT2SVDConfig
+
+    def __init__(self, config):
+        GPT2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.transformer = GPT2SVDModel(config)
+        rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.model_parallel = False
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 GPT2SVDConfig.register_for_auto_class()
 GPT2SVDModel.register_for_auto_class("AutoModel")
 GPT2SVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 GPT2SVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+GPT2SVDForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

@@ -25,6 +25,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     LlamaModel,
     LlamaPreTrainedModel,
 )
@@ -34,6 +35,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_llama_svd.LlamaSVDModel",
     "AutoModelForCausalLM": "modeling_llama_svd.LlamaSVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_llama_svd.LlamaSVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_llama_svd.LlamaSVDForTokenClassification",
 }
 
 NO_DENSE_WEIGHT = (
@@ -698,8 +700,24 @@ class LlamaSVDForSequenceClassification(_Factored, LlamaForSequenceClassificatio
         self.post_init()
 
 
+class LlamaSVDForTokenClassification(_Factored, LlamaForTokenClassification):
+    """LlamaForTokenClassification around a LlamaSVDModel."""
+
+    config_class = LlamaSVDConfig
+
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LlamaSVDModel(config)
+        rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 LlamaSVDConfig.register_for_auto_class()
 LlamaSVDModel.register_for_auto_class("AutoModel")
 LlamaSVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 LlamaSVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+LlamaSVDForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

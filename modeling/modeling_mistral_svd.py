@@ -25,6 +25,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralForSequenceClassification,
+    MistralForTokenClassification,
     MistralModel,
     MistralPreTrainedModel,
 )
@@ -34,6 +35,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_mistral_svd.MistralSVDModel",
     "AutoModelForCausalLM": "modeling_mistral_svd.MistralSVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_mistral_svd.MistralSVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mistral_svd.MistralSVDForTokenClassification",
 }
 
 NO_DENSE_WEIGHT = (
@@ -698,8 +700,24 @@ class MistralSVDForSequenceClassification(_Factored, MistralForSequenceClassific
         self.post_init()
 
 
+class MistralSVDForTokenClassification(_Factored, MistralForTokenClassification):
+    """MistralForTokenClassification around a MistralSVDModel."""
+
+    config_class = MistralSVDConfig
+
+    def __init__(self, config):
+        MistralPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MistralSVDModel(config)
+        rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 MistralSVDConfig.register_for_auto_class()
 MistralSVDModel.register_for_auto_class("AutoModel")
 MistralSVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 MistralSVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+MistralSVDForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

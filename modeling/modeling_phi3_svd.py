@@ -28,6 +28,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
+    Phi3ForTokenClassification,
     Phi3Model,
     Phi3PreTrainedModel,
 )
@@ -37,6 +38,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_phi3_svd.Phi3SVDModel",
     "AutoModelForCausalLM": "modeling_phi3_svd.Phi3SVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_phi3_svd.Phi3SVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_phi3_svd.Phi3SVDForTokenClassification",
 }
 
 # projections that may be split, and the names of their parts
@@ -775,8 +777,29 @@ class Phi3SVDForSequenceClassification(_Factored, Phi3ForSequenceClassification)
         self.post_init()
 
 
+class Phi3SVDForTokenClassification(_Factored, Phi3ForTokenClassification):
+    """Phi3ForTokenClassification around a Phi3SVDModel."""
+
+    config_class = Phi3SVDConfig
+
+    def __init__(self, config):
+        Phi3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Phi3SVDModel(config)
+        rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @property
+    def classifier(self):
+        """The head, as transformers 4 calls it."""
+        return self.score
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 Phi3SVDConfig.register_for_auto_class()
 Phi3SVDModel.register_for_auto_class("AutoModel")
 Phi3SVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Phi3SVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+Phi3SVDForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

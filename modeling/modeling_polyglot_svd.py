@@ -28,6 +28,7 @@ from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GPTNeoXForSequenceClassification,
+    GPTNeoXForTokenClassification,
     GPTNeoXModel,
     GPTNeoXPreTrainedModel,
 )
@@ -37,6 +38,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_polyglot_svd.PolyglotSVDModel",
     "AutoModelForCausalLM": "modeling_polyglot_svd.PolyglotSVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_polyglot_svd.PolyglotSVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_polyglot_svd.PolyglotSVDForTokenClassification",
 }
 
 # projections that may be split, and the names of their parts
@@ -787,8 +789,23 @@ class PolyglotSVDForSequenceClassification(_Factored, GPTNeoXForSequenceClassifi
         self.post_init()
 
 
+class PolyglotSVDForTokenClassification(_Factored, GPTNeoXForTokenClassification):
+    """GPTNeoXForTokenClassification around a PolyglotSVDModel."""
+
+    config_class = PolyglotSVDConfig
+
+    def __init__(self, config):
+        GPTNeoXPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = PolyglotSVDModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 PolyglotSVDConfig.register_for_auto_class()
 PolyglotSVDModel.register_for_auto_class("AutoModel")
 PolyglotSVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 PolyglotSVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+PolyglotSVDForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

@@ -25,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
     Qwen2Model,
     Qwen2PreTrainedModel,
 )
@@ -34,6 +35,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_qwen2_svd.Qwen2SVDModel",
     "AutoModelForCausalLM": "modeling_qwen2_svd.Qwen2SVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_qwen2_svd.Qwen2SVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_qwen2_svd.Qwen2SVDForTokenClassification",
 }
 
 NO_DENSE_WEIGHT = (
@@ -698,8 +700,24 @@ class Qwen2SVDForSequenceClassification(_Factored, Qwen2ForSequenceClassificatio
         self.post_init()
 
 
+class Qwen2SVDForTokenClassification(_Factored, Qwen2ForTokenClassification):
+    """Qwen2ForTokenClassification around a Qwen2SVDModel."""
+
+    config_class = Qwen2SVDConfig
+
+    def __init__(self, config):
+        Qwen2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Qwen2SVDModel(config)
+        rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 Qwen2SVDConfig.register_for_auto_class()
 Qwen2SVDModel.register_for_auto_class("AutoModel")
 Qwen2SVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Qwen2SVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+Qwen2SVDForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

@@ -25,6 +25,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
     Qwen3Model,
     Qwen3PreTrainedModel,
 )
@@ -34,6 +35,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_qwen3_svd.Qwen3SVDModel",
     "AutoModelForCausalLM": "modeling_qwen3_svd.Qwen3SVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_qwen3_svd.Qwen3SVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_qwen3_svd.Qwen3SVDForTokenClassification",
 }
 
 NO_DENSE_WEIGHT = (
@@ -698,8 +700,24 @@ class Qwen3SVDForSequenceClassification(_Factored, Qwen3ForSequenceClassificatio
         self.post_init()
 
 
+class Qwen3SVDForTokenClassification(_Factored, Qwen3ForTokenClassification):
+    """Qwen3ForTokenClassification around a Qwen3SVDModel."""
+
+    config_class = Qwen3SVDConfig
+
+    def __init__(self, config):
+        Qwen3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = Qwen3SVDModel(config)
+        rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
 # so that save_pretrained puts this file into the checkpoint even where the class was imported, not loaded through Auto*
 Qwen3SVDConfig.register_for_auto_class()
 Qwen3SVDModel.register_for_auto_class("AutoModel")
 Qwen3SVDForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 Qwen3SVDForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+Qwen3SVDForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

@@ -18,7 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
@@ -36,6 +41,9 @@ from svdconvert.weights import WeightReader, torch_dtype
 # As much of a head is in memory at a time where it is run in parts, in bytes; a vocabulary's whole one may be larger
 # than everything else.
 HEAD_BYTES = 2**25
+
+# Where a rehearsal ends, as far as it can go: what follows depends on what tensors hold.
+_NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,7 @@ class ModelBlocks:
                     continue
                 kinds.add(kind)
                 call = self._call(index, hidden, mask)
-                with FakeTensorMode():
+                with suppress(*_NEED_VALUES), FakeTensorMode():
                     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
                     given = (tensors, (hidden, *call.args), dict(call.kwargs))
                     functional_call(block, *tree_map_only(Tensor, self._without_values, given))

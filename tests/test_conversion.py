@@ -257,7 +257,8 @@ def test_config(dense: Path, factored: Path) -> None:
     source, config = read_config(dense), read_config(factored)
     assert config["model_type"] == "polyglot_svd"
     assert config["architectures"] == ["PolyglotSVDForCausalLM"]
-    autos = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"}
+    heads = {"CausalLM", "SequenceClassification", "TokenClassification"}
+    autos = {"AutoConfig", "AutoModel", *(f"AutoModelFor{head}" for head in heads)}
     assert set(config["auto_map"]) == autos
     assert (config["rotary_pct"], config["rotary_emb_base"]) == (0.5, 10000)
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5}

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import read_config, read_weights
 from families import (
     FAMILIES,
@@ -29,7 +30,13 @@ from families import (
     write_family,
 )
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from svdconvert import Calibration, calibrate, convert, densify, fold, plan, verify
@@ -304,6 +311,25 @@ def test_sequence_classification(row: Architecture, pair: SimpleNamespace, tmp_p
     model.save_pretrained(tmp_path)
     again = load(tmp_path, AutoModelForSequenceClassification)
     assert distance(logits(again, ids, MASK.long()), expected) < 1e-4
+
+
+def test_token_classification(row: Architecture, pair: SimpleNamespace, tmp_path: Path) -> None:
+    from_pretrained = AutoModelForTokenClassification.from_pretrained
+    if not row.labels:
+        assert not hasattr(transformers, f"{row.stock}ForTokenClassification")
+        with pytest.raises(ValueError, match="Unrecognized configuration class"):
+            from_pretrained(pair.factored, trust_remote_code=True)
+        return
+    stock = from_pretrained(pair.densified, num_labels=4).eval()
+    model, info = from_pretrained(pair.factored, num_labels=4, trust_remote_code=True, output_loading_info=True)
+    assert set(info["missing_keys"]) == {f"{row.labels}.weight", f"{row.labels}.bias"}
+    head = stock.get_submodule(row.labels if hasattr(stock, row.labels) else "classifier")  # Phi-3's in transformers 4
+    model.eval().get_submodule(row.labels).load_state_dict(head.state_dict())
+    expected = logits(stock)
+    assert expected.shape == (*IDS.shape, 4)
+    assert distance(logits(model), expected) < 1e-4
+    model.save_pretrained(tmp_path)
+    assert distance(logits(load(tmp_path, AutoModelForTokenClassification)), expected) < 1e-4
 
 
 def test_without_trust_remote_code_it_does_not_load(pairs: Any) -> None:

@@ -43,6 +43,7 @@ def render(row: Architecture) -> str:
 
 def _fields(row: Architecture) -> dict[str, Any]:
     endings = ("Config", row.causal, *(("ForSequenceClassification",) if row.classifies else ()))
+    endings += ("ForTokenClassification",) if row.labels else ()
     rotary = "rope_parameters" in row.config_overrides({})
     blocks = BLOCKS.get(row.model_type, "layers")
     return {
@@ -53,6 +54,7 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "svd_model_type": row.svd_model_type,
         "causal": row.causal,
         "classifies": row.classifies,
+        "labels": row.labels,
         "transposed": row.transposed,
         "auto_map": row.auto_map,
         "imports": sorted(row.stock + ending for ending in (*endings, "Model", "PreTrainedModel")),

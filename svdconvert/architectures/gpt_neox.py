@@ -41,6 +41,7 @@ ROW = Architecture(
     # transformers renamed the head in memory (embed_out to lm_head, 5.14) and renames stock checkpoints while loading,
     # but not those of custom classes; so factored checkpoints always say lm_head.
     head=("embed_out.weight", "lm_head.weight"),
+    labels="classifier",
     dropped=("*.attention.bias", "*.attention.masked_bias", "*.attention.rotary_emb.inv_freq"),
     fused={"attention.query_key_value": Fused(lambda config: (config["hidden_size"],) * 3, by_head=True)},
 )

@@ -153,5 +153,5 @@ ROWS = (
         # not the gate: both of its inputs share their inner factor well (docs/fused.md)
         fused={"self_attn.qkv_proj": Fused(_attention)},
     ),
-    _like_llama("granite", "Granite", decoder_shapes(biased_by_config), classifies=False),
+    _like_llama("granite", "Granite", decoder_shapes(biased_by_config), classifies=False, labels=""),
 )

@@ -49,4 +49,5 @@ ROW = Architecture(
     config_overrides=lambda config: {},
     dropped=("*decoder.version",),
     tied=True,
+    labels="",
 )

@@ -89,6 +89,7 @@ class Architecture:
         tied: whether the head is the embedding where config.json does not say.
         transposed: whether the targets are stored as [in, out] (Conv1D of GPT-2) instead of [out, in].
         classifies: whether transformers has a sequence classifier of the family.
+        labels: name of the head in its token classifier; empty where transformers has none.
         causal: what the name of the stock causal class ends with.
         fused: suffixes of the targets that may be split before they are factored, and their parts.
     """
@@ -107,6 +108,7 @@ class Architecture:
     tied: bool = False
     transposed: bool = False
     classifies: bool = True
+    labels: str = "score"
     causal: str = "ForCausalLM"
     fused: Mapping[str, Fused] = field(default_factory=dict)
 
@@ -140,6 +142,8 @@ class Architecture:
         }
         if self.classifies:
             classes["AutoModelForSequenceClassification"] = f"{self.factored}ForSequenceClassification"
+        if self.labels:
+            classes["AutoModelForTokenClassification"] = f"{self.factored}ForTokenClassification"
         return {auto: f"{self.modeling}.{name}" for auto, name in classes.items()}
 
     def parameters(self, config: Config) -> Shapes:

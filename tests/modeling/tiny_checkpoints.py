@@ -51,6 +51,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_polyglot_svd.PolyglotSVDModel",
     "AutoModelForCausalLM": "modeling_polyglot_svd.PolyglotSVDForCausalLM",
     "AutoModelForSequenceClassification": "modeling_polyglot_svd.PolyglotSVDForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_polyglot_svd.PolyglotSVDForTokenClassification",
 }
 
 
