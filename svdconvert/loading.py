@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from svdconvert.architectures import FACTORED, Architecture, dense_architecture
 from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.foreign import foreign_code
+from svdconvert.interrupts import temporary_folder
 from svdconvert.source import LocalSource, parse_index, weight_files
 
 if TYPE_CHECKING:
@@ -117,8 +117,7 @@ def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     index, files, _ = weight_files(names, folder)
     if index:
         files = [index, *set(parse_index(read_json(folder / index, f"{folder / index} is missing"), index).values())]
-    with tempfile.TemporaryDirectory(prefix="svdconvert-") as temporary:
-        seen = Path(temporary)
+    with temporary_folder() as seen:
         for name in {*files, *{"generation_config.json"}.intersection(names)}:
             (seen / name).symlink_to((folder / name).resolve())
         (seen / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -188,7 +187,7 @@ class quiet_transformers:
         """Silence it."""
         from transformers.utils import logging
 
-        self._verbosity = logging.get_verbosity()
+        self._verbosity, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         with warnings.catch_warnings():
             # Where HF_HUB_DISABLE_PROGRESS_BARS is set, huggingface_hub warns that it decides.
@@ -200,6 +199,7 @@ class quiet_transformers:
         from transformers.utils import logging
 
         logging.set_verbosity(self._verbosity)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.enable_progress_bar()
+        if self._bars:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                logging.enable_progress_bar()
