@@ -346,4 +346,5 @@ def _run(
         seed=calibration.seed,
         skip_blocks=skip_blocks,
         events=events,
+        progress=events.progress,
     )

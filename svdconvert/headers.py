@@ -17,7 +17,7 @@ from typing import Any
 
 from svdconvert.documents import open_regular, parse_json
 from svdconvert.errors import InputError
-from svdconvert.fields import COUNT, TEXT, Kind, few, problem
+from svdconvert.fields import COUNT, TEXT, Kind, few, problem, table
 
 # safetensors code -> (bytes per element, torch dtype name)
 DTYPES: Mapping[str, tuple[int, str]] = {
@@ -154,7 +154,8 @@ def parse_header(raw: bytes, file: str, file_size: int | None = None) -> list[Te
     header = parse_json(bytes(raw[8 : 8 + length]), f"the header of {file}", unique=True)
     if not isinstance(header, dict):
         raise InputError(f"{file} has a header that is no JSON object; fetch it again")
-    header.pop("__metadata__", None)
+    if not table(TEXT).fits(header.pop("__metadata__", {})):
+        raise InputError(f"{file} has a damaged header: its __metadata__ is no table of texts; fetch it again")
     data = 8 + length
     position = data
     tensors = []

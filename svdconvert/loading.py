@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.architectures import FACTORED, Architecture, dense_architecture
-from svdconvert.documents import read_json
+from svdconvert.documents import json_or_none, read_json
 from svdconvert.errors import InputError
 from svdconvert.foreign import foreign_code
-from svdconvert.interrupts import temporary_folder
+from svdconvert.headers import read_header
+from svdconvert.pickled import pickled_header
 from svdconvert.source import LocalSource, parse_index, weight_files
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementati
 
 # What holds the vocabulary of a tokenizer, of whatever class.
 _VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
+
+_GENERATION = "generation_config.json"
 
 
 # What else is read together with them; refused by name where it is no JSON, or JSON that would take a parser down.
@@ -114,11 +118,15 @@ def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     itself, whatever config it was given.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    index, files, _ = weight_files(names, folder)
+    index, files, pickled = weight_files(names, folder)
     if index:
         files = [index, *set(parse_index(read_json(folder / index, f"{folder / index} is missing"), index).values())]
-    with temporary_folder() as seen:
-        for name in {*files, *{"generation_config.json"}.intersection(names)}:
+    for name in files:
+        if name != index:
+            (pickled_header if pickled else read_header)(folder / name)
+    with tempfile.TemporaryDirectory(prefix="svdconvert-") as temporary:
+        seen = Path(temporary)
+        for name in {*files, *({_GENERATION} if json_or_none(folder / _GENERATION) is not None else ())}:
             (seen / name).symlink_to((folder / name).resolve())
         (seen / "config.json").write_text(json.dumps(config), encoding="utf-8")
         yield seen
@@ -187,7 +195,7 @@ class quiet_transformers:
         """Silence it."""
         from transformers.utils import logging
 
-        self._verbosity, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        self._verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         with warnings.catch_warnings():
             # Where HF_HUB_DISABLE_PROGRESS_BARS is set, huggingface_hub warns that it decides.
@@ -199,7 +207,6 @@ class quiet_transformers:
         from transformers.utils import logging
 
         logging.set_verbosity(self._verbosity)
-        if self._bars:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                logging.enable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.enable_progress_bar()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.disk import NOT_ALLOWED, UNSUPPORTED, create, disk_errors, make_folder, write_all
+from svdconvert.documents import json_or_none
 from svdconvert.errors import InputError
 from svdconvert.processes import current
 
@@ -250,12 +251,7 @@ def _self() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as handle:
-            value = json.loads(handle.read(4096))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return json_or_none(path) or {}
 
 
 def _is_owner(owner: dict[str, Any]) -> bool:

@@ -22,10 +22,13 @@ import torch
 from svdconvert import documents
 from svdconvert.architectures import longest_input
 from svdconvert.errors import InputError
+from svdconvert.fields import COUNT, require
 from svdconvert.loading import load_tokenizer, opening_token
 
 # Protocol -> tokens of a window by default, as far as the model reads that many.
 PROTOCOLS: Mapping[str, int] = {"sliding": 1024, "disjoint": 2048}
+
+_CONFIG = {"vocab_size": COUNT}
 
 # No text that anybody measures on is larger, and all of it is in memory.
 MAX_TEXT_BYTES = 1_000_000_000
@@ -100,6 +103,7 @@ def read_passage(
     Raises:
         InputError: the text, the tokenizer, the window or the protocol cannot be used.
     """
+    require(config, _CONFIG, f"config.json of {folder}", "correct it")
     content = read_text(text)
     window, stride = _window(config, window, stride, protocol)
     tokenizer = load_tokenizer(folder)
@@ -107,16 +111,16 @@ def read_passage(
     ids = tokenizer(content, return_tensors="pt", add_special_tokens=disjoint, verbose=False)["input_ids"][0]
     if ids.numel() == 0:
         raise InputError(f"{text} has no tokens; give a text with content")
-    if int(ids.max()) >= int(config["vocab_size"]):
-        raise InputError(f"the tokenizer of {folder} has more tokens than the model; it belongs to another model")
     opening = opening_token(tokenizer)
     if disjoint:
         if ids.numel() < window:
             raise InputError(f"{text} has {ids.numel():,} tokens, less than one window of {window:,}; lower --window")
     else:
         candidates = (opening, tokenizer.eos_token_id, config.get("eos_token_id"), 0)
-        opening = next(token for token in candidates if isinstance(token, int))
+        opening = next(token for token in candidates if type(token) is int and token >= 0)
         ids = torch.cat([torch.tensor([opening]), ids])
+    if int(ids.max()) >= config["vocab_size"]:
+        raise InputError(f"the tokenizer of {folder} has more tokens than the model; it belongs to another model")
     name = None if opening is None else str(tokenizer.convert_ids_to_tokens(opening))
     return Passage(ids, len(content), window, stride, protocol, name)
 

@@ -143,8 +143,9 @@ def _lines(data: bytes, random: Random) -> tuple[str, bytes]:
     place = random.randrange(len(lines))
     kind = random.choice(["change", "change", "change", "remove", "repeat", "move", "tear"])
     if kind == "change":
-        said, line = _json(lines[place], random)
-        lines[place] = line + b"\n"
+        told, _, text = lines[place].partition(b" ")  # a digest, and what it is of
+        said, text = _json(text, random)
+        lines[place] = told + b" " + text + b"\n"
         return f"line {place}: {said}", b"".join(lines)
     if kind == "remove":
         del lines[place]

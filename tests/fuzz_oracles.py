@@ -81,7 +81,7 @@ def _of_source(source: Path, result: Path) -> str | None:
             theirs[n] for n in (f"{module}.weight", f"{module.removeprefix('transformer.')}.weight") if n in theirs
         )
         product = up.double() @ ours[f"{module}.down.weight"].double()
-        weight = weight.double() if weight.shape == product.shape else weight.double().T
+        weight = weight.double().T if module.startswith("transformer.") else weight.double()
         values = torch.linalg.svdvals(weight)
         best = values[up.shape[1] :].norm() ** 2
         if float((weight - product).norm() ** 2) > float(best) * 1.02 + 1e-4 * float(values.norm() ** 2):

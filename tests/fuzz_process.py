@@ -107,23 +107,25 @@ def _child(command: Sequence[str], folder: Path, streams: Sequence[Path], stop_a
 
 
 def _stop_after(steps: int) -> None:
-    from svdconvert import writer
+    from svdconvert import shards
 
-    writer.BATCH_SECONDS = 0.0  # every step is recorded
-    finish, done = writer.ShardWriter.finish, [0]
+    shards.BATCH_SECONDS = 0.0  # every step is recorded
+    finish, done = shards.ShardWriter.finish, [0]
 
-    def stopping(self: writer.ShardWriter, *args: object) -> object:
+    def stopping(self: shards.ShardWriter, *args: object) -> object:
         found = finish(self, *args)  # type: ignore[arg-type]
         done[0] += 1
         if done[0] == steps:
             os._exit(0)
         return found
 
-    writer.ShardWriter.finish = stopping  # type: ignore[method-assign, assignment]
+    shards.ShardWriter.finish = stopping  # type: ignore[method-assign, assignment]
 
 
 def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    """What a fork begins with: memory that is no file's."""
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - shared) * resource.getpagesize()
 
 
 @contextlib.contextmanager
@@ -152,7 +154,10 @@ def case(bases: Path, seed: int) -> dict[str, object]:
         said = mutate(file, random)
         before = _names(folder, target.result)
         ended = run(target.command, folder)
-        problem = _problem(ended) or wrong_result(target, bases, folder, file, ended, before)
+        try:
+            problem = problem_of(ended) or wrong_result(target, bases, folder, file, ended, before)
+        except Exception as error:  # noqa: BLE001 - the reference cannot read what the command could
+            problem = f"the result cannot be judged: {type(error).__name__} {error}"
     return {
         "seed": seed,
         "base": target.base,
@@ -171,15 +176,17 @@ def _names(folder: Path, result: str | None) -> set[str]:
     return {path.name for path in (folder / result).glob("*")} if result else set()
 
 
-def _problem(ended: Ended) -> str | None:
+def problem_of(ended: Ended) -> str | None:
     """What is wrong with how a command ended, whatever it was."""
     if ended.code < 0:
         name = signal.Signals(-ended.code).name
         return f"killed by {name} after {ended.seconds:.1f} s of CPU"
-    if "Traceback" in ended.out + ended.err or "report it" in ended.err:
-        return "traceback"
+    if "Traceback" in ended.out + ended.err or "unexpectedly" in ended.err:
+        return "unforeseen"
     if ended.code not in (0, 1, 2):
         return f"exit code {ended.code}"
+    if ended.seconds > CPU_SECONDS:
+        return f"{ended.seconds:.1f} s of CPU"
     if ended.memory > MEMORY or "out of memory" in ended.err:
         return f"{ended.memory / 1e9:.1f} GB of memory"
     errors = [line for line in ended.err.splitlines() if line.startswith("Error: ")]

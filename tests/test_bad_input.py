@@ -22,6 +22,8 @@ from checkpoints import HIDDEN, read_config, read_weights, write_checkpoint
 from hub_server import ALWAYS, HubServer, use_hub
 from safetensors.torch import load_file, save_file
 
+from svdconvert.cli import main
+
 DENSE_LAYER = "gpt_neox.layers.1.attention.dense.weight"
 EMBEDDING = "gpt_neox.embed_in.weight"
 NORM = "gpt_neox.layers.2.input_layernorm.bias"
@@ -1019,3 +1021,54 @@ def test_verify_finds_a_missing_modeling_file(damaged: Path, run: Run) -> None:
     result = run("verify", damaged)
     assert_refused(result, "did not pass: modeling file", code=1)
     assert "modeling_polyglot_svd.py is missing" in result.out
+
+
+def test_a_fault_of_ours_is_a_sentence_too(factored: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("division\nby zero")
+
+    monkeypatch.setattr("svdconvert.verification.verify", fail)
+    monkeypatch.delenv("SVDCONVERT_DEBUG", raising=False)
+    where = "(ZeroDivisionError: division, test_bad_input.py line "
+    assert_refused(run("verify", factored), "failed unexpectedly", where, "SVDCONVERT_DEBUG=1", code=1)
+    monkeypatch.setenv("SVDCONVERT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["verify", str(factored)])
+
+
+def test_names_do_not_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    result = run("verify", f"{tmp_path}/a\x1b[2Jb")
+    assert_refused(result, r"a\x1b[2Jb")
+    assert "\x1b" not in result.err
+
+
+def test_pipes_and_devices_are_not_waited_for(
+    fresh: Callable[..., Path], dense: Path, run: Run, tmp_path: Path
+) -> None:
+    model = fresh()
+    (model / "config.json").unlink()
+    os.mkfifo(model / "config.json")
+    assert_refused(run("plan", model, "--rank", 16), "config.json", "no regular file")
+    (model / "config.json").unlink()
+    (model / "config.json").symlink_to("/dev/zero")
+    result = run("plan", model, "--rank", 16)
+    assert result.code == 2
+    assert "config.json" in result.err
+    os.mkfifo(tmp_path / "text.txt")
+    assert_refused(run("evaluate", dense, "--text", tmp_path / "text.txt"), "is a pipe", "write the text to a file")
+    options = ["--rank", 16, "--calib", tmp_path / "text.txt", "--out", tmp_path / "out"]
+    assert_refused(run("convert", dense, *options), "text.txt", "is a pipe")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"],
+)
+def test_deep_nesting(name: str, fresh: Callable[..., Path], text: Path, run: Run, tmp_path: Path) -> None:
+    model = fresh()
+    (model / name).write_text('{"a":' * 10**5 + "1" + "}" * 10**5)
+    result = run("evaluate", model, "--text", text, "--device", "cpu")
+    if name == "generation_config.json":
+        assert result.code == 0  # a look at a model does without it
+    else:
+        assert_refused(result, name, "nested more than 64 levels deep")

@@ -95,11 +95,10 @@ def evaluate(model: str, text: Path, as_json: bool, **options: Any) -> None:
     if options["against_revision"] and not options["against"]:
         raise InputError("--against-revision belongs to --against")
     from svdconvert.perplexity import evaluate as run
-    from svdconvert.progress import counting
-    from svdconvert.report import show_evaluation
+    from svdconvert.report import bar, show_evaluation
 
     console = console_for(as_json)
-    with counting(console, "tokens") as progress:
+    with bar(console, "tokens") as progress:
         result = run(model, text, **options, progress=progress)
     if as_json:
         print_json(result.to_json())
@@ -120,8 +119,7 @@ def evaluate(model: str, text: Path, as_json: bool, **options: Any) -> None:
 def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:
     """What the singular values are worth: perplexity without each group of them in turn."""
     from svdconvert.ablation import ablate as run
-    from svdconvert.progress import TerminalEvents
-    from svdconvert.report import show_ablation
+    from svdconvert.report import TerminalEvents, show_ablation
 
     console = console_for(as_json)
     with TerminalEvents(console) as events:

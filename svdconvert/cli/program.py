@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from svdconvert import __version__, interrupts, processes
+from svdconvert import __version__, processes
 from svdconvert.cli.groups import GroupedCommand
 from svdconvert.errors import InputError, JobError, SvdconvertError, out_of_memory
 
@@ -71,7 +71,7 @@ class DefaultGroup(click.Group):
             return result
         except KeyboardInterrupt:
             # click itself would say "Aborted!" and no more.
-            raise JobError(interrupts.SENTENCE) from None
+            raise JobError("interrupted; the same command goes on where it stopped") from None
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         # OpenMP's threads wait for each other by spinning; where other processes hold a core, an eigen-decomposition
@@ -86,10 +86,12 @@ class DefaultGroup(click.Group):
             if os.environ.get("SVDCONVERT_DEBUG"):
                 traceback.print_exception(error)
             _fail(str(error), error.exit_code)
-        except (MemoryError, RuntimeError, OSError) as error:
-            if not (where := out_of_memory(error)):
+        except Exception as error:
+            if where := out_of_memory(error):
+                _fail(_OUT_OF_MEMORY[where], 1)
+            if os.environ.get("SVDCONVERT_DEBUG"):
                 raise
-            _fail(_OUT_OF_MEMORY[where], 1)
+            _fail(_unforeseen(error), 1)
         except SystemExit as end:
             if end.code and processes.launched_rank() > 0:
                 time.sleep(_LET_SPEAK)
@@ -99,10 +101,19 @@ class DefaultGroup(click.Group):
                 sys.stderr = sys.__stderr__  # a traceback is for everybody to see
 
 
+def _unforeseen(error: Exception) -> str:
+    """What to tell of an error that nobody has thought of."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+    return (
+        f"svdconvert failed unexpectedly ({reason[:200]}, {Path(last.filename).name} line {last.lineno}); please "
+        "report it with the command and what SVDCONVERT_DEBUG=1 adds"
+    )
+
+
 def _fail(message: str, exit_code: int) -> NoReturn:
     # Names in files may hold anything; a terminal is not to be steered by them.
     message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    interrupts.settle()
     group = processes.current()
     if group.size == 1:
         click.echo(f"Error: {message}", err=True)
