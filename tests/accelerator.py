@@ -110,13 +110,19 @@ def device_reads() -> Iterator[list[str]]:
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device, there in every thread that is started meanwhile."""
-    run: Callable[[threading.Thread], None] = threading.Thread.run
+    start: Callable[[threading.Thread], None] = threading.Thread.start
 
-    def with_device(thread: threading.Thread) -> None:
-        with _Device():
-            run(thread)
+    def started_with_device(thread: threading.Thread) -> None:
+        run = thread.run  # of whatever class the thread is
 
-    monkeypatch.setattr(threading.Thread, "run", with_device)
+        def with_device() -> None:
+            with _Device():
+                run()
+
+        thread.run = with_device  # type: ignore[method-assign]
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", started_with_device)
     with _Device():
         yield DEVICE
 
