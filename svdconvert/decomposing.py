@@ -427,6 +427,10 @@ class _Worker:
         gram = statistics.input_gram
         own = gram is right  # no shrinkage
         left, right = _on(left, self.device), _on(right, self.device)
+        if any(side is not None and not bool(side.any()) for side in (left, right)):
+            self.events.note(
+                f"the calibration text gives {part.weight} nothing but zeros, so it is factored as without a text"
+            )
         with _naming(part.weight):
             if not target.followers:
                 found = decompose(weight, self.workspace, left, right)

@@ -210,6 +210,8 @@ def plain_shared(
     Raises:
         InputError: a matrix has NaN or infinite entries, or the factors do not fit the storage type.
     """
+    for weight in weights:  # the stack would hide one whose squares are too small
+        largest_entry(weight)
     stack = torch.cat(list(weights))
     factors = factorize(stack, rank, dtype, work) if found is None else truncate(stack, found, rank, dtype, work)
     ups = [part.contiguous() for part in factors.up.split([weight.shape[0] for weight in weights])]
