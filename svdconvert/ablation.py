@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from svdconvert.decomposing import Decompositions, decompose_targets, load_decom
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
+from svdconvert.interrupts import temporary_folder
 from svdconvert.job import resolve_device
 from svdconvert.loading import compute_dtype, load_model
 from svdconvert.metrics import METHODS
@@ -102,13 +103,16 @@ def ablate(
     used = resolve_device(device)
     check_model(source)
     passage = read_passage(folder, source.config, Path(text).expanduser(), window, stride)
-    with tempfile.TemporaryDirectory() as temporary:
-        store = Decompositions(Path(temporary), {})
+    with temporary_folder() as temporary:
+        store = Decompositions(temporary, {})
         decompose_targets(source, chosen, METHODS["svd"], {}, store, None, torch.device(used), events)
         loaded = load_model(folder, used, compute_dtype(source.config, used))
 
         def perplexity() -> float:
-            return math.exp(negative_log_likelihood(loaded, passage, batch_size) / passage.tokens)
+            return math.exp(
+                negative_log_likelihood(loaded, passage, batch_size, partial(events.progress, "tokens"))
+                / passage.tokens
+            )
 
         results = [GroupResult(0, 0.0, 1.0, 1.0, perplexity())]
         spectra = [store.spectrum(target) for target in chosen]

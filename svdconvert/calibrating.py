@@ -346,5 +346,4 @@ def _run(
         seed=calibration.seed,
         skip_blocks=skip_blocks,
         events=events,
-        progress=events.progress,
     )

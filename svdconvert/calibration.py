@@ -54,7 +54,6 @@ LABELS = ("empirical", "sampled")
 # Upper triangles of Grams are added up in panels of so many columns, from so many rows at a time.
 PANEL, ROWS = 256, 1024
 
-Progress = Callable[[str, int, int], None]
 _Blocks = Generator[tuple[int, dict[str, "ModuleStatistics"]], None, None]
 
 
@@ -113,7 +112,6 @@ def statistics(
     seed: int = 0,
     skip_blocks: Collection[int] = (),
     events: Events | None = None,
-    progress: Progress | None = None,
 ) -> StatisticsRun:
     """Collect statistics, block by block.
 
@@ -134,8 +132,7 @@ def statistics(
             (the true Fisher instead of the empirical one), each position by itself.
         seed: of the drawing.
         skip_blocks: blocks whose statistics are not needed any more.
-        events: told the loss.
-        progress: called with (phase, batches done, batches in all); phases are ``forward`` and ``backward``.
+        events: told the loss and the progress.
 
     Returns:
         An iterator over ``(block, {module: ModuleStatistics})``: from the first block to the last, or, where gradients
@@ -160,7 +157,6 @@ def statistics(
         seed=seed,
         skip_blocks=skip_blocks,
         events=events or Events(),
-        progress=progress or (lambda phase, done, total: None),
     )
 
 
@@ -187,7 +183,6 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         seed: int,
         skip_blocks: Collection[int],
         events: Events,
-        progress: Progress,
     ) -> None:
         """Check everything that can be checked without weights. Arguments as of :func:`statistics`."""
         if labels not in LABELS:
@@ -197,7 +192,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         self._blocks = ModelBlocks(source, device=device, dtype=dtype)
         self._source = source
         self._name, self._tokens, self._needs, self._labels, self._seed = source.name, tokens, needs, labels, seed
-        self._events, self._progress, self._group = events, progress, current()
+        self._events, self._group = events, current()
         self._check_tokens()
         self._draw_shape, self._part = tokens.ids.shape, self._group.portion(tokens.ids.shape[0])
         self._tokens = replace(tokens, ids=tokens.ids[self._part], mask=tokens.mask[self._part])
@@ -317,10 +312,11 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
 
     def _embed(self) -> None:
         with self._blocks.embeddings(), self._store.writing("hidden-0") as write, torch.no_grad():
-            for batch in self._batches:
+            for number, batch in enumerate(self._batches, 1):
                 hidden = self._blocks.embed(self._tokens.ids[batch], self._tokens.mask[batch])
                 self._check(hidden, "the embeddings give", batch)
                 write(hidden)
+                self._events.progress("embedding", number, len(self._batches))
 
     def _run_block(self, index: int, *, collect: bool) -> dict[str, ModuleStatistics]:
         """hidden-i -> hidden-(i+1), and the block's statistics if they are to be collected."""
@@ -336,7 +332,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 output = blocks.run(block, self._read(f"hidden-{index}", batch), masks[batch])
                 self._check(output, f"block {index} gives", batch)
                 write(output)
-                self._progress("forward", index * len(self._batches) + number + 1, blocks.count * len(self._batches))
+                self._tell("forward", index, index * len(self._batches) + number + 1)
         return collector.result()
 
     def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics]:
@@ -356,8 +352,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 assert hidden.grad is not None
                 self._check(hidden.grad, f"block {index} gives", batch, "gradients")
                 write(hidden.grad)
-                done = (blocks.count - 1 - index) * len(self._batches) + number + 1
-                self._progress("backward", done, blocks.count * len(self._batches))
+                self._tell("backward", index, (blocks.count - 1 - index) * len(self._batches) + number + 1)
         return collector.result()
 
     def _run_head(self, *, gradient: bool) -> None:
@@ -368,12 +363,13 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             self._blocks.head() as head,
             self._store.writing(f"gradient-{self._blocks.count}", dry=not gradient) as write,
         ):
-            for batch in self._batches:
+            for number, batch in enumerate(self._batches, 1):
                 hidden = self._read(name, batch)
                 nll, predicted, slope = self._head_batch(head, hidden, batch, gradient)
                 total, count = total + nll, count + predicted
                 self._check(slope, "the head gives", batch, "gradients")
                 write(slope)
+                self._events.progress("head", number, len(self._batches))
             sums = self._group.add(torch.tensor([total, count], dtype=torch.float64))
             self.loss = Loss(float(sums[0]), int(sums[1]))
             self._store.loss = self.loss
@@ -399,6 +395,10 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         """A uniform number for each position, the same whatever the batches and processes are."""
         generator = torch.Generator().manual_seed(self._seed)
         return torch.rand(self._draw_shape, generator=generator, dtype=torch.float64)[self._part][batch]
+
+    def _tell(self, phase: str, index: int, done: int) -> None:
+        count = self._blocks.count
+        self._events.progress(phase, done, count * len(self._batches), f"block {index + 1} of {count}")
 
     def _read(self, name: str, batch: slice) -> Tensor:
         return self._store.read(name, batch).to(self._blocks.device)

@@ -32,8 +32,12 @@ class Events:
     def shard(self, name: str, size: int) -> None:
         """A weight file is complete; size in bytes."""
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """So much of a long phase is done: ``forward`` and ``backward`` in batches, ``refit`` in blocks."""
+    def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """So much of a long phase is done.
+
+        ``embedding``, ``forward``, ``head`` and ``backward`` of a calibration in batches, ``refit`` and ``measuring``
+        in blocks, ``tokens`` of a perplexity; a total of 0 is not known. ``detail`` says where in it the work is.
+        """
 
     def note(self, text: str) -> None:
         """Something the user should know."""

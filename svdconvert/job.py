@@ -160,6 +160,7 @@ def run_job(
                 from svdconvert.verification import self_check
 
                 events.note("checking the result")
+                events.progress("checking the result", 0, 0)
                 checks = self_check(folder, job.config)
             _refuse_changed(source, identity)
             checkpoint.write_config(output, job.config)

@@ -6,7 +6,6 @@ import importlib
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from svdconvert.documents import json_or_none, read_json
 from svdconvert.errors import InputError
 from svdconvert.foreign import foreign_code
 from svdconvert.headers import read_header
+from svdconvert.interrupts import temporary_folder
 from svdconvert.pickled import pickled_header
 from svdconvert.source import LocalSource, parse_index, weight_files
 
@@ -124,8 +124,7 @@ def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     for name in files:
         if name != index:
             (pickled_header if pickled else read_header)(folder / name)
-    with tempfile.TemporaryDirectory(prefix="svdconvert-") as temporary:
-        seen = Path(temporary)
+    with temporary_folder() as seen:
         for name in {*files, *({_GENERATION} if json_or_none(folder / _GENERATION) is not None else ())}:
             (seen / name).symlink_to((folder / name).resolve())
         (seen / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -195,7 +194,7 @@ class quiet_transformers:
         """Silence it."""
         from transformers.utils import logging
 
-        self._verbosity = logging.get_verbosity()
+        self._verbosity, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
         logging.set_verbosity_error()
         with warnings.catch_warnings():
             # Where HF_HUB_DISABLE_PROGRESS_BARS is set, huggingface_hub warns that it decides.
@@ -207,6 +206,7 @@ class quiet_transformers:
         from transformers.utils import logging
 
         logging.set_verbosity(self._verbosity)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.enable_progress_bar()
+        if self._bars:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                logging.enable_progress_bar()

@@ -14,12 +14,11 @@ writer and count as writing.
 from __future__ import annotations
 
 import queue
-import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert import interrupts
 from svdconvert.compute import convert_piece
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
@@ -36,7 +36,7 @@ from svdconvert.shards import ShardWriter
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
 from svdconvert.steps import Step, files_here
-from svdconvert.threads import shared_cores
+from svdconvert.threads import Worker, shared_cores, start_and_join
 from svdconvert.timing import StageTimes
 from svdconvert.tying import other_head
 from svdconvert.units import Finish, begin, in_units
@@ -71,31 +71,6 @@ class _Solved:
 
 class _Stopped(Exception):
     """Another thread failed or the user interrupted: leave quietly."""
-
-
-class _Thread(threading.Thread):
-    """A thread that says itself when it has ended: Python's own join, once interrupted, takes it for dead."""
-
-    def __init__(self, work: Callable[[], None], name: str) -> None:
-        # Daemons, so that a second Ctrl-C ends the process while a solver is deep inside LAPACK.
-        super().__init__(name=name, daemon=True)
-        self._work, self.ended = work, threading.Event()
-
-    def run(self) -> None:
-        try:
-            self._work()
-        finally:
-            self.ended.set()
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait until the body is through."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Pipeline:
@@ -159,29 +134,20 @@ class Pipeline:
             InputError, JobError: what the first failing thread raised; finished steps stay recorded.
             KeyboardInterrupt: likewise.
         """
+        with interrupts.held():
+            return self._run()
+
+    def _run(self) -> dict[str, dict[str, Any]]:
         self._events.begin([step for step in self._todo if step.kind != "copy"], self.resumed)
         cpu_before = time.process_time()
-        threads = [self._thread(self._read_all, "read")]
-        threads += [self._thread(self._solve_all, f"solve-{i}") for i in range(self._workers)]
-        writing = self._thread(self._write_all, "write")
+        workers = [self._worker(self._read_all, "read")]
+        workers += [self._worker(self._solve_all, f"solve-{i}") for i in range(self._workers)]
+        workers.append(self._worker(self._write_all, "write"))
         try:
             with shared_cores(self._workers):
-                with _interrupts_held():
-                    for thread in [*threads, writing]:
-                        thread.start()
-                for thread in threads:
-                    thread.ended.wait()
-                if not self._stop.is_set():
-                    self._put(self._to_write, None)
-                writing.ended.wait()
-        except KeyboardInterrupt:
-            self._events.note("stopping after the matrix in work; press Ctrl-C again to stop at once")
-            self._stop.set()
-            for thread in [*threads, writing]:
-                thread.ended.wait()
-            raise
+                start_and_join(workers, stop=self._interrupt, last=self._end_of_work)
         finally:
-            if all(thread.ended.is_set() for thread in [*threads, writing]):
+            if all(worker.ended.is_set() for worker in workers):
                 try:
                     with self._times.measure("write"):
                         self._shards_done(self._writer.record())
@@ -194,8 +160,17 @@ class Pipeline:
         self._shards_done(self._writer.join())
         return {key: report for key, report in self._writer.reports.items() if report}
 
-    def _thread(self, work: Callable[[], None], name: str) -> _Thread:
-        return _Thread(partial(self._guard, work), name)
+    def _end_of_work(self) -> None:
+        """Tell the writer that nothing more will come."""
+        with suppress(_Stopped):
+            self._put(self._to_write, None)
+
+    def _interrupt(self) -> None:
+        self._stop.set()
+        self._events.note("stopping after the matrix in work; press Ctrl-C again to stop at once")
+
+    def _worker(self, work: Callable[[], None], name: str) -> Worker:
+        return Worker(partial(self._guard, work), name)
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

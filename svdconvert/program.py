@@ -1,10 +1,16 @@
-"""The program `svdconvert`, as it is started."""
+"""The program `svdconvert`, as it is started. It imports nothing before Ctrl-C is taken care of."""
 
 from __future__ import annotations
+
+from svdconvert import interrupts
 
 
 def run() -> None:
     """Do what the command line says, and exit."""
+    interrupts.install()
     from svdconvert.cli import main
 
-    main()
+    try:
+        main()
+    finally:
+        interrupts.settle()

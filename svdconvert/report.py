@@ -1,22 +1,18 @@
-"""What the user sees: plan and result as tables, progress as a bar on a terminal and as plain lines elsewhere."""
+"""What the user sees: plan and results as tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from svdconvert.disk import size
-from svdconvert.events import Events
 from svdconvert.fast import done
 from svdconvert.metrics import METHODS, ROUGH_GUESS, calibrated
-from svdconvert.steps import Step
 from svdconvert.tables import new_table, show_pairs, show_table
 
 if TYPE_CHECKING:
@@ -250,80 +246,3 @@ def show_checks(console: Console, checks: Sequence[Check]) -> None:
     for check in checks:
         mark = "[green]ok[/]    " if check.passed else "[red]failed[/]"
         console.print(f"{mark} [bold]{check.name}[/]: {escape(check.detail)}")
-
-
-@contextmanager
-def bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; yields a function of (done, in all)."""
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-class TerminalEvents(Events):
-    """Progress of a job: a bar with the matrix in work on a terminal, else a line per weight file."""
-
-    def __init__(self, console: Console, *, verbose: bool = False) -> None:
-        """Show on this console; ``verbose`` adds a line per matrix."""
-        self._console = console
-        self._verbose = verbose
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[current]}"),
-            console=console,
-            # A matrix can take a minute; the default window forgets the speed in between.
-            speed_estimate_period=600,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("factors", total=None, current="", start=False)
-
-    def __enter__(self) -> TerminalEvents:
-        """Nothing is drawn before :meth:`begin`."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Take the bar away."""
-        self._progress.stop()
-
-    def planned(self, plan: Plan, free: int) -> None:
-        show_plan(self._console, plan, free)
-
-    def begin(self, steps: Sequence[Step], done_before: int) -> None:
-        if done_before:
-            self.note(f"{done_before} matrices were done by an earlier run; going on with {len(steps)}")
-        what = "decomposing" if any(step.kind == "decompose" for step in steps) else "factors"
-        self._progress.reset(self._task, description=what, total=len(steps) + done_before, completed=done_before)
-        self._progress.start()
-
-    def solving(self, step: Step) -> None:
-        self._progress.update(self._task, current=step.key)
-
-    def decomposed(self, step: Step) -> None:
-        self._progress.advance(self._task)
-
-    def solved(self, step: Step, report: Mapping[str, Any]) -> None:
-        self._progress.advance(self._task)
-        if not self._verbose:
-            return
-        parts = [step.key, f"rank {report['rank']}" if "rank" in report else step.kind]
-        if "relative_error" in report:
-            parts += [f"energy kept {report['energy_kept']:.4f}", f"relative error {report['relative_error']:.4f}"]
-        self._print(", ".join([*parts, f"{report['seconds']:.2f} s"]))
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=phase, total=total, completed=done, current="")
-        self._progress.start()
-
-    def shard(self, name: str, size_in_bytes: int) -> None:
-        self._print(f"wrote {name} ({size(size_in_bytes)})")
-
-    def note(self, text: str) -> None:
-        self._print(f"note: {text}")
-
-    def _print(self, text: str) -> None:
-        self._progress.console.print(escape(text), soft_wrap=True, highlight=False)

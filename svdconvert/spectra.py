@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from svdconvert import locks
 from svdconvert.calibrating import Calibration, check_knowledge, check_parts, default_method, find_knowledge
 from svdconvert.events import Events
+from svdconvert.interrupts import temporary_folder
 from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named, method_options
@@ -242,11 +242,7 @@ def spectrum(
     check_parts(row, collected=stats is not None, split_fused=split_fused)
     used = resolve_device(device)
     with ExitStack() as stack:
-        place = (
-            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svdconvert-")))
-            if work is None
-            else Path(work).expanduser()
-        )
+        place = stack.enter_context(temporary_folder()) if work is None else Path(work).expanduser()
         source = open_source(os.fspath(model), revision, download_folder=place / "source")
         chosen = find_targets(source, targets, split_fused=split_fused)
         check_model(source)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,7 @@ def sweep(
 
     check_model(source)
     measuring: dict[str, Any] = {"batch_size": batch_size, "device": used}
+    measuring["progress"] = partial(events.progress, "tokens")
     passage = read_passage(dense_folder, source.config, Path(text).expanduser(), window, stride)
     measuring |= {"window": passage.window, "stride": passage.stride}
     knowledge = find_knowledge(source, calibration, stats, events)
@@ -570,8 +572,8 @@ class _Quiet(Events):
     def solved(self, step: Step, report: Mapping[str, Any]) -> None:
         self._outer.solved(step, report)
 
-    def progress(self, phase: str, done: int, total: int) -> None:
-        self._outer.progress(phase, done, total)
+    def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        self._outer.progress(phase, done, total, detail)
 
     def note(self, text: str) -> None:
         if text not in self._told:

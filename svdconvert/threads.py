@@ -6,10 +6,14 @@ little by threads (docs/measurements.md). On a GPU each has a stream of its own.
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
+
+from svdconvert import interrupts
 
 S = TypeVar("S")
 
@@ -60,6 +64,59 @@ def shared_cores(workers: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Worker(threading.Thread):
+    """A thread that says itself when it has ended: Python's own join, once interrupted, takes it for dead."""
+
+    def __init__(self, work: Callable[[], None], name: str | None = None) -> None:
+        # Daemons, so that a second Ctrl-C ends the process while a solver is deep inside LAPACK.
+        super().__init__(name=name, daemon=True)
+        self._work, self.ended = work, threading.Event()
+
+    def run(self) -> None:
+        """Do the work."""
+        try:
+            self._work()
+        finally:
+            self.ended.set()
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Let Ctrl-C wait until the body is through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_and_join(workers: Sequence[Worker], stop: Callable[[], None], last: Callable[[], None] | None = None) -> None:
+    """Start threads and wait for them.
+
+    Args:
+        workers: the last one waits for what the others do.
+        stop: tells all of them to end after what they have in hand.
+        last: called when all but the last one have ended.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came; the threads have been stopped and have ended.
+    """
+    try:
+        with _interrupts_blocked():
+            for worker in workers:
+                worker.start()
+        for worker in workers:
+            if last is not None and worker is workers[-1]:
+                last()
+            while not worker.ended.wait(0.1):
+                interrupts.check()
+    except KeyboardInterrupt:
+        stop()
+        for worker in workers:
+            worker.ended.wait()
+        raise
+
+
 def in_threads(jobs: Iterable[Callable[[S], None]], states: Sequence[S]) -> None:
     """Do jobs in as many threads as there are states; with one state, in the calling thread.
 
@@ -72,10 +129,16 @@ def in_threads(jobs: Iterable[Callable[[S], None]], states: Sequence[S]) -> None
         KeyboardInterrupt: likewise; another one does not wait for jobs in work.
     """
     waiting = iter(jobs)
-    if len(states) == 1:
-        for job in waiting:
-            job(states[0])
-        return
+    with interrupts.held():
+        if len(states) == 1:
+            for job in waiting:
+                interrupts.check()
+                job(states[0])
+            return
+        _in_threads(waiting, states)
+
+
+def _in_threads(waiting: Iterator[Callable[[S], None]], states: Sequence[S]) -> None:
     lock, errors = threading.Lock(), list[BaseException]()
 
     def work(state: S) -> None:
@@ -89,17 +152,9 @@ def in_threads(jobs: Iterable[Callable[[S], None]], states: Sequence[S]) -> None
         except BaseException as error:  # noqa: BLE001 - carried to the calling thread, which raises it
             errors.append(error)
 
-    # Daemons, so that a second Ctrl-C ends the process while a solver is deep inside LAPACK.
-    threads = [threading.Thread(target=work, args=(state,), daemon=True) for state in states]
     with shared_cores(len(states)):
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except KeyboardInterrupt as interrupt:
-            errors.append(interrupt)
-            for thread in threads:
-                thread.join()
+        start_and_join(
+            [Worker(partial(work, state)) for state in states], stop=lambda: errors.append(KeyboardInterrupt())
+        )
     if errors:
         raise errors[0]

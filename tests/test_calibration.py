@@ -20,6 +20,7 @@ from svdconvert.blocks import ModelBlocks
 from svdconvert.calibration import STATISTICS, Collector, GramSum, ModuleStatistics, Needs, statistics
 from svdconvert.corpus import CalibrationTokens
 from svdconvert.errors import InputError
+from svdconvert.events import Events
 from svdconvert.source import LocalSource
 from svdconvert.statistics_files import StatisticsFolder, model_key, save_statistics, statistics_key
 from svdconvert.tensor_files import sealed
@@ -622,10 +623,11 @@ def test_grams_of_one_block_at_a_time(source: LocalSource, tmp_path: Path, needs
     kept: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def progress(phase: str, done: int, total: int) -> None:
-        alive.append(sum(reference() is not None for reference in kept))
+    class Listener(Events):
+        def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
+            alive.append(sum(reference() is not None for reference in kept))
 
-    run = statistics(source, PACKED, needs, TARGETS, work=tmp_path, progress=progress)
+    run = statistics(source, PACKED, needs, TARGETS, work=tmp_path, events=Listener())
     for _, found in run:
         assert alive[-1] == 0
         kept += [weakref.ref(entry.input_gram) for entry in found.values() if entry.input_gram is not None]
@@ -640,30 +642,28 @@ def test_padding_in_front_is_refused() -> None:
 
 
 def test_progress_and_note(source: LocalSource, tmp_path: Path) -> None:
-    from svdconvert.events import Events
-
     class Listener(Events):
-        notes: list[str] = []  # noqa: RUF012
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+            self.seen: list[tuple[str, int, int, str]] = []
 
         def note(self, text: str) -> None:
             self.notes.append(text)
 
-    seen: list[tuple[str, int, int]] = []
-    run = statistics(
-        source,
-        PACKED,
-        ALL,
-        TARGETS,
-        work=tmp_path,
-        batch_size=2,
-        events=Listener(),
-        progress=lambda *step: seen.append(step),
-    )
+        def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
+            self.seen.append((phase, done, total, detail))
+
+    listener = Listener()
+    run = statistics(source, PACKED, ALL, TARGETS, work=tmp_path, batch_size=2, events=listener)
     for _ in run:
         pass
-    assert [step for step in seen if step[0] == "forward"] == [("forward", i, 9) for i in range(1, 10)]
-    assert [step for step in seen if step[0] == "backward"] == [("backward", i, 9) for i in range(1, 10)]
+    assert listener.seen == [
+        *(("embedding", i, 3, "") for i in range(1, 4)),
+        *(("forward", i, 9, f"block {(i - 1) // 3 + 1} of 3") for i in range(1, 10)),
+        *(("head", i, 3, "") for i in range(1, 4)),
+        *(("backward", i, 9, f"block {3 - (i - 1) // 3} of 3") for i in range(1, 10)),
+    ]
     assert run.loss is not None
-    assert Listener.notes == [
+    assert listener.notes == [
         f"the model's perplexity on the calibration text is {run.loss.perplexity:,.2f} (95 tokens predicted)"
     ]

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 
 from svdconvert import checkpoint, convert, metrics
 from svdconvert.errors import InputError
+from svdconvert.events import Events
 from svdconvert.headers import read_header
+from svdconvert.steps import Step
 from svdconvert.writer import JOB_FOLDER
 
 # Importing torch costs seconds and forking milliseconds: one process imports everything, and every command is then a
@@ -34,7 +36,8 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from svdconvert import cli, conversion, densifying, folding, loading, pipeline, report, shards, verification
+from svdconvert import conversion, densifying, folding, interrupts, loading, pipeline, program, progress, report
+from svdconvert import shards, verification
 from svdconvert.modeling import modeling_polyglot_svd
 
 CALLS = "open mkdir pwrite write fsync replace posix_fallocate ftruncate unlink rmdir".split()
@@ -63,16 +66,33 @@ def watch(order):
         setattr(os, name, wrap(name, getattr(os, name)))
     return seen
 
+def interrupt_at(moment, seen):
+    # Ctrl-C between two steps of the main thread: a function is called, or returns.
+    def profile(frame, event, argument):
+        seen[0] += 1
+        if seen[0] == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+    sys.setprofile(profile)
+
 def child(order):
+    # As from a terminal, whatever the process that runs the tests does with SIGINT.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if order["ignoring"] else signal.default_int_handler)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(order["files"] + "." + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     shards.BATCH_BYTES, shards.BATCH_SECONDS = order["batch"], 1e9
-    seen, code = watch(order), 70
+    seen, code, steps = watch(order), 70, [0]
+    sys.argv = ["svdconvert", *order["args"]]
     try:
-        cli.main(order["args"])
+        if order["interrupt"] is not None:
+            interrupts.install()  # as the first thing that the program does
+            interrupt_at(order["interrupt"], steps)
+        program.run()
     except SystemExit as end:
         code = end.code or 0
     finally:
+        if order["interrupt"] is not None:
+            sys.setprofile(None)
+            Path(order["files"] + ".steps").write_text(str(steps[0]))
         sys.stdout.flush(), sys.stderr.flush()
         Path(order["files"] + ".calls").write_text("\n".join(seen))
     # As at the end of a real process: wait for threads that are not daemons.
@@ -99,11 +119,27 @@ class Started:
 
     def reached(self) -> None:
         """Come back when the process waits at the call it was told to."""
-        for _ in range(3000):
+        for _ in range(12000):
             if Path(f"{self._flag}.reached").exists():
                 return
             time.sleep(0.01)
         raise AssertionError("the process never came to that call")
+
+    def says(self, text: str) -> None:
+        """Come back when it has said so on standard output."""
+        for _ in range(6000):
+            if text in Path(f"{self._files}.out").read_text():
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"the process never said {text!r}")
+
+    def has_ended(self) -> bool:
+        """Whether it ends within a minute, without being told to go on."""
+        for _ in range(3000):
+            if Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            time.sleep(0.02)
+        return False
 
     def go(self) -> None:
         """Let it go on from there."""
@@ -121,6 +157,9 @@ class Ended:
         self.out, self.err = (Path(f"{files}.{name}").read_text() for name in ("out", "err"))
         calls = Path(f"{files}.calls")
         self.calls = calls.read_text().splitlines() if calls.exists() else []
+
+        steps = Path(f"{files}.steps")
+        self.steps = int(steps.read_text()) if steps.exists() else 0
 
     def __repr__(self) -> str:
         return f"status {self.status}\n{self.out}\n{self.err}"
@@ -145,11 +184,23 @@ class Zygote:
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
-    def start(self, *args: object, at: int | None = None, do: str = "", batch: int = 1) -> Started:
-        """Start a command; ``do`` this ``at`` that call; with ``batch=1`` every step is recorded by itself."""
+    def start(
+        self,
+        *args: object,
+        at: int | None = None,
+        do: str = "",
+        batch: int = 1,
+        interrupt: int | None = None,
+        ignoring: bool = False,
+    ) -> Started:
+        """Start a command; ``do`` this ``at`` that call; with ``batch=1`` every step is recorded by itself.
+
+        ``interrupt``: Ctrl-C at that step of the main thread (0 counts them); ``ignoring``: with SIGINT ignored.
+        """
         self.count += 1
         files, flag = str(self.folder / str(self.count)), self.folder / f"{self.count}.flag"
         order = {"args": [str(a) for a in args], "files": files, "at": at, "do": do, "flag": str(flag), "batch": batch}
+        order |= {"interrupt": interrupt, "ignoring": ignoring}
         return Started(self, self.ask(order), files, flag)
 
     def run(self, *args: object, **options: Any) -> Ended:
@@ -158,7 +209,7 @@ class Zygote:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(20)
+        self.process.wait(120)
 
 
 @pytest.fixture(scope="module")
@@ -354,17 +405,19 @@ def unfinished(zygote: Zygote, small: Path, reference: tuple[Path, list[str]], t
     return out
 
 
+SENTENCE = "Error: the job was interrupted; run the same command to continue\n"
+
+
 def test_ctrl_c(zygote: Zygote, small: Path, reference: tuple[Path, list[str]], tmp_path: Path) -> None:
     expected, calls = reference
     out = tmp_path / "out"
     started = zygote.start(*command(small, out), at=mid_job(calls), do="wait")
     started.reached()
     os.kill(started.pid, signal.SIGINT)
-    time.sleep(0.3)
+    started.says("stopping after the matrix in work")
     started.go()
     ended = started.wait()
-    assert ended.status == 1
-    assert ended.err == "Error: interrupted; the same command goes on where it stopped\n"
+    assert (ended.status, ended.err) == (1, SENTENCE), ended
     assert_nothing_half(out, expected)
     assert not (out / "config.json").exists()
     again = zygote.run(*command(small, out))
@@ -380,22 +433,171 @@ def test_second_ctrl_c_does_not_wait_for_the_matrix(
     started = zygote.start(*command(small, out), at=mid_job(calls), do="wait")
     started.reached()
     os.kill(started.pid, signal.SIGINT)
-    time.sleep(0.5)
+    started.says("stopping after the matrix in work")
     os.kill(started.pid, signal.SIGINT)
     # The writer's thread is never let go: only a process that does not wait for it can end.
-    for _ in range(500):
-        if Path(f"/proc/{started.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-            break
-        time.sleep(0.02)
-    else:
+    ended_alone = started.has_ended()
+    if not ended_alone:
         started.go()
     ended = started.wait()
-    assert ended.status == 1
-    assert not Path(f"{started._flag}.go").exists(), "the process waited for its threads"
-    assert ended.err.startswith("Error: interrupted")
-    assert ended.err.count("\n") == 1
+    assert ended_alone, "the process waited for its threads"
+    assert (ended.status, ended.err) == (1, SENTENCE), ended
     assert zygote.run(*command(small, out)).status == 0
     assert tree(out) == tree(expected)
+
+
+def interrupted_everywhere(zygote: Zygote, args: Callable[[Path], list[object]], folder: Path, moments: int) -> int:
+    """Ctrl-C at many steps of the main thread, the first and the last ones among them: one sentence each time.
+
+    Returns how many runs it ended; a run that is through by then has done its work.
+    """
+    whole = zygote.run(*args(folder / "whole"), interrupt=0)
+    assert (whole.status, whole.err) == (0, ""), whole
+    choose, count = random.Random(str(args(Path()))), 0
+    few = [1, 2, 50, whole.steps - 200, whole.steps - 20, whole.steps - 2]
+    for at in [*few, *(choose.randrange(1, whole.steps) for _ in range(moments))]:
+        out = folder / f"at-{at}"
+        ended = zygote.run(*args(out), interrupt=at)
+        # How many steps a run has depends on how often its main thread wakes up.
+        assert (ended.status, ended.err) in [(1, SENTENCE), (0, "")], (at, ended)
+        assert "Traceback" not in ended.out, ended
+        count += ended.status
+    return count
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_ctrl_c_at_any_moment_of_a_conversion(
+    workers: int, zygote: Zygote, small: Path, reference: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Threads that start, imports, files that are written, the end: and each run can be continued."""
+
+    def args(out: Path) -> list[object]:
+        return command(small, out, "--workers", workers)
+
+    assert interrupted_everywhere(zygote, args, tmp_path, 25) >= 25
+    for out in sorted(tmp_path.glob("at-*"))[::3]:
+        again = zygote.run(*args(out))
+        assert (again.status, again.err) == (0, ""), again
+        assert tree(out) == tree(reference[0])
+
+
+def test_ctrl_c_at_any_moment_of_a_calibrated_conversion(
+    zygote: Zygote, small: Path, text: Path, tmp_path: Path
+) -> None:
+    reading = ["--calib", text, "--calib-samples", 6, "--calib-length", 24, "--workers", 2]
+
+    def args(out: Path) -> list[object]:
+        return [small, "--keep", 0.6, "--refit", "sequential", "--device", "cpu", *reading, "--out", out]
+
+    assert interrupted_everywhere(zygote, args, tmp_path, 10) >= 10
+    for out in sorted(tmp_path.glob("at-*"))[::5]:
+        again = zygote.run(*args(out))
+        assert (again.status, again.err) == (0, ""), again
+        assert weights(out) == weights(tmp_path / "whole")
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("name", ["calibrate", "densify", "spectrum", "evaluate", "plan", "help"])
+def test_ctrl_c_at_any_moment_of_other_commands(
+    name: str, zygote: Zygote, small: Path, reference: tuple[Path, list[str]], text: Path, tmp_path: Path
+) -> None:
+    reading = ["--calib", text, "--calib-samples", 6, "--calib-length", 24]
+    lines: dict[str, Callable[[Path], list[object]]] = {
+        "calibrate": lambda out: ["calibrate", small, *reading, "--device", "cpu", "--out", out],
+        "densify": lambda out: ["densify", reference[0], "--device", "cpu", "--out", out],
+        "spectrum": lambda out: ["spectrum", small, "--device", "cpu"],
+        "evaluate": lambda out: ["evaluate", small, "--text", text, "--window", 32, "--device", "cpu"],
+        "plan": lambda out: ["plan", small, "--rank", 16],
+        "help": lambda out: ["convert", "--help"],
+    }
+    assert interrupted_everywhere(zygote, lines[name], tmp_path, 8) >= 8
+
+
+# As `python -m svdconvert`, with Ctrl-C when the program asks for its n-th module, or when the test sends it.
+PROGRAM = r"""
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignoring" else signal.default_int_handler)
+from svdconvert import interrupts
+from svdconvert.program import run
+seen, moment = [0], int(sys.argv[2])
+def hook(event, arguments):
+    if event == "import":
+        seen[0] += 1
+        if seen[0] == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+interrupts.install()
+if moment:
+    sys.addaudithook(hook)
+print("ready", flush=True)
+sys.argv = ["svdconvert", *sys.argv[3:]]
+run()
+"""
+
+
+def started(*args: object, moment: int = 0, signals: str = "default") -> subprocess.Popen[str]:
+    line = [sys.executable, "-c", PROGRAM, signals, str(moment), *map(str, args)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("moment", [1, 5, 20, 60, 200, 700, 1500])
+def test_ctrl_c_while_modules_are_imported(moment: int, small: Path, tmp_path: Path) -> None:
+    process = started(*command(small, tmp_path / "out"), moment=moment)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (1, SENTENCE), err
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("moment", [1, 10, 40])
+def test_ctrl_c_during_help(moment: int) -> None:
+    process = started("--help", moment=moment)
+    assert (process.communicate(timeout=300)[1], process.returncode) == (SENTENCE, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ctrl_c_at_any_time_of_a_real_process(
+    seed: int, small: Path, reference: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = started(*command(small, out))
+    time.sleep(random.Random(seed).uniform(0, 4))
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=300)[1]
+    assert (process.returncode, err) in [(1, SENTENCE), (0, "")]
+    if out.exists():
+        assert_nothing_half(out, reference[0])
+
+
+def test_sigint_that_was_ignored_at_the_start_stays_so(
+    zygote: Zygote, small: Path, reference: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """As `nohup svdconvert ... &` in a script: somebody's Ctrl-C is not for it."""
+    for moment in (1, 1000, 3000):
+        out = tmp_path / str(moment)
+        ended = zygote.run(*command(small, out), interrupt=moment, ignoring=True)
+        assert (ended.status, ended.err) == (0, "")
+        assert tree(out) == tree(reference[0])
+
+
+def test_an_interrupt_of_a_program_that_uses_the_library(small: Path, tmp_path: Path) -> None:
+    """There nothing is done with signals; Python's KeyboardInterrupt comes through, and the same call continues."""
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGINT)
+
+    class Impatient(Events):
+        def solved(self, step: Step, report: Mapping[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(small, out, rank=16, device="cpu", check=False, workers=2, events=Impatient())
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (out / "config.json").exists()
+    assert convert(small, out, rank=16, device="cpu", check=False).outcome.resumed >= 1
 
 
 def test_two_at_once(zygote: Zygote, small: Path, reference: tuple[Path, list[str]], tmp_path: Path) -> None:

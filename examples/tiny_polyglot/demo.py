@@ -1,7 +1,6 @@
 """Convert the bundled model, load the result as anybody would, and compare: `make demo`.
 
-The bundled model is tiny (4 million parameters), so truncation hurts it more than a large one; what counts here is
-that every step is the real one.
+The bundled model is tiny (4 million parameters); what counts here is that every step is the real one.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from svdconvert import convert, evaluate
-from svdconvert.report import TerminalEvents
+from svdconvert.progress import TerminalEvents
 
 HERE = Path(__file__).parent
 PROMPT = "이 영화는"

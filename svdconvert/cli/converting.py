@@ -110,7 +110,8 @@ def convert(
     if out is None:
         raise InputError("--out is missing: the folder to write the factored model to")
     from svdconvert.conversion import convert as run
-    from svdconvert.report import TerminalEvents, show_result
+    from svdconvert.progress import TerminalEvents
+    from svdconvert.report import show_result
 
     console = console_for(as_json)
     with TerminalEvents(console, verbose=verbose) as events:
@@ -176,7 +177,7 @@ def calibrate(model: str, out: Path, methods: Sequence[str], revision: str | Non
     if calibration is None:
         raise InputError("--calib is missing: the text to collect statistics from")
     from svdconvert.calibrating import calibrate as run
-    from svdconvert.report import TerminalEvents
+    from svdconvert.progress import TerminalEvents
 
     with TerminalEvents(console_for(False)) as events:
         run(model, calibration, out, methods=methods, revision=revision, device=device, events=events)
@@ -214,7 +215,8 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
         check_picture(plot)
     calibration = _calibration(options)
     from svdconvert.plots import save_figure, spectrum_figure
-    from svdconvert.report import TerminalEvents, show_spectra
+    from svdconvert.progress import TerminalEvents
+    from svdconvert.report import show_spectra
     from svdconvert.spectra import spectrum as run
 
     console = console_for(as_json)
@@ -300,7 +302,8 @@ def sweep(
         from svdconvert.plots import need_matplotlib
 
         need_matplotlib()
-    from svdconvert.report import TerminalEvents, show_sweep
+    from svdconvert.progress import TerminalEvents
+    from svdconvert.report import show_sweep
     from svdconvert.sweeping import sweep as run
 
     console = console_for(as_json)

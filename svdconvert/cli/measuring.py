@@ -95,10 +95,11 @@ def evaluate(model: str, text: Path, as_json: bool, **options: Any) -> None:
     if options["against_revision"] and not options["against"]:
         raise InputError("--against-revision belongs to --against")
     from svdconvert.perplexity import evaluate as run
-    from svdconvert.report import bar, show_evaluation
+    from svdconvert.progress import counting
+    from svdconvert.report import show_evaluation
 
     console = console_for(as_json)
-    with bar(console, "tokens") as progress:
+    with counting(console, "tokens") as progress:
         result = run(model, text, **options, progress=progress)
     if as_json:
         print_json(result.to_json())
@@ -119,7 +120,8 @@ def evaluate(model: str, text: Path, as_json: bool, **options: Any) -> None:
 def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:
     """What the singular values are worth: perplexity without each group of them in turn."""
     from svdconvert.ablation import ablate as run
-    from svdconvert.report import TerminalEvents, show_ablation
+    from svdconvert.progress import TerminalEvents
+    from svdconvert.report import show_ablation
 
     console = console_for(as_json)
     with TerminalEvents(console) as events:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from svdconvert import __version__, processes
+from svdconvert import __version__, interrupts, processes
 from svdconvert.cli.groups import GroupedCommand
 from svdconvert.errors import InputError, JobError, SvdconvertError, out_of_memory
 
@@ -71,7 +71,7 @@ class DefaultGroup(click.Group):
             return result
         except KeyboardInterrupt:
             # click itself would say "Aborted!" and no more.
-            raise JobError("interrupted; the same command goes on where it stopped") from None
+            raise JobError(interrupts.SENTENCE) from None
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         # OpenMP's threads wait for each other by spinning; where other processes hold a core, an eigen-decomposition
@@ -114,6 +114,7 @@ def _unforeseen(error: Exception) -> str:
 def _fail(message: str, exit_code: int) -> NoReturn:
     # Names in files may hold anything; a terminal is not to be steered by them.
     message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    interrupts.settle()
     group = processes.current()
     if group.size == 1:
         click.echo(f"Error: {message}", err=True)

@@ -25,7 +25,7 @@ from svdconvert.cli.screen import console_for, need_folder
 
 @contextmanager
 def _job_events(options: dict[str, Any]) -> Iterator[Any]:
-    from svdconvert.report import TerminalEvents
+    from svdconvert.progress import TerminalEvents
 
     with TerminalEvents(console_for(False), verbose=options.pop("verbose")) as events:
         yield events
