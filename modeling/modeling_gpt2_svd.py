@@ -48,8 +48,9 @@ PARTS = ("query", "key", "value")
 
 NO_DENSE_WEIGHT = (
     "this layer is factored: its product can be read, but it has no dense weight to write or to merge into; "
-    "to fold a LoRA adapter into the factors use `svdconvert fold`, and for a method that changes the weights "
-    'under it write target_modules=["down", "up"]'
+    "to fold a LoRA adapter into the factors use `svdconvert fold`, for a method that changes the weights "
+    'under it write target_modules=["down", "up"], and keep a quantizer to the factors: '
+    'include=["*.down", "*.up"] in quanto, ignore=["FactoredLinear"] in llm-compressor'
 )
 
 
@@ -443,6 +444,12 @@ class _DenseWeight(torch.Tensor):
         if requires_grad:
             raise RuntimeError(NO_DENSE_WEIGHT)
         return self
+
+    def type(self, dtype=None, **kwargs):
+        # Without a dtype it is how torch names what is no parameter, to a tool that gives it to a layer of its own.
+        if dtype is None:
+            raise RuntimeError(NO_DENSE_WEIGHT)
+        return super().type(dtype, **kwargs)
 
     def __repr__(self):
         return f"<weight of factors: {tuple(self.shape)}, {self.dtype}, {self.device}>"
