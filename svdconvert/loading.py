@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert.architectures import FACTORED, Architecture, dense_architecture
+from svdconvert.architectures import ARCHITECTURES, FACTORED, Architecture, dense_architecture, dense_shapes
 from svdconvert.documents import json_or_none, read_json
 from svdconvert.errors import InputError
 from svdconvert.foreign import foreign_code
 from svdconvert.headers import read_header
 from svdconvert.interrupts import temporary_folder
+from svdconvert.other_models import refuse_other_model
 from svdconvert.pickled import pickled_header
-from svdconvert.source import LocalSource, parse_index, weight_files
+from svdconvert.source import LocalSource, Source, parse_index, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -74,8 +75,14 @@ def load_model(
             config_class, model_class = factored_classes(row)
             model, info = model_class.from_pretrained(seen, config=config_class(**found), **options)
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
-    if wrong and config is None and (source := LocalSource(folder)).stored:
-        model, wrong = _unwrapped(source, dtype)
+    if wrong and config is None and found.get("model_type") in ARCHITECTURES:
+        source = LocalSource(folder)
+        dense = dense_architecture(found, source.name)
+        full, expected = dense.full_names(source.tensors, found), dense_shapes(dense, found, source.name)
+        refuse_other_model(source.tensors, full, expected, dense, source)
+        if source.stored:
+            with foreign_code(f"{folder} cannot be loaded"):
+                wrong = _fill(model, source, dense)
     if wrong:
         raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
     return model.to(device).eval()
@@ -86,18 +93,16 @@ def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _ATTENTION}
 
 
-def _unwrapped(source: LocalSource, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """A dense model whose tensors have the names of a wrapper in their files, and which of its weights it lacks."""
+def _fill(model: Any, source: Source, row: Architecture) -> list[str]:
+    """Give a dense model the tensors that have the names of a wrapper in their files.
+
+    Returns:
+        The weights that it still lacks.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     from svdconvert.weights import WeightReader
 
-    row = dense_architecture(source.config, source.name)
-    settings = {key: value for key, value in without_attention(source.config).items() if key != "model_type"}
-    with quiet_transformers():
-        config = AutoConfig.for_model(row.model_type, **settings)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(dtype)
     # transformers 5 has another name for GPT-NeoX's head than its files.
     head = next(name for name in row.head if name in model.state_dict())
     reader, weights = WeightReader(source), {}
@@ -107,7 +112,7 @@ def _unwrapped(source: LocalSource, dtype: torch.dtype) -> tuple[Any, list[str]]
     reader.close()
     missing, _ = model.load_state_dict(weights, strict=False)
     model.tie_weights()
-    return model, [name for name in missing if name != head or not row.is_tied(source.config)]
+    return [name for name in missing if name != head or not row.is_tied(source.config)]
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from svdconvert.headers import CODES, MAX_DIMENSIONS, MAX_HEADER_BYTES, TensorIn
 if TYPE_CHECKING:
     import torch
 
+# Whose classes are in pickles of quantised weights.
+_QUANTISERS = ("torchao", "quanto", "bitsandbytes", "hqq", "auto_round", "neural_compressor")
+
 
 @lru_cache(maxsize=2)
 def load_pickled(path: Path) -> dict[str, torch.Tensor]:
@@ -29,7 +32,12 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
     _check_archive(path)
     try:
         state = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if quantiser := next((name for name in _QUANTISERS if name in str(error)), None):
+            raise InputError(
+                f"{path} holds weights that {quantiser} has quantised; convert the unquantised model and quantise the "
+                "result"
+            ) from None
         raise InputError(
             f"{path} is a pickle that holds more than weights, and opening it could run foreign code; "
             "save the model again with save_pretrained and give that folder"

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import transformers
 
-from svdconvert.architectures import Architecture, dense_architecture, factored_architecture
+from svdconvert.architectures import Architecture, dense_architecture, dense_shapes, factored_architecture
 from svdconvert.blocks import ModelBlocks
 from svdconvert.errors import InputError
 from svdconvert.foreign import foreign_code
 from svdconvert.loading import quiet_transformers
+from svdconvert.other_models import refuse_other_model
 from svdconvert.skeletons import is_factored
 from svdconvert.source import Source
 from svdconvert.tying import head_copies, other_head
@@ -35,11 +36,14 @@ def check_model(source: Source) -> None:
     factored = is_factored(source)
     row = (factored_architecture if factored else dense_architecture)(source.config, source.name)
     _check_attention(source)
+    if not factored:
+        full = row.full_names(source.tensors, source.config)
+        refuse_other_model(full, full, dense_shapes(row, source.config, source.name), row, source)
     blocks = ModelBlocks(source)
     _check_weights(source, row, blocks, row.head[factored])
     blocks.rehearse()
     _check_generation(source)
-    if source.repo is None:  # of a repository, they are compared when they are here
+    if not source.fetched:  # files that come one by one are compared when they are here
         _check_head(source, row)
 
 

@@ -22,7 +22,7 @@ from svdconvert.folders import ModelFolder, cached_repo
 from svdconvert.headers import CODES, TensorInfo, read_header
 from svdconvert.identity import file_digest, weights_digest
 from svdconvert.other_formats import refuse_other_format
-from svdconvert.side_files import choose_side_files, side_notes
+from svdconvert.side_files import choose_side_files, is_side_file, side_notes
 from svdconvert.wrappers import unwrap
 
 ALIASES: Mapping[str, str] = {
@@ -34,6 +34,11 @@ COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep d
 
 SAFE_SINGLE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+# What is read of any model that is loaded, beside its side files.
+_READ = ("config.json", "README.md", "adapter_config.json", SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX)
+_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
 
 class Source(ABC):
@@ -252,7 +257,8 @@ def survey(folder: Path) -> ModelFolder:
             outside of it.
     """
     listed = ModelFolder(folder)
-    listed.check({"config.json", "adapter_config.json", *stock_weights(listed.sizes)} & listed.sizes.keys())
+    read = (name for name in listed.sizes if name in _READ or _SHARD.fullmatch(name) or is_side_file(name))
+    listed.check(read)
     refuse_other_format(
         folder,
         listed.sizes,

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import CONFIG, read_config, read_weights, tree, write_checkpoint
+from checkpoints import CONFIG, read_config, read_weights, tree, write_checkpoint, write_tokenizer
 from families import stock_config, stock_model, write_family
 from hub_server import HubServer, use_hub
 from safetensors.torch import load_file, save_file
@@ -205,8 +206,9 @@ def test_the_type_comes_before_the_weights(config: dict[str, Any], words: str, r
 )
 @pytest.mark.parametrize("keeps_names", [True, False])
 def test_models_with_other_heads(
-    family: str, auto: str, words: list[str], keeps_names: bool, run: Run, tmp_path: Path
+    family: str, auto: str, words: list[str], keeps_names: bool, text: Path, run: Run, tmp_path: Path
 ) -> None:
+    """All commands that may be given one say the same."""
     import transformers
 
     model = getattr(transformers, auto).from_config(stock_config(family, tie_word_embeddings=False))
@@ -216,8 +218,15 @@ def test_models_with_other_heads(
         del config["architectures"]
         (tmp_path / "model" / "config.json").write_text(json.dumps(config))
         words = ["a classifier ("] if "Classification" in auto else words
-    for command in (["plan"], ["convert", "--out", tmp_path / "out"]):
-        assert_refused(run(command[0], tmp_path / "model", "--rank", 8, *command[1:]), *words)
+    write_tokenizer(tmp_path / "model")
+    refused = run("plan", tmp_path / "model", "--rank", 8)
+    assert_refused(refused, *words)
+    for command in (
+        ["convert", tmp_path / "model", "--rank", 8, "--out", tmp_path / "out"],
+        ["evaluate", tmp_path / "model", "--text", text, "--window", 16],
+        ["calibrate", tmp_path / "model", "--calib", text, "--out", tmp_path / "out"],
+    ):
+        assert run(*command).err == refused.err
     assert not (tmp_path / "out").exists()
 
 
@@ -252,6 +261,18 @@ def test_quantised_without_a_word_in_the_config(
     tensors = load_file(dense / "model.safetensors")
     quantised(parts)(tensors)
     assert_refused(run("plan", write_checkpoint(tmp_path / "model", tensors), "--rank", 8), by, "unquantised")
+
+
+def test_quantised_pickle(dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of a class of torchao, which is not here and would not be imported if it were."""
+    module = ModuleType("torchao.quantization")
+    module.Int8Tensor = type("Int8Tensor", (), {"__module__": module.__name__})  # type: ignore[attr-defined]
+    model = shutil.copytree(dense, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchao", ModuleType("torchao"))
+        patch.setitem(sys.modules, module.__name__, module)
+        torch.save({"gpt_neox.embed_in.weight": module.Int8Tensor()}, model / "pytorch_model.bin")
+    assert_refused(run("plan", model, "--rank", 8), "torchao has quantised", "unquantised model")
 
 
 # --- wrappers
@@ -334,7 +355,7 @@ def test_wrapped_and_calibrated(calibration: Any, dense: Path, tmp_path: Path) -
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_wrapped_result(factored: Path, dense: Path, tmp_path: Path) -> None:
+def test_wrapped_result(factored: Path, dense: Path, text: Path, tmp_path: Path) -> None:
     """A factored model that was trained compiled and in DDP."""
     wrapped = shutil.copytree(factored, tmp_path / "wrapped")
     rename(wrapped, lambda name: f"module._orig_mod.{name}")
@@ -343,7 +364,11 @@ def test_wrapped_result(factored: Path, dense: Path, tmp_path: Path) -> None:
     theirs = read_weights(tmp_path / "two")
     for name, tensor in read_weights(tmp_path / "one").items():
         assert torch.equal(tensor, theirs[name]), name
-    del dense
+    # its own class refuses to load it so, and that is what a user would get
+    assert [check.name for check in failed(verify(wrapped, str(dense)))] == ["logits"]
+    with pytest.raises(InputError, match=r"cannot be loaded: .*_orig_mod"):
+        evaluate(wrapped, text, window=16, device="cpu")
+    assert evaluate(tmp_path / "two", text, window=16, device="cpu").tokens > 0
 
 
 @pytest.mark.parametrize(
