@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from svdconvert.errors import InputError
+from svdconvert.foreign import foreign_code
 from svdconvert.passages import Passage
 
 # Logits are compared so many positions at a time: with a vocabulary of 256k tokens in float32 half a gigabyte each.
@@ -129,7 +130,8 @@ def _usual_batch(model: Any, passage: Passage) -> int:
 
 
 def _logits(model: Any, inputs: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=inputs, use_cache=False).logits
+    with foreign_code("the model cannot be run"):
+        logits: Tensor = model(input_ids=inputs, use_cache=False).logits
     return logits
 
 

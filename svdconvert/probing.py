@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdconvert.blocks import ModelBlocks
 from svdconvert.errors import InputError
+from svdconvert.foreign import foreign_code
 from svdconvert.loading import load_model
 from svdconvert.source import Source
 
@@ -39,11 +40,9 @@ def probe(folder: Path, source: Source) -> str:
     ids = torch.arange(PROBE).remainder(int(source.config["vocab_size"]))[None]
     needed = sum(4 * info.size + info.nbytes for info in source.tensors.values())
     whole = needed <= LOADED_BYTES
-    try:
+    with foreign_code("a few tokens cannot be run"):
         for logits in _logits_at_once(folder, source, ids) if whole else logits_by_block(source, ids):
             _check(logits, "the logits have")
-    except (RuntimeError, IndexError) as error:  # what torch raises for output positions that there are not
-        raise InputError(f"a few tokens cannot be run: {str(error).strip().splitlines()[0]}") from None
     return "loaded whole" if whole else "block by block"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers  # noqa: F401 - its loggers keep the stderr of their import, which must not be that of one test
-from checkpoints import HIDDEN, read_config, read_weights, write_checkpoint
+from checkpoints import HIDDEN, random_tensors, read_config, read_weights, write_checkpoint
 from hub_server import ALWAYS, HubServer, use_hub
 from safetensors.torch import load_file, save_file
 
@@ -577,16 +577,27 @@ def test_source_cannot_be_read(dense: Path, run: Run, tmp_path: Path, monkeypatc
     assert_no_model(tmp_path / "out")
 
 
-def test_out_of_memory(dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory; use fewer --workers"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "fewer --workers"),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "out of memory; use fewer --workers"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on the device; use --device cpu"),
+    ],
+)
+def test_out_of_memory(
+    error: Exception, words: str, dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from svdconvert import compute
 
     def full(*args: object) -> None:
-        raise MemoryError
+        raise error
 
     args = [dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out"]
     with monkeypatch.context() as patch:
         patch.setitem(compute.OPERATIONS, "factorize", full)
-        assert_refused(run(*args), "out of memory", "the same command goes on", code=1)
+        assert_refused(run(*args), words, "the same command goes on", code=1)
     assert_no_model(tmp_path / "out")
     assert run(*args).code == 0
 
@@ -600,6 +611,29 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
         use_hub(monkeypatch, server, tmp_path / "home")
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
+
+
+def test_a_head_that_is_no_copy_after_all(hub: HubServer, run: Run, tmp_path: Path) -> None:
+    """It is known only when both files are here, which takes no more of the disk than any two."""
+    tensors = random_tensors()
+    tensors["embed_out.weight"] = tensors["gpt_neox.embed_in.weight"].clone()
+    tied = {"tie_word_embeddings": True}
+    hub.add("owner/same", write_checkpoint(tmp_path / "same", tensors, shards=4, config=tied))
+    tensors["embed_out.weight"][-1] += 1
+    hub.add("owner/other", write_checkpoint(tmp_path / "other", tensors, shards=4, config=tied))
+    args = ["--rank", 16, "--device", "cpu", "--out"]
+    assert run("owner/same", *args, tmp_path / "out").code == 0
+    assert "lm_head.weight" not in read_weights(tmp_path / "out")
+    result = run("owner/other", *args, tmp_path / "out2")
+    assert_refused(result, "ties embed_out.weight to gpt_neox.embed_in.weight", "tie_word_embeddings")
+    assert not (tmp_path / "out2" / "config.json").exists()
+
+
+def test_the_place_of_an_error_for_those_who_ask(dense: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVDCONVERT_DEBUG", "1")
+    result = run("plan", dense, "--rank", 0)
+    assert "Traceback" in result.err
+    assert result.code == 2
 
 
 def test_unknown_repository(hub: HubServer, run: Run, tmp_path: Path) -> None:

@@ -185,6 +185,8 @@ WRONG = {
     "attention_bias": ("x", {}),
     "attn_implementation": ("evil", 3),
     "num_labels": (10**30,),
+    "pad_token_id": (10**30, "0", 1.5),
+    "sliding_window": (0, "7", -1),
     "max_position_embeddings": ("64", 1.5, -1, 10**30),
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from svdconvert.architectures.row import Config
 from svdconvert.errors import InputError
-from svdconvert.fields import FLAG, OBJECT, TEXT, Kind, either, optional, problem
+from svdconvert.fields import FLAG, OBJECT, TEXT, Kind, either, many, optional, problem
 from svdconvert.headers import CODES
 
 
@@ -24,6 +24,7 @@ def _given(kind: Kind) -> Kind:
 
 
 _MOST = 2**31 - 1
+_TOKEN = _whole(-1, _MOST)
 _NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) < 1e38)
 _DTYPE = Kind("a type of torch, float16 or bfloat16 say", lambda value: isinstance(value, str) and value in CODES)
 # What there is something made for each of.
@@ -36,10 +37,12 @@ FIELDS: Mapping[str, Kind] = {
     ),
     # without them, or with 0, the class has its own
     **dict.fromkeys(
-        "num_key_value_heads head_dim intermediate_size n_inner word_embed_proj_dim sliding_window "
-        "max_window_layers".split(),
+        "num_key_value_heads head_dim intermediate_size n_inner word_embed_proj_dim max_window_layers".split(),
         optional(_whole(0, _MOST)),
     ),
+    "sliding_window": optional(_whole(1, _MOST)),
+    # the first LLaMA's padding is -1
+    **dict.fromkeys("bos_token_id eos_token_id pad_token_id".split(), optional(either(_TOKEN, many(_TOKEN)))),
     **{name: optional(_whole(1, most)) for name, most in _COUNTS.items()},
     **dict.fromkeys(
         "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rotary_pct rotary_emb_base partial_rotary_factor "
