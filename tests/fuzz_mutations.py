@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ _KINDS = "strange strange strange number number remove rename add nest wrap swap
 
 def mutate(path: Path, random: Random) -> str:
     """Damage a file in place; says how."""
+    if random.random() < 0.04:
+        return _replace(path, random)
     data = path.read_bytes()
     name = path.name
     if name.endswith((".json", ".jsonl")) and random.random() < 0.75:
@@ -37,6 +40,19 @@ def mutate(path: Path, random: Random) -> str:
         said, data = _bytes(data, random)
     path.write_bytes(data)
     return said
+
+
+def _replace(path: Path, random: Random) -> str:
+    """Something that is no regular file."""
+    path.unlink()
+    kind = random.choice(["pipe", "folder", "device", "dangling link", "loop", "nothing"])
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "nothing":
+        path.symlink_to({"device": "/dev/zero", "dangling link": "nowhere", "loop": path.name}[kind])
+    return f"becomes a {kind}"
 
 
 def _bytes(data: bytes, random: Random) -> tuple[str, bytes]:

@@ -87,7 +87,7 @@ def _of_source(source: Path, result: Path) -> str | None:
         if float((weight - product).norm() ** 2) > float(best) * 1.02 + 1e-4 * float(values.norm() ** 2):
             return f"{module} is not the best product"
     for path in source.glob("*token*"):
-        if (result / path.name).read_bytes() != path.read_bytes():
+        if path.is_file() and (result / path.name).read_bytes() != path.read_bytes():
             return f"{path.name} is not the source's"
     return None
 
