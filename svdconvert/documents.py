@@ -12,8 +12,6 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -125,18 +123,6 @@ def json_or_none(path: Path) -> dict[str, Any] | None:
         return read_json(path, "")
     except InputError:
         return None
-
-
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file's lines, in order; a line that is torn or damaged is passed over.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    for line in read_bytes(path, f"{path} is missing", MAX_JSON_BYTES).splitlines(keepends=True):
-        with suppress(InputError):
-            if line.endswith(b"\n"):
-                yield json_object(line, path)
 
 
 def json_object(data: bytes, where: object, advice: str = "fetch it again") -> dict[str, Any]:

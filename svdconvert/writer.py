@@ -42,6 +42,7 @@ _MODEL_FILES = frozenset({SAFE_INDEX, PICKLE_INDEX, "generation_config.json", "a
 
 # What to do about a damaged file of ours.
 _ANEW = "convert anew, with --overwrite"
+_ELSEWHERE = "give another folder, or empty this one"
 _JOB_FIELDS = {"settings": OBJECT}
 _MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
 _RECORD_FIELDS = {
@@ -172,8 +173,8 @@ class OutputFolder:
         job = self.job / "job.json"
         self._files = sorted(_ours(self.folder))
         if job.exists():
-            begun = read_json(job, "", _ANEW)
-            require(begun, _JOB_FIELDS, job, _ANEW)
+            begun = read_json(job, "", _ELSEWHERE)
+            require(begun, _JOB_FIELDS, job, _ELSEWHERE)
             self._refuse_other(begun["settings"], f"{self.folder} holds an unfinished job", "finish it as it was begun")
         elif (self.folder / RECORD).is_file() and (self.folder / "config.json").is_file():
             done = read_record(self.folder)

@@ -19,7 +19,6 @@ from svdconvert.documents import (
     parse_json,
     read_bytes,
     read_json,
-    read_json_lines,
     read_text,
 )
 from svdconvert.errors import InputError
@@ -137,12 +136,6 @@ def test_size_is_bounded_by_what_is_read_too(tmp_path: Path) -> None:
 def test_a_zero_byte_in_a_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         open_regular(tmp_path / "a\0b")
-
-
-def test_lines_that_are_damaged_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "lines"
-    path.write_bytes(b'{"a": 1}\nno\n[2]\n' + nested(1000).encode() + b'\n\xff\n{"b": 2}\n{"torn": 3}')
-    assert list(read_json_lines(path)) == [{"a": 1}, {"b": 2}]
 
 
 FIELDS = {

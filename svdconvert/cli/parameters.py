@@ -44,7 +44,12 @@ shard_option = option(
     show_default=True,
     help="Largest weight file to write: 500MB or 5GB in powers of 1000, 2GiB in powers of 1024, or a number of bytes.",
 )
-overwrite_option = option("--overwrite", is_flag=True, group="Output", help="Replace what the output folder holds.")
+overwrite_option = option(
+    "--overwrite",
+    is_flag=True,
+    group="Output",
+    help="Replace a result or job of svdconvert that the output folder holds; other files stay.",
+)
 dtype_option = option("--dtype", type=DTYPES, group="Output", help="Type of the stored weights.")
 
 split_option = option(
