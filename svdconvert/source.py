@@ -190,7 +190,7 @@ class LocalSource(Source):
         times = self._times()
         if not self._known or self._known["times"] == times:
             return
-        if self.identity() != self._known["identity"]:
+        if LocalSource.identity(self) != self._known["identity"]:
             raise InputError(f"{self.folder} was changed while it was read; run the command again")
         self._known["times"] = times
 

@@ -48,7 +48,7 @@ overwrite_option = option(
     "--overwrite",
     is_flag=True,
     group="Output",
-    help="Replace a result or job of svdconvert that the output folder holds; other files stay.",
+    help="Replace what svdconvert has written there; other files stay.",
 )
 dtype_option = option("--dtype", type=DTYPES, group="Output", help="Type of the stored weights.")
 
