@@ -205,6 +205,7 @@ def run_all(disk: FailingDisk, cases: dict[str, Case], points: list[tuple[str, F
             check(disk, cases[name], fault, folder / str(number) / "out")
         except AssertionError as error:
             wrong.append(f"{name}, {fault}: {error}")
+            print(wrong[-1], flush=True)
     assert not wrong, f"{len(wrong)} of {len(points)}:\n" + "\n\n".join(wrong[:20])
 
 
