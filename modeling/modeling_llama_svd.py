@@ -165,6 +165,28 @@ def _check_shared(config, path, owner):
         raise ValueError(f"{where}, but their ranks differ: {ranks[path]} and {ranks[owner]}")
 
 
+def _matrix(linear):
+    """The weight [out, in] of a linear layer as numbers that can be multiplied: dequantised if it is not there so."""
+    weight = linear.weight
+    if type(weight) not in (torch.Tensor, nn.Parameter):
+        kind = type(weight).__name__
+        if kind == "DTensor":
+            raise RuntimeError("the weight of a factored layer cannot be read where its factors are sharded")
+        if kind == "Params4bit":  # on CPUs, bitsandbytes reorders it for inference; so by way of its product
+            from bitsandbytes import matmul_4bit
+
+            weight = matmul_4bit(torch.eye(linear.in_features, device=weight.device), weight, weight.quant_state).t()
+        elif kind == "Int8Params":
+            state = linear.state
+            rows, scales = (weight.data, weight.SCB) if state.CB is None else (state.CB, state.SCB)
+            weight = rows.float() * scales.view(-1, 1) / 127
+        else:
+            weight = weight.dequantize()
+    if weight.shape != (linear.out_features, linear.in_features):
+        raise RuntimeError("the weight of a factored layer cannot be read where its factors are sharded")
+    return weight
+
+
 class FactoredLinear(nn.Module):
     """Linear layer [..., in_features] -> [..., out_features] whose weight is held as two inner ones, `down` and `up`.
 
@@ -196,24 +218,12 @@ class FactoredLinear(nn.Module):
     def product(self):
         """The weight W [out, in] that the factors stand for, multiplied anew at every call.
 
-        Of quantised factors it is what the layer makes of the columns of an identity.
-
         Raises:
-            RuntimeError: a process has a part of the factors only.
+            RuntimeError: the factors are spread over processes.
         """
-        up, down = self.up.weight, self.inner().weight
-        if {type(up), type(down)} <= {torch.Tensor, nn.Parameter}:
-            z = down.to(up.device).t()
-            dense = self.outputs(z, z @ up.t())
-        else:
-            dtype = up.dtype if up.is_floating_point() else torch.float32
-            # the last row is of zeros: it gives the bias
-            columns = torch.eye(self.in_features + 1, self.in_features, device=up.device, dtype=dtype)
-            dense = self(columns)
-            dense = dense[:-1] - dense[-1]
-        if dense.shape != (self.in_features, self.out_features):
-            raise RuntimeError("the weight of a factored layer can be read only where its factors are whole")
-        return dense.t().contiguous()
+        up = _matrix(self.up)
+        z = _matrix(self.inner()).to(up).t()
+        return self.outputs(z, z @ up.t()).t().contiguous()
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

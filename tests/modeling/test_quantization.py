@@ -129,3 +129,29 @@ def test_merge_is_refused(tiny, settings, cls, tolerance):
     model = get_peft_model(quantized(tiny.path, settings), LoraConfig(r=4, target_modules=TARGETS))
     with pytest.raises(RuntimeError, match="svdconvert fold"):
         model.merge_and_unload()
+
+
+@METHODS
+def test_dora_reads_the_product_of_quantized_factors(tiny, ids, settings, cls, tolerance, tmp_path):
+    """Its magnitudes begin as the norms of the rows of the weight that the layer computes with."""
+    base = quantized(tiny.path, settings)
+    config = LoraConfig(r=4, use_dora=True, target_modules=[f"gpt_neox.{path}" for path in tiny.ranks])
+    model = get_peft_model(prepare_model_for_kbit_training(base), config)
+    other = quantized(tiny.path, settings).train()  # of layers in evaluation, bitsandbytes reorders the weights
+    for path in tiny.ranks:
+        magnitude = base.gpt_neox.get_submodule(path).lora_magnitude_vector["default"].weight
+        layer = other.gpt_neox.get_submodule(path)
+        with torch.no_grad():
+            outputs = layer(torch.eye(layer.in_features)) - layer(torch.zeros(1, layer.in_features))
+        assert (magnitude - outputs.norm(dim=0)).norm() < 0.02 * outputs.norm()
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(quantized(tiny.path, settings), tmp_path)
+    assert distance(logits(again, ids), logits(model, ids)) < 1e-4
