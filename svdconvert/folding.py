@@ -23,6 +23,7 @@ from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
 from svdconvert.names import suffix
+from svdconvert.positions import refuse_misplaced
 from svdconvert.source import LocalSource, Source, listing
 from svdconvert.steps import Step, parse_size, shard
 
@@ -96,6 +97,7 @@ def fold(
         return {"params": parameters(outputs), "folded": sorted(lora.pairs)}
 
     def prepare() -> Job:
+        refuse_misplaced(source, row)
         _refuse_overflow(source, lora, steps)
         return job
 

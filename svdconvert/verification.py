@@ -14,8 +14,9 @@ from svdconvert.comparing import Check, compare
 from svdconvert.documents import read_bytes
 from svdconvert.errors import InputError, JobError
 from svdconvert.foreign import foreign_code
-from svdconvert.layouts import stored_names
+from svdconvert.layouts import layout_of, stored_names
 from svdconvert.loading import factored_classes, quiet_transformers, without_attention
+from svdconvert.positions import misplaced
 from svdconvert.probing import PROBE, probe
 from svdconvert.source import LocalSource, Source, listing, open_source
 
@@ -58,7 +59,12 @@ def verify(folder: Path, against: str | None = None, revision: str | None = None
     row = factored_architecture(source.config, str(folder))
     checks = [_modeling_file(folder, row), _ranks(source, row)]
     checks.append(_keys_and_shapes(source, source.config))
-    if all(check.passed for check in checks[1:]):
+    sound = all(check.passed for check in checks[1:])
+    if sound and layout_of(source.config).index:
+        checks.append(_positions(source, row))
+        if not checks[-1].passed:
+            return checks  # nothing can be computed
+    if sound:
         checks.append(_logits(folder, source))
     if against is not None:
         checks += compare(source, open_source(against, revision, download_folder=None), row, folder)
@@ -97,6 +103,12 @@ def _ranks(source: Source, row: Architecture) -> Check:
                 found = "missing" if info is None else f"of rank {info.shape[axis]}"
                 return Check("ranks", False, f"config.json says rank {rank} for {module}, but {name} is {found}")
     return Check("ranks", True, f"{len(ranks)} matrices as config.json says")
+
+
+def _positions(source: Source, row: Architecture) -> Check:
+    name = misplaced(source, row)
+    detail = "permutations" if name is None else f"{name} is no permutation of its layer's outputs; it was changed"
+    return Check("positions", name is None, detail)
 
 
 def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:

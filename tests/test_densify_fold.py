@@ -96,8 +96,9 @@ def adapter(base: Path, folder: Path, **settings: object) -> torch.Tensor:
         {"target_modules": ["query_key_value", "dense_h_to_4h"]},
         {"rank_pattern": {"dense_h_to_4h": 8}, "alpha_pattern": {"dense_h_to_4h": 24}},
         {"lora_alpha": -3},
+        {"target_modules": "all-linear"},
     ],
-    ids=["all", "rslora", "some", "patterns", "negative"],
+    ids=["all", "rslora", "some", "patterns", "negative", "all-linear"],
 )
 def test_fold_is_exact(settings: dict[str, object], precise: Path, tmp_path: Path) -> None:
     expected = adapter(precise, tmp_path / "adapter", **settings)
@@ -168,3 +169,10 @@ def test_fold_of_adapters_on_the_factors(precise: Path, tmp_path: Path) -> None:
     fold(precise, tmp_path / "adapter", tmp_path / "out", device="cpu")
     assert read_config(tmp_path / "out")["svd_ranks"] == read_config(precise)["svd_ranks"]
     assert float((logits(tmp_path / "out") - expected).abs().max()) < 2e-5 * float(expected.abs().max())
+
+
+def test_fold_leaves_no_trained_biases_behind(precise: Path, tmp_path: Path) -> None:
+    adapter(precise, tmp_path / "adapter", bias="lora_only")
+    with pytest.raises(InputError, match='its bias is "lora_only"'):
+        fold(precise, tmp_path / "adapter", tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svdconvert import convert, evaluate, verify
+from svdconvert import InputError, convert, densify, evaluate, fold, verify
 from svdconvert.passages import Passage
 from svdconvert.perplexity import negative_log_likelihood
 from svdconvert.verification import failed
@@ -144,6 +144,37 @@ def test_pivoted(dense: Path, tmp_path: Path) -> None:
     position[[3, 30]] = position[[30, 3]]
     save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     assert [check.name for check in failed(verify(tmp_path / "out", str(dense)))] == ["factored matrices"]
+
+
+@pytest.mark.parametrize("change", ["averaged", "not loaded", "out of range", "floats"])
+def test_positions_that_are_no_permutation(dense: Path, tmp_path: Path, change: str) -> None:
+    """By verify, and nothing is made of them."""
+    folder = tmp_path / "out"
+    convert(dense, folder, rank=16, layout="pivoted", device="cpu")
+    tensors = load_file(folder / "model.safetensors")
+    name = "gpt_neox.layers.1.attention.dense.position"
+    position = tensors[name]
+    tensors[name] = {
+        "averaged": (position + position.roll(1)) // 2,
+        "not loaded": torch.full_like(position, -1),
+        "out of range": position + 1,
+        "floats": position + 0.5,
+    }[change]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checks = verify(folder, str(dense))
+    assert [check.name for check in failed(checks)] == ["positions"]
+    assert checks[-1].detail.startswith(f"{name} is no permutation")
+    with pytest.raises(InputError, match=f"{name} of .* is no permutation"):
+        densify(folder, tmp_path / "densified", device="cpu")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    path = "base_model.model.gpt_neox.layers.0.attention.dense.lora_"
+    lora = {path + "A.weight": torch.ones(2, position.numel()), path + "B.weight": torch.ones(position.numel(), 2)}
+    save_file(lora, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=f"{name} of .* is no permutation"):
+        fold(folder, adapter, tmp_path / "folded", device="cpu")
+    assert not (tmp_path / "densified" / "config.json").exists()
 
 
 def test_non_finite_logits_are_found(copy: Path) -> None:

