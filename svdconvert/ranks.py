@@ -226,7 +226,7 @@ def assign(targets: Sequence[Target], request: RankRequest, untouched_params: in
     else:
         targets = _fixed(targets, request)
     if request.factor_all:
-        return list(targets)
+        return [_dense_if_whole(target) for target in targets]
     return [_dense_if_no_saving(target) for target in targets]
 
 
@@ -314,6 +314,17 @@ def _fraction_for(targets: Sequence[Target], request: RankRequest, untouched: in
             f"to {untouched + dense:,} (dense) parameters"
         )
     return (params - untouched) / dense
+
+
+def _dense_if_whole(target: Target) -> Target:
+    """A target that the layout cannot hold at its rank: of a pivoted one, at least one row must be left to compute."""
+    if target.rank is not None and target.layout.index is not None and target.rank >= target.shape[0]:
+        return replace(
+            target,
+            rank=None,
+            reason=f"rank {target.rank} is all of their rows ({target.layout.name}: one less at most)",
+        )
+    return target
 
 
 def _dense_if_no_saving(target: Target) -> Target:

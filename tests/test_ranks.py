@@ -42,6 +42,15 @@ def test_break_even(rank: int, expected: list[int | None]) -> None:
     assert ranks(assign([SQUARE, TALL, WIDE], RankRequest(rank, factor_all=True), 0)) == [rank] * 3
 
 
+def test_a_pivoted_layer_keeps_a_row_to_compute() -> None:
+    """Even where all is to be factored: at rank 64 of 64 rows `up` would have no outputs."""
+    pivoted = [replace(target, layout=LAYOUTS["pivoted"]) for target in (SQUARE, TALL, WIDE)]
+    targets = assign(pivoted, RankRequest(64, factor_all=True), 0)
+    assert ranks(targets) == [None, 64, None]
+    assert "all of their rows" in targets[0].reason
+    assert ranks(assign(pivoted, RankRequest(63, factor_all=True), 0)) == [63, 63, 63]
+
+
 @given(st.floats(0.05, 0.99))
 def test_keep_is_never_exceeded(keep: float) -> None:
     targets = assign([SQUARE, TALL, WIDE], RankRequest(keep=keep), 0)
