@@ -224,7 +224,7 @@ def test_on_the_factors(checkpoints, layout, tuner, ids, tmp_path):
         with pytest.raises((NotImplementedError, RuntimeError, ValueError), match=f"(?i){line.factors}"):
             again.merge_and_unload()
     else:
-        assert distance(logits(again.merge_and_unload().eval(), ids), moved) < 1e-4
+        assert distance(logits(again.merge_and_unload().eval(), ids), moved) < 3e-4
     if line.factors is not CHANGES:
         assert_unchanged(adapted.unload(), checkpoint.path, ids)
 
