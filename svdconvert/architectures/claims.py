@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from svdconvert.architectures.row import Config
 from svdconvert.errors import InputError
-from svdconvert.fields import FLAG, OBJECT, TEXT, Kind, either, many, optional, problem
+from svdconvert.fields import FLAG, OBJECT, TEXT, Kind, either, many, optional, problem, record
 from svdconvert.headers import CODES
 
 
@@ -26,6 +26,9 @@ def _given(kind: Kind) -> Kind:
 _MOST = 2**31 - 1
 _TOKEN = _whole(-1, _MOST)
 _NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) < 1e38)
+_NOT_NEGATIVE = Kind("a number from 0 on", lambda value: _NUMBER.fits(value) and value >= 0)
+_ABOVE_0 = Kind("a number above 0", lambda value: _NUMBER.fits(value) and value > 0)
+_ROPE = record({"rope_theta": optional(_ABOVE_0)})
 _DTYPE = Kind("a type of torch, float16 or bfloat16 say", lambda value: isinstance(value, str) and value in CODES)
 # What there is something made for each of.
 _COUNTS = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_labels": 1_000_000}
@@ -45,10 +48,16 @@ FIELDS: Mapping[str, Kind] = {
     **dict.fromkeys("bos_token_id eos_token_id pad_token_id".split(), optional(either(_TOKEN, many(_TOKEN)))),
     **{name: optional(_whole(1, most)) for name, most in _COUNTS.items()},
     **dict.fromkeys(
-        "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rotary_pct rotary_emb_base partial_rotary_factor "
-        "embedding_multiplier attention_multiplier residual_multiplier logits_scaling query_pre_attn_scalar "
-        "attn_logit_softcapping final_logit_softcapping attention_dropout initializer_range".split(),
+        "rotary_pct partial_rotary_factor embedding_multiplier attention_multiplier residual_multiplier "
+        "attention_dropout initializer_range".split(),
         optional(_NUMBER),
+    ),
+    **dict.fromkeys("rms_norm_eps layer_norm_eps layer_norm_epsilon".split(), optional(_NOT_NEGATIVE)),
+    # anything else is divided by, or has no power
+    **dict.fromkeys(
+        "rope_theta rotary_emb_base logits_scaling query_pre_attn_scalar attn_logit_softcapping "
+        "final_logit_softcapping".split(),
+        optional(_ABOVE_0),
     ),
     **dict.fromkeys(
         "tie_word_embeddings attention_bias mlp_bias enable_bias layer_norm_elementwise_affine do_layer_norm_before "
@@ -57,7 +66,7 @@ FIELDS: Mapping[str, Kind] = {
     ),
     **dict.fromkeys("hidden_act hidden_activation activation_function".split(), optional(TEXT)),
     **dict.fromkeys("torch_dtype dtype".split(), optional(_DTYPE)),
-    **dict.fromkeys("rope_scaling rope_parameters".split(), optional(OBJECT)),
+    **dict.fromkeys("rope_scaling rope_parameters".split(), optional(_ROPE)),
     **dict.fromkeys("attn_implementation _attn_implementation".split(), optional(either(TEXT, OBJECT))),
 }
 
