@@ -16,6 +16,7 @@ from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of, shared_layers, stored_names
 from svdconvert.names import suffix
+from svdconvert.options import short_command
 from svdconvert.positions import refuse_misplaced
 from svdconvert.source import Source, listing, open_source
 from svdconvert.splitting import split_layers
@@ -72,7 +73,8 @@ def densify(
             f"The low-rank factors of {source.name} multiplied out: a stock {row.dense_class} that computes the same "
             "function, for engines without remote code (GGUF conversion among them). Made by"
         )
-        return card.plain_card(source, f"{source.name}, densified", text, "svdconvert densify MODEL --out DIR", [])
+        command = short_command("densify MODEL", limit)
+        return card.plain_card(source, f"{source.name}, densified", text, command, [])
 
     def details(reports: Reports) -> Mapping[str, Any]:
         return {"params": parameters(outputs), "matrices": len(source.config["svd_ranks"])}

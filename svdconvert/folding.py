@@ -23,6 +23,7 @@ from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
 from svdconvert.layouts import layout_of
 from svdconvert.names import suffix
+from svdconvert.options import short_command
 from svdconvert.positions import refuse_misplaced
 from svdconvert.source import LocalSource, Source, listing
 from svdconvert.steps import Step, parse_size, shard
@@ -90,7 +91,7 @@ def fold(
 
     def model_card(reports: Reports) -> str:
         text = f"{source.name} with a LoRA adapter folded into its factors, whose ranks grew by the adapter's. Made by"
-        command = "svdconvert fold MODEL --adapter ADAPTER --out DIR"
+        command = short_command("fold MODEL --adapter ADAPTER", limit)
         return card.plain_card(source, f"{source.name}, adapter folded in", text, command, ["low-rank", "svd"])
 
     def details(reports: Reports) -> Mapping[str, Any]:

@@ -89,6 +89,18 @@ OPTIONS: tuple[Option, ...] = (
 BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
 
 
+def short_command(what: str, max_shard_bytes: int) -> str:
+    """The command that makes a result of densify or fold again, which depends on the size of its files alone.
+
+    Args:
+        what: the command and its arguments.
+        max_shard_bytes: of a weight file.
+    """
+    size = size_text(max_shard_bytes)
+    sized = [] if size == BY_NAME["--max-shard-size"].default else ["--max-shard-size", size]
+    return " ".join(["svdconvert", what, *sized, "--out", "DIR"])
+
+
 def repeating_command(model: str, values: Mapping[str, Any]) -> str:
     """The command that makes a result again: every option that it depends on and that is not at its default.
 

@@ -56,7 +56,7 @@ class Phase:
     def left(self, now: float) -> float | None:
         """Seconds until its end at the speed so far; None where nothing can be said."""
         new = self.done - self._first
-        return (now - self._start) / new * (self.total - self.done) if new > 0 and self.total else None
+        return (now - self._start) / new * (self.total - self.done) if new > 0 and self.done < self.total else None
 
     def line(self, now: float) -> str:
         """``forward, block 3 of 30: 72 of 720, 3 min 20 s so far, about 30 min 0 s left``."""

@@ -37,7 +37,7 @@ def process(*args: object, **environment: str) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=120,
+        timeout=900,
         check=False,
     )
 
@@ -344,7 +344,7 @@ def in_terminal(*args: object) -> tuple[int, str]:
             break
         pieces.append(piece)
     os.close(leader)
-    return child.wait(30), b"".join(pieces).decode()
+    return child.wait(900), b"".join(pieces).decode()
 
 
 def test_bar_in_a_terminal(dense: Path, tmp_path: Path) -> None:

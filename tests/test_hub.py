@@ -236,7 +236,7 @@ def test_environment_variables_are_enough(hub: HubServer, checkpoint: dict[str, 
         env={**os.environ, "HF_TOKEN": WRITE_TOKEN, "PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
         check=False,
     )
     assert done.stdout.split() == [commit, str(count)], done.stderr

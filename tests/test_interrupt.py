@@ -549,7 +549,7 @@ def started(*args: object, moment: int = 0, signals: str = "default") -> subproc
 @pytest.mark.parametrize("moment", [1, 5, 20, 60, 200, 700, 1500])
 def test_ctrl_c_while_modules_are_imported(moment: int, small: Path, tmp_path: Path) -> None:
     process = started(*command(small, tmp_path / "out"), moment=moment)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert (process.returncode, err) == (1, SENTENCE), err
     assert "Traceback" not in out
 
@@ -557,7 +557,7 @@ def test_ctrl_c_while_modules_are_imported(moment: int, small: Path, tmp_path: P
 @pytest.mark.parametrize("moment", [1, 10, 40])
 def test_ctrl_c_during_help(moment: int) -> None:
     process = started("--help", moment=moment)
-    assert (process.communicate(timeout=300)[1], process.returncode) == (SENTENCE, 1)
+    assert (process.communicate(timeout=900)[1], process.returncode) == (SENTENCE, 1)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -568,7 +568,7 @@ def test_ctrl_c_at_any_time_of_a_real_process(
     process = started(*command(small, out))
     time.sleep(random.Random(seed).uniform(0, 4))
     process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=300)[1]
+    err = process.communicate(timeout=900)[1]
     assert (process.returncode, err) in [(1, SENTENCE), (0, "")]
     if out.exists():
         assert_nothing_half(out, reference[0])

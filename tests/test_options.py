@@ -118,6 +118,20 @@ def test_every_keyword_is_in_the_table() -> None:
     }
 
 
+def test_cards_of_other_jobs_tell_the_size_of_files(
+    factored: Path, tmp_path: Path, run: Callable[..., SimpleNamespace]
+) -> None:
+    for number, (options, line) in enumerate(
+        [
+            ((), "svdconvert densify MODEL --out DIR"),
+            (("--max-shard-size", "40KiB"), "svdconvert densify MODEL --max-shard-size 40KiB --out DIR"),
+        ]
+    ):
+        out = tmp_path / str(number)
+        assert run("densify", factored, *options, "--device", "cpu", "--out", out).code == 0
+        assert line in (out / "README.md").read_text(encoding="utf-8").splitlines()
+
+
 # What the library calls otherwise, or leaves to the program.
 RENAMED = {"ranks": "rank"}
 OPPOSITE = {"no_plot": "plot"}

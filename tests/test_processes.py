@@ -6,11 +6,13 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -250,13 +252,43 @@ class TestLostProcess:
                     env=environment() | variables,
                 )
             )
-        outputs = [process.communicate(timeout=120) for process in started]
+        outputs = [process.communicate(timeout=900) for process in started]
         assert started[1].returncode == -signal.SIGKILL
         assert started[0].returncode == 1, outputs
         assert sentences(outputs[0][1]) == [
             "Error: another process of this job has ended; the same command goes on where it stopped"
         ]
         assert "Traceback" not in outputs[0][1]
+        convert(model, out, rank=16, device="cpu", check=False)
+        assert tree(out) == tree(reference)
+
+    @pytest.mark.parametrize("delay", [0.0, 1.0, 3.0])
+    def test_ctrl_c_under_torchrun(self, delay: float, model: Path, reference: Path, tmp_path: Path) -> None:
+        """A terminal sends it to all; the tool says one sentence, and what torchrun itself says is torchrun's."""
+        out = tmp_path / "out"
+        line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
+        with subprocess.Popen(
+            [*map(str, line), "-m", "svdconvert", *map(str, command(model, out))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            start_new_session=True,
+            # As from a terminal, also where the process that runs the tests ignores it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        ) as process:
+            while not (out / JOB_FOLDER).exists() and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(delay)
+            os.killpg(process.pid, signal.SIGINT)
+            err = process.communicate(timeout=900)[1]
+        said = sentences(err)
+        if said:
+            assert said == ["Error: the job was interrupted; run the same command to continue"], err
+            assert process.returncode == 1
+        else:  # it was through by then
+            assert tree(out) == tree(reference)
+        assert not re.search(r'File ".*/svdconvert/', err), err
         convert(model, out, rank=16, device="cpu", check=False)
         assert tree(out) == tree(reference)
 

@@ -524,7 +524,7 @@ def test_from_a_hub_that_keeps_each_layer_elsewhere(
 def test_command_line(dense: Path, run: Run, tmp_path: Path) -> None:
     def command(*args: object) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", "svdconvert", *map(str, args)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
 
     planned = run("plan", dense, "--keep", 0.5, "--share-layers", 2, "--json")
     assert planned.code == 0, planned.err

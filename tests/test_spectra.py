@@ -182,7 +182,7 @@ def test_flat_and_single() -> None:
 def process(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "svdconvert", *map(str, args)]
     return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120, check=False
+        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=900, check=False
     )
 
 

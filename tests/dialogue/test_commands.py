@@ -28,7 +28,7 @@ def run(command: str, *args: object) -> subprocess.CompletedProcess[str]:
     """Run a command in its own process, from the repository's root."""
     line = [sys.executable, "-m", f"examples.dialogue.{command}", *map(str, args)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 def good(command: str, *args: object) -> str:
