@@ -44,6 +44,7 @@ from svdconvert.source import (
     listing,
     merge_headers,
     parse_index,
+    read_names,
     stock_weights,
     weight_files,
 )
@@ -314,7 +315,7 @@ class _Checkout:
         self.commit = snapshot.name
         self.where = f"the cached copy of {self.where} (HF_HUB_OFFLINE is set)"
         found = ModelFolder(snapshot)
-        found.check(found.sizes)
+        found.check(read_names(found.sizes))
         return found.sizes
 
     def weights(self) -> tuple[list[str], bool, str | None]:

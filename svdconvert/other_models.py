@@ -75,7 +75,8 @@ def refuse_other_model(
         quantised_part(name) is None and full[name] not in expected for name in names
     ):
         return
-    said = [name for name in source.config.get("architectures") or [] if isinstance(name, str)]
+    classes = source.config.get("architectures")
+    said = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
     kinds = [(what, remedy, name) for ending, what, remedy in _CLASSES for name in said if name.endswith(ending)]
     kinds += [(what, remedy, name) for head, what, remedy in _HEADS for name in sorted(names) if name.startswith(head)]
     if kinds:

@@ -257,8 +257,7 @@ def survey(folder: Path) -> ModelFolder:
             outside of it.
     """
     listed = ModelFolder(folder)
-    read = (name for name in listed.sizes if name in _READ or _SHARD.fullmatch(name) or is_side_file(name))
-    listed.check(read)
+    listed.check(read_names(listed.sizes))
     refuse_other_format(
         folder,
         listed.sizes,
@@ -266,6 +265,11 @@ def survey(folder: Path) -> ModelFolder:
         has_weights=bool(stock_weights(listed.sizes)),
     )
     return listed
+
+
+def read_names(names: Iterable[str]) -> list[str]:
+    """Those of a model's files that are read or copied of any model."""
+    return [name for name in names if name in _READ or _SHARD.fullmatch(name) or is_side_file(name)]
 
 
 def check_type(config: Mapping[str, Any], where: str) -> None:
