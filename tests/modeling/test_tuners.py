@@ -106,6 +106,15 @@ if PEFT >= (0, 21):
         "MonteCLoRA": lora(monteclora_config=MontecloraConfig(), **NEW),
         "VeLoRA": lora(velora_config=VeloraConfig(num_groups=4), **NEW),
     }
+# Tuners that leave the layers alone.
+ASIDE = {
+    "prompt tuning": row("PromptTuningConfig", num_virtual_tokens=4),
+    "prefix tuning": row("PrefixTuningConfig", num_virtual_tokens=4, **NEW),
+    "p-tuning": row("PromptEncoderConfig", num_virtual_tokens=4, encoder_hidden_size=16),
+    "CPT": row("CPTConfig", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], **NEW),
+    "Cartridge": row("CartridgeConfig", num_virtual_tokens=4, **NEW),
+    "trainable tokens": row("TrainableTokensConfig", target_modules=["embed_in"], token_indices=[13, 59], **NEW),
+}
 TUNERS = [name for name, line in TABLE.items() if line.since <= PEFT]
 
 
@@ -150,7 +159,8 @@ def logits(model, ids):
 
 def attached(base, line, targets):
     torch.manual_seed(7)
-    return get_peft_model(base, getattr(peft, line.config)(target_modules=targets, **line.options))
+    named = {} if targets is None else {"target_modules": targets}
+    return get_peft_model(base, getattr(peft, line.config)(**named, **line.options))
 
 
 def trained(model, ids):
@@ -239,3 +249,26 @@ def test_the_split_checkpoint_is_the_model_of_its_products(checkpoints, ids):
         )
         > 0.01
     )
+
+
+@pytest.mark.parametrize("layout", ["balanced", *slow("pivoted", "shared")])
+@pytest.mark.parametrize("tuner", [name for name, line in ASIDE.items() if line.since <= PEFT])
+def test_beside_the_layers(checkpoints, layout, tuner, ids, tmp_path):
+    line, checkpoint = ASIDE[tuner], checkpoints[layout]
+    line.options["task_type"] = "CAUSAL_LM"
+    adapted = trained(attached(load(checkpoint.path), line, None), ids)
+    moved = logits(adapted, ids)
+    dense = trained(attached(stock_model(checkpoint.product), line, None), ids)
+    assert distance(moved, logits(dense, ids)) < 1e-3
+    assert distance(moved[:, -ids.shape[1] :], logits(load(checkpoint.path), ids)) > 1e-4
+    reloaded(adapted, checkpoint.path, ids, tmp_path)
+    base = adapted.unload() if tuner == "trainable tokens" else adapted.get_base_model()
+    assert_unchanged(base, checkpoint.path, ids)
+
+
+def test_refused_by_the_name_of_the_architecture(checkpoints):
+    """LLaMA-Adapter has a list of them; the dense GPT-NeoX is not on it either."""
+    config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")
+    model = load(checkpoints["balanced"].path)
+    with pytest.raises(ValueError, match="Unsupported model type"):
+        get_peft_model(model, config)
