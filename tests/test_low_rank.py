@@ -289,3 +289,33 @@ def test_small_and_zero_weights(
         assert not found.any()
     else:
         assert float((exact / factor - found / factor).norm() / (exact / factor).norm()) < 0.95
+
+
+@pytest.mark.parametrize("layout", ["balanced", "pivoted"])
+@pytest.mark.parametrize("method", ["svd", "whiten", "kfac"])
+def test_a_refit_of_low_rank_layers(
+    layout: str, method: str, run: Callable[..., SimpleNamespace], text: Path, tmp_path: Path
+) -> None:
+    """Unused ranks stay zeros, and the others are refitted as they are without them."""
+    tensors = {name: tensor for name, tensor in random_tensors().items() if ".layers.2." not in name}
+    generator = torch.Generator().manual_seed(0)
+    names = [name for name, tensor in tensors.items() if ".layers." in name and tensor.dim() == 2]
+    for name in names:  # of rank 6: every row is one of six
+        rows = tensors[name][torch.randint(0, 6, (len(tensors[name]),), generator=generator)]
+        tensors[name] = rows.contiguous()
+    model = write_checkpoint(tmp_path / "model", tensors, config={"num_hidden_layers": 2})
+    calib = ["--calib", text, "--calib-samples", 24, "--calib-length", 48, "--calib-batch-size", 8]
+    options = ["--rank", 16, "--layout", layout, "--method", method, "--refit", "sequential", "--device", "cpu"]
+    ended = run(model, *options, *calib, "--out", tmp_path / "out")
+    assert (ended.code, ended.err) == (0, "")
+    stored = read_weights(tmp_path / "out")
+    for name in names:
+        bound = 3 * math.sqrt(largest(tensors[name]))
+        down, up = (stored[f"{name.removesuffix('weight')}{half}.weight"].double() for half in ("down", "up"))
+        assert float(down.abs().max()) <= bound * (1 if layout == "balanced" else math.sqrt(largest(tensors[name])))
+        assert float(up.abs().max()) <= bound
+        if layout == "balanced":
+            assert not down[6:].any()
+            assert not up[:, 6:].any()
+    verified = run("verify", tmp_path / "out", "--against", model)
+    assert verified.code == 0, verified.out
