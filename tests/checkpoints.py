@@ -197,5 +197,7 @@ def content(path: Path) -> object:
     return timeless(json.loads(path.read_text()))
 
 
-def tree(folder: Path) -> dict[str, object]:
-    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def tree(folder: Path, but: str = "") -> dict[str, object]:
+    """What a folder holds, by path; ``but`` one file."""
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: content(path) for name, path in paths.items() if name != but}

@@ -38,7 +38,8 @@ class Target:
         command: its arguments, to be run in a copy of the base.
         result: folder that it writes, or None.
         oracle: what a result must be if the command ends well: ``same`` as the undisturbed one, ``source``, what the
-            damaged source says, ``adapter``, what the damaged adapter says, or ``said``, what the damaged file says.
+            damaged source says, ``adapter``, what the damaged adapter says, ``factors``, what the damaged factors say,
+            ``kept``, but for the damaged file as it was, or ``said``, what the damaged file says.
     """
 
     base: str
@@ -62,15 +63,15 @@ def _targets() -> list[Target]:
         found += [
             Target(base, model, ("verify", "f")),
             Target(base, (*model, "f/svdconvert.json"), ("verify", "f", "--against", "m")),
-            Target(base, model, ("densify", "f", "--out", "out", *DEVICE), "out"),
+            Target(base, model, ("densify", "f", "--out", "out", *DEVICE), "out", "factors"),
             Target(base, model, ("evaluate", "f", *EVALUATE)),
             Target(base, ("a/*", "a/*", "f/config.json"), FOLD, "out", "adapter"),
         ]
     found += [
         Target("job", ("out/.svdconvert/journal*", "out/.svdconvert/job.json"), CONVERT, "out", "same"),
-        Target("done", ("out/svdconvert.json", "out/config.json"), CONVERT, "out"),
+        Target("done", ("out/svdconvert.json", "out/config.json"), CONVERT, "out", "kept"),
         Target("stats", ("stats/*",), STATS, "out", "same"),
-        Target("stats", ("stats/stats.json",), CALIBRATE, "stats"),
+        Target("stats", ("stats/*",), CALIBRATE, "stats", "kept"),
         Target("neox", ("m/config.json", "m/tokenizer*"), CALIBRATE, "stats"),
         Target("work", ("work/**/*",), WORK, "out", "same"),
         Target("sweep", ("out/sweep.json",), SWEEP),

@@ -30,6 +30,13 @@ def wrong_result(target: Target, bases: Path, folder: Path, file: Path, ended: E
         return "exit 0, but no result"
     if target.oracle == "same":
         return None if tree(result) == undisturbed(target, bases) else "another result than the undisturbed one"
+    if target.oracle == "kept":
+        name = str(file.relative_to(result))
+        ours, theirs = tree(result, but=name), undisturbed(target, bases)
+        theirs.pop(name)
+        return None if ours == theirs else "a finished result has changed"
+    if target.oracle == "factors":
+        return _of_factors(folder / "f", result)
     if target.oracle == "source":
         return _of_source(folder / "m", result)
     if target.oracle == "adapter":
@@ -47,7 +54,7 @@ def undisturbed(target: Target, bases: Path) -> dict[str, object]:
             assert ended.code == 0, ended
             assert target.result is not None
             _RESULTS[target] = tree(folder / target.result)
-    return _RESULTS[target]
+    return dict(_RESULTS[target])
 
 
 _RESULTS: dict[Target, dict[str, object]] = {}
@@ -89,6 +96,23 @@ def _of_source(source: Path, result: Path) -> str | None:
     for path in source.glob("*token*"):
         if path.is_file() and (result / path.name).read_bytes() != path.read_bytes():
             return f"{path.name} is not the source's"
+    return None
+
+
+def _of_factors(factored: Path, result: Path) -> str | None:
+    """Every matrix is the product of its factors, every other tensor theirs."""
+    theirs, ours = read(factored), read(result)
+    for name, tensor in ours.items():
+        module = name.removesuffix(".weight")
+        up, down = theirs.get(f"{module}.up.weight"), theirs.get(f"{module}.down.weight")
+        if up is not None and down is not None:
+            product = up.double() @ down.double()
+            if not torch.allclose(tensor.double(), product, rtol=0.01, atol=1e-3 * float(product.abs().max())):
+                return f"{name} is not the product of its factors"
+            continue
+        twins = (name, name.replace("embed_out", "lm_head"), name.replace(".bias", ".up.bias"))
+        if not any(twin in theirs and _equal(tensor, theirs[twin]) for twin in twins):
+            return f"{name} is not that of the factored model"
     return None
 
 

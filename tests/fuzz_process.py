@@ -6,8 +6,10 @@ Prints a JSON line per case. ``problem`` is null, or what the case shows to be w
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import re
 import resource
 import shutil
@@ -224,9 +226,12 @@ def _warm_up(bases: Path, runs: Sequence[tuple[str, str]], options: Sequence[str
     import scipy.linalg
     import torch
 
-    from svdconvert import folding, sweeping  # noqa: F401
+    import svdconvert
     from svdconvert.perplexity import evaluate
 
+    for module in pkgutil.walk_packages(svdconvert.__path__, "svdconvert."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     torch.set_num_threads(1)
     scipy.linalg.eigh([[1.0]])
     for _, base in runs:
