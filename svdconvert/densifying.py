@@ -52,6 +52,7 @@ def densify(
         JobError: it broke off; the same call continues it.
     """
     from svdconvert.preflight import check_model
+    from svdconvert.skeletons import check_stock
 
     source = open_source(os.fspath(model))
     row = factored_architecture(source.config, source.name)
@@ -67,6 +68,8 @@ def densify(
     steps = _joined(steps, source, row)
     outputs = [info for step in steps for info in step.outputs]
     check_model(source)
+    config = checkpoint.dense_config(source.config, row)
+    check_stock(config, source.name)
 
     def model_card(reports: Reports) -> str:
         text = (
@@ -86,7 +89,7 @@ def densify(
     job = Job(
         steps=steps,
         shards=shard(outputs, limit),
-        config=checkpoint.dense_config(source.config, row),
+        config=config,
         extra={},
         card=model_card,
         details=details,

@@ -61,6 +61,22 @@ def _factored(row: Architecture, config: Mapping[str, Any]) -> Any:
     return model_class(config_class(**config))
 
 
+def check_stock(config: Mapping[str, Any], where: str) -> None:
+    """See that the stock class takes a config as it will be written, with what is said in it twice.
+
+    Raises:
+        InputError: it does not.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in without_attention(config).items() if key != "model_type"}
+    problem = f"config.json of {where} cannot be used"
+    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+        made = AutoConfig.for_model(config["model_type"], **settings)
+        AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+
+
 def move_buffers(module: nn.Module, device: torch.device) -> None:
     """Put the buffers of a module on a device."""
     for part in module.modules():

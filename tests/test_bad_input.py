@@ -1106,3 +1106,20 @@ def test_deep_nesting(name: str, fresh: Callable[..., Path], text: Path, run: Ru
         assert result.code == 0  # a look at a model does without it
     else:
         assert_refused(result, name, "nested more than 64 levels deep")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("svd_shared", "x"),
+        ("svd_shared", {"a": 1}),
+        ("svd_ranks", {"a": "16"}),
+        ("svd_ranks", {"a": 0}),
+    ],
+)
+@pytest.mark.parametrize("command", ["verify", "densify"])
+def test_config_of_factors(command: str, field: str, value: object, damaged: Path, run: Run, tmp_path: Path) -> None:
+    edit_json(damaged / "config.json", **{field: value})
+    options = ["--out", tmp_path / "out"] if command == "densify" else []
+    assert_refused(run(command, damaged, *options), "config.json", f"its '{field}' is")
+    assert not (tmp_path / "out").exists()

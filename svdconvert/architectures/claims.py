@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from svdconvert.architectures.row import Config
 from svdconvert.errors import InputError
-from svdconvert.fields import FLAG, OBJECT, TEXT, Kind, either, many, optional, problem, record
+from svdconvert.fields import FLAG, OBJECT, TEXT, Kind, either, many, optional, problem, record, table
 from svdconvert.headers import CODES
 
 
@@ -67,6 +67,9 @@ FIELDS: Mapping[str, Kind] = {
     **dict.fromkeys("hidden_act hidden_activation activation_function".split(), optional(TEXT)),
     **dict.fromkeys("torch_dtype dtype".split(), optional(_DTYPE)),
     **dict.fromkeys("rope_scaling rope_parameters".split(), optional(_ROPE)),
+    "svd_ranks": _given(table(_whole(1, _MOST))),
+    "svd_shared": optional(table(TEXT)),
+    "svd_layout": _given(TEXT),
     **dict.fromkeys("attn_implementation _attn_implementation".split(), optional(either(TEXT, OBJECT))),
 }
 
