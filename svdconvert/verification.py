@@ -66,7 +66,7 @@ def verify(folder: Path, against: str | None = None, revision: str | None = None
             return checks  # nothing can be computed
     if sound:
         checks.append(_logits(folder, source))
-    if against is not None:
+    if against is not None and checks[1].passed:  # else factors are missing that would be compared
         checks += compare(source, open_source(against, revision, download_folder=None), row, folder)
     return checks
 
