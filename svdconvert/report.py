@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from svdconvert.advice import WITHOUT_A_TEXT, next_steps
 from svdconvert.disk import size
 from svdconvert.fast import done
 from svdconvert.metrics import METHODS, ROUGH_GUESS, calibrated
@@ -68,7 +69,8 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     if free is not None:
         rows.append(("disk", f"{size(plan.bytes_after)} needed, {size(free)} free"))
     show_pairs(console, rows)
-    for note in plan.notes:
+    notes = plan.notes if METHODS[plan.method].statistics else (*plan.notes, WITHOUT_A_TEXT)
+    for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
 
 
@@ -107,6 +109,7 @@ def show_result(console: Console, report: Report) -> None:
     rows.append(("written to", str(report.folder)))
     if report.url:
         rows.append(("pushed to", report.url))
+    rows.append(("next", next_steps(METHODS[plan.method], settings, report.folder)))
     show_pairs(console, rows)
 
 
