@@ -210,7 +210,7 @@ def _pickle(path: Path, random: Random) -> str:
         "wide": lambda: tensor.new_zeros(1).expand(10**12),
         "meta": lambda: torch.empty(10**12, device="meta"),
         "sparse": lambda: torch.eye(3).to_sparse(),
-        "nan": lambda: torch.full_like(tensor, float("nan")),
+        "nan": lambda: torch.full_like(tensor.float(), float("nan")),
     }
     kind = random.choice([*changes, "remove", "add", "whole", "rename"])
     if kind == "remove":

@@ -180,7 +180,7 @@ WRONG = {
     "hidden_act": ("evil", 3, []),
     "rms_norm_eps": ("1e-5", [], float("nan"), 10**400, -1),
     "rope_theta": (0, -1, "x"),
-    "rope_scaling": ("x", [], {"rope_type": "evil"}, {"rope_type": "linear", "factor": "2"}),
+    "rope_scaling": ("x", [], {"rope_type": "evil"}, *({"rope_type": "linear", "factor": f} for f in ("2", 0, -1))),
     "rope_parameters": ("x", {"rope_type": "evil"}, {"rope_type": "default", "rope_theta": -1}),
     "tie_word_embeddings": ("false", 1, []),
     "attention_bias": ("x", {}),

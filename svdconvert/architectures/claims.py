@@ -28,7 +28,7 @@ _TOKEN = _whole(-1, _MOST)
 _NUMBER = Kind("a number", lambda value: type(value) in (int, float) and abs(value) < 1e38)
 _NOT_NEGATIVE = Kind("a number from 0 on", lambda value: _NUMBER.fits(value) and value >= 0)
 _ABOVE_0 = Kind("a number above 0", lambda value: _NUMBER.fits(value) and value > 0)
-_ROPE = record({"rope_theta": optional(_ABOVE_0)})
+_ROPE = record(dict.fromkeys(("rope_theta", "factor"), optional(_ABOVE_0)))
 _DTYPE = Kind("a type of torch, float16 or bfloat16 say", lambda value: isinstance(value, str) and value in CODES)
 # What there is something made for each of.
 _COUNTS = {"num_hidden_layers": 10_000, "n_layer": 10_000, "num_labels": 1_000_000}
