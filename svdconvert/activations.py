@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from svdconvert.disk import atomic_write, create, disk_errors, refuse_full, sync, sync_folder, write_all
-from svdconvert.documents import json_or_none, open_regular
+from svdconvert.documents import fill, json_or_none, open_regular
 from svdconvert.errors import JobError
 from svdconvert.fields import NUMBER, OBJECT, POSITIVE, optional, problem, record
-from svdconvert.weights import as_bytes
+from svdconvert.weights import as_bytes, read_errors
 
 
 @dataclass(frozen=True)
@@ -163,14 +163,7 @@ def read_into(tensor: Tensor, path: Path, position: int) -> None:
     Raises:
         JobError: it cannot be read, or ends before.
     """
-    view = as_bytes(tensor)
-    try:
-        with open_regular(path) as handle:
-            handle.seek(position)
-            while view:
-                count = handle.readinto(view)
-                if not count:
-                    raise JobError(f"{path} ended early; the same command goes on once it is whole or gone")
-                view = view[count:]
-    except OSError as error:
-        raise JobError(f"{path} cannot be read ({error.strerror}); the same command goes on once it can") from None
+    with read_errors(path), open_regular(path) as handle:
+        handle.seek(position)
+        if not fill(handle, as_bytes(tensor)):
+            raise JobError(f"{path} ended early; the same command goes on once it is whole or gone")

@@ -14,10 +14,11 @@ from svdconvert.documents import open_regular, read_json
 from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, FLAG, NUMBER, TEXT, Kind, either, many, optional, require, short, table
 from svdconvert.headers import FLOATS, TensorInfo, read_header
+from svdconvert.other_formats import ADAPTER_CONFIG
 from svdconvert.patterns import matching, suffixed
 from svdconvert.source import listing
 
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _RANK = Kind("a rank", lambda value: COUNT.fits(value) and value > 0)
 _NAMES = optional(either(TEXT, many(TEXT)))

@@ -23,7 +23,7 @@ from svdconvert.probing import PROBE
 from svdconvert.sharing import relative_error
 from svdconvert.source import Source, listing
 from svdconvert.splitting import split_layers, split_tensors
-from svdconvert.tying import head_copies
+from svdconvert.tying import embedding_of, head_copies
 from svdconvert.weights import WeightReader, same_values, torch_dtype
 from svdconvert.writer import RECORD, read_record
 
@@ -60,10 +60,9 @@ def compare(factored: Source, dense: Source, row: Architecture, folder: Path) ->
     copied, different, errors, off = 0, [], [], []
     split = split_layers(row, factored.config["svd_ranks"])
     full_names = row.full_names(dense.tensors, dense.config)
-    copies = head_copies(row, dense)
+    copies, embedding = head_copies(row, dense), embedding_of(row, dense)
     for copy in copies:
-        embedding = next(dense.tensors[name] for name, full in full_names.items() if full == row.embedding)
-        if not same_values(dense, embedding, copy):
+        if embedding is None or not same_values(dense, embedding, copy):
             different.append(copy.name)
     for name, info in split_tensors(dense.tensors, row, dense.config, split.__contains__).items():
         full = full_names.get(name) or row.full_name(name)

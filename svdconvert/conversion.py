@@ -155,7 +155,7 @@ def plan(
         share_layers=share_layers,
         split_fused=split_fused,
         solver=solver,
-        max_shard_bytes=_bytes(max_shard_size),
+        max_shard_bytes=parse_size(max_shard_size),
     )
 
 
@@ -243,7 +243,7 @@ def convert(
     folder = Path(out).expanduser()
     refuse_foreign(folder, overwrite=overwrite)
     request = _request(rank, keep, params, factor_all, rank_multiple)
-    max_shard_bytes = _bytes(max_shard_size)
+    max_shard_bytes = parse_size(max_shard_size)
     method = default_method(method, calibration, stats)
     row = method_named(method)
     options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
@@ -608,7 +608,3 @@ def _request(
     patterns = dict(rank) if isinstance(rank, Mapping) else {}
     default = patterns.pop("*", None) if isinstance(rank, Mapping) else rank
     return RankRequest(default, patterns, keep, params, factor_all, multiple)
-
-
-def _bytes(size: str | int) -> int:
-    return size if isinstance(size, int) else parse_size(size)

@@ -56,7 +56,7 @@ def densify(
 
     source = open_source(os.fspath(model))
     row = factored_architecture(source.config, source.name)
-    limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    limit = parse_size(max_shard_size)
     layout = layout_of(source.config)
     dense_biases = (f"{row.prefix}{module}.bias" for module in source.config["svd_ranks"])
     biases = {layout.bias_name(name): name for name in dense_biases}

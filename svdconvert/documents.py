@@ -7,11 +7,13 @@ file is one sentence.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,29 @@ def open_regular(path: Path, limit: int | None = None, *, advice: str = "give a 
     return io.FileIO(handle, "rb")
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a file or folder that is read into one sentence.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def fill(handle: io.FileIO, view: memoryview) -> bool:
+    """Read as many bytes as there is room for; False where the file ends before."""
+    while view:
+        count = handle.readinto(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
 def read_bytes(
     path: Path, missing: str, limit: int = MAX_FILE_BYTES, *, advice: str = "put the right file in its place"
 ) -> bytes:
@@ -82,14 +107,13 @@ def read_bytes(
         InputError: it is missing, cannot be read, is no regular file, or is larger.
     """
     try:
-        with open_regular(path, limit, advice=advice) as handle:
-            data = bytearray()
-            while len(data) <= limit and (piece := handle.read(min(1 << 24, limit + 1 - len(data)))):
-                data += piece
+        handle = open_regular(path, limit, advice=advice)
     except FileNotFoundError:
         raise InputError(missing) from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    data = bytearray()
+    with reading(path), handle:
+        while len(data) <= limit and (piece := handle.read(min(1 << 24, limit + 1 - len(data)))):
+            data += piece
     if len(data) > limit:  # it grows while it is read
         raise InputError(f"{path} has more than the {limit:,} bytes that such a file may have")
     return bytes(data)

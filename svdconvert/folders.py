@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from svdconvert.documents import reading
 from svdconvert.errors import InputError
 
 # Folders in folders that are looked into: code and templates of a tokenizer are not deeper.
@@ -35,10 +36,8 @@ class ModelFolder:
         self._inside = [self._root]
         if cached_repo(folder) is not None:
             self._inside.append((self._root.parents[1] / "blobs").resolve())
-        try:
+        with reading(folder):
             self._list(folder, "", _DEPTH)
-        except OSError as error:
-            raise InputError(f"{folder} cannot be read ({error.strerror})") from None
 
     def check(self, names: Iterable[str]) -> None:
         """See that files can be read: regular ones, in the folder, links in the Hub cache aside.

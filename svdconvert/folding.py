@@ -81,7 +81,7 @@ def fold(
     lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
     row = factored_architecture(source.config, source.name)
-    limit = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    limit = parse_size(max_shard_size)
     steps, ranks = _steps(source, lora)
     outputs = [info for step in steps for info in step.outputs]
     check_model(source)

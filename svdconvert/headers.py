@@ -7,6 +7,7 @@ header that is laid out first lets the data be written in any order with bounded
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import struct
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from svdconvert.documents import open_regular, parse_json
+from svdconvert.documents import open_regular, parse_json, reading
 from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, TEXT, Kind, few, problem, table
 
@@ -203,16 +204,15 @@ def _entry(name: str, entry: Any, file: str, data: int) -> tuple[int, int, Tenso
 
 def read_header(path: Path, file: str | None = None) -> list[TensorInfo]:
     """Read the header of a local safetensors file. See :func:`parse_header`."""
-    name = file or path.name
-    try:
-        with open_regular(path, advice="put the weight file in its place") as handle:
-            raw = handle.read(8)
-            if len(raw) == 8:
-                raw += handle.read(min(struct.unpack("<Q", raw)[0], MAX_HEADER_BYTES))
-            size = handle.seek(0, 2)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    return parse_header(raw, name, size)
+    with reading(path), open_regular(path, advice="put the weight file in its place") as handle:
+        raw, size = header_bytes(handle), handle.seek(0, 2)
+    return parse_header(raw, file or path.name, size)
+
+
+def header_bytes(handle: io.FileIO) -> bytes:
+    """The length of a header and the header itself, or as much of them as a file has; not parsed yet."""
+    raw = handle.read(8)
+    return raw + handle.read(min(struct.unpack("<Q", raw)[0], MAX_HEADER_BYTES)) if len(raw) == 8 else raw
 
 
 def layout(

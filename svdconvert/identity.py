@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from svdconvert.documents import open_regular, read_bytes
-from svdconvert.errors import InputError
-from svdconvert.headers import MAX_HEADER_BYTES, TensorInfo
+from svdconvert.documents import open_regular, read_bytes, reading
+from svdconvert.headers import TensorInfo, header_bytes
 
 # Of every tensor so many bytes of its beginning, middle and end are looked at, and of a file without a header as many
 # of each of so many places.
@@ -34,27 +32,23 @@ def weights_digest(path: Path, tensors: Iterable[TensorInfo]) -> str:
         InputError: it cannot be read.
     """
     digest = hashlib.blake2b(digest_size=16)
-    try:
-        with open_regular(path) as handle:
-            count = os.fstat(handle.fileno()).st_size
-            if os.environ.get(FULL):
-                while piece := handle.read(2**24):
-                    digest.update(piece)
-                return f"{count}-all-{digest.hexdigest()}"
-            starts = sorted((info.start, info.nbytes) for info in tensors if info.start >= 0)
-            if starts:
-                digest.update(raw := handle.read(8))
-                digest.update(handle.read(min(struct.unpack("<Q", raw.ljust(8, b"\0"))[0], MAX_HEADER_BYTES)))
-            else:
-                digest.update(repr(_archived(path)).encode())
-                starts = [(count * place // PLACES, 1) for place in range(PLACES)]
-            for start, length in starts:
-                last = max(length - BLOCK, 0)
-                for offset in dict.fromkeys((0, last // 2, last)):
-                    handle.seek(start + offset)
-                    digest.update(handle.read(min(BLOCK, max(length, 1))))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    with reading(path), open_regular(path) as handle:
+        count = os.fstat(handle.fileno()).st_size
+        if os.environ.get(FULL):
+            while piece := handle.read(2**24):
+                digest.update(piece)
+            return f"{count}-all-{digest.hexdigest()}"
+        starts = sorted((info.start, info.nbytes) for info in tensors if info.start >= 0)
+        if starts:
+            digest.update(header_bytes(handle))
+        else:
+            digest.update(repr(_archived(path)).encode())
+            starts = [(count * place // PLACES, 1) for place in range(PLACES)]
+        for start, length in starts:
+            last = max(length - BLOCK, 0)
+            for offset in dict.fromkeys((0, last // 2, last)):
+                handle.seek(start + offset)
+                digest.update(handle.read(min(BLOCK, max(length, 1))))
     return f"{count}-{digest.hexdigest()}"
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from svdconvert.errors import InputError
+
 ADAPTER_CONFIG = "adapter_config.json"
 _CHECKPOINT = re.compile(r"(checkpoint-(\d+))/")
 _SNAPSHOT = re.compile(r"(snapshots/([^/]+))/config\.json")
@@ -101,8 +103,6 @@ def refuse_other_format(
     Raises:
         InputError: it is something else, and that is known.
     """
-    from svdconvert.errors import InputError
-
     if ADAPTER_CONFIG in files:
         raise InputError(_adapter(where, read(ADAPTER_CONFIG), has_weights="config.json" in files and has_weights))
     for known in _FORMATS[:1] if has_weights else _FORMATS:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdconvert.documents import open_regular
+from svdconvert.documents import open_regular, reading
 from svdconvert.errors import InputError
 from svdconvert.headers import CODES, MAX_DIMENSIONS, MAX_HEADER_BYTES, TensorInfo, check_name
 
@@ -78,14 +78,10 @@ def _check_archive(path: Path) -> None:
     What is no archive is left to torch, which knows older formats by name.
     """
     try:
-        with open_regular(path, advice="put the weight file in its place") as handle:
+        with reading(path), open_regular(path, advice="put the weight file in its place") as handle:
             if not zipfile.is_zipfile(handle):
                 return
             parts = zipfile.ZipFile(handle).infolist()
-    except MemoryError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise InputError(f"{path} is damaged or no weight file ({error}); fetch it again") from None
     for part in parts:

@@ -17,7 +17,7 @@ from svdconvert.loading import quiet_transformers
 from svdconvert.other_models import refuse_other_model
 from svdconvert.skeletons import is_factored
 from svdconvert.source import Source
-from svdconvert.tying import head_copies, other_head
+from svdconvert.tying import embedding_of, head_copies, other_head
 from svdconvert.weights import same_values
 
 _ATTENTION = "eager sdpa flex_attention flash_attention_2 flash_attention_3 flash_attention_4".split()
@@ -108,8 +108,8 @@ def _check_generation(source: Source) -> None:
 
 def _check_head(source: Source, row: Architecture) -> None:
     """A tied head that the files have all the same has to be the embedding."""
-    full = row.full_names(source.tensors, source.config)
+    embedding = embedding_of(row, source)
     for copy in head_copies(row, source):
-        embedding = next(source.tensors[name] for name, own in full.items() if own == row.embedding)
+        assert embedding is not None
         if not same_values(source, embedding, copy):
             raise other_head(source, copy.name, embedding.name)

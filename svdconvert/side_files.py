@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdconvert.architectures import FACTORED
+from svdconvert.other_formats import ADAPTER_CONFIG
 
 TEMPLATES = "additional_chat_templates/"
 
@@ -28,7 +29,7 @@ _OTHER_SUFFIXES = tuple(
 _VOCABULARIES = frozenset({"vocab.pkl", "vocab.bin"})
 # What is written anew, and says nothing of what is left out.
 _WRITTEN = frozenset({"config.json", "README.md", "svdconvert.json"})
-_OTHER_NAMES = _WRITTEN | {"trainer_state.json", "adapter_config.json", "model_index.json", "latest"}
+_OTHER_NAMES = _WRITTEN | {"trainer_state.json", ADAPTER_CONFIG, "model_index.json", "latest"}
 _EVENTS = "events.out.tfevents."
 
 # No file of a tokenizer is larger; settings and code are far smaller.

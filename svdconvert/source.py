@@ -21,7 +21,7 @@ from svdconvert.errors import InputError
 from svdconvert.folders import ModelFolder, cached_repo
 from svdconvert.headers import CODES, TensorInfo, read_header
 from svdconvert.identity import file_digest, weights_digest
-from svdconvert.other_formats import refuse_other_format
+from svdconvert.other_formats import ADAPTER_CONFIG, refuse_other_format
 from svdconvert.side_files import choose_side_files, is_side_file, side_notes
 from svdconvert.wrappers import unwrap
 
@@ -37,7 +37,7 @@ PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json
 
 
 # What is read of any model that is loaded, beside its side files.
-_READ = ("config.json", "README.md", "adapter_config.json", SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX)
+_READ = ("config.json", "README.md", ADAPTER_CONFIG, SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX)
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
 

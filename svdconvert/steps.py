@@ -100,12 +100,16 @@ _UNITS = {"": 1, "b": 1} | {
 }
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str | int) -> int:
     """Bytes of a size in words: ``5GB`` is 5,000,000,000, ``5GiB`` 5 * 2**30, a plain number counts bytes.
+
+    A number that is no text is taken as it is.
 
     Raises:
         InputError: not a size, or too small to be meant.
     """
+    if isinstance(text, int):
+        return text
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     unit = _UNITS.get(match[2]) if match else None
     size = round(float(match[1]) * unit) if match and unit else 0

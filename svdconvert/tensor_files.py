@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor
 
 from svdconvert.disk import atomic_pieces, disk_errors
-from svdconvert.documents import open_regular, parse_json
+from svdconvert.documents import fill, open_regular, parse_json, reading
 from svdconvert.errors import InputError
 from svdconvert.fields import TEXT, problem, record, table
-from svdconvert.headers import CODES, MAX_HEADER_BYTES, TensorInfo, layout, parse_header
+from svdconvert.headers import CODES, TensorInfo, header_bytes, layout, parse_header
 from svdconvert.weights import as_bytes, torch_dtype
 
 _DIGESTS, _NOTE = "digests", "note"
@@ -74,17 +73,10 @@ def read_tensors(path: Path, names: Collection[str] | None = None, *, optional: 
     for name in wanted:
         info = infos[name]
         tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        view = as_bytes(tensor)
-        try:
-            with open_regular(path) as handle:
-                handle.seek(info.start)
-                while view:
-                    count = handle.readinto(view)
-                    if not count:
-                        raise _damaged(path)
-                    view = view[count:]
-        except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror})") from None
+        with reading(path), open_regular(path) as handle:
+            handle.seek(info.start)
+            if not fill(handle, as_bytes(tensor)):
+                raise _damaged(path)
         if _digest(info, as_bytes(tensor)) != digests[name]:
             raise _damaged(path)
         found[name] = tensor
@@ -126,15 +118,11 @@ def unseal(found: Mapping[str, Any], path: Path, advice: str = "") -> dict[str, 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], str]:
     """``(tensors, digests, note)``."""
     try:
-        with open_regular(path) as handle:
-            raw = handle.read(8)
-            if len(raw) == 8:
-                raw += handle.read(min(struct.unpack("<Q", raw)[0], MAX_HEADER_BYTES))
-            count = handle.seek(0, 2)
+        handle = open_regular(path)
     except FileNotFoundError:
         raise InputError(f"{path} is missing; run the command again that made it") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    with reading(path), handle:
+        raw, count = header_bytes(handle), handle.seek(0, 2)
     try:
         infos = {info.name: info for info in parse_header(raw, path.name, count)}
         header = parse_json(raw[8:], path)

@@ -27,15 +27,21 @@ def head_copies(row: Architecture, source: Source) -> list[TensorInfo]:
     Raises:
         InputError: it has another shape than the embedding.
     """
-    full = row.full_names(source.tensors, source.config)
     if not row.is_tied(source.config):
         return []
-    embedding = next((source.tensors[name] for name, own in full.items() if own == row.embedding), None)
+    full = row.full_names(source.tensors, source.config)
+    embedding = embedding_of(row, source)
     copies = [source.tensors[name] for name, own in full.items() if own in row.head]
     for copy in copies:
         if embedding is not None and copy.shape != embedding.shape:
             raise other_head(source, copy.name, embedding.name)
     return copies
+
+
+def embedding_of(row: Architecture, source: Source) -> TensorInfo | None:
+    """The embedding of a checkpoint, whatever its name there; None where it is missing."""
+    full = row.full_names(source.tensors, source.config)
+    return next((source.tensors[name] for name, own in full.items() if own == row.embedding), None)
 
 
 def other_head(source: Source, head: str, embedding: str) -> InputError:

@@ -75,7 +75,7 @@ class WeightReader:
         if info.file != self._file:
             self.close()
             path = self._source.path(info.file)
-            with _read_errors(info.file):
+            with read_errors(info.file):
                 self._handle = os.open(path, os.O_RDONLY)
             self._file = info.file
         # A Hub file's positions are known for certain only now that it is here.
@@ -84,7 +84,7 @@ class WeightReader:
         for place, length in info.cut.runs(offset, len(view)) if info.cut else [(offset, len(view))]:
             done, end = begin, begin + length
             while done < end:
-                with _read_errors(info.file):
+                with read_errors(info.file):
                     count = os.preadv(self._handle, [view[done:end]], start + place + done - begin)
                 if count == 0:
                     raise JobError(f"{info.file} ended inside tensor {info.name}; fetch the file again")
@@ -131,7 +131,12 @@ def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:
 
 
 @contextmanager
-def _read_errors(file: str) -> Iterator[None]:
+def read_errors(file: object) -> Iterator[None]:
+    """Turn what the operating system says about a file that a job reads into one sentence.
+
+    Raises:
+        JobError: it cannot be read now.
+    """
     try:
         yield
     except OSError as error:

@@ -26,6 +26,7 @@ from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, either, many, optional, record, require, table
 from svdconvert.journal import journals
 from svdconvert.locks import FolderLock
+from svdconvert.other_formats import ADAPTER_CONFIG
 from svdconvert.processes import Group
 from svdconvert.source import PICKLE_INDEX, SAFE_INDEX, listing
 
@@ -38,7 +39,7 @@ FILES = ("config.json", RECORD, "README.md")
 
 # What would be taken for a part of a model that it lies beside.
 _WEIGHTS = (".safetensors", ".bin")
-_MODEL_FILES = frozenset({SAFE_INDEX, PICKLE_INDEX, "generation_config.json", "adapter_config.json"})
+_MODEL_FILES = frozenset({SAFE_INDEX, PICKLE_INDEX, "generation_config.json", ADAPTER_CONFIG})
 
 # What to do about a damaged file of ours.
 _ANEW = "convert anew, with --overwrite"
