@@ -18,7 +18,8 @@ import torch
 
 from svdconvert.architectures import dense_architecture
 from svdconvert.architectures.row import Section
-from svdconvert.decomposing import Decompositions, decompose_targets, load_decomposition
+from svdconvert.decomposing import decompose_targets
+from svdconvert.decompositions import Decompositions, load_decomposition
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo
@@ -28,11 +29,11 @@ from svdconvert.loading import compute_dtype, load_model
 from svdconvert.metrics import METHODS
 from svdconvert.passages import read_passage
 from svdconvert.perplexity import negative_log_likelihood
-from svdconvert.planning import find_targets
 from svdconvert.preflight import check_model
 from svdconvert.ranks import Target
 from svdconvert.source import LocalSource, local_folder
 from svdconvert.splitting import section_of, target_tensors
+from svdconvert.targets import find_targets
 from svdconvert.weights import WeightReader
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from svdconvert.metrics import Method, method_named
 from svdconvert.names import layer_number
 from svdconvert.source import Source, open_source
 from svdconvert.splitting import fused_layer, section_of
+from svdconvert.targets import choose_targets
 
 if TYPE_CHECKING:
     from svdconvert.calibration import ModuleStatistics, Needs, StatisticsRun
@@ -267,9 +269,6 @@ def calibrate(
         InputError: the model, the text or the folder cannot be used.
         JobError: it broke off; the same call continues it.
     """
-    import shutil
-
-    from svdconvert.planning import choose_targets
     from svdconvert.preflight import check_model
     from svdconvert.statistics_files import StatisticsFolder, save_statistics, statistics_key
 

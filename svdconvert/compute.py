@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 from svdconvert.architectures.row import Section
+from svdconvert.decompositions import (
+    load_decomposition,
+    load_group,
+    load_metric,
+    load_outputs,
+    load_second_moment,
+)
 from svdconvert.errors import InputError
 from svdconvert.filtered import factorize_fast
 from svdconvert.headers import TensorInfo
@@ -35,8 +42,6 @@ def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tu
 
 def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W and its decomposition, computed beforehand -> the tensors of its layout."""
-    from svdconvert.decomposing import load_decomposition
-
     (weight,) = matrices(inputs, step)
     file = Path(step.options["decomposition"])
     found, inner, outer = load_decomposition(file, weight.device)
@@ -50,7 +55,6 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
 
 def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W and the tensors that a refit has made, with the decomposition it began from -> those tensors."""
-    from svdconvert.decomposing import load_decomposition
     from svdconvert.refitting import load_refitted
 
     (weight,) = matrices(inputs, step)
@@ -68,8 +72,6 @@ def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, float]:
 
     All of it is before rounding.
     """
-    from svdconvert.decomposing import load_outputs
-
     spectrum = found.spectrum
     told = {"lost": found.tail(rank) / found.scale**2, "whole": float(spectrum.sum())}
     losses = load_outputs(file)
@@ -89,8 +91,6 @@ def _factorize_shared(
 
 def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
-    from svdconvert.decomposing import load_decomposition, load_group, load_metric, load_second_moment
-
     inputs = matrices(inputs, step)
     rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
     path = Path(step.options["decomposition"])

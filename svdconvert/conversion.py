@@ -29,7 +29,7 @@ from svdconvert.threads import usual_workers
 from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
 
 if TYPE_CHECKING:
-    from svdconvert.decomposing import Decompositions
+    from svdconvert.decompositions import Decompositions
     from svdconvert.refitting import Refit
 
 REFITS = ("none", "sequential")

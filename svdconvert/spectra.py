@@ -27,9 +27,9 @@ from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, Layout, layout_named
 from svdconvert.metrics import method_named, method_options
 from svdconvert.names import suffix
-from svdconvert.planning import find_targets
 from svdconvert.ranks import Target
 from svdconvert.source import open_source
+from svdconvert.targets import find_targets
 
 if TYPE_CHECKING:
     import torch

@@ -134,7 +134,7 @@ def rewrite_config(folder: Path, **changes: Any) -> None:
 
 def full_ranks(row: Architecture, folder: Path) -> dict[str, int]:
     """The rank of each target at which nothing is lost."""
-    from svdconvert.planning import choose_targets
     from svdconvert.source import LocalSource
+    from svdconvert.targets import choose_targets
 
     return {target.module: min(target.shape) for target in choose_targets(LocalSource(folder).tensors, row, ())}

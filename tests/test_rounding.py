@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from svdconvert import solver
-from svdconvert.decomposing import Decompositions, load_decomposition
+from svdconvert.decompositions import Decompositions, load_decomposition
 from svdconvert.pivoting import pivot, product, refit, rounded_coefficients
 from svdconvert.ranks import Target
 from svdconvert.rounding import BASES, geometric_mean_decomposition, round_with_feedback

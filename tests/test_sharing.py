@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, InputError, convert, decomposing, plan
 from svdconvert.headers import TensorInfo
-from svdconvert.planning import share
 from svdconvert.ranks import RankRequest, Target, assign
 from svdconvert.sharing import (
     SharedDecomposition,
@@ -36,6 +35,7 @@ from svdconvert.sharing import (
 )
 from svdconvert.solver import Workspace, decompose, factorize
 from svdconvert.steps import Step, files_here
+from svdconvert.targets import share
 from svdconvert.verification import failed, verify
 
 Run = Callable[..., SimpleNamespace]

@@ -38,9 +38,9 @@ from svdconvert.headers import Cut
 from svdconvert.layouts import LAYOUTS
 from svdconvert.metrics import METHODS, shrink
 from svdconvert.names import suffix
-from svdconvert.planning import find_targets
 from svdconvert.source import LocalSource
 from svdconvert.splitting import fused_layer, split_tensors
+from svdconvert.targets import find_targets
 from svdconvert.verification import failed
 from svdconvert.weights import WeightReader
 

@@ -110,9 +110,9 @@ def measure(folder: Path, work: Path, method: str, tokens: int, length: int, bat
     from svdconvert.architectures import dense_architecture
     from svdconvert.blocks import ModelBlocks
     from svdconvert.corpus import CalibrationTokens
-    from svdconvert.planning import choose_targets
     from svdconvert.source import LocalSource
     from svdconvert.statistics_files import StatisticsFolder, statistics_key
+    from svdconvert.targets import choose_targets
 
     source = LocalSource(folder)
     vocabulary = int(source.config["vocab_size"])

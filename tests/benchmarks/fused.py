@@ -39,10 +39,10 @@ from svdconvert.metrics import METHODS, method_options
 from svdconvert.names import suffix
 from svdconvert.passages import read_passage
 from svdconvert.perplexity import negative_log_likelihood
-from svdconvert.planning import choose_targets
 from svdconvert.ranks import Target
 from svdconvert.solver import decompose, truncate
 from svdconvert.source import LocalSource
+from svdconvert.targets import choose_targets
 
 BUNDLED = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
 
