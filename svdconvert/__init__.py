@@ -33,7 +33,7 @@ _EXPORTS = {
     "MatrixSpectrum": "spectra",
     "Spectra": "spectra",
     "sweep": "sweeping",
-    "Sweep": "sweeping",
+    "Sweep": "sweep_book",
     "Plan": "planning",
     "Outcome": "job",
     "Events": "events",
@@ -82,7 +82,8 @@ if TYPE_CHECKING:
     from svdconvert.perplexity import Evaluation, evaluate
     from svdconvert.planning import Plan
     from svdconvert.spectra import MatrixSpectrum, Spectra, spectrum
-    from svdconvert.sweeping import Sweep, sweep
+    from svdconvert.sweep_book import Sweep
+    from svdconvert.sweeping import sweep
     from svdconvert.verification import verify
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdconvert.errors import InputError
-from svdconvert.ranks import Target
+from svdconvert.metrics import Method
+from svdconvert.ranks import RankRequest, Target
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,22 @@ class _Choices:
     def best(self, price: float) -> int:
         """The option of least loss + price * cost."""
         return int(np.argmin(self.loss + price * self.cost))
+
+
+def chosen_allocation(method: Method, asked: str | None, request: RankRequest) -> str:
+    """How a budget is spread, ``uniform`` or ``global``: as asked, or as suits the method.
+
+    Raises:
+        InputError: there is no such way, or the request leaves no choice.
+    """
+    if asked not in (None, "uniform", "global"):
+        raise InputError(f"--allocation {asked!r} is unknown; choose uniform or global")
+    if asked is None:
+        # Ranks that the user has chosen himself are his to keep.
+        return method.allocation if request.rank is None and not request.patterns else "uniform"
+    if asked == "global" and request.patterns:
+        raise InputError("--allocation global chooses the ranks itself; give --keep or --params, or one --rank")
+    return asked
 
 
 def allocate(

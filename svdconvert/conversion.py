@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdconvert import card, checkpoint, fast, locks, processes
-from svdconvert.allocation import allocate
-from svdconvert.architectures import dense_architecture
+from svdconvert import fast, locks, processes
+from svdconvert.allocation import allocate, chosen_allocation
 from svdconvert.calibrating import Calibration, Knowledge, check_knowledge, check_parts, default_method, find_knowledge
+from svdconvert.conversion_job import command_line, conversion_job
 from svdconvert.disk import free_bytes
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
+from svdconvert.job import Job, Outcome, resolve_device, run_job
 from svdconvert.layouts import DEFAULT, layout_named
-from svdconvert.metrics import Method, method_named, method_options
-from svdconvert.options import BY_NAME, repeating_command
+from svdconvert.metrics import method_named, method_options
 from svdconvert.planning import Plan, make_plan
 from svdconvert.ranks import RankRequest, Target
 from svdconvert.source import Source, open_source
@@ -337,7 +336,7 @@ def convert(
         command = command_line(
             source, made, settings, request, knowledge, keeps=not always_decomposed and place is not None
         )
-        return _job(source, made, settings, row, command, told, measure)
+        return conversion_job(source, made, settings, row, command, told, measure)
 
     with ExitStack() as held:
         outcome = run_job(
@@ -477,129 +476,6 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
         replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
         for target, rank in zip(targets, ranks, strict=True)
     ]
-
-
-def chosen_allocation(method: Method, asked: str | None, request: RankRequest) -> str:
-    """How a budget is spread, ``uniform`` or ``global``: as asked, or as suits the method.
-
-    Raises:
-        InputError: there is no such way, or the request leaves no choice.
-    """
-    if asked not in (None, "uniform", "global"):
-        raise InputError(f"--allocation {asked!r} is unknown; choose uniform or global")
-    if asked is None:
-        # Ranks that the user has chosen himself are his to keep.
-        return method.allocation if request.rank is None and not request.patterns else "uniform"
-    if asked == "global" and request.patterns:
-        raise InputError("--allocation global chooses the ranks itself; give --keep or --params, or one --rank")
-    return asked
-
-
-def _job(
-    source: Source,
-    made: Plan,
-    settings: Mapping[str, Any],
-    method: Method,
-    command: str,
-    told: Mapping[str, Any],
-    measure: Callable[[], Mapping[str, float]] | None,
-) -> Job:
-    row = dense_architecture(source.config, source.name)
-    config = checkpoint.factored_config(
-        source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"], made.shared
-    )
-    config.setdefault("torch_dtype", checkpoint.majority_dtype([step.outputs[0] for step in made.steps]))
-
-    def matrices(reports: Reports) -> dict[str, dict[str, Any]]:
-        found = {
-            module: dict(report)
-            for target in made.targets
-            if target.rank is not None
-            for module, report in _by_layer(target, reports[target.weight]).items()
-        }
-        if method.in_loss:  # half of what the second-order estimate sums up to
-            found = {name: {**told, "predicted_loss": told["lost"] / 2} for name, told in found.items()}
-        return found
-
-    @cache
-    def losses() -> Mapping[str, float]:
-        return {} if measure is None else measure()
-
-    def details(reports: Reports) -> dict[str, Any]:
-        return {
-            "params": {"before": made.params_before, "after": made.params_after},
-            "bytes": {"before": made.bytes_before, "after": made.bytes_after},
-            "dense_targets": {part.module: t.reason for t in made.targets if t.rank is None for part in t.parts},
-            "notes": list(made.notes),
-            "matrices": matrices(reports),
-            **predicted(reports),
-            **losses(),
-            **told,
-        }
-
-    def predicted(reports: Reports) -> dict[str, float]:
-        """Loss added by the truncation, in nats per token."""
-        if not method.in_loss:
-            return {}
-        return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in matrices(reports).values())}
-
-    def model_card(reports: Reports) -> str:
-        lost = {**predicted(reports), **losses()}
-        return card.factored_card(source, made, row, command, settings, matrices(reports), lost)
-
-    return Job(
-        steps=made.steps,
-        shards=made.shards,
-        config=config,
-        extra={f"{row.modeling}.py": checkpoint.modeling_source(row)},
-        card=model_card,
-        details=details,
-    )
-
-
-def _by_layer(target: Target, report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Module path -> report of its matrix; the time of a group is spread evenly."""
-    if not target.followers:
-        return {target.module: report}
-    common = {name: value for name, value in report.items() if name != "layers"}
-    common["seconds"] = round(report["seconds"] / len(target.parts), 4)
-    owner = {part.module: {"shared_with": target.module} for part in target.followers}
-    return {
-        part.module: {**common, **layer, **owner.get(part.module, {})}
-        for part, layer in zip(target.parts, report["layers"], strict=True)
-    }
-
-
-def command_line(
-    source: Source,
-    made: Plan,
-    settings: Mapping[str, Any],
-    request: RankRequest,
-    knowledge: Knowledge | None,
-    *,
-    keeps: bool,
-) -> str:
-    """The command that makes this result again, see :func:`svdconvert.options.repeating_command`."""
-    row = method_named(made.method)
-    usual = chosen_allocation(row, None, request)
-    ranks = [] if request.rank is None else [str(request.rank)]
-    values: dict[str, Any] = {
-        "--revision": source.commit,
-        "--rank": (*ranks, *(f"{pattern}={rank}" for pattern, rank in (request.patterns or {}).items())),
-        "--targets": tuple(settings["targets"]),
-        # Named wherever there is a text, whatever the usual one may be some day.
-        "--method": None if knowledge is None and made.method == default_method(None, None, None) else made.method,
-        "--allocation": None if settings["allocation"] == usual == "uniform" else settings["allocation"],
-        "--max-shard-size": settings["max_shard_bytes"],
-        **{f"--{name}": settings.get(name) for name in ("alpha", "shrinkage")},
-        **{name: BY_NAME[name].default for name in BY_NAME if BY_NAME[name].keyword.startswith("calibration.")},
-        "--stats": None,
-        "--work": "WORK" if keeps else None,
-        **(knowledge.options if knowledge else {}),
-    }
-    same = ("keep", "params", "rank_multiple", "factor_all", "split_fused", "share_layers", "refit", "layout", "solver")
-    values |= {f"--{name.replace('_', '-')}": settings[name] for name in (*same, "dtype")}
-    return repeating_command(source.repo or source.name, values)
 
 
 def _request(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from svdconvert.spectra import MatrixSpectrum, Spectra
-    from svdconvert.sweeping import Sweep
+    from svdconvert.sweep_book import Sweep
 
 # Told apart by people of any colour vision (Okabe and Ito, 2008).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

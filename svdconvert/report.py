@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from svdconvert.perplexity import Evaluation
     from svdconvert.planning import Plan
     from svdconvert.spectra import MatrixSpectrum, Spectra
-    from svdconvert.sweeping import Sweep
+    from svdconvert.sweep_book import Sweep
 
 
 _PICKS: Mapping[str, Callable[[Sequence[float]], float]] = {"lowest": min, "median": median, "highest": max}

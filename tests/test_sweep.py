@@ -14,7 +14,7 @@ import pytest
 from checkpoints import random_tensors, write_checkpoint
 
 from svdconvert import Calibration, InputError, convert, decomposing, evaluate, sweep, sweeping
-from svdconvert.sweeping import Point, Setting
+from svdconvert.sweep_book import Point, Setting
 
 Run = Callable[..., SimpleNamespace]
 MEASURED = {"window": 48, "device": "cpu", "plot": False}

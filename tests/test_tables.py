@@ -12,7 +12,7 @@ from rich.console import Console
 
 from svdconvert import Evaluation, MatrixSpectrum, Spectra, Sweep, plan, report
 from svdconvert.ablation import GroupResult
-from svdconvert.sweeping import Point, Setting
+from svdconvert.sweep_book import Point, Setting
 from svdconvert.tables import new_table, show_table
 from svdconvert.verification import Check
 
