@@ -14,7 +14,7 @@ from typing import Any
 from svdconvert.allocation import chosen_allocation
 from svdconvert.calibrating import Calibration, calibrate, check_knowledge, check_parts, default_method, find_knowledge
 from svdconvert.checkpoint import digest, versions
-from svdconvert.conversion import convert
+from svdconvert.conversion import Report, convert
 from svdconvert.disk import atomic_write, disk_errors
 from svdconvert.errors import InputError
 from svdconvert.events import Events
@@ -22,9 +22,10 @@ from svdconvert.job import resolve_device
 from svdconvert.layouts import DEFAULT, layout_named
 from svdconvert.locks import FolderLock
 from svdconvert.metrics import Method, method_named, method_options
-from svdconvert.passages import read_passage, read_text
-from svdconvert.perplexity import evaluate
+from svdconvert.passages import Passage, read_passage, read_text
+from svdconvert.perplexity import Evaluation, evaluate
 from svdconvert.planning import Plan, make_plan
+from svdconvert.preflight import check_model
 from svdconvert.ranks import RankRequest
 from svdconvert.source import Source, local_folder, open_source
 from svdconvert.steps import Step
@@ -115,8 +116,6 @@ def sweep(
     dense_folder = local_folder(os.fspath(model), revision)
     source = open_source(os.fspath(model), revision, download_folder=internal / "source")
     plans = [_plan(source, setting, targets, dtype, split_fused) for setting in chosen]
-    from svdconvert.preflight import check_model
-
     check_model(source)
     measuring: dict[str, Any] = {"batch_size": batch_size, "device": used}
     measuring["progress"] = partial(events.progress, "tokens")
@@ -124,16 +123,8 @@ def sweep(
     measuring |= {"window": passage.window, "stride": passage.stride}
     knowledge = find_knowledge(source, calibration, stats, events)
     settings = {
-        "svdconvert": versions()["svdconvert"],
-        **source.identity(),
-        **source.side_identity(),
-        "text": digest(read_text(Path(text).expanduser()).encode()),
-        "window": passage.window,
-        "stride": passage.stride,
-        "targets": list(targets),
+        **_conditions(source, Path(text).expanduser(), passage, targets, dtype, used),
         **({"split_fused": True} if split_fused else {}),
-        "dtype": dtype,
-        "device": used.split(":")[0],
     }
     with _held(folder, internal):
         book = Book(folder, source.name, str(text), settings, None if knowledge is None else knowledge.key, overwrite)
@@ -190,32 +181,62 @@ def sweep(
             )
             found = evaluate(target, text, **measuring, against=dense_folder)
             source.refuse_changed()
-            assert found.divergence is not None
-            added = found.divergence.added
-            book.points[setting] = point = Point(
-                setting,
-                report.plan.params_after,
-                report.plan.bytes_after,
-                found.perplexity,
-                found.bits_per_character,
-                added,
-                report.outcome.record.get("predicted_loss"),
-                time.perf_counter() - start,
-                found.divergence.kl,
-            )
+            book.points[setting] = point = _point(setting, report, found, time.perf_counter() - start)
             book.write()
             if not keep_models:
                 shutil.rmtree(target, ignore_errors=True)
-            events.note(f"{setting.line}, {setting.budget}: perplexity {point.perplexity:.2f} ({added:+.4f})")
+            events.note(f"{setting.line}, {setting.budget}: perplexity {point.perplexity:.2f} ({point.added:+.4f})")
         result = Sweep(source.name, str(text), dense, list(book.points.values()), folder)
-        with disk_errors(folder):
-            atomic_write(folder / "sweep.md", result.to_markdown().encode())
-        if plot:
-            from svdconvert.plots import save_figure, sweep_figure
-
-            save_figure(sweep_figure(result), folder / "sweep.png")
+        _write_pages(result, plot=plot)
         clear_folder(internal, ignore_errors=True)
     return result
+
+
+def _conditions(
+    source: Source, text: Path, passage: Passage, targets: Sequence[str], dtype: str, device: str
+) -> dict[str, Any]:
+    """What all points of a sweep have in common, for its book."""
+    return {
+        "svdconvert": versions()["svdconvert"],
+        **source.identity(),
+        **source.side_identity(),
+        "text": digest(read_text(text).encode()),
+        "window": passage.window,
+        "stride": passage.stride,
+        "targets": list(targets),
+        "dtype": dtype,
+        "device": device.split(":")[0],
+    }
+
+
+def _point(setting: Setting, report: Report, found: Evaluation, seconds: float) -> Point:
+    """A row of the book, from a conversion and what was measured of its result against the dense model."""
+    assert found.divergence is not None
+    return Point(
+        setting,
+        report.plan.params_after,
+        report.plan.bytes_after,
+        found.perplexity,
+        found.bits_per_character,
+        found.divergence.added,
+        report.outcome.record.get("predicted_loss"),
+        seconds,
+        found.divergence.kl,
+    )
+
+
+def _write_pages(result: Sweep, *, plot: bool) -> None:
+    """Write ``sweep.md``, and ``sweep.png`` if there is to be one.
+
+    Raises:
+        JobError: the disk fails.
+    """
+    with disk_errors(result.folder):
+        atomic_write(result.folder / "sweep.md", result.to_markdown().encode())
+    if plot:
+        from svdconvert.plots import save_figure, sweep_figure
+
+        save_figure(sweep_figure(result), result.folder / "sweep.png")
 
 
 def _settings(
