@@ -353,12 +353,7 @@ def convert(
         )
     if outcome.already_done and spread == "global":  # the ranks that an earlier run has chosen
         matrices = outcome.record["matrices"]
-        ranked = [
-            replace(target, rank=matrices[target.module]["rank"], reason="")
-            if target.module in matrices
-            else replace(target, rank=None, reason="the budget keeps it whole")
-            for target in made.targets
-        ]
+        ranked = with_ranks(made.targets, [matrices.get(target.module, {}).get("rank") for target in made.targets])
         made = make_plan(source, request, method=row.name, ranked=ranked, **planned)
     if keep_work and kept_work(folder).is_dir():
         events.note(f"the decompositions are kept in {kept_work(folder)} (--work)")
@@ -472,6 +467,11 @@ def spend(made: Plan, request: RankRequest, store: Decompositions) -> list[Targe
         cost=layout_named(made.settings["layout"]).cost,
         multiple=request.multiple,
     )
+    return with_ranks(targets, ranks)
+
+
+def with_ranks(targets: Sequence[Target], ranks: Sequence[int | None]) -> list[Target]:
+    """Targets with the ranks of a global budget; None keeps one dense."""
     return [
         replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
         for target, rank in zip(targets, ranks, strict=True)
