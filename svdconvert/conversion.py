@@ -267,7 +267,7 @@ def convert(
     refused_fast = solver == "fast" and used_device != "cpu"
     group = processes.current()
     if push_to_hub and group.leader:
-        from svdconvert.hub import check_push
+        from svdconvert.pushing import check_push
 
         check_push(push_to_hub, private=private, revision=hub_revision)
     source = open_source(os.fspath(model), revision, download_folder=group.own(folder / JOB_FOLDER / "source"))
@@ -440,7 +440,7 @@ def push(folder: str | os.PathLike[str], repo: str, *, private: bool = False, re
         InputError: the folder is not finished, or the repository may not be written.
         JobError: the upload broke off; the same call continues it.
     """
-    from svdconvert.hub import check_push, push_folder
+    from svdconvert.pushing import check_push, push_folder
 
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file() or not (path / RECORD).is_file():

@@ -20,7 +20,8 @@ from safetensors.numpy import save
 
 from svdconvert.errors import InputError, JobError
 from svdconvert.headers import TensorInfo, read_header
-from svdconvert.hub import HubSource, check_push, download_model, push_folder
+from svdconvert.hub import HubSource, download_model
+from svdconvert.pushing import check_push, push_folder
 from svdconvert.source import local_folder, open_source
 
 from hub_server import ALWAYS, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer, use_hub  # isort: skip
@@ -725,7 +726,7 @@ def test_pickles_that_do_not_fit_are_not_begun(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
     with pytest.raises(InputError) as caught:
         HubSource(REPO, download_folder=folder)
-    message(caught, "GB free", REPO)
+    message(caught, "free, 1 B too little", REPO)
     assert not hub.gets("pytorch_model.bin")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
     HubSource(REPO, download_folder=folder)
