@@ -59,14 +59,11 @@ def load_model(
     Raises:
         InputError: the folder is no model, is of an unknown kind, or its weights and config do not fit.
     """
-    import transformers
     from transformers import AutoModelForCausalLM
 
     found = config or read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
     found = without_attention(found)
-    # The argument's name changed in transformers 4.56.
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    options: dict[str, Any] = {"dtype" if version >= (4, 56) else "torch_dtype": dtype, "output_loading_info": True}
+    options = {**dtype_option(dtype), "output_loading_info": True}
     row = FACTORED.get(str(found.get("model_type")))
     with foreign_code(f"{folder} cannot be loaded"), quiet_transformers(), _view(folder, found) as seen:
         if row is None:
@@ -86,6 +83,14 @@ def load_model(
     if wrong:
         raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
     return model.to(device).eval()
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, Any]:
+    """The argument that gives a model the type of its weights; its name changed in transformers 4.56."""
+    import transformers
+
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
 
 
 def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from svdconvert.architectures import Architecture
 from svdconvert.foreign import foreign_code
-from svdconvert.loading import factored_classes, quiet_transformers, without_attention
+from svdconvert.loading import dtype_option, factored_classes, quiet_transformers, without_attention
 from svdconvert.source import Source
 
 
@@ -43,17 +42,14 @@ def skeleton(source: Source, row: Architecture) -> Any:
 
 
 def _dense(row: Architecture, config: Mapping[str, Any]) -> Any:
-    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # as a checkpoint of ours would say it: some spellings of old are understood by no version or by one alone
     settings = {key: value for key, value in config.items() if key != "model_type"}
     settings |= row.config_overrides(config)
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    # Without it the config's half type becomes the type that buffers are computed in.
-    dtype = {"dtype" if version >= (4, 56) else "torch_dtype": torch.float32}
     made = AutoConfig.for_model(config["model_type"], **settings)
-    return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype)
+    # Without a type the config's half type becomes the one that buffers are computed in.
+    return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype_option(torch.float32))
 
 
 def _factored(row: Architecture, config: Mapping[str, Any]) -> Any:
