@@ -95,7 +95,7 @@ def ablate(
     events = events or Events()
     folder = local_folder(os.fspath(model), revision)
     source = LocalSource(folder)
-    row = dense_architecture(source.config, source.name)
+    row = dense_architecture(source.config, source.where)
     chosen = find_targets(source, targets, split_fused=split_fused)
     tensors = target_tensors(source, chosen)
     fewest = min(min(target.shape) for target in chosen)

@@ -142,10 +142,10 @@ class ModelBlocks:
             InputError: the architecture cannot be taken apart, or its config is wrong.
         """
         factored = is_factored(source)
-        row = (factored_architecture if factored else dense_architecture)(source.config, source.name)
+        row = (factored_architecture if factored else dense_architecture)(source.config, source.where)
         if row.model_type not in PIECES:
             known = ", ".join(sorted(PIECES))
-            raise InputError(f"{source.name} ({row.model_type}) cannot be run block by block; known: {known}")
+            raise InputError(f"{source.where} ({row.model_type}) cannot be run block by block; known: {known}")
         self._source, self._row, self._pieces = source, row, PIECES[row.model_type]
         self._head_name = row.head[factored]
         full = row.full_names(source.tensors, source.config)
@@ -240,7 +240,7 @@ class ModelBlocks:
             InputError: the class does not take what config.json says.
         """
         mask, kinds = torch.ones(1, 4, dtype=torch.bool), set()
-        with foreign_code(f"config.json of {self._source.name} cannot be used"), torch.no_grad():
+        with foreign_code(f"config.json of {self._source.where} cannot be used"), torch.no_grad():
             hidden = torch.zeros(1, 4, self.hidden_size, device=self.device)
             for index, block in enumerate(self._layers):
                 if (kind := getattr(block, "attention_type", None)) in kinds:
@@ -407,10 +407,10 @@ class ModelBlocks:
         """A stored tensor, or some of its rows."""
         info = self._tensors.get(name)
         if info is None:
-            raise InputError(f"{self._source.name} lacks {name}; the checkpoint is incomplete, fetch it again")
+            raise InputError(f"{self._source.where} lacks {name}; the checkpoint is incomplete, fetch it again")
         if info.shape != tuple(like.shape):
             raise InputError(
-                f"tensor {name} of {self._source.name} has shape {list(info.shape)}, but by config.json it must be "
+                f"tensor {name} of {self._source.where} has shape {list(info.shape)}, but by config.json it must be "
                 f"{list(like.shape)}; config and weights are not of one model"
             )
         if rows is not None:

@@ -78,7 +78,7 @@ class Calibration:
 
         folder = _side_folder(source)
         if folder is None:
-            raise InputError(f"{source.name} has no tokenizer, so no text can be read with it")
+            raise InputError(f"{source.where} has no tokenizer, so no text can be read with it")
         tokenizer = load_tokenizer(folder)
         length = self.length or min(2048, longest_input(source.config, 2048))
         empty = EmptyRows()
@@ -214,7 +214,7 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
     if side is not None and has_tokenizer(side):  # else there is none that could be another one
         expected["tokenizer"] = tokenizer_digest(load_tokenizer(side))
     found = StatisticsFolder(folder, expected)
-    key, text, row = found.key, found.tokens(), dense_architecture(source.config, source.name)
+    key, text, row = found.key, found.tokens(), dense_architecture(source.config, source.where)
 
     def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
         layers = {name: fused_layer(row, name) or name for name in modules}
@@ -285,7 +285,7 @@ def calibrate(
         if any(entry.name not in ours for entry in folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no statistics; give another folder")
     source = open_source(os.fspath(model), revision, download_folder=group.own(folder / "source"))
-    architecture = dense_architecture(source.config, source.name)
+    architecture = dense_architecture(source.config, source.where)
     modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
     check_model(source)
     tokens = calibration.tokens(source)

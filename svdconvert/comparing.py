@@ -53,8 +53,8 @@ def compare(factored: Source, dense: Source, row: Architecture, folder: Path) ->
     Raises:
         InputError: the dense one is another model's source.
     """
-    if dense_architecture(dense.config, dense.name) is not row:
-        raise InputError(f"{dense.name} is a {dense.config.get('model_type')} model, not the source of {folder}")
+    if dense_architecture(dense.config, dense.where) is not row:
+        raise InputError(f"{dense.where} is a {dense.config.get('model_type')} model, not the source of {folder}")
     recorded = _recorded_errors(folder)
     ours, theirs = WeightReader(factored), WeightReader(dense)
     copied, different, errors, off = 0, [], [], []
@@ -72,7 +72,7 @@ def compare(factored: Source, dense: Source, row: Architecture, folder: Path) ->
         if module in factored.config["svd_ranks"] and name.endswith(".weight"):
             stored = [factored.tensors[key] for key in stored_names(factored.config, row.prefix, module)]
             if outer_shape(stored) != row.matrix_shape(info.shape):
-                raise InputError(f"{name} has another shape in {dense.name} than in {folder}; it is not its source")
+                raise InputError(f"{name} has another shape in {dense.where} than in {folder}; it is not its source")
             down, up, *position = (_whole(ours, part) for part in stored)
             if position:
                 up = full_up(up, position[0])

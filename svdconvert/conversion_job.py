@@ -38,7 +38,7 @@ def conversion_job(
         told: what the record says besides.
         measure: gives the losses on the text, once the weights are written; None if they are not measured.
     """
-    row = dense_architecture(source.config, source.name)
+    row = dense_architecture(source.config, source.where)
     config = checkpoint.factored_config(
         source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"], made.shared
     )

@@ -55,7 +55,7 @@ def densify(
     from svdconvert.skeletons import check_stock
 
     source = open_source(os.fspath(model))
-    row = factored_architecture(source.config, source.name)
+    row = factored_architecture(source.config, source.where)
     limit = parse_size(max_shard_size)
     layout = layout_of(source.config)
     dense_biases = (f"{row.prefix}{module}.bias" for module in source.config["svd_ranks"])
@@ -69,7 +69,7 @@ def densify(
     outputs = [info for step in steps for info in step.outputs]
     check_model(source)
     config = checkpoint.dense_config(source.config, row)
-    check_stock(config, source.name)
+    check_stock(config, source.where)
 
     def model_card(reports: Reports) -> str:
         text = (
@@ -148,13 +148,13 @@ def factored_steps(
         names = stored_names(source.config, row.prefix, module)
         missing = [name for name in names if name not in source.tensors]
         if missing:
-            raise InputError(f"{source.name} lacks {listing(missing)}, which its config.json promises")
+            raise InputError(f"{source.where} lacks {listing(missing)}, which its config.json promises")
         stored = tuple(source.tensors[name] for name in names)
         if stored[0].shape[0] != rank or stored[1].shape[1] != rank:
-            raise InputError(f"{module} of {source.name} has rank {stored[0].shape[0]}, but config.json says {rank}")
+            raise InputError(f"{module} of {source.where} has rank {stored[0].shape[0]}, but config.json says {rank}")
         owner = shared.get(module, module)
         if owner not in groups:
-            raise InputError(f"config.json of {source.name} lets {module} share with {owner}, which has no factor")
+            raise InputError(f"config.json of {source.where} lets {module} share with {owner}, which has no factor")
         groups[owner].append(Layer(module, f"{row.prefix}{module}.weight", stored))
         factors.update(names)
     steps = [step for layers in groups.values() for step in factored_step(layers)]
@@ -184,7 +184,7 @@ def _joined(steps: Sequence[Step], source: Source, row: Architecture) -> list[St
         names = {part: f"{fused}.{part}.{kind}" for part in row.fused[suffix(layer)].names}
         missing = [own for own in names.values() if own not in parts]
         if missing:
-            raise InputError(f"{source.name} lacks {listing(missing)}, which its config.json promises")
+            raise InputError(f"{source.where} lacks {listing(missing)}, which its config.json promises")
         whole.append(_join_step(f"{fused}.{kind}", {part: parts.pop(own) for part, own in names.items()}, source, row))
     return in_order([*parts.values(), *whole])
 
@@ -202,7 +202,7 @@ def _join_step(name: str, parts: Mapping[str, Step], source: Source, row: Archit
     for part, info in zip(parts, outputs, strict=True):
         if info.shape[axis] != sections[part].outputs:
             raise InputError(
-                f"{info.name} of {source.name} has {info.shape[axis]} outputs, but by config.json there are "
+                f"{info.name} of {source.where} has {info.shape[axis]} outputs, but by config.json there are "
                 f"{sections[part].outputs}; config and weights are not of one model"
             )
     rows = sum(section.outputs for section in sections.values())

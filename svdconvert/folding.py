@@ -80,7 +80,7 @@ def fold(
         raise InputError(f"--out {out} is the adapter's own folder; give another one")
     lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
-    row = factored_architecture(source.config, source.name)
+    row = factored_architecture(source.config, source.where)
     limit = parse_size(max_shard_size)
     steps, ranks = _steps(source, lora)
     outputs = [info for step in steps for info in step.outputs]
@@ -151,9 +151,11 @@ def _steps(source: Source, lora: Adapter) -> tuple[list[Step], dict[str, int]]:
     Raises:
         InputError: the adapter names a layer that the model does not have, or one of another shape.
     """
-    row = factored_architecture(source.config, source.name)
+    row = factored_architecture(source.config, source.where)
     if lora.config.get("fan_in_fan_out") and not row.transposed:
-        raise InputError(f"{lora.folder} cannot be folded: its fan_in_fan_out is True, but {source.name} has no Conv1D")
+        raise InputError(
+            f"{lora.folder} cannot be folded: its fan_in_fan_out is True, but {source.where} has no Conv1D"
+        )
     ranks = dict(source.config["svd_ranks"])
     left = dict(lora.pairs)
     layout = layout_of(source.config)
@@ -206,7 +208,7 @@ def _steps(source: Source, lora: Adapter) -> tuple[list[Step], dict[str, int]]:
         steps.append(Step("add", step.key, (info, *pair), step.outputs, options))
     if left:
         raise InputError(
-            f"the adapter changes {listing(sorted(left))}, which {source.name} does not have as layers of its own; "
+            f"the adapter changes {listing(sorted(left))}, which {source.where} does not have as layers of its own; "
             "it was trained on another model"
         )
     return steps, ranks

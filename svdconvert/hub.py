@@ -199,7 +199,7 @@ class HubSource(Source):
             JobError: pickled weights could not be downloaded.
         """
         self._checkout = _Checkout(repo, revision)
-        self.name = self.repo = repo
+        self.name = self.where = self.repo = repo
         self.revision = revision
         self.commit = self._checkout.commit
         self.download_folder = download_folder

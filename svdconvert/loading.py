@@ -61,7 +61,9 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    found = config or read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
+    found = config or read_json(
+        folder / "config.json", f"{folder} has no config.json, so it is no model folder; give the one that holds it"
+    )
     found = without_attention(found)
     options = {**dtype_option(dtype), "output_loading_info": True}
     row = FACTORED.get(str(found.get("model_type")))
@@ -74,8 +76,8 @@ def load_model(
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     if wrong and config is None and found.get("model_type") in ARCHITECTURES:
         source = LocalSource(folder)
-        dense = dense_architecture(found, source.name)
-        full, expected = dense.full_names(source.tensors, found), dense_shapes(dense, found, source.name)
+        dense = dense_architecture(found, source.where)
+        full, expected = dense.full_names(source.tensors, found), dense_shapes(dense, found, source.where)
         refuse_other_model(source.tensors, full, expected, dense, source)
         if source.stored:
             with foreign_code(f"{folder} cannot be loaded"):

@@ -67,7 +67,7 @@ def refuse_other_model(
     """
     if adapter := [name for name in names if _ADAPTER.search(name)]:
         raise InputError(
-            f"{source.name} holds a PEFT adapter in its layers that was not merged ({listing(sorted(adapter), 1)}); "
+            f"{source.where} holds a PEFT adapter in its layers that was not merged ({listing(sorted(adapter), 1)}); "
             "load it with peft, merge_and_unload(), and save the model with save_pretrained"
         )
     found = set(full.values())
@@ -81,10 +81,10 @@ def refuse_other_model(
     kinds += [(what, remedy, name) for head, what, remedy in _HEADS for name in sorted(names) if name.startswith(head)]
     if kinds:
         what, remedy, by = kinds[0]
-        raise InputError(f"{source.name} is {what} ({by}), no {row.dense_class}; {remedy}")
+        raise InputError(f"{source.where} is {what} ({by}), no {row.dense_class}; {remedy}")
     if set(expected) - found == {row.head[0]}:
         raise InputError(
-            f"{source.name} is a base model without the head that predicts tokens ({row.head[0]}); save the whole "
+            f"{source.where} is a base model without the head that predicts tokens ({row.head[0]}); save the whole "
             f"{row.dense_class}, or, if its head is the embedding, say so in config.json (tie_word_embeddings: true)"
         )
     if wrappers := wrapped_by(dict.fromkeys(names)):
@@ -103,6 +103,6 @@ def _refuse_wrapped(
     because = f"it lacks {listing(missing, 1)}" if missing else f"it has {listing(others, 1)} as well"
     part, who = next(iter(wrappers.items()))
     raise InputError(
-        f"the tensors of {source.name} are named by {who} (`{part}`), and without that {because}; unwrap the "
+        f"the tensors of {source.where} are named by {who} (`{part}`), and without that {because}; unwrap the "
         f"{row.dense_class} and save it with save_pretrained"
     )

@@ -139,7 +139,9 @@ def _passage(
     protocol: str,
 ) -> tuple[Path, Passage]:
     folder = local_folder(os.fspath(model), revision)
-    config = read_json(folder / "config.json", f"{folder} has no config.json, so it is no model folder")
+    config = read_json(
+        folder / "config.json", f"{folder} has no config.json, so it is no model folder; give the one that holds it"
+    )
     return folder, read_passage(folder, config, Path(text).expanduser(), window, stride, protocol)
 
 

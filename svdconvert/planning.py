@@ -242,7 +242,7 @@ def make_plan(
     Raises:
         InputError: the source is not supported, lacks tensors, or cannot meet the request.
     """
-    row = dense_architecture(source.config, source.name)
+    row = dense_architecture(source.config, source.where)
     method = method_named(method).name
     fast.check_solver(solver, method, share_layers=share_layers)
     if dtype != "keep" and CODES.get(dtype) not in FLOATS - {"F64"}:
@@ -305,33 +305,33 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
             knows.
     """
     check_layers(tensors, source)
-    expected = dense_shapes(row, source.config, source.name)
+    expected = dense_shapes(row, source.config, source.where)
     full = row.full_names(tensors, source.config)
     found = {full[name]: info for name, info in tensors.items()}
     for name, info in tensors.items():
         by = quantised_part(name)
         if by is not None or (full[name] in expected and info.dtype not in FLOATS):
             raise InputError(
-                f"tensor {name} of {source.name} ({DTYPES[info.dtype][1]}) is one of a quantised checkpoint{by or ''}; "
-                "convert the unquantised model and quantise the result"
+                f"tensor {name} of {source.where} ({DTYPES[info.dtype][1]}) is one of a quantised checkpoint"
+                f"{by or ''}; convert the unquantised model and quantise the result"
             )
     refuse_other_model(tensors, full, expected, row, source)
     missing = [name for name in expected if name not in found]
     if missing:
-        raise InputError(f"{source.name} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
+        raise InputError(f"{source.where} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
     if len(found) < len(tensors):
         twice = next(name for name in tensors if row.prefix + name in tensors)
-        raise InputError(f"{source.name} has both {twice} and {row.prefix}{twice}; remove one of them")
+        raise InputError(f"{source.where} has both {twice} and {row.prefix}{twice}; remove one of them")
     for name, info in tensors.items():
         shape = expected.get(full[name])
         if shape is None:
             raise InputError(
-                f"{source.name} has the tensor {name} ({info.file}), which {row.dense_class} does not know; "
+                f"{source.where} has the tensor {name} ({info.file}), which {row.dense_class} does not know; "
                 "remove it from the checkpoint or correct config.json"
             )
         if info.shape != shape:
             raise InputError(
-                f"tensor {name} of {source.name} has shape {list(info.shape)}, but by config.json it must be "
+                f"tensor {name} of {source.where} has shape {list(info.shape)}, but by config.json it must be "
                 f"{list(shape)}; config and weights are not of one model"
             )
 
@@ -346,7 +346,7 @@ def check_layers(tensors: Mapping[str, TensorInfo], source: Source) -> None:
     there = 1 + max((layer_number(name) for name in tensors), default=-1)
     if said and there and said != there:
         raise InputError(
-            f"config.json of {source.name} says {said} layers, but the weights are of {there}; "
+            f"config.json of {source.where} says {said} layers, but the weights are of {there}; "
             "the checkpoint is incomplete, or config and weights are not of one model"
         )
 
@@ -428,7 +428,7 @@ def _notes(
         sizes = dict.fromkeys(f"{len(t.parts)} from layer {layer_number(t.module)} on" for t in smaller)
         notes.append(f"groups of fewer than {share_layers} layers: {listing(list(sizes))}")
     if source.config_only:
-        notes.append(f"{source.name} has no weights here; the plan was made from config.json alone")
+        notes.append(f"{source.where} has no weights here; the plan was made from config.json alone")
     if dropped:
         kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
         notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")

@@ -32,7 +32,7 @@ def need_matplotlib() -> None:
         InputError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise InputError("drawing needs matplotlib, which is not installed; pip install svdconvert[plots]")
+        raise InputError("drawing needs matplotlib; install it with `pip install 'svdconvert[plots]'`")
 
 
 def check_picture(path: Path) -> None:

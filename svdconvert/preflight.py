@@ -34,11 +34,11 @@ def check_model(source: Source) -> None:
         JobError: a file cannot be read.
     """
     factored = is_factored(source)
-    row = (factored_architecture if factored else dense_architecture)(source.config, source.name)
+    row = (factored_architecture if factored else dense_architecture)(source.config, source.where)
     _check_attention(source)
     if not factored:
         full = row.full_names(source.tensors, source.config)
-        refuse_other_model(full, full, dense_shapes(row, source.config, source.name), row, source)
+        refuse_other_model(full, full, dense_shapes(row, source.config, source.where), row, source)
     blocks = ModelBlocks(source)
     _check_weights(source, row, blocks, row.head[factored])
     blocks.rehearse()
@@ -55,7 +55,7 @@ def _check_attention(source: Source) -> None:
             named = isinstance(name, str) and ("/" in name or name.removeprefix("paged|") in _ATTENTION)
             if name is not None and not named:
                 raise InputError(
-                    f"config.json of {source.name} says {field} {name!r}, which is none of "
+                    f"config.json of {source.where} says {field} {name!r}, which is none of "
                     f"{', '.join(_ATTENTION)}; correct or remove it"
                 )
 
@@ -65,7 +65,7 @@ def _check_weights(source: Source, row: Architecture, blocks: ModelBlocks, head:
 
     The table follows config.json. The class fills in what is not said there, and what it does not know.
     """
-    name, version = source.name, transformers.__version__
+    name, version = source.where, transformers.__version__
     if blocks.tied != row.is_tied(source.config):
         raise InputError(
             f"config.json of {name} does not say whether the head is tied to the embedding, and transformers {version} "
@@ -98,7 +98,7 @@ def _check_generation(source: Source) -> None:
     if name not in source.side_files:
         return
     folder = source.path(name).parent
-    with foreign_code(f"{name} of {source.name} keeps the model from being loaded; correct or remove it"):
+    with foreign_code(f"{name} of {source.where} keeps the model from being loaded; correct or remove it"):
         try:
             with quiet_transformers():
                 GenerationConfig.from_pretrained(folder)

@@ -36,7 +36,7 @@ def skeleton(source: Source, row: Architecture) -> Any:
     from accelerate import init_empty_weights
 
     build = _factored if is_factored(source) else _dense
-    problem = f"config.json of {source.name} cannot be used"
+    problem = f"config.json of {source.where} cannot be used"
     with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
         return build(row, without_attention(source.config)).eval()
 

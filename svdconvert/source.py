@@ -46,6 +46,7 @@ class Source(ABC):
 
     Attributes:
         name: what to call it, and what a model card names as base model.
+        where: what a command takes for it, as messages name it: the folder, or the repository id.
         repo: repository id on the Hub, or None for a local folder that is not of the Hub cache.
         commit: commit hash on the Hub, or None.
         fetched: whether weight files come to the machine one by one, and go.
@@ -61,6 +62,7 @@ class Source(ABC):
     """
 
     name: str
+    where: str
     repo: str | None = None
     commit: str | None = None
     fetched: bool = False
@@ -124,10 +126,11 @@ class LocalSource(Source):
         if (cached := cached_repo(folder)) is not None:
             self.repo, self.commit = cached
             self.name = self.repo
+        self.where = self.repo or str(folder)
         listed = survey(folder)
         names = [name for name in listed.sizes if "/" not in name]
         self.config = self.read_config()
-        check_type(self.config, self.name)
+        check_type(self.config, self.where)
         index, self.files, self.pickled = weight_files(names, folder)
         listed.check([*self.files, *filter(None, [index])])
         if index:
@@ -144,7 +147,7 @@ class LocalSource(Source):
         self.side_files, self.notes = list(side.taken), tuple(side_notes(side, listing))
         if not self.files:
             self.config_only = True
-            self.tensors = tensors_from_config(self.config, self.name)
+            self.tensors = tensors_from_config(self.config, self.where)
             if need_weights or not self.tensors:
                 raise InputError(
                     f"{folder} has no weights; expected {SAFE_SINGLE}, {SAFE_INDEX}, {PICKLE_SINGLE} or {PICKLE_INDEX}"
@@ -167,7 +170,10 @@ class LocalSource(Source):
 
     def read_config(self) -> dict[str, Any]:
         """Parsed ``config.json``."""
-        return read_json(self.folder / "config.json", f"{self.folder} has no config.json, so it is no model folder")
+        return read_json(
+            self.folder / "config.json",
+            f"{self.folder} has no config.json, so it is no model folder; give the one that holds it",
+        )
 
     def path(self, file: str) -> Path:
         return self.folder / file

@@ -68,7 +68,7 @@ def split_tensors(
 def target_tensors(source: Source, targets: Iterable[Target]) -> dict[str, TensorInfo]:
     """A dense model's tensors as targets name them."""
     split = {part.fused for target in targets for part in target.parts}
-    row = dense_architecture(source.config, source.name)
+    row = dense_architecture(source.config, source.where)
     return split_tensors(source.tensors, row, source.config, split.__contains__)
 
 

@@ -122,7 +122,11 @@ class StatisticsFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             self._write()
             return
-        found = read_json(path, f"{folder} has no stats.json, so it holds no statistics of svdconvert", _AGAIN)
+        found = read_json(
+            path,
+            f"{folder} has no stats.json, so it holds no statistics; give the folder that `svdconvert calibrate` wrote",
+            _AGAIN,
+        )
         require(found, _STATE, path, _AGAIN)
         self._state = unseal(found, path, _AGAIN)
         key = self.key

@@ -25,7 +25,7 @@ def find_targets(source: Source, patterns: Sequence[str], *, split_fused: bool =
     Raises:
         InputError: a pattern matches none, or there is nothing to split.
     """
-    row = dense_architecture(source.config, source.name)
+    row = dense_architecture(source.config, source.where)
     tensors: Mapping[str, TensorInfo] = source.tensors
     if split_fused:
         tensors, row = in_parts(tensors, row, source)
@@ -38,7 +38,7 @@ def in_parts(
     """Tensors and row with all fused projections in parts."""
     if not row.fused:
         raise InputError(
-            f"--split-fused has nothing to split in {source.name}: a {row.model_type} has no queries, keys and values "
+            f"--split-fused has nothing to split in {source.where}: a {row.model_type} has no queries, keys and values "
             "in one matrix; leave it out"
         )
     return split_tensors(tensors, row, source.config, lambda layer: True), row.split()

@@ -47,7 +47,7 @@ def embedding_of(row: Architecture, source: Source) -> TensorInfo | None:
 def other_head(source: Source, head: str, embedding: str) -> InputError:
     """The error for a head that is no copy."""
     return InputError(
-        f"{source.name} ties {head} to {embedding} by its config.json, but they differ, and versions of transformers "
+        f"{source.where} ties {head} to {embedding} by its config.json, but they differ, and versions of transformers "
         "disagree on which of them counts; set tie_word_embeddings to false to keep both, or remove the head"
     )
 

@@ -73,7 +73,7 @@ def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
     if overwrite:
         refuse_in_the_way(folder, FILES, _ours(folder))
     elif not (folder / JOB_FOLDER).is_dir() and not (folder / RECORD).is_file() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty and not ours; give another folder")
+        raise InputError(f"{folder} holds files that svdconvert did not write; give another folder")
 
 
 def refuse_in_the_way(folder: Path, names: Iterable[str], ours: Collection[str]) -> None:

@@ -467,7 +467,7 @@ def test_out_is_somebody_elses(dense: Path, factored: Path, run: Run, tmp_path: 
     (out / "config.json").write_text("{}")
     args = [dense, "--rank", 16, "--device", "cpu", "--out", out]
     theirs = ["config.json", "model-00001-of-00002.safetensors"]
-    assert_refused(run(*args), out, "not empty and not ours")
+    assert_refused(run(*args), out, "did not write; give another folder")
     assert_refused(run(*args, "--overwrite"), out, *theirs, "did not write", "move it away")
     assert sorted(path.name for path in out.iterdir()) == theirs
     for name in theirs:
@@ -945,7 +945,7 @@ def test_fold_into_what_is_read(factored: Path, run: Run, tmp_path: Path) -> Non
 
 def test_densify_of_other_folders(dense: Path, factored: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert_refused(run("densify", dense, "--out", out), "not a factored checkpoint")
+    assert_refused(run("densify", dense, "--out", out), f"{dense} is not a factored checkpoint")
     assert_refused(run("densify", tmp_path / "none", "--out", out), "no folder")
     assert_refused(run("densify", factored, "--out", factored, "--overwrite"), "own folder")
     model = tmp_path / "model"
@@ -973,7 +973,7 @@ def test_verify_of_other_folders(dense: Path, factored: Path, run: Run, tmp_path
     assert_refused(run("verify", tmp_path), "no config.json")
     assert_refused(run("verify", factored, "--revision", "main"), "--revision belongs to --against")
     assert_refused(run("verify", factored, "--against", tmp_path / "none"), tmp_path / "none")
-    assert_refused(run("verify", factored, "--against", factored), "already factored")
+    assert_refused(run("verify", factored, "--against", factored), "already factored", f"densify {factored} --out")
 
 
 def test_verify_finds_a_changed_rank(damaged: Path, run: Run) -> None:

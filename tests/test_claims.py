@@ -160,7 +160,7 @@ def test_an_adapter_beside_the_model(copy: Path, text: Path, tmp_path: Path) -> 
 
 def test_a_generation_config_that_keeps_models_from_being_loaded(copy: Path, tmp_path: Path) -> None:
     (copy / "generation_config.json").write_text("[]")
-    with pytest.raises(InputError, match=r"generation_config\.json of model keeps the model from being loaded"):
+    with pytest.raises(InputError, match=r"generation_config\.json of .*model keeps the model from being loaded"):
         convert(copy, tmp_path / "out", rank=8, device="cpu")
     assert not (tmp_path / "out").exists()
 

@@ -280,7 +280,7 @@ def test_without_matplotlib(arguments: list[str], dense: Path, tmp_path: Path) -
     )  # fmt: skip
     assert done.returncode == 2
     message = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
-    assert message == ["Error: drawing needs matplotlib, which is not installed; pip install svdconvert[plots]"]
+    assert message == ["Error: drawing needs matplotlib; install it with `pip install 'svdconvert[plots]'`"]
     assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
     assert not list(tmp_path.iterdir())
 
