@@ -518,14 +518,17 @@ def _add_lower(gram: Tensor, one: Tensor, other: Tensor) -> None:
 def _root(gram: Tensor) -> tuple[Tensor, bool]:
     """T with T T^T = P, for P given by its lower half: Cholesky's, or by eigenvectors where P is singular.
 
+    A singular P that rounding has made regular is taken for singular: a metric may magnify what is left of its zeros.
+
     Returns:
         ``(T, whether it is lower triangular)``.
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
-    if not int(failed):
+    share = len(gram) * torch.finfo(gram.dtype).eps
+    if not int(failed) and bool((factor.diagonal().square() > share * gram.diagonal()).all()):
         return factor.tril().contiguous(), True
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
-    return vectors * values.clamp_min(0).sqrt(), False
+    return vectors * torch.where(values > share * values[-1], values, 0).sqrt(), False
 
 
 def apply_metric(metric: Metric, columns: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from svdconvert.filtered import factorize_fast
 from svdconvert.headers import TensorInfo
 from svdconvert.pivoting import LARGEST_COEFFICIENT, product
 from svdconvert.rounding import round_with_feedback
-from svdconvert.sharing import decompose_shared, outer_statistic, plain_shared, truncate_shared
+from svdconvert.sharing import RIDGE, decompose_shared, outer_statistic, plain_shared, truncate_shared
 from svdconvert.solver import Workspace, decompose, factorize, truncate
 from svdconvert.stacked import factorize_stack, settle
 from svdconvert.steps import Step
@@ -61,14 +61,14 @@ def far(weight: Tensor, found: Tensor) -> float:
     return float((weight.double() - found).norm()) / (float(weight.double().norm()) or 1.0)
 
 
-def assert_sound(weight: Tensor, true: int, down: Tensor, up: Tensor) -> None:
+def assert_sound(weight: Tensor, true: int, down: Tensor, up: Tensor, ridge: float = 0.0) -> None:
     """Finite, no entry above sigma_1's share, the product right, and nothing beyond the rank."""
     assert torch.isfinite(down).all()
     assert torch.isfinite(up).all()
     bound = 2 * math.sqrt(largest(weight))
     assert float(down.double().abs().max()) <= bound
     assert float(up.double().abs().max()) <= bound
-    assert far(weight, up.double() @ down.double()) <= ROUNDED * torch.finfo(down.dtype).eps
+    assert far(weight, up.double() @ down.double()) <= ROUNDED * torch.finfo(down.dtype).eps + 2 * ridge
     assert not down[true:].any()
     assert not up[:, true:].any()
 
@@ -129,7 +129,7 @@ def test_shared(method: str, case: tuple[Tensor, int, int], cuts: int) -> None:
         )
         factors = truncate_shared(layers, found.found, rank, weight.dtype, inners)
     up = torch.cat(factors.ups)
-    assert_sound(weight, true, factors.down, up)
+    assert_sound(weight, true, factors.down, up, ridge=0.0 if method == "plain" else RIDGE)
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,7 +170,7 @@ def test_the_optimum_is_never_above_what_was_reached(case: tuple[Tensor, int, in
     values = torch.linalg.svdvals(weight.double())
     best = float(values[rank:].norm() / (values.norm() or 1))
     assert found.optimal_error <= found.relative_error
-    assert found.optimal_error == pytest.approx(best, rel=1e-3, abs=1e-6 if rank > true else 1e-8)
+    assert found.optimal_error == pytest.approx(best, rel=1e-3, abs=1e-6)  # the solver's resolution, in squares
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
