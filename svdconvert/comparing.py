@@ -15,7 +15,7 @@ from svdconvert.blocks import ModelBlocks
 from svdconvert.compute import stored_product
 from svdconvert.densifying import outer_shape
 from svdconvert.errors import InputError
-from svdconvert.headers import DTYPES, TensorInfo
+from svdconvert.headers import TensorInfo
 from svdconvert.layouts import layout_of, stored_names
 from svdconvert.names import layer_number, suffix
 from svdconvert.pivoting import full_up
@@ -185,5 +185,4 @@ def _whole(reader: WeightReader, info: TensorInfo) -> torch.Tensor:
 
 def _same(ours: WeightReader, theirs: WeightReader, mine: TensorInfo, other: TensorInfo) -> bool:
     """Whether a copied tensor holds the source's values, in whatever type it was asked to be stored."""
-    dtype = getattr(torch, DTYPES[mine.dtype][1])
-    return torch.equal(_whole(ours, mine), _whole(theirs, other).to(dtype))
+    return torch.equal(_whole(ours, mine), _whole(theirs, other).to(torch_dtype(mine.dtype)))

@@ -107,10 +107,11 @@ def run_job(
     events = events or Events()
     start = time.perf_counter()
     refuse_same_folder(source, folder)
+    identity = {**source.identity(), **source.side_identity()}
     everything = {
         "svdconvert": checkpoint.versions()["svdconvert"],
         "command": command,
-        **(identity := {**source.identity(), **source.side_identity()}),
+        **identity,
         **settings,
         "device": device.split(":")[0],
     }

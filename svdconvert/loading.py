@@ -31,12 +31,10 @@ _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementati
 
 # What holds the vocabulary of a tokenizer, of whatever class.
 _VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
-
-_GENERATION = "generation_config.json"
-
-
 # What else is read together with them; refused by name where it is no JSON, or JSON that would take a parser down.
 _TOKENIZER_DOCUMENTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+_GENERATION = "generation_config.json"
 
 
 def factored_classes(row: Architecture) -> tuple[Any, Any]:

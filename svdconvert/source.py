@@ -35,7 +35,6 @@ COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep d
 SAFE_SINGLE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-
 # What is read of any model that is loaded, beside its side files.
 _READ = ("config.json", "README.md", ADAPTER_CONFIG, SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX)
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
