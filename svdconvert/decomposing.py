@@ -26,7 +26,7 @@ from svdconvert.partition import matrix_cost, split
 from svdconvert.processes import current
 from svdconvert.ranks import Target
 from svdconvert.sharing import decompose_shared, outer_statistic
-from svdconvert.solver import Decomposition, Metric, Workspace, decompose, largest_entry, output_losses
+from svdconvert.solver import Decomposition, Metric, Workspace, check_entries, decompose, output_losses
 from svdconvert.source import Source
 from svdconvert.splitting import target_tensors
 from svdconvert.steps import Step
@@ -244,7 +244,7 @@ class _Worker:
             weights = self.weights(target)
             for part, weight in zip(target.parts, weights, strict=True):
                 with _naming(part.weight):
-                    largest_entry(weight)
+                    check_entries(weight)
             stack = torch.cat(weights) if target.followers else weights[0]
             self.source.refuse_changed()
             self.store.save(target, decompose(stack, self.workspace), None, None, None)

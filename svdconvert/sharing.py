@@ -34,10 +34,10 @@ from svdconvert.solver import (
     Metric,
     Workspace,
     apply_metric,
+    check_entries,
     decompose,
     decompose_gram,
     factorize,
-    largest_entry,
     refuse_overflow,
     truncate,
 )
@@ -93,7 +93,7 @@ def outer_statistic(weight: Tensor, left: Metric, *, tall: bool) -> Metric:
     Raises:
         InputError: the matrix has NaN or infinite entries.
     """
-    largest_entry(weight)
+    check_entries(weight)
     if not tall:
         return left
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
@@ -211,7 +211,7 @@ def plain_shared(
         InputError: a matrix has NaN or infinite entries, or the factors do not fit the storage type.
     """
     for weight in weights:  # the stack would hide one whose squares are too small
-        largest_entry(weight)
+        check_entries(weight)
     stack = torch.cat(list(weights))
     factors = factorize(stack, rank, dtype, work) if found is None else truncate(stack, found, rank, dtype, work)
     ups = [part.contiguous() for part in factors.up.split([weight.shape[0] for weight in weights])]

@@ -202,7 +202,7 @@ def decompose(
             if resolved and float32_is_enough(highest, float(values[-count])):
                 break
         return Decomposition(values, vectors, matrix.scale)
-    largest_entry(weight)  # float64 needs no scaling
+    check_entries(weight)  # float64 needs no scaling
     matrix = _Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
     return decompose_gram(_gram(matrix, outer, torch.float64), inner, work)
@@ -395,6 +395,11 @@ def largest_entry(weight: Tensor) -> float:
             f"{LEAST_ENTRY:g} leave the range of float64; rescale it, or leave it dense with --targets"
         )
     return largest
+
+
+def check_entries(weight: Tensor) -> None:
+    """Refuse a matrix whose entries cannot be computed with. Raises as :func:`largest_entry`."""
+    largest_entry(weight)
 
 
 def float32_is_enough(highest: float, lowest: float) -> bool:
