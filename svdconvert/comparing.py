@@ -13,10 +13,9 @@ from torch import Tensor
 from svdconvert.architectures import Architecture, dense_architecture
 from svdconvert.blocks import ModelBlocks
 from svdconvert.compute import stored_product
-from svdconvert.densifying import outer_shape
 from svdconvert.errors import InputError
 from svdconvert.headers import TensorInfo
-from svdconvert.layouts import layout_of, stored_names
+from svdconvert.layouts import layout_of, outer_shape, stored_names
 from svdconvert.names import layer_number, suffix
 from svdconvert.pivoting import full_up
 from svdconvert.probing import PROBE

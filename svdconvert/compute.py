@@ -22,6 +22,7 @@ from svdconvert.errors import InputError
 from svdconvert.filtered import factorize_fast
 from svdconvert.headers import TensorInfo
 from svdconvert.pivoting import full_up, pivot, product, rounded_coefficients
+from svdconvert.refits import load_refitted
 from svdconvert.sharing import SharedFactors, plain_shared, relative_error, truncate_shared
 from svdconvert.solver import Decomposition, Factors, Metric, Workspace, apply_metric, factorize, truncate
 from svdconvert.steps import Step
@@ -55,8 +56,6 @@ def _truncate(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
 
 def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
     """W and the tensors that a refit has made, with the decomposition it began from -> those tensors."""
-    from svdconvert.refitting import load_refitted
-
     (weight,) = matrices(inputs, step)
     tensors, fit = load_refitted(Path(step.options["refitted"]))
     file = Path(step.options["decomposition"])

@@ -29,7 +29,7 @@ from svdconvert.writer import JOB_FOLDER, RECORD, read_record, refuse_foreign
 
 if TYPE_CHECKING:
     from svdconvert.decompositions import Decompositions
-    from svdconvert.refitting import Refit
+    from svdconvert.refits import Refit
 
 REFITS = ("none", "sequential")
 

@@ -14,7 +14,7 @@ from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
-from svdconvert.layouts import layout_of, shared_layers, stored_names
+from svdconvert.layouts import layout_of, outer_shape, shared_layers, stored_names
 from svdconvert.names import suffix
 from svdconvert.options import short_command
 from svdconvert.positions import refuse_misplaced
@@ -224,12 +224,6 @@ def _join_step(name: str, parts: Mapping[str, Step], source: Source, row: Archit
 def copy_step(info: TensorInfo, name: str) -> Step:
     """Take a tensor over unchanged."""
     return Step("copy", info.name, (info,), (replace(info, name=name, file="", start=-1),))
-
-
-def outer_shape(stored: Sequence[TensorInfo]) -> tuple[int, int]:
-    """``(out, in)`` of the dense matrix that stored tensors stand for."""
-    down, up, *position = stored
-    return (position[0].shape[0] if position else up.shape[0]), down.shape[1]
 
 
 def _multiply_step(row: Architecture, layer: Layer) -> Step:

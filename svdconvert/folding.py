@@ -16,12 +16,12 @@ from typing import Any
 from svdconvert import card, checkpoint
 from svdconvert.adapters import ADAPTER_WEIGHTS, Adapter
 from svdconvert.architectures import factored_architecture
-from svdconvert.densifying import Layer, copy_step, factored_steps, outer_shape
+from svdconvert.densifying import Layer, copy_step, factored_steps
 from svdconvert.errors import InputError
 from svdconvert.events import Events
 from svdconvert.headers import TensorInfo, parameters
 from svdconvert.job import Job, Outcome, Reports, resolve_device, run_job
-from svdconvert.layouts import layout_of
+from svdconvert.layouts import layout_of, outer_shape
 from svdconvert.names import suffix
 from svdconvert.options import short_command
 from svdconvert.positions import refuse_misplaced

@@ -6,7 +6,7 @@ others, r (m + n - r), see ``pivoting.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,12 @@ def stored_names(config: Mapping[str, Any], prefix: str, module: str) -> tuple[s
     names = layout.names(f"{prefix}{module}.weight")
     owner = shared_layers(config).get(module)
     return names if owner is None else (layout.names(f"{prefix}{owner}.weight")[0], *names[1:])
+
+
+def outer_shape(stored: Sequence[TensorInfo]) -> tuple[int, int]:
+    """``(out, in)`` of the dense matrix that stored tensors stand for."""
+    down, up, *position = stored
+    return (position[0].shape[0] if position else up.shape[0]), down.shape[1]
 
 
 def shared_layers(config: Mapping[str, Any]) -> Mapping[str, str]:

@@ -25,11 +25,10 @@ rank x (rank + out) in float64.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,20 +40,17 @@ from svdconvert.activations import check_room
 from svdconvert.blocks import ModelBlocks
 from svdconvert.compute import OPERATIONS, stored_product
 from svdconvert.corpus import CalibrationTokens
-from svdconvert.disk import atomic_write, disk_errors
-from svdconvert.documents import read_json
 from svdconvert.errors import InputError
 from svdconvert.events import Events
-from svdconvert.fields import COUNT, FLAG, NUMBER, require
 from svdconvert.names import layer_number, suffix
 from svdconvert.pivoting import full_up, pivot
 from svdconvert.ranks import Target
+from svdconvert.refits import Refit, RefitFolder
 from svdconvert.replaying import Stream, Weights
 from svdconvert.rounding import round_with_feedback
 from svdconvert.solver import Workspace
 from svdconvert.source import Source
 from svdconvert.steps import Step
-from svdconvert.tensor_files import read_note, read_tensors, sealed, unseal, write_tensors
 
 # One sequence of so many is held out.
 HELD_OUT = 8
@@ -64,43 +60,6 @@ DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 # What is tried, one after the other, until it helps: whether targets make good what the layers before have lost.
 ATTEMPTS = {"compensated": True, "plain": False}
-
-# What to do about a damaged file of the work folder.
-_AGAIN = "delete the folder it is in, then the same command computes it again"
-
-
-@dataclass(frozen=True)
-class Refit:
-    """What a refit came to, as losses of the held-out sequences in nats per token.
-
-    Attributes:
-        dense: the dense model's.
-        truncated: that of the truncation.
-        refitted: that of the refitted model.
-        tokens: tokens that the regressions saw.
-        compensated: whether targets made good what the layers before had lost.
-    """
-
-    dense: float
-    truncated: float
-    refitted: float
-    tokens: int
-    compensated: bool
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the refitted factors are better."""
-        return self.refitted < self.truncated
-
-    def __str__(self) -> str:
-        """A sentence for the user."""
-        change = f"{self.truncated:.4f} to {self.refitted:.4f} nats per token on held-out text (dense {self.dense:.4f})"
-        if self.accepted:
-            return f"the refit brought the loss from {change}"
-        return f"the refit would have brought the loss from {change}, so the truncation's own factors are kept"
-
-
-_OUTCOME = {"dense": NUMBER, "truncated": NUMBER, "refitted": NUMBER, "tokens": COUNT, "compensated": FLAG}
 
 
 @dataclass
@@ -140,46 +99,6 @@ class _Layer:
     @property
     def weight(self) -> Tensor:
         return stored_product(self.tensors)
-
-
-class RefitFolder:
-    """Refitted factors on disk, a file for each target; a file that is there is finished."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._outcome = folder / "refit.json"
-
-    @property
-    def outcome(self) -> Refit | None:
-        """How the refit ended, if it has."""
-        if not self._outcome.is_file():
-            return None
-        found = unseal(read_json(self._outcome, "", _AGAIN), self._outcome)
-        require(found, _OUTCOME, self._outcome, _AGAIN)
-        return Refit(**{name: found[name] for name in _OUTCOME})
-
-    def finish(self, outcome: Refit) -> None:
-        """Keep how it ended."""
-        with disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._outcome, sealed(asdict(outcome)))
-
-    def path(self, module: str) -> Path:
-        """File of one target."""
-        return self._folder / f"{module}.safetensors"
-
-    def save(self, module: str, tensors: Sequence[Tensor], report: Mapping[str, Any]) -> None:
-        """Write one target's file, whole or not at all."""
-        with disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        named = {str(place): tensor for place, tensor in enumerate(tensors)}
-        write_tensors(self.path(module), named, json.dumps(report))
-
-
-def load_refitted(path: Path) -> tuple[list[Tensor], dict[str, Any]]:
-    """``(the tensors of a target's layout, their report)``."""
-    found = read_tensors(path)
-    return [found[str(place)] for place in range(len(found))], json.loads(read_note(path))
 
 
 def refit_targets(

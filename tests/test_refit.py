@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from svdconvert import Calibration, JobError, calibrate, convert, refitting
 from svdconvert.conversion import LOSSES
-from svdconvert.refitting import HELD_OUT, Refit
+from svdconvert.refits import Refit
+from svdconvert.refitting import HELD_OUT
 from svdconvert.source import LocalSource
 
 
