@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,17 +133,16 @@ def _refuse_overflow(source: Source, lora: Adapter, steps: Sequence[Step]) -> No
     from svdconvert.weights import WeightReader, torch_dtype
 
     stored = {info.name: torch_dtype(step.outputs[0].dtype) for step in steps for info in step.inputs}
-    reader = WeightReader(source)
-    for module, pair in lora.pairs.items():
-        for info in pair:
-            factor = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).float()
-            scaled = factor * abs(lora.scales[module]) ** 0.5
-            if not bool(torch.isfinite(scaled.to(stored[info.name])).all()):
-                raise InputError(
-                    f"{lora.folder} cannot be folded: {info.name}, scaled, is not finite in "
-                    f"{str(stored[info.name]).removeprefix('torch.')}; it is damaged, or its lora_alpha too large"
-                )
-    reader.close()
+    with closing(WeightReader(source)) as reader:
+        for module, pair in lora.pairs.items():
+            for info in pair:
+                factor = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).float()
+                scaled = factor * abs(lora.scales[module]) ** 0.5
+                if not bool(torch.isfinite(scaled.to(stored[info.name])).all()):
+                    raise InputError(
+                        f"{lora.folder} cannot be folded: {info.name}, scaled, is not finite in "
+                        f"{str(stored[info.name]).removeprefix('torch.')}; it is damaged, or its lora_alpha too large"
+                    )
 
 
 def _steps(source: Source, lora: Adapter) -> tuple[list[Step], dict[str, int]]:
