@@ -30,8 +30,8 @@ class _State:
 def install() -> None:
     """Let Ctrl-C do this from here on.
 
-    A program that was started with SIGINT ignored, as `nohup` and a script's `&` do with what they put into the
-    background, keeps ignoring it: somebody else's Ctrl-C is not meant for it.
+    A program that was started with SIGINT ignored, as a script's `&` does with what it puts into the background,
+    keeps ignoring it: somebody else's Ctrl-C is not meant for it.
     """
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupted)
