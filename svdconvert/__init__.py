@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # Read by pyproject.toml too: one place, and there without an installation.
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Imported when they are first used: torch and transformers take seconds.
 _EXPORTS = {

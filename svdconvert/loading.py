@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 
-# How attention is computed is the user's choice for his machine; what a look needs is a way that runs on any.
-_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+# How a model is computed is the user's choice for his machine; what a look needs is a way that runs on any. LLaMA's
+# `pretraining_tp` has transformers 4 take a layer's weight apart, which is no weight where it is a product, and which
+# no hook sees.
+_WAYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "pretraining_tp")
 
 # What holds the vocabulary of a tokenizer, of whatever class.
 _VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
@@ -62,7 +64,7 @@ def load_model(
     found = config or read_json(
         folder / "config.json", f"{folder} has no config.json, so it is no model folder; give the one that holds it"
     )
-    found = without_attention(found)
+    found = portable(found)
     options = {**dtype_option(dtype), "output_loading_info": True}
     row = FACTORED.get(str(found.get("model_type")))
     with foreign_code(f"{folder} cannot be loaded"), quiet_transformers(), _view(folder, found) as seen:
@@ -93,9 +95,9 @@ def dtype_option(dtype: torch.dtype) -> dict[str, Any]:
     return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
 
 
-def without_attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without the way in which attention is to be computed."""
-    return {key: value for key, value in config.items() if key not in _ATTENTION}
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without the way in which the model is to be computed."""
+    return {key: value for key, value in config.items() if key not in _WAYS}
 
 
 def _fill(model: Any, source: Source, row: Architecture) -> list[str]:

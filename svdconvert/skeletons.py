@@ -10,7 +10,7 @@ from torch import nn
 
 from svdconvert.architectures import Architecture
 from svdconvert.foreign import foreign_code
-from svdconvert.loading import dtype_option, factored_classes, quiet_transformers, without_attention
+from svdconvert.loading import dtype_option, factored_classes, portable, quiet_transformers
 from svdconvert.source import Source
 
 
@@ -38,7 +38,7 @@ def skeleton(source: Source, row: Architecture) -> Any:
     build = _factored if is_factored(source) else _dense
     problem = f"config.json of {source.where} cannot be used"
     with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
-        return build(row, without_attention(source.config)).eval()
+        return build(row, portable(source.config)).eval()
 
 
 def _dense(row: Architecture, config: Mapping[str, Any]) -> Any:
@@ -66,7 +66,7 @@ def check_stock(config: Mapping[str, Any], where: str) -> None:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {key: value for key, value in without_attention(config).items() if key != "model_type"}
+    settings = {key: value for key, value in portable(config).items() if key != "model_type"}
     problem = f"config.json of {where} cannot be used"
     with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
         made = AutoConfig.for_model(config["model_type"], **settings)

@@ -25,6 +25,9 @@ _DIGESTS, _NOTE = "digests", "note"
 _HEADER = {"__metadata__": record({_DIGESTS: TEXT, _NOTE: TEXT})}
 _TOLD = {"tensors": table(TEXT), _NOTE: TEXT}
 
+# What to do about a file that is not used.
+_REMOVE = "remove it and run the command again that made it, which computes it anew"
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: str = "") -> None:
     """Write a file, whole or not at all.
@@ -107,8 +110,10 @@ def unseal(found: Mapping[str, Any], path: Path, advice: str = "") -> dict[str, 
         advice: what to do where it is damaged; by default to remove it.
 
     Raises:
-        InputError: it is something else.
+        InputError: it is something else, or of a version that wrote no digests.
     """
+    if "digest" not in found:
+        raise InputError(f"{path} has no digest, so an earlier version of svdconvert wrote it; {advice or _REMOVE}")
     state = {name: value for name, value in found.items() if name != "digest"}
     if found.get("digest") != _text_digest(_canonical(state)):
         raise _damaged(path, advice)
@@ -138,8 +143,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], str
 
 
 def _damaged(path: Path, advice: str = "") -> InputError:
-    advice = advice or "remove it and run the command again that made it, which computes it anew"
-    return InputError(f"{path} is damaged: it is not what was written; {advice}")
+    return InputError(f"{path} is damaged: it is not what was written; {advice or _REMOVE}")
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -15,7 +15,7 @@ from svdconvert.documents import read_bytes
 from svdconvert.errors import InputError, JobError
 from svdconvert.foreign import foreign_code
 from svdconvert.layouts import layout_of, stored_names
-from svdconvert.loading import factored_classes, quiet_transformers, without_attention
+from svdconvert.loading import factored_classes, portable, quiet_transformers
 from svdconvert.positions import misplaced
 from svdconvert.probing import PROBE, probe
 from svdconvert.source import LocalSource, Source, listing, open_source
@@ -140,7 +140,7 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return dense_architecture(config, "the result").parameters(config)
     config_class, model_class = factored_classes(factored_architecture(config, "the result"))
     with foreign_code("config.json cannot be used"), torch.device("meta"), quiet_transformers():
-        model = model_class(config_class(**without_attention(config)))
+        model = model_class(config_class(**portable(config)))
     tied = set(getattr(model, "_tied_weights_keys", None) or []) if config.get("tie_word_embeddings") else set()
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
 

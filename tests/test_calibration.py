@@ -604,6 +604,16 @@ class TestFolder:
         with pytest.raises(InputError, match=r"stats.json"):
             StatisticsFolder(tmp_path)
 
+    def test_of_an_earlier_version(self, filled: StatisticsFolder) -> None:
+        """It is sound, and must not be called damaged."""
+        state = json.loads((filled.folder / "stats.json").read_text())
+        del state["digest"]
+        (filled.folder / "stats.json").write_text(json.dumps(state))
+        with pytest.raises(
+            InputError, match=r"stats.json has no digest, so an earlier version .* wrote it; give another"
+        ):
+            StatisticsFolder(filled.folder)
+
     def test_lost_and_lacking(self, filled: StatisticsFolder, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"no statistics of layers.7.x"):
             filled.load(["layers.7.x"])

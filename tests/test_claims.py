@@ -225,6 +225,17 @@ def test_attention_for_another_machine(field: str, value: str, copy: Path, text:
     assert read_config(tmp_path / "densified")[field] == value
 
 
+@pytest.mark.parametrize("layout", ["balanced", "pivoted"])
+def test_weights_that_are_taken_apart(layout: str, tmp_path: Path) -> None:
+    """`pretraining_tp` of older LLaMAs: transformers 4 then reads parts of weights, which products do not have."""
+    source = write_family(tmp_path / "model", "llama")
+    rewrite_config(source, pretraining_tp=2)
+    convert(source, tmp_path / "out", rank=8, layout=layout, device="cpu")
+    assert not failed(verify(tmp_path / "out", str(source)))
+    densify(tmp_path / "out", tmp_path / "densified", device="cpu")
+    assert read_config(tmp_path / "densified")["pretraining_tp"] == 2
+
+
 def test_what_the_class_fills_in_is_not_what_the_files_have(tmp_path: Path) -> None:
     """A Mistral that does not say how many heads its keys have, has eight of them."""
     source = write_family(tmp_path / "model", "mistral", num_key_value_heads=4)
