@@ -234,6 +234,8 @@ LIGHT = [
     "svdconvert.hub",
     "svdconvert.job",
     "svdconvert.report",
+    "svdconvert.sweep_book",
+    "svdconvert.targets",
     "svdconvert.writer",
 ]
 
