@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
@@ -96,8 +97,11 @@ def dtype_option(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json without the way in which the model is to be computed."""
-    return {key: value for key, value in config.items() if key not in _WAYS}
+    """A copy of config.json without the way in which the model is to be computed.
+
+    Deep, because transformers 5 writes into the rotary settings that it is given, and what we write must not have them.
+    """
+    return copy.deepcopy({key: value for key, value in config.items() if key not in _WAYS})
 
 
 def _fill(model: Any, source: Source, row: Architecture) -> list[str]:

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from svdconvert import InputError, convert, densify, evaluate, plan, verify
-from svdconvert.architectures import ARCHITECTURES
+from svdconvert.architectures import ARCHITECTURES, dense_architecture
+from svdconvert.skeletons import check_stock, skeleton
+from svdconvert.source import open_source
 from svdconvert.verification import failed
 
 IDS = torch.arange(16)[None]
@@ -252,3 +254,14 @@ def test_errors_of_the_program_are_not_hidden(dense: Path, tmp_path: Path, monke
     monkeypatch.setattr("svdconvert.preflight._check_weights", broken)
     with pytest.raises(AttributeError, match="a fault of ours"):
         convert(dense, tmp_path / "out", rank=8, device="cpu")
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_looks_leave_the_config_as_it_is(family: str, tmp_path: Path) -> None:
+    source = open_source(str(write_family(tmp_path / "dense", family)))
+    row = dense_architecture(source.config, "it")
+    source.config |= row.config_overrides(source.config)  # with the rotary settings in both spellings, as it is written
+    before = json.dumps(source.config)
+    skeleton(source, row)
+    check_stock(source.config, "it")
+    assert json.dumps(source.config) == before
