@@ -144,7 +144,7 @@ def run_job(
         pipeline = Pipeline(
             source, job.steps, job.shards, output, device=target, workers=workers, events=events, times=times
         )
-        reports, resumed = pipeline.run(), pipeline.resumed
+        reports, resumed, digests = pipeline.run(), pipeline.resumed, pipeline.digests
         del pipeline  # its buffers, so that the check does not come on top of them
         stages = times.to_json()
         stages["solve"]["workers"] = workers
@@ -152,7 +152,8 @@ def run_job(
         record: dict[str, Any] = {}
         checks: Sequence[str] = ()
         if group.leader:
-            details = {**job.details(reports), "files": files, "timing": timing}
+            tensors = dict(sorted(digests.items()))
+            details = {**job.details(reports), "files": files, "tensors": tensors, "timing": timing}
             record = checkpoint.record(command, source, everything, details)
             checkpoint.write_model_files(
                 output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record

@@ -16,13 +16,13 @@ from typing import Any
 from svdconvert.disk import atomic_write, create, sync, write_all
 from svdconvert.documents import MAX_JSON_BYTES, json_object, read_bytes
 from svdconvert.errors import InputError
-from svdconvert.fields import OBJECT, TEXT, many, problem
+from svdconvert.fields import OBJECT, TEXT, problem, table
 
 NAME = "journal.jsonl"
 
-# "step": its key, "tensors": names of what it wrote, "report": what became of it
+# "step": its key, "tensors": what it wrote, name -> digest of the data, "report": what became of it
 Entry = Mapping[str, Any]
-_FIELDS = {"step": TEXT, "tensors": many(TEXT), "report": OBJECT}
+_FIELDS = {"step": TEXT, "tensors": table(TEXT), "report": OBJECT}
 
 
 def journals(job: Path) -> list[Path]:

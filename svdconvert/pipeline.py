@@ -123,6 +123,11 @@ class Pipeline:
         self._to_solve: queue.Queue[_Read | None] = queue.Queue(maxsize=workers)
         self._to_write: queue.Queue[Step | _Solved | None] = queue.Queue(maxsize=2)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of every tensor that was written, by earlier runs too; of several processes the leader has all."""
+        return self._writer.digests
+
     def run(self) -> dict[str, dict[str, Any]]:
         """Do what is left of the job, or this process's share of it, and wait for the others.
 

@@ -9,6 +9,7 @@ holds.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -28,11 +29,20 @@ BATCH_BYTES = 32_000_000
 BATCH_SECONDS = 5.0
 
 
+def new_digest() -> hashlib.blake2b:
+    """What the data of a stored tensor are known by."""
+    return hashlib.blake2b(digest_size=16)
+
+
 class ShardWriter:
     """The weight files of one job, tensor by tensor.
 
     Thread-safe: solvers may finish in any order. Memory does not depend on the size of the files. With several
     processes, all of them make one, and :meth:`join` completes the files.
+
+    Attributes:
+        reports: of the steps that are done, by their keys.
+        digests: of the tensors that are done, hexadecimal; of several processes the leader has all after :meth:`join`.
     """
 
     def __init__(self, output: OutputFolder, shards: Mapping[str, Sequence[TensorInfo]]) -> None:
@@ -49,6 +59,8 @@ class ShardWriter:
         self._group = output.group
         self._journal_path = self._group.own(output.job / Path(NAME).stem).with_suffix(Path(NAME).suffix)
         self.reports: dict[str, dict[str, Any]] = {}
+        self.digests: dict[str, str] = {}
+        self._begun: dict[str, hashlib.blake2b] = {}
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes = 0
         self._recorded = time.monotonic()
@@ -88,6 +100,7 @@ class ShardWriter:
     def _note_done(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             self.reports[entry["step"]] = entry["report"]
+            self.digests.update(entry["tensors"])
             for name in entry["tensors"]:
                 self._where[name].done.add(name)
 
@@ -127,7 +140,7 @@ class ShardWriter:
         return key in self.reports
 
     def write(self, name: str, data: memoryview, offset: int = 0) -> None:
-        """Put bytes of one tensor into its file.
+        """Put bytes of one tensor into its file, which come in their order.
 
         Args:
             name: the tensor.
@@ -136,6 +149,9 @@ class ShardWriter:
         """
         with disk_errors(self._output.folder):
             self._where[name].write(name, data, offset)
+        digest = new_digest() if offset == 0 else self._begun[name]
+        digest.update(data)
+        self._begun[name] = digest
 
     def finish(self, key: str, tensors: Iterable[str], report: Mapping[str, Any]) -> list[tuple[str, int]]:
         """Say that all data of a step were written.
@@ -143,7 +159,7 @@ class ShardWriter:
         Returns:
             ``(name, bytes)`` of the weight files that are complete with it and have got their final name.
         """
-        names = list(tensors)
+        names = {name: self._begun.pop(name, new_digest()).hexdigest() for name in tensors}
         with self._lock:
             self._pending.append({"step": key, "tensors": names, "report": dict(report)})
             self._pending_bytes += sum(self._where[name].sizes[name] for name in names)

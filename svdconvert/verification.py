@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from svdconvert.layouts import layout_of, stored_names
 from svdconvert.loading import factored_classes, portable, quiet_transformers
 from svdconvert.positions import misplaced
 from svdconvert.probing import PROBE, probe
+from svdconvert.shards import new_digest
 from svdconvert.source import LocalSource, Source, listing, open_source
+from svdconvert.weights import WeightReader, as_bytes
+from svdconvert.writer import RECORD, read_record
 
 
 def self_check(folder: Path, config: Mapping[str, Any]) -> list[str]:
@@ -58,8 +62,8 @@ def verify(folder: Path, against: str | None = None, revision: str | None = None
     source = LocalSource(folder)
     row = factored_architecture(source.config, str(folder))
     checks = [_modeling_file(folder, row), _ranks(source, row)]
-    checks.append(_keys_and_shapes(source, source.config))
-    sound = all(check.passed for check in checks[1:])
+    checks += [_keys_and_shapes(source, source.config), *_as_written(folder, source)]
+    sound = all(check.passed for check in checks[1:] if check.name != "data")
     if sound and layout_of(source.config).index:
         checks.append(_positions(source, row))
         if not checks[-1].passed:
@@ -89,6 +93,26 @@ def _modeling_file(folder: Path, row: Architecture) -> Check:
     same = read_bytes(path, "") == modeling_source(row)
     detail = "the one of this version" if same else "another one than this version's; it was not run here"
     return Check("modeling file", same, detail)
+
+
+def _as_written(folder: Path, source: Source) -> list[Check]:
+    """Whether every tensor has the data that svdconvert wrote: errors alone do not tell, being least at the factors.
+
+    Nothing for a result that has no record of it, of a version before 0.2.0 or saved by another program.
+    """
+    told = read_record(folder).get("tensors") if (folder / RECORD).is_file() else None
+    if told is None:
+        return []
+    changed = []
+    with closing(WeightReader(source)) as reader:
+        for name, info in source.tensors.items():
+            digest = new_digest()
+            for piece in reader.stream(info):
+                digest.update(as_bytes(piece))
+            if told.get(name) != digest.hexdigest():
+                changed.append(name)
+    detail = f"{len(source.tensors)} tensors as svdconvert wrote them"
+    return [Check("data", not changed, f"changed since: {listing(changed)}" if changed else detail)]
 
 
 def _ranks(source: Source, row: Architecture) -> Check:

@@ -52,6 +52,7 @@ _RECORD_FIELDS = {
     "settings": OBJECT,
     "params": either(COUNT, record({"before": COUNT, "after": COUNT})),
     "matrices": optional(either(COUNT, table(record(_MATRIX)))),  # a densified model's were multiplied out
+    "tensors": optional(table(TEXT)),  # since 0.2.0
     "predicted_loss": optional(NUMBER),
     "dense_loss": optional(NUMBER),
     "measured_loss": optional(NUMBER),

@@ -212,8 +212,12 @@ class TestDigests:
     def test_json(self, tmp_path: Path) -> None:
         found = json.loads(sealed({"a": 1, "b": [0.1]}))
         assert unseal(found, tmp_path) == {"a": 1, "b": [0.1]}
-        for wrong in ({**found, "a": 2}, {"a": 1, "b": [0.1]}, {**found, "c": None}):
-            with pytest.raises(InputError, match="damaged"):
+        for wrong, message in (
+            ({**found, "a": 2}, "damaged"),
+            ({**found, "c": None}, "damaged"),
+            ({"a": 1, "b": [0.1]}, "an earlier version"),
+        ):
+            with pytest.raises(InputError, match=message):
                 unseal(wrong, tmp_path)
 
     def test_statistics(self, stats: Path, dense: Path, tmp_path: Path, text: Path) -> None:
