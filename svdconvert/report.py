@@ -71,8 +71,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     show_pairs(console, rows)
     notes = plan.notes if METHODS[plan.method].statistics else (*plan.notes, WITHOUT_A_TEXT)
     for note in notes:
-        # Where lines are searched rather than read, each note is one.
-        console.print(f"[yellow]note:[/] {escape(note)}", soft_wrap=not console.is_terminal)
+        console.print(f"[yellow]note:[/] {escape(note)}")
 
 
 def show_result(console: Console, report: Report) -> None:
