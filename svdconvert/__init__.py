@@ -11,32 +11,31 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Read by pyproject.toml too: one place, and there without an installation.
-__version__ = "0.2.0"
+from svdconvert.version import __version__ as __version__
 
 # Imported when they are first used: torch and transformers take seconds.
 _EXPORTS = {
-    "convert": "conversion",
-    "plan": "conversion",
-    "push": "conversion",
-    "Report": "conversion",
-    "densify": "densifying",
-    "evaluate": "perplexity",
-    "Evaluation": "perplexity",
-    "fold": "folding",
-    "verify": "verification",
-    "Check": "comparing",
-    "Calibration": "calibrating",
-    "ablate": "ablation",
-    "calibrate": "calibrating",
-    "spectrum": "spectra",
-    "MatrixSpectrum": "spectra",
-    "Spectra": "spectra",
-    "sweep": "sweeping",
-    "Sweep": "sweep_book",
-    "Plan": "planning",
-    "Outcome": "job",
-    "Events": "events",
+    "convert": "commands.convert",
+    "plan": "commands.convert",
+    "push": "commands.convert",
+    "Report": "commands.convert",
+    "densify": "commands.densify",
+    "evaluate": "commands.evaluate",
+    "Evaluation": "commands.evaluate",
+    "fold": "commands.fold",
+    "verify": "commands.verify",
+    "Check": "commands.comparing",
+    "Calibration": "calibration.knowledge",
+    "ablate": "commands.ablate",
+    "calibrate": "commands.calibrate",
+    "spectrum": "commands.spectrum",
+    "MatrixSpectrum": "commands.spectrum",
+    "Spectra": "commands.spectrum",
+    "sweep": "commands.sweep",
+    "Sweep": "commands.sweep_book",
+    "Plan": "planning.plan",
+    "Outcome": "jobs.job",
+    "Events": "planning.events",
     "SvdconvertError": "errors",
     "InputError": "errors",
     "JobError": "errors",
@@ -70,21 +69,22 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from svdconvert.ablation import ablate
-    from svdconvert.calibrating import Calibration, calibrate
-    from svdconvert.comparing import Check
-    from svdconvert.conversion import Report, convert, plan, push
-    from svdconvert.densifying import densify
+    from svdconvert.calibration.knowledge import Calibration
+    from svdconvert.commands.ablate import ablate
+    from svdconvert.commands.calibrate import calibrate
+    from svdconvert.commands.comparing import Check
+    from svdconvert.commands.convert import Report, convert, plan, push
+    from svdconvert.commands.densify import densify
+    from svdconvert.commands.evaluate import Evaluation, evaluate
+    from svdconvert.commands.fold import fold
+    from svdconvert.commands.spectrum import MatrixSpectrum, Spectra, spectrum
+    from svdconvert.commands.sweep import sweep
+    from svdconvert.commands.sweep_book import Sweep
+    from svdconvert.commands.verify import verify
     from svdconvert.errors import InputError, JobError, SvdconvertError
-    from svdconvert.events import Events
-    from svdconvert.folding import fold
-    from svdconvert.job import Outcome
-    from svdconvert.perplexity import Evaluation, evaluate
-    from svdconvert.planning import Plan
-    from svdconvert.spectra import MatrixSpectrum, Spectra, spectrum
-    from svdconvert.sweep_book import Sweep
-    from svdconvert.sweeping import sweep
-    from svdconvert.verification import verify
+    from svdconvert.jobs.job import Outcome
+    from svdconvert.planning.events import Events
+    from svdconvert.planning.plan import Plan
 
 
 def __getattr__(name: str) -> Any:

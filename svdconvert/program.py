@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from svdconvert import interrupts
+from svdconvert.machine import interrupts
 
 
 def run() -> None:
     """Do what the command line says, and exit."""
     interrupts.install()
-    from svdconvert.cli import main
+    from svdconvert.cli.app import main
 
     try:
         main()

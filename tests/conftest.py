@@ -83,7 +83,7 @@ def fresh(tmp_path: Path) -> Callable[..., Path]:
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
     """Runs a command line as the program does; gives exit code, standard output and standard error."""
 
-    from svdconvert.cli import main
+    from svdconvert.cli.app import main
 
     def call(*args: object) -> SimpleNamespace:
         capsys.readouterr()

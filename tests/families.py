@@ -12,8 +12,8 @@ import torch
 import transformers
 from checkpoints import write_tokenizer
 
-from svdconvert.architectures import ARCHITECTURES
-from svdconvert.architectures.row import Architecture
+from svdconvert.families.row import Architecture
+from svdconvert.families.table import ARCHITECTURES
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 VOCAB = 160
@@ -134,7 +134,7 @@ def rewrite_config(folder: Path, **changes: Any) -> None:
 
 def full_ranks(row: Architecture, folder: Path) -> dict[str, int]:
     """The rank of each target at which nothing is lost."""
-    from svdconvert.source import LocalSource
-    from svdconvert.targets import choose_targets
+    from svdconvert.planning.targets import choose_targets
+    from svdconvert.storage.source import LocalSource
 
     return {target.module: min(target.shape) for target in choose_targets(LocalSource(folder).tensors, row, ())}

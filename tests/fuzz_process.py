@@ -90,7 +90,7 @@ def _child(command: Sequence[str], folder: Path, streams: Sequence[Path], stop_a
         resource.setrlimit(resource.RLIMIT_AS, (size + 3 * MEMORY, size + 3 * MEMORY))
         if stop_after is not None:
             _stop_after(stop_after)
-        from svdconvert.cli import main
+        from svdconvert.cli.app import main
 
         try:
             main(list(command))
@@ -108,7 +108,7 @@ def _child(command: Sequence[str], folder: Path, streams: Sequence[Path], stop_a
 
 
 def _stop_after(steps: int) -> None:
-    from svdconvert import shards
+    from svdconvert.jobs import shard_writer as shards
 
     shards.BATCH_SECONDS = 0.0  # every step is recorded
     finish, done = shards.ShardWriter.finish, [0]
@@ -227,7 +227,7 @@ def _warm_up(bases: Path, runs: Sequence[tuple[str, str]], options: Sequence[str
     import torch
 
     import svdconvert
-    from svdconvert.perplexity import evaluate
+    from svdconvert.commands.evaluate import evaluate
 
     for module in pkgutil.walk_packages(svdconvert.__path__, "svdconvert."):
         if not module.name.endswith("__main__"):

@@ -11,8 +11,8 @@ from checkpoints import TARGETS, read_config
 from transformers import GPTNeoXForCausalLM
 
 from svdconvert import InputError, ablate, evaluate
-from svdconvert.passages import read_passage
-from svdconvert.perplexity import negative_log_likelihood
+from svdconvert.commands.evaluate import negative_log_likelihood
+from svdconvert.models.passages import read_passage
 
 TEXT = "옛날 옛적에 호랑이가 살았다. Once upon a time there was a tiger.\n" * 6
 

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from svdconvert import Calibration, convert, plan
-from svdconvert.advice import WITHOUT_A_TEXT
-from svdconvert.report import show_plan, show_result
+from svdconvert.cli.report import show_plan, show_result
+from svdconvert.planning.advice import WITHOUT_A_TEXT
 
 
 @pytest.fixture

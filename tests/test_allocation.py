@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdconvert.allocation import allocate
 from svdconvert.errors import InputError
-from svdconvert.ranks import Target
+from svdconvert.planning.allocation import allocate
+from svdconvert.planning.ranks import Target
 
 
 def balanced(rank: int, shape: tuple[int, int]) -> int:

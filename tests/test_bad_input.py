@@ -22,7 +22,7 @@ from checkpoints import HIDDEN, random_tensors, read_config, read_weights, write
 from hub_server import ALWAYS, HubServer, use_hub
 from safetensors.torch import load_file, save_file
 
-from svdconvert.cli import main
+from svdconvert.cli.app import main
 
 DENSE_LAYER = "gpt_neox.layers.1.attention.dense.weight"
 EMBEDDING = "gpt_neox.embed_in.weight"
@@ -589,7 +589,7 @@ def test_source_cannot_be_read(dense: Path, run: Run, tmp_path: Path, monkeypatc
 def test_out_of_memory(
     error: Exception, words: str, dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdconvert import compute
+    from svdconvert.factoring import operations as compute
 
     def full(*args: object) -> None:
         raise error
@@ -1061,7 +1061,7 @@ def test_a_fault_of_ours_is_a_sentence_too(factored: Path, run: Run, monkeypatch
     def fail(*args: object) -> None:
         raise ZeroDivisionError("division\nby zero")
 
-    monkeypatch.setattr("svdconvert.verification.verify", fail)
+    monkeypatch.setattr("svdconvert.commands.verify.verify", fail)
     monkeypatch.delenv("SVDCONVERT_DEBUG", raising=False)
     where = "(ZeroDivisionError: division, test_bad_input.py line "
     assert_refused(run("verify", factored), "failed unexpectedly", where, "SVDCONVERT_DEBUG=1", code=1)

@@ -16,14 +16,15 @@ import torch
 from checkpoints import LAYERS, TARGETS, VOCAB, random_tensors, write_checkpoint
 from torch import Tensor
 
-from svdconvert.blocks import ModelBlocks
-from svdconvert.calibration import STATISTICS, Collector, GramSum, ModuleStatistics, Needs, statistics
-from svdconvert.corpus import CalibrationTokens
+from svdconvert.calibration.collector import Collector, GramSum, statistics
+from svdconvert.calibration.folder import StatisticsFolder, model_key, save_statistics, statistics_key
+from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
-from svdconvert.events import Events
-from svdconvert.source import LocalSource
-from svdconvert.statistics_files import StatisticsFolder, model_key, save_statistics, statistics_key
-from svdconvert.tensor_files import sealed
+from svdconvert.methods.statistics import STATISTICS, ModuleStatistics, Needs
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.planning.events import Events
+from svdconvert.storage.source import LocalSource
+from svdconvert.storage.tensor_files import sealed
 
 ALL = Needs(True, True, True, True)
 INPUTS = Needs(input_gram=True, input_abs=True)
@@ -452,7 +453,7 @@ class TestBadModel:
             collect(source, make_tokens([1, 1]), INPUTS, tmp_path)
 
     def test_disk_too_small(self, source: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("svdconvert.disk.free_bytes", lambda folder: 1000)
+        monkeypatch.setattr("svdconvert.storage.disk.free_bytes", lambda folder: 1000)
         with pytest.raises(
             InputError,
             match=r"needs 128.00 kB for activations, but .* only 1.00 kB free, 127.00 kB",
@@ -502,7 +503,7 @@ class TestBlocks:
         assert real() == 0
 
     def test_unknown_family(self, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("svdconvert.blocks.PIECES", {})
+        monkeypatch.setattr("svdconvert.models.blocks.PIECES", {})
         with pytest.raises(InputError, match=r"tiny \(gpt_neox\) cannot be run block by block"):
             ModelBlocks(LocalSource(dense))
 

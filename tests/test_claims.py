@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from svdconvert import InputError, convert, densify, evaluate, plan, verify
-from svdconvert.architectures import ARCHITECTURES, dense_architecture
-from svdconvert.skeletons import check_stock, skeleton
-from svdconvert.source import open_source
-from svdconvert.verification import failed
+from svdconvert.commands.verify import failed
+from svdconvert.families.table import ARCHITECTURES, dense_architecture
+from svdconvert.models.skeleton import check_stock, skeleton
+from svdconvert.storage.opening import open_source
 
 IDS = torch.arange(16)[None]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -99,7 +99,7 @@ def test_a_head_that_differs_is_found_while_converting(
 ) -> None:
     """Of a repository, the weights are not here before the work begins."""
     edit(copy, lambda t: t.update({HEAD: -t[EMBEDDING]}))
-    monkeypatch.setattr("svdconvert.preflight._check_head", lambda source, row: None)
+    monkeypatch.setattr("svdconvert.models.preflight._check_head", lambda source, row: None)
     with pytest.raises(InputError, match="but they differ"):
         convert(copy, tmp_path / "out", rank=8, device="cpu")
     assert not (tmp_path / "out" / "config.json").exists()
@@ -251,7 +251,7 @@ def test_errors_of_the_program_are_not_hidden(dense: Path, tmp_path: Path, monke
     def broken(*args: object) -> None:
         raise AttributeError("a fault of ours")
 
-    monkeypatch.setattr("svdconvert.preflight._check_weights", broken)
+    monkeypatch.setattr("svdconvert.models.preflight._check_weights", broken)
     with pytest.raises(AttributeError, match="a fault of ours"):
         convert(dense, tmp_path / "out", rank=8, device="cpu")
 

@@ -21,9 +21,9 @@ from click import shell_completion
 from hub_server import WRITE_TOKEN, HubServer, hub_environment, use_hub
 from safetensors.torch import load_file, save_file
 
-from svdconvert import __version__
-from svdconvert.cli import main
+from svdconvert.cli.app import main
 from svdconvert.cli.groups import GROUPS
+from svdconvert.version import __version__
 
 SCRIPT = Path(sys.executable).parent / "svdconvert"
 COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold push".split())
@@ -51,7 +51,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 PROBE = r"""
 import contextlib, io, json, sys
-from svdconvert.cli import main
+from svdconvert.cli.app import main
 for args in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

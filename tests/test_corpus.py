@@ -13,9 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from svdconvert.corpus import POOL, CalibrationTokens, EmptyRows, load_texts, sample_tokens, tokenizer_digest
+from svdconvert.calibration.text import (
+    POOL,
+    CalibrationTokens,
+    EmptyRows,
+    load_texts,
+    sample_tokens,
+    tokenizer_digest,
+)
 from svdconvert.errors import InputError
-from svdconvert.loading import load_tokenizer
+from svdconvert.models.loading import load_tokenizer
 
 END = 2
 Write = Callable[..., Path]
@@ -187,7 +194,7 @@ class TestPlaces:
         def refuse(*args: Any, **kwargs: Any) -> None:
             raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr("svdconvert.documents.os.open", refuse)
+        monkeypatch.setattr("svdconvert.storage.documents.os.open", refuse)
         with pytest.raises(InputError, match=r"a.txt cannot be read \(Permission denied\)"):
             read(path)
 

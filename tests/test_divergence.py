@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svdconvert import InputError, evaluate, sweep
-from svdconvert.divergence import Divergence, likelihoods
-from svdconvert.passages import Passage
+from svdconvert.models.divergence import Divergence, likelihoods
+from svdconvert.models.passages import Passage
 
 TEXT = "옛날 옛적에 호랑이가 살았다. Once upon a time there was a tiger.\n\n" * 8
 

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdconvert.documents import (
+from svdconvert.errors import InputError
+from svdconvert.fields import COUNT, FLAG, NUMBER, TEXT, many, optional, problem, record, require, table
+from svdconvert.storage.documents import (
     MAX_JSON_DEPTH,
     json_or_none,
     open_regular,
@@ -21,9 +23,7 @@ from svdconvert.documents import (
     read_json,
     read_text,
 )
-from svdconvert.errors import InputError
-from svdconvert.fields import COUNT, FLAG, NUMBER, TEXT, many, optional, problem, record, require, table
-from svdconvert.pickled import load_pickled
+from svdconvert.storage.pickled import load_pickled
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

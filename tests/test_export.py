@@ -20,8 +20,8 @@ from torch.export import Dim
 from transformers import AutoModelForCausalLM
 
 from svdconvert import convert, densify
-from svdconvert.architectures import ARCHITECTURES
-from svdconvert.layouts import LAYOUTS
+from svdconvert.families.table import ARCHITECTURES
+from svdconvert.layouts.table import LAYOUTS
 
 TO_GGUF = Path(__file__).parent.parent / "examples" / "gguf" / "to_gguf.py"
 LLAMA_CPP = os.environ.get("SVDCONVERT_LLAMA_CPP", "")

@@ -19,7 +19,7 @@ from failing_disk import KINDS, FailingDisk, Fault, compiled
 from safetensors.torch import save_file
 
 from svdconvert import convert
-from svdconvert.writer import JOB_FOLDER
+from svdconvert.jobs.output import JOB_FOLDER
 
 # Kinds of faults by kind of call.
 FAULTS = {

@@ -40,20 +40,21 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from svdconvert import Calibration, calibrate, convert, densify, fold, plan, verify
-from svdconvert.architectures import ARCHITECTURES, FACTORED
-from svdconvert.architectures.row import Architecture
-from svdconvert.blocks import PIECES
-from svdconvert.calibration import STATISTICS, Needs, statistics
-from svdconvert.checkpoint import modeling_source
-from svdconvert.corpus import CalibrationTokens
-from svdconvert.events import Events
-from svdconvert.layouts import LAYOUTS
-from svdconvert.metrics import METHODS
+from svdconvert.calibration.collector import statistics
+from svdconvert.calibration.text import CalibrationTokens
+from svdconvert.commands.verify import failed
+from svdconvert.factoring.measured import measure_losses
+from svdconvert.families.row import Architecture
+from svdconvert.families.table import ARCHITECTURES, FACTORED
+from svdconvert.jobs.model_files import modeling_source
+from svdconvert.layouts.table import LAYOUTS
+from svdconvert.methods.statistics import STATISTICS, Needs
+from svdconvert.methods.table import METHODS
+from svdconvert.models.blocks import PIECES
+from svdconvert.models.probe import logits_by_block
 from svdconvert.names import layer_number, suffix
-from svdconvert.probing import logits_by_block
-from svdconvert.replaying import measure_losses
-from svdconvert.source import LocalSource
-from svdconvert.verification import failed
+from svdconvert.planning.events import Events
+from svdconvert.storage.source import LocalSource
 
 ROOT = Path(__file__).parent.parent
 DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"
@@ -190,7 +191,7 @@ def test_verify(dense: Path, pair: SimpleNamespace) -> None:
 
 def test_logits_by_block(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one block, and a part of the head, in memory at a time; rows of the table that no token needs are not."""
-    monkeypatch.setattr("svdconvert.blocks.HEAD_BYTES", 64 * 4 * 33)
+    monkeypatch.setattr("svdconvert.models.blocks.HEAD_BYTES", 64 * 4 * 33)
     for folder in (pair.factored, pair.densified):
         model = load(folder)
         for ids in (IDS, IDS.remainder(3)):  # below the padding token, too

@@ -15,9 +15,10 @@ from checkpoints import read_weights, write_checkpoint
 from test_conversion import files, products
 from test_processes import torchrun
 
-from svdconvert import Events, InputError, convert, fast, plan
-from svdconvert.partition import step_cost
-from svdconvert.steps import Step
+from svdconvert import Events, InputError, convert, plan
+from svdconvert.planning.partition import step_cost
+from svdconvert.planning.steps import Step
+from svdconvert.solvers import table as fast
 
 Run = Callable[..., SimpleNamespace]
 
@@ -296,7 +297,7 @@ def test_on_a_gpu(
     tmp_path: Path,
 ) -> None:
     """Not measured there: solved exactly, which is said."""
-    monkeypatch.setattr("svdconvert.conversion.resolve_device", lambda name: name)
+    monkeypatch.setattr("svdconvert.commands.convert.resolve_device", lambda name: name)
     report = convert(dense, tmp_path / "out", rank=RANK, solver="fast", device=str(accelerator), check=False)
     assert report.plan.notes[-1] == fast.NOT_ON_A_GPU
     record = json.loads((tmp_path / "out" / "svdconvert.json").read_text())

@@ -11,8 +11,8 @@ from families import full_ranks, write_family
 from transformers import AutoModelForCausalLM
 
 from svdconvert import convert, densify, evaluate, verify
-from svdconvert.architectures import ARCHITECTURES
-from svdconvert.verification import failed
+from svdconvert.commands.verify import failed
+from svdconvert.families.table import ARCHITECTURES
 
 IDS = torch.arange(16)[None]
 

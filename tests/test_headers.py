@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from svdconvert.errors import InputError
-from svdconvert.headers import CODES, DTYPES, TensorInfo, layout, parse_header, read_header
+from svdconvert.storage.headers import layout, parse_header, read_header
+from svdconvert.tensors import CODES, DTYPES, TensorInfo
 
 TYPES = ["float16", "bfloat16", "float32", "float64", "int64", "uint8", "bool"]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)

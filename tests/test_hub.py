@@ -19,10 +19,11 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from safetensors.numpy import save
 
 from svdconvert.errors import InputError, JobError
-from svdconvert.headers import TensorInfo, read_header
-from svdconvert.hub import HubSource, download_model
-from svdconvert.pushing import check_push, push_folder
-from svdconvert.source import local_folder, open_source
+from svdconvert.storage.headers import read_header
+from svdconvert.storage.hub_push import check_push, push_folder
+from svdconvert.storage.hub_source import HubSource, download_model
+from svdconvert.storage.opening import local_folder, open_source
+from svdconvert.tensors import TensorInfo
 
 from hub_server import ALWAYS, READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, HubServer, use_hub  # isort: skip
 
@@ -189,7 +190,7 @@ def test_a_header_longer_than_the_first_request(
 ) -> None:
     hub.add(REPO, checkpoint)
     whole = HubSource(REPO, download_folder=None).tensors
-    monkeypatch.setattr("svdconvert.hub._HEADER_GUESS", 100)
+    monkeypatch.setattr("svdconvert.storage.hub_source._HEADER_GUESS", 100)
     before = len(hub.gets(SHARDS[0]))
     assert HubSource(REPO, download_folder=None).tensors == whole
     ranges = [r.range for r in hub.gets(SHARDS[0])[before:]]
@@ -229,7 +230,10 @@ def test_revision(hub: HubServer, checkpoint: dict[str, bytes]) -> None:
 def test_environment_variables_are_enough(hub: HubServer, checkpoint: dict[str, bytes], tmp_path: Path) -> None:
     """A fresh process, as the command line is one."""
     commit = hub.add(REPO, checkpoint, private=True)
-    script = "from svdconvert.source import open_source; s = open_source('owner/tiny'); print(s.commit, len(s.tensors))"
+    script = (
+        "from svdconvert.storage.opening import open_source; s = open_source('owner/tiny'); "
+        "print(s.commit, len(s.tensors))"
+    )
     count = len(json.loads(checkpoint[INDEX])["weight_map"])
     # use_hub has set the variables in this process, and so in its children.
     done = subprocess.run(

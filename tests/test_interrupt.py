@@ -21,12 +21,14 @@ import torch
 from checkpoints import CONFIG, content, random_tensors, tree, write_checkpoint
 from safetensors.torch import load_file
 
-from svdconvert import checkpoint, convert, metrics
+from svdconvert import convert
 from svdconvert.errors import InputError
-from svdconvert.events import Events
-from svdconvert.headers import read_header
-from svdconvert.steps import Step
-from svdconvert.writer import JOB_FOLDER
+from svdconvert.jobs import model_files as checkpoint
+from svdconvert.jobs.output import JOB_FOLDER
+from svdconvert.methods import table as metrics
+from svdconvert.planning.events import Events
+from svdconvert.planning.steps import Step
+from svdconvert.storage.headers import read_header
 
 # Importing torch costs seconds and forking milliseconds: one process imports everything, and every command is then a
 # process of its own, forked from it. In each, what changes the disk is counted; the process kills itself with SIGKILL

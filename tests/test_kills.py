@@ -19,7 +19,7 @@ from forked import Forked
 from safetensors.torch import save_file
 
 from svdconvert import convert
-from svdconvert.writer import JOB_FOLDER
+from svdconvert.jobs.output import JOB_FOLDER
 
 # How often a job records what it has done: after every step, every few, or as it does by itself.
 BATCHES = (1, 20_000, 32_000_000)
@@ -127,7 +127,7 @@ def kill_and_continue(forked: Forked, case: Case, out: Path, choice: random.Rand
     """Kill a command until a run may come to its end; returns how often it was killed."""
     killed = 0
     for _ in range(choice.choice((1, 1, 2, 3))):
-        constants = {"svdconvert.shards.BATCH_BYTES": choice.choice(BATCHES)}
+        constants = {"svdconvert.jobs.shard_writer.BATCH_BYTES": choice.choice(BATCHES)}
         ended = forked.run(*case.args, out, kill=choice.uniform(0.0, 1.1 * case.seconds), constants=constants)
         assert ended.status in (0, -signal.SIGKILL), ended
         killed += ended.status != 0

@@ -12,8 +12,10 @@ import pytest
 import torch
 from test_conversion import products
 
-from svdconvert import convert, lanes, units
-from svdconvert.lanes import Lanes, lanes_of
+from svdconvert import convert
+from svdconvert.factoring import stacks as units
+from svdconvert.machine import lanes
+from svdconvert.machine.lanes import Lanes, lanes_of
 
 DEVICE = torch.device("cuda")
 
@@ -164,8 +166,8 @@ def test_every_worker_has_a_stream(book: Book) -> None:
 def test_a_conversion(workers: int, dense: Path, book: Book, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Stacks, begun ahead, on streams; the tensors are the CPU's, and so is the result, but for rounding."""
     convert(dense, tmp_path / "plain", rank=20, device="cpu", check=False)
-    monkeypatch.setattr("svdconvert.pipeline.lanes_of", lambda device: lanes._CudaLanes(DEVICE))
-    monkeypatch.setattr("svdconvert.pipeline.in_units", lambda steps, device: units.in_units(steps, DEVICE))
+    monkeypatch.setattr("svdconvert.jobs.pipeline.lanes_of", lambda device: lanes._CudaLanes(DEVICE))
+    monkeypatch.setattr("svdconvert.jobs.pipeline.in_units", lambda steps, device: units.in_units(steps, DEVICE))
     begun: list[int] = []
     real = units.begin_stack
 
@@ -173,8 +175,10 @@ def test_a_conversion(workers: int, dense: Path, book: Book, monkeypatch: pytest
         begun.append(len(unit))
         return real(unit, inputs, workspace, ways)
 
-    monkeypatch.setattr("svdconvert.units.begin_stack", begin_stack)
-    monkeypatch.setattr("svdconvert.units.is_stacked", lambda step, device: units._stack_key(step) is not None)
+    monkeypatch.setattr("svdconvert.factoring.stacks.begin_stack", begin_stack)
+    monkeypatch.setattr(
+        "svdconvert.factoring.stacks.is_stacked", lambda step, device: units._stack_key(step) is not None
+    )
     convert(dense, tmp_path / "lanes", rank=20, device="cpu", check=False, workers=workers)
     assert begun == [3, 3, 3, 3]  # three layers, four kinds of matrices
     first, second = products(tmp_path / "plain"), products(tmp_path / "lanes")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdconvert import lapack
+from svdconvert.linalg import lapack
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from test_metrics_solver import metric
 from torch import Tensor
 
-from svdconvert.compute import OPERATIONS
-from svdconvert.filtered import factorize_fast
-from svdconvert.headers import TensorInfo
-from svdconvert.pivoting import LARGEST_COEFFICIENT, product
-from svdconvert.rounding import round_with_feedback
-from svdconvert.sharing import RIDGE, decompose_shared, outer_statistic, plain_shared, truncate_shared
-from svdconvert.solver import Workspace, decompose, factorize, truncate
-from svdconvert.stacked import factorize_stack, settle
-from svdconvert.steps import Step
+from svdconvert.factoring.operations import OPERATIONS
+from svdconvert.linalg.filtered import factorize_fast
+from svdconvert.linalg.pivot import LARGEST_COEFFICIENT, product
+from svdconvert.linalg.rounding import round_with_feedback
+from svdconvert.linalg.shared import RIDGE, decompose_shared, outer_statistic, plain_shared, truncate_shared
+from svdconvert.linalg.solver import Workspace, decompose, factorize, truncate
+from svdconvert.linalg.stacked import factorize_stack, settle
+from svdconvert.planning.steps import Step
+from svdconvert.tensors import TensorInfo
 
 # What storage may take off the product of two factors that are rounded one after the other, in units of eps.
 ROUNDED = 4.0

@@ -16,9 +16,10 @@ from test_conversion import files, products
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 import svdconvert
-from svdconvert import Calibration, Events, InputError, calibrate, convert, decomposing
-from svdconvert.metrics import METHODS, method_named, shrink, unshrink
-from svdconvert.ranks import Target
+from svdconvert import Calibration, Events, InputError, calibrate, convert
+from svdconvert.factoring import decompose as decomposing
+from svdconvert.methods.table import METHODS, method_named, shrink, unshrink
+from svdconvert.planning.ranks import Target
 
 Run = Callable[..., SimpleNamespace]
 
@@ -46,7 +47,7 @@ def test_every_method_gives_a_model(
 
 def gradients(dense: Path, calibration: Calibration) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(E[x x^T], E[g g^T], mean |x|) of every target by hooks on the stock model, float64, all at once."""
-    from svdconvert.source import LocalSource
+    from svdconvert.storage.source import LocalSource
 
     model = GPTNeoXForCausalLM.from_pretrained(dense, attn_implementation="eager").double().eval()
     ids = calibration.tokens(LocalSource(dense)).ids

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdconvert.solver import decompose, factorize, truncate
+from svdconvert.linalg.solver import decompose, factorize, truncate
 
 SHAPES = [(48, 48), (96, 32), (32, 96), (33, 20)]
 KINDS = ["identity", "vector", "matrix", "outliers", "singular", "zeros"]

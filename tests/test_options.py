@@ -17,9 +17,9 @@ from checkpoints import read_weights
 
 import svdconvert
 from svdconvert import Calibration
-from svdconvert.cli import main
-from svdconvert.options import BY_NAME, OPTIONS, repeating_command
-from svdconvert.steps import parse_size, size_text
+from svdconvert.cli.app import main
+from svdconvert.settings.options import BY_NAME, OPTIONS, repeating_command
+from svdconvert.words import parse_size, size_text
 
 COMMAND = main.commands["convert"]
 

@@ -21,11 +21,11 @@ from test_bad_input import assert_refused
 from transformers import CONFIG_MAPPING
 
 from svdconvert import convert, densify, evaluate, plan, verify
-from svdconvert.architectures import ARCHITECTURES
-from svdconvert.architectures.kinds import kind_of
+from svdconvert.commands.verify import failed
 from svdconvert.errors import InputError
-from svdconvert.source import LocalSource
-from svdconvert.verification import failed
+from svdconvert.families.kinds import kind_of
+from svdconvert.families.table import ARCHITECTURES
+from svdconvert.storage.source import LocalSource
 
 Run = Callable[..., SimpleNamespace]
 

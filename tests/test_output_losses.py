@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_metrics_solver import KINDS, SHAPES, dense, loss, metric, normal
 
-from svdconvert.metrics import shrink
-from svdconvert.solver import decompose, output_losses, truncate
+from svdconvert.linalg.solver import decompose, output_losses, truncate
+from svdconvert.methods.table import shrink
 
 # How a method's metric on the inputs comes from their second moments.
 RIGHTS = ["same", "shrunk", "vector", "identity"]

@@ -70,8 +70,8 @@ def test_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
     """Unpacked somewhere else it finds its own files, the modeling file for new checkpoints among them."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
     program = (
-        "import svdconvert; from svdconvert.architectures import GPT_NEOX; "
-        "from svdconvert.checkpoint import modeling_source; "
+        "import svdconvert; from svdconvert.families.table import GPT_NEOX; "
+        "from svdconvert.jobs.model_files import modeling_source; "
         "print(svdconvert.__file__); print(len(modeling_source(GPT_NEOX)))"
     )
     done = subprocess.run(
@@ -134,7 +134,7 @@ def test_where_the_modeling_files_are(installation: bool, checkout: Path, instal
     place = installed if installation else checkout
     program = (
         "import svdconvert.modeling as m; from svdconvert.modeling import modeling_llama_svd as f; "
-        "from svdconvert.checkpoint import versions; "
+        "from svdconvert.jobs.model_files import versions; "
         "print(m.__file__); print(f.__file__); print(versions()['svdconvert'])"
     )
     done = subprocess.run(
@@ -226,17 +226,17 @@ def test_names_stay_functions_whatever_is_imported() -> None:
 
 LIGHT = [
     "svdconvert",
-    "svdconvert.cli",
-    "svdconvert.planning",
-    "svdconvert.ranks",
-    "svdconvert.conversion",
-    "svdconvert.source",
-    "svdconvert.hub",
-    "svdconvert.job",
-    "svdconvert.report",
-    "svdconvert.sweep_book",
-    "svdconvert.targets",
-    "svdconvert.writer",
+    "svdconvert.cli.app",
+    "svdconvert.planning.plan",
+    "svdconvert.planning.ranks",
+    "svdconvert.commands.convert",
+    "svdconvert.storage.source",
+    "svdconvert.storage.hub_source",
+    "svdconvert.jobs.job",
+    "svdconvert.cli.report",
+    "svdconvert.commands.sweep_book",
+    "svdconvert.planning.targets",
+    "svdconvert.jobs.output",
 ]
 
 
@@ -255,7 +255,7 @@ def test_light_modules_do_not_import_torch() -> None:
     heavy = json.loads(done.stdout)
     # numpy is no burden beside these, but the command line itself does without.
     assert {name: [m for m in found if m != "numpy"] for name, found in heavy.items()} == {name: [] for name in LIGHT}
-    assert heavy["svdconvert.cli"] == []
+    assert heavy["svdconvert.cli.app"] == []
 
 
 def test_typed() -> None:

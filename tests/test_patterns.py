@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from svdconvert import patterns
+from svdconvert.commands import patterns
+from svdconvert.commands.patterns import matching, suffixed
 from svdconvert.errors import InputError
-from svdconvert.patterns import matching, suffixed
 
 NAMES = [f"model.layers.{n}.{part}" for n in (0, 1, 12) for part in ("mlp.up_proj", "mlp.up", "self_attn.q_proj")]
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdconvert.headers import TensorInfo
-from svdconvert.layouts import LAYOUTS
-from svdconvert.pivoting import LARGEST_COEFFICIENT, full_up, pivot, product, refit
+from svdconvert.layouts.table import LAYOUTS
+from svdconvert.linalg.pivot import LARGEST_COEFFICIENT, full_up, pivot, product, refit
+from svdconvert.tensors import TensorInfo
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

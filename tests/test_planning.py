@@ -10,9 +10,10 @@ import pytest
 from checkpoints import CONFIG, TARGETS, legacy_buffers, random_tensors, read_weights
 
 from svdconvert import InputError, plan
-from svdconvert.layouts import LAYOUTS
+from svdconvert.layouts.table import LAYOUTS
 from svdconvert.names import layer_number, natural, suffix
-from svdconvert.steps import index_json, parse_size
+from svdconvert.planning.steps import index_json
+from svdconvert.words import parse_size
 
 POLYGLOT = {
     # name: (hidden, layers, heads, rotary_pct, parameters on the model card or by its files)

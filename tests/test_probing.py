@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from svdconvert import InputError, JobError, convert, densify, verify
-from svdconvert.architectures import GPT_NEOX
-from svdconvert.blocks import ModelBlocks
-from svdconvert.checkpoint import factored_config
-from svdconvert.probing import PROBE, logits_by_block, probe
-from svdconvert.source import LocalSource
-from svdconvert.verification import expected_tensors, failed, self_check
+from svdconvert.commands.verify import expected_tensors, failed, self_check
+from svdconvert.families.table import GPT_NEOX
+from svdconvert.jobs.model_files import factored_config
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.probe import PROBE, logits_by_block, probe
+from svdconvert.storage.source import LocalSource
 
 IDS = torch.arange(PROBE)[None]
 
@@ -31,7 +31,7 @@ IDS = torch.arange(PROBE)[None]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Either way of running these models, all of which are small."""
     if request.param == "block by block":
-        monkeypatch.setattr("svdconvert.probing.LOADED_BYTES", 0)
+        monkeypatch.setattr("svdconvert.models.probe.LOADED_BYTES", 0)
     return str(request.param)
 
 
@@ -139,9 +139,9 @@ PEAKS = """
 import sys
 from pathlib import Path
 import torch
-from svdconvert.checkpoint import peak_memory_bytes
-from svdconvert.probing import logits_by_block
-from svdconvert.source import LocalSource
+from svdconvert.jobs.model_files import peak_memory_bytes
+from svdconvert.models.probe import logits_by_block
+from svdconvert.storage.source import LocalSource
 for folder in sys.argv[1:]:
     assert all(part.isfinite().all() for part in logits_by_block(LocalSource(Path(folder)), torch.arange(16)[None]))
     print(peak_memory_bytes())

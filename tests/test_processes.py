@@ -26,15 +26,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from svdconvert import JobError, calibrate, convert
-from svdconvert.calibrating import Calibration
+from svdconvert.calibration.knowledge import Calibration
 from svdconvert.errors import InputError
-from svdconvert.headers import TensorInfo
-from svdconvert.journal import journals, read_journal
-from svdconvert.partition import matrix_cost, split, split_steps, step_cost
-from svdconvert.processes import Group
-from svdconvert.shards import ShardWriter
-from svdconvert.steps import Step
-from svdconvert.writer import JOB_FOLDER, OutputFolder
+from svdconvert.jobs.journal import journals, read_journal
+from svdconvert.jobs.output import JOB_FOLDER, OutputFolder
+from svdconvert.jobs.shard_writer import ShardWriter
+from svdconvert.machine.processes import Group
+from svdconvert.planning.partition import matrix_cost, split, split_steps, step_cost
+from svdconvert.planning.steps import Step
+from svdconvert.tensors import TensorInfo
 
 # The command line, in a process that kills itself with SIGKILL at the n-th call of a kind, if it has that rank.
 VICTIM = r"""
@@ -473,7 +473,7 @@ class TestFolder:
 
 def test_alone_by_default(monkeypatch: pytest.MonkeyPatch, run: Callable[..., SimpleNamespace], model: Path) -> None:
     """One process of a launcher is one process; a library call does not wait for others that it was not told of."""
-    from svdconvert import processes
+    from svdconvert.machine import processes
 
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert not processes.launched()

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from svdconvert import Calibration, ablate, calibrate, convert, progress, sweep
-from svdconvert.progress import Lines, TerminalEvents, counting, duration
-from svdconvert.steps import Step
+from svdconvert import Calibration, ablate, calibrate, convert, sweep
+from svdconvert.cli import progress
+from svdconvert.cli.progress import Lines, TerminalEvents, counting, duration
+from svdconvert.planning.steps import Step
 
 
 class Clock:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdconvert.errors import InputError
-from svdconvert.layouts import LAYOUTS
-from svdconvert.ranks import RankRequest, Target, assign, matches, parse_count, parse_rank_options
+from svdconvert.layouts.table import LAYOUTS
+from svdconvert.planning.ranks import RankRequest, Target, assign, matches, parse_count, parse_rank_options
 
 SQUARE, TALL, WIDE = (
     Target(f"layers.0.{name}", f"layers.0.{name}.weight", shape)

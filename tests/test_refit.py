@@ -11,11 +11,12 @@ import torch
 from test_conversion import files, products
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
-from svdconvert import Calibration, JobError, calibrate, convert, refitting
-from svdconvert.conversion import LOSSES
-from svdconvert.refits import Refit
-from svdconvert.refitting import HELD_OUT
-from svdconvert.source import LocalSource
+from svdconvert import Calibration, JobError, calibrate, convert
+from svdconvert.commands.convert import LOSSES
+from svdconvert.factoring import refit as refitting
+from svdconvert.factoring.refit import HELD_OUT
+from svdconvert.factoring.refit_files import Refit
+from svdconvert.storage.source import LocalSource
 
 
 @pytest.fixture(scope="module")

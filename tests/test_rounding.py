@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from svdconvert import solver
-from svdconvert.decompositions import Decompositions, load_decomposition
-from svdconvert.pivoting import pivot, product, refit, rounded_coefficients
-from svdconvert.ranks import Target
-from svdconvert.rounding import BASES, geometric_mean_decomposition, round_with_feedback
-from svdconvert.solver import NEGLIGIBLE_EXCESS, SINGULAR, Factors, decompose, truncate
+from svdconvert.factoring.decompositions import Decompositions, load_decomposition
+from svdconvert.linalg import solver
+from svdconvert.linalg.pivot import pivot, product, refit, rounded_coefficients
+from svdconvert.linalg.rounding import BASES, geometric_mean_decomposition, round_with_feedback
+from svdconvert.linalg.solver import NEGLIGIBLE_EXCESS, SINGULAR, Factors, decompose, truncate
+from svdconvert.planning.ranks import Target
 from tests.benchmarks.rounding import KINDS, second_moments, spectral
 
 SHAPES = [(160, 80), (80, 160), (96, 96)]

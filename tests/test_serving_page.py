@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
-from svdconvert.cli import main
+from svdconvert.cli.app import main
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "serving.md").read_text("utf-8")

@@ -23,20 +23,21 @@ from test_metrics_solver import dense as full
 from test_metrics_solver import metric, normal, root
 from transformers import AutoModelForCausalLM
 
-from svdconvert import Calibration, InputError, convert, decomposing, plan
-from svdconvert.headers import TensorInfo
-from svdconvert.ranks import RankRequest, Target, assign
-from svdconvert.sharing import (
+from svdconvert import Calibration, InputError, convert, plan
+from svdconvert.commands.verify import failed, verify
+from svdconvert.factoring import decompose as decomposing
+from svdconvert.linalg.shared import (
     SharedDecomposition,
     decompose_shared,
     outer_statistic,
     plain_shared,
     truncate_shared,
 )
-from svdconvert.solver import Workspace, decompose, factorize
-from svdconvert.steps import Step, files_here
-from svdconvert.targets import share
-from svdconvert.verification import failed, verify
+from svdconvert.linalg.solver import Workspace, decompose, factorize
+from svdconvert.planning.ranks import RankRequest, Target, assign
+from svdconvert.planning.steps import Step, files_here
+from svdconvert.planning.targets import share
+from svdconvert.tensors import TensorInfo
 
 Run = Callable[..., SimpleNamespace]
 Tensors = list[torch.Tensor]

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from svdconvert import convert, densify, fold, plan
-from svdconvert.side_files import choose_side_files, is_side_file
-from svdconvert.source import LocalSource
+from svdconvert.storage.side_files import choose_side_files, is_side_file
+from svdconvert.storage.source import LocalSource
 
 Run = Callable[..., SimpleNamespace]
 OURS = {"config.json", "README.md", "svdconvert.json", "modeling_polyglot_svd.py"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdconvert.errors import InputError
-from svdconvert.solver import Workspace, factorize
+from svdconvert.linalg.solver import Workspace, factorize
 
 
 def matrix(m: int, n: int, spectrum: torch.Tensor, seed: int = 0) -> torch.Tensor:
@@ -187,7 +187,7 @@ def test_workspace_changes_nothing() -> None:
 
 def test_panels_join(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices longer than a panel, with a last panel that is not full."""
-    monkeypatch.setattr("svdconvert.solver.PANEL", 100)
+    monkeypatch.setattr("svdconvert.linalg.solver.PANEL", 100)
     for shape in ((1030, 40), (40, 1030)):
         weight = matrix(*shape, power_law(40, 0.5)).half()
         factors = factorize(weight, 10, torch.float32)

@@ -19,11 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_methods import gradients
 
-from svdconvert import Calibration, InputError, calibrate, convert, decomposing, spectrum
-from svdconvert.layouts import LAYOUTS
-from svdconvert.metrics import METHODS
-from svdconvert.solver import Decomposition
-from svdconvert.spectra import MatrixSpectrum, percent
+from svdconvert import Calibration, InputError, calibrate, convert, spectrum
+from svdconvert.commands.spectrum import MatrixSpectrum
+from svdconvert.factoring import decompose as decomposing
+from svdconvert.layouts.table import LAYOUTS
+from svdconvert.linalg.solver import Decomposition
+from svdconvert.methods.table import METHODS
+from svdconvert.words import percent
 
 Run = Callable[..., SimpleNamespace]
 
@@ -259,7 +261,7 @@ sys.modules["matplotlib"] = None
 import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "matplotlib" else real(name, *rest)
-from svdconvert.cli import main
+from svdconvert.cli.app import main
 main(sys.argv[1:])
 """
 

@@ -31,18 +31,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from svdconvert import Calibration, InputError, ablate, calibrate, convert, densify, fold, plan, spectrum, verify
-from svdconvert.architectures import ARCHITECTURES
-from svdconvert.architectures.row import Architecture, Section
-from svdconvert.calibration import ModuleStatistics, Needs, part_statistics, statistics
-from svdconvert.headers import Cut
-from svdconvert.layouts import LAYOUTS
-from svdconvert.metrics import METHODS, shrink
+from svdconvert.calibration.collector import part_statistics, statistics
+from svdconvert.commands.verify import failed
+from svdconvert.families.fused import fused_layer, split_tensors
+from svdconvert.families.row import Architecture, Section
+from svdconvert.families.table import ARCHITECTURES
+from svdconvert.layouts.table import LAYOUTS
+from svdconvert.methods.statistics import ModuleStatistics, Needs
+from svdconvert.methods.table import METHODS, shrink
 from svdconvert.names import suffix
-from svdconvert.source import LocalSource
-from svdconvert.splitting import fused_layer, split_tensors
-from svdconvert.targets import find_targets
-from svdconvert.verification import failed
-from svdconvert.weights import WeightReader
+from svdconvert.planning.targets import find_targets
+from svdconvert.storage.reader import WeightReader
+from svdconvert.storage.source import LocalSource
+from svdconvert.tensors import Cut
 
 SPLIT = [name for name in FAMILIES if ARCHITECTURES[name].fused]
 PARTS = ("query", "key", "value")

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from test_solver import excess, matrix, power_law
 
 from svdconvert.errors import InputError
-from svdconvert.headers import TensorInfo
-from svdconvert.lanes import Lanes
-from svdconvert.solver import Workspace, factorize
-from svdconvert.stacked import factorize_stack, settle
-from svdconvert.steps import Step
-from svdconvert.units import STACK_BYTES, STACK_SIDE, begin, in_units
+from svdconvert.factoring.stacks import STACK_BYTES, STACK_SIDE, begin, in_units
+from svdconvert.linalg.solver import Workspace, factorize
+from svdconvert.linalg.stacked import factorize_stack, settle
+from svdconvert.machine.lanes import Lanes
+from svdconvert.planning.steps import Step
+from svdconvert.tensors import TensorInfo
 
 SHAPES = [(96, 96), (288, 96), (96, 384), (200, 130)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -31,7 +31,7 @@ def stack(shape: tuple[int, int], exponents: Sequence[float], dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_the_solver(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svdconvert.stacked.PANEL", 64)
+    monkeypatch.setattr("svdconvert.linalg.stacked.PANEL", 64)
     weights = stack(shape, [0.0, 0.3, 0.5, 0.8], dtype)
     for rank in (1, 20, 60):
         found = factorize_stack(weights, rank, dtype)

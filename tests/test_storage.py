@@ -15,15 +15,16 @@ import pytest
 import torch
 from checkpoints import random_tensors, read_config, tree, write_checkpoint
 
-from svdconvert import Calibration, InputError, calibrate, convert, pipeline
-from svdconvert.differences import difference
-from svdconvert.disk import refuse_full
-from svdconvert.identity import FULL
-from svdconvert.journal import read_journal
-from svdconvert.locks import FolderLock
-from svdconvert.source import LocalSource
-from svdconvert.tensor_files import read_note, read_tensors, sealed, unseal, write_tensors
-from svdconvert.writer import JOB_FOLDER
+from svdconvert import Calibration, InputError, calibrate, convert
+from svdconvert.jobs import pipeline
+from svdconvert.jobs.journal import read_journal
+from svdconvert.jobs.output import JOB_FOLDER
+from svdconvert.storage.differences import difference
+from svdconvert.storage.disk import refuse_full
+from svdconvert.storage.identity import FULL
+from svdconvert.storage.locks import FolderLock
+from svdconvert.storage.source import LocalSource
+from svdconvert.storage.tensor_files import read_note, read_tensors, sealed, unseal, write_tensors
 
 Run = Callable[..., SimpleNamespace]
 OPTIONS: dict[str, Any] = {"rank": 16, "device": "cpu", "check": False, "max_shard_size": 30_000}
@@ -150,7 +151,7 @@ class TestDifference:
         assert len(was) < 80
 
     def test_sizes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("svdconvert.disk.free_bytes", lambda folder: 999_950_000)
+        monkeypatch.setattr("svdconvert.storage.disk.free_bytes", lambda folder: 999_950_000)
         with pytest.raises(
             InputError, match=r"needs 1.00 GB, but the disk has only 999.95 MB free, 51.00 kB too little"
         ):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from svdconvert import Calibration, convert
-from svdconvert.source import LocalSource
+from svdconvert.storage.source import LocalSource
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny_polyglot"
 

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import random_tensors, write_checkpoint
 
-from svdconvert import Calibration, InputError, convert, decomposing, evaluate, sweep, sweeping
-from svdconvert.sweep_book import Point, Setting
+from svdconvert import Calibration, InputError, convert, evaluate, sweep
+from svdconvert.commands import sweep as sweeping
+from svdconvert.commands.sweep_book import Point, Setting
+from svdconvert.factoring import decompose as decomposing
 
 Run = Callable[..., SimpleNamespace]
 MEASURED = {"window": 48, "device": "cpu", "plot": False}
@@ -121,7 +123,7 @@ def test_finished_points_are_not_redone(
 def test_one_calibration_for_all(
     dense: Path, text: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdconvert import calibration as module
+    from svdconvert.calibration import collector as module
 
     real, runs = module.statistics, []
 

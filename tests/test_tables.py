@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from svdconvert import Evaluation, MatrixSpectrum, Spectra, Sweep, plan, report
-from svdconvert.ablation import GroupResult
-from svdconvert.sweep_book import Point, Setting
-from svdconvert.tables import new_table, show_table
-from svdconvert.verification import Check
+from svdconvert import Evaluation, MatrixSpectrum, Spectra, Sweep, plan
+from svdconvert.cli import report
+from svdconvert.cli.tables import new_table, show_table
+from svdconvert.commands.ablate import GroupResult
+from svdconvert.commands.sweep_book import Point, Setting
+from svdconvert.commands.verify import Check
 
 BUNDLED = Path(__file__).parent.parent / "examples" / "tiny_polyglot" / "model"
 

@@ -12,7 +12,7 @@ import torch
 from checkpoints import tree
 
 from svdconvert import Calibration, InputError, convert
-from svdconvert.threads import in_threads, shared_cores, usual_workers
+from svdconvert.machine.threads import in_threads, shared_cores, usual_workers
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_one_worker_a_core_as_far_as_memory_goes(
 ) -> None:
     """``room``: workers that half of the free memory has room for."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr("svdconvert.loading.available_memory_bytes", lambda: int(2 * room * 10**9))
+    monkeypatch.setattr("svdconvert.machine.memory.available_memory_bytes", lambda: int(2 * room * 10**9))
     assert usual_workers("cpu", lambda count: count * 10**9) == expected
 
 
@@ -32,7 +32,7 @@ def test_one_worker_a_core_as_far_as_memory_goes(
 def test_two_workers_on_a_gpu_as_far_as_its_memory_goes(
     host: float, device: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdconvert.loading.available_memory_bytes", lambda: int(2 * host * 10**9))
+    monkeypatch.setattr("svdconvert.machine.memory.available_memory_bytes", lambda: int(2 * host * 10**9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda name: (int(2 * device * 10**9), 10**12))
     assert usual_workers("cuda:0", lambda count: count * 10**9, lambda count: count * 10**9) == expected
 

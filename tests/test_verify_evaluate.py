@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from svdconvert import InputError, convert, densify, evaluate, fold, verify
-from svdconvert.passages import Passage
-from svdconvert.perplexity import negative_log_likelihood
-from svdconvert.verification import failed
+from svdconvert.commands.evaluate import negative_log_likelihood
+from svdconvert.commands.verify import failed
+from svdconvert.models.passages import Passage
 
 TEXT = "옛날 옛적에 호랑이가 살았다. Once upon a time there was a tiger.\n" * 6
 

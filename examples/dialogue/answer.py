@@ -68,7 +68,7 @@ def answer(
     from examples.dialogue.settings import QuantizationSettings
     from examples.dialogue.speech import answer_perplexity
     from examples.dialogue.templates import ELISION, cut
-    from svdconvert.job import resolve_device
+    from svdconvert.machine.devices import resolve_device
 
     if settings.data.kind != "dialogue":
         raise InputError(f"{settings.name} was trained on raw text; there is nothing to answer")

@@ -120,7 +120,7 @@ def text_data(path: str | Path, tokenizer: Any, length: int, limit: int, seed: i
     Raises:
         InputError: the text cannot be read or does not fill a window.
     """
-    from svdconvert.corpus import load_texts
+    from svdconvert.calibration.text import load_texts
 
     stream: list[int] = []
     for text in load_texts(str(path)):

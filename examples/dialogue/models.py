@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from examples.dialogue.settings import AdapterSettings, QuantizationSettings, Settings, read_settings
-from svdconvert.architectures import FACTORED
-from svdconvert.documents import read_json
 from svdconvert.errors import InputError
-from svdconvert.source import local_folder
+from svdconvert.families.table import FACTORED
+from svdconvert.storage.documents import read_json
+from svdconvert.storage.opening import local_folder
 
 MODEL, ADAPTER, START, REPORT = "model", "adapter", "start", "report.json"
 
@@ -144,7 +144,7 @@ def load_causal(
     from transformers import AutoModelForCausalLM
     from transformers import __version__ as version
 
-    from svdconvert.loading import factored_classes, quiet_transformers
+    from svdconvert.models.loading import factored_classes, quiet_transformers
 
     config = start_in(folder).config
     spelling = "dtype" if tuple(map(int, version.split(".")[:2])) >= (4, 56) else "torch_dtype"
@@ -275,7 +275,7 @@ def load_trained(
     Raises:
         InputError: the run is not finished, or its result cannot be loaded.
     """
-    from svdconvert.loading import load_tokenizer
+    from svdconvert.models.loading import load_tokenizer
 
     folder = Path(settings.output)
     try:

@@ -11,8 +11,8 @@ from typing import Any
 
 from examples.dialogue.evaluation import TOTAL
 from examples.dialogue.experiment import Experiment, Row
-from svdconvert.disk import size
 from svdconvert.errors import InputError
+from svdconvert.words import size
 
 Results = Mapping[str, Mapping[str, Any]]
 

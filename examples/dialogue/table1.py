@@ -153,8 +153,8 @@ def _call(words: Sequence[str], name: str, threads: int) -> None:
 
 def _run(row: Row) -> dict[str, Any]:
     """What the page needs of a training report."""
-    from svdconvert.headers import parameters
-    from svdconvert.source import open_source
+    from svdconvert.storage.opening import open_source
+    from svdconvert.tensors import parameters
 
     folder = Path(row.settings.output)
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))

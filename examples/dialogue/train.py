@@ -121,7 +121,7 @@ def _run(settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
     from examples.dialogue.encoding import calibration_text, load_data
     from examples.dialogue.memory import PeakMemory, count_memory
     from examples.dialogue.schedule import schedule
-    from svdconvert.loading import load_tokenizer
+    from svdconvert.models.loading import load_tokenizer
 
     clock = time.perf_counter()
     state = _processes(settings)
@@ -518,7 +518,7 @@ def _data_line(train: Encoded, validation: Encoded, planned: Schedule, settings:
 
 
 def _size(count: int) -> str:
-    from svdconvert.disk import size
+    from svdconvert.words import size
 
     return size(count)
 

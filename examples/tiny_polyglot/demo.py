@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from svdconvert import convert, evaluate
-from svdconvert.progress import TerminalEvents
+from svdconvert.cli.progress import TerminalEvents
 
 HERE = Path(__file__).parent
 PROMPT = "이 영화는"

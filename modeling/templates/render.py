@@ -14,8 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from svdconvert.architectures import ARCHITECTURES
-from svdconvert.architectures.row import Architecture
+from svdconvert.families.row import Architecture
+from svdconvert.families.table import ARCHITECTURES
 
 TEMPLATES = Path(__file__).parent
 MODELING = TEMPLATES.parent

@@ -1,6 +1,7 @@
-"""The command line: parses, calls the library, shows the result. No torch before a command needs it."""
+"""The command line: parses, calls a command, shows the result.
 
-from svdconvert.cli import converting, measuring, results
-from svdconvert.cli.program import main
+No torch before a command needs it.
 
-__all__ = ["converting", "main", "measuring", "results"]
+May use: families, linalg, layouts, methods, machine, storage, solvers, settings, models, planning, calibration,
+factoring, jobs, commands.
+"""

@@ -94,8 +94,8 @@ def convert(
     """
     calibration = _calibration(request)
     if dry_run:
-        from svdconvert.calibrating import default_method
-        from svdconvert.fast import check_solver
+        from svdconvert.calibration.knowledge import default_method
+        from svdconvert.solvers.table import check_solver
 
         request["method"] = default_method(request["method"], calibration, stats)
         check_solver(
@@ -109,9 +109,9 @@ def convert(
         return
     if out is None:
         raise InputError("--out is missing: the folder to write the factored model to")
-    from svdconvert.conversion import convert as run
-    from svdconvert.progress import TerminalEvents
-    from svdconvert.report import show_result
+    from svdconvert.cli.progress import TerminalEvents
+    from svdconvert.cli.report import show_result
+    from svdconvert.commands.convert import convert as run
 
     console = console_for(as_json)
     with TerminalEvents(console, verbose=verbose) as events:
@@ -176,8 +176,8 @@ def calibrate(model: str, out: Path, methods: Sequence[str], revision: str | Non
     calibration = _calibration(text)
     if calibration is None:
         raise InputError("--calib is missing: the text to collect statistics from")
-    from svdconvert.calibrating import calibrate as run
-    from svdconvert.progress import TerminalEvents
+    from svdconvert.cli.progress import TerminalEvents
+    from svdconvert.commands.calibrate import calibrate as run
 
     with TerminalEvents(console_for(False)) as events:
         run(model, calibration, out, methods=methods, revision=revision, device=device, events=events)
@@ -205,7 +205,7 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
 
     Of the weights themselves, or, with --method and a text, as that method weighs them.
     """
-    from svdconvert.plots import check_picture, need_matplotlib
+    from svdconvert.commands.figures import check_picture, need_matplotlib
 
     if out is not None:
         need_matplotlib()
@@ -214,16 +214,16 @@ def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, a
     if plot is not None:
         check_picture(plot)
     calibration = _calibration(options)
-    from svdconvert.plots import save_figure, spectrum_figure
-    from svdconvert.progress import TerminalEvents
-    from svdconvert.report import show_spectra
-    from svdconvert.spectra import spectrum as run
+    from svdconvert.cli.progress import TerminalEvents
+    from svdconvert.cli.report import show_spectra
+    from svdconvert.commands.figures import save_figure, spectrum_figure
+    from svdconvert.commands.spectrum import spectrum as run
 
     console = console_for(as_json)
     with TerminalEvents(console) as events:
         found = run(model, calibration=calibration, **options, events=events)
     if out is not None:
-        from svdconvert.disk import atomic_write, disk_errors
+        from svdconvert.storage.disk import atomic_write, disk_errors
 
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -299,12 +299,12 @@ def sweep(
     if out is None:
         raise InputError("--out is missing: the folder to write the sweep to")
     if not no_plot:
-        from svdconvert.plots import need_matplotlib
+        from svdconvert.commands.figures import need_matplotlib
 
         need_matplotlib()
-    from svdconvert.progress import TerminalEvents
-    from svdconvert.report import show_sweep
-    from svdconvert.sweeping import sweep as run
+    from svdconvert.cli.progress import TerminalEvents
+    from svdconvert.cli.report import show_sweep
+    from svdconvert.commands.sweep import sweep as run
 
     console = console_for(as_json)
     with TerminalEvents(console) as events:
@@ -317,7 +317,7 @@ def sweep(
 
 def _calibration(options: dict[str, Any]) -> Any:
     """Take the text's options out of all; None without a text."""
-    from svdconvert.calibrating import Calibration
+    from svdconvert.calibration.knowledge import Calibration
 
     names = {"calib": "text", "seed": "seed", "labels": "labels"}
     names |= {f"calib_{name}": name for name in ("field", "samples", "length", "batch_size")}
@@ -337,7 +337,7 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], float]) -> lis
 
 def _request(options: dict[str, Any]) -> dict[str, Any]:
     """Command-line options in the terms of :func:`svdconvert.convert`."""
-    from svdconvert.ranks import parse_count, parse_rank_options
+    from svdconvert.planning.ranks import parse_count, parse_rank_options
 
     options = dict(options)
     default, patterns = parse_rank_options(options.pop("ranks"))
@@ -349,9 +349,9 @@ def _request(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_plan(model: str, out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
-    from svdconvert.conversion import plan as make
-    from svdconvert.disk import free_bytes
-    from svdconvert.report import show_plan
+    from svdconvert.cli.report import show_plan
+    from svdconvert.commands.convert import plan as make
+    from svdconvert.storage.disk import free_bytes
 
     made = make(model, **_request(options))
     if as_json:

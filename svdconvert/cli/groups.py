@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from svdconvert.metrics import METHOD_ALIASES, METHODS
-from svdconvert.options import BY_NAME
+from svdconvert.methods.table import METHOD_ALIASES, METHODS
+from svdconvert.settings.options import BY_NAME
 
 GROUPS = (
     "Size",
@@ -132,7 +132,7 @@ class Model(click.ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Short names here, and folders, which the shell knows."""
-        from svdconvert.source import ALIASES
+        from svdconvert.storage.opening import ALIASES
 
         names = [CompletionItem(name) for name in ALIASES if incomplete and name.startswith(incomplete)]
         return [*names, CompletionItem(incomplete, type="dir")]

@@ -38,9 +38,9 @@ def verify(
     need_folder(folder)
     if revision and not against:
         raise InputError("--revision belongs to --against")
-    from svdconvert.perplexity import evaluate as measure
-    from svdconvert.verification import failed
-    from svdconvert.verification import verify as run
+    from svdconvert.commands.evaluate import evaluate as measure
+    from svdconvert.commands.verify import failed
+    from svdconvert.commands.verify import verify as run
 
     checks = run(folder, against, revision)
     evaluations = []
@@ -57,7 +57,7 @@ def verify(
             }
         )
     else:
-        from svdconvert.report import show_checks, show_evaluation
+        from svdconvert.cli.report import show_checks, show_evaluation
 
         console = console_for(as_json)
         show_checks(console, checks)
@@ -94,9 +94,9 @@ def evaluate(model: str, text: Path, as_json: bool, **options: Any) -> None:
     """Perplexity of MODEL, dense or factored, on a text, and how faithful it is to the dense model."""
     if options["against_revision"] and not options["against"]:
         raise InputError("--against-revision belongs to --against")
-    from svdconvert.perplexity import evaluate as run
-    from svdconvert.progress import counting
-    from svdconvert.report import show_evaluation
+    from svdconvert.cli.progress import counting
+    from svdconvert.cli.report import show_evaluation
+    from svdconvert.commands.evaluate import evaluate as run
 
     console = console_for(as_json)
     with counting(console, "tokens") as progress:
@@ -119,9 +119,9 @@ def evaluate(model: str, text: Path, as_json: bool, **options: Any) -> None:
 @json_option
 def ablate(model: str, text: Path, as_json: bool, **options: Any) -> None:
     """What the singular values are worth: perplexity without each group of them in turn."""
-    from svdconvert.ablation import ablate as run
-    from svdconvert.progress import TerminalEvents
-    from svdconvert.report import show_ablation
+    from svdconvert.cli.progress import TerminalEvents
+    from svdconvert.cli.report import show_ablation
+    from svdconvert.commands.ablate import ablate as run
 
     console = console_for(as_json)
     with TerminalEvents(console) as events:

@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from svdconvert import __version__, interrupts, processes
 from svdconvert.cli.groups import GroupedCommand
 from svdconvert.errors import InputError, JobError, SvdconvertError, out_of_memory
+from svdconvert.machine import interrupts, processes
+from svdconvert.version import __version__
 
 DEFAULT_COMMAND = "convert"
 # What several processes can share; under a launcher, the first of them does the others alone.

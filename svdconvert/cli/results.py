@@ -25,14 +25,14 @@ from svdconvert.cli.screen import console_for, need_folder
 
 @contextmanager
 def _job_events(options: dict[str, Any]) -> Iterator[Any]:
-    from svdconvert.progress import TerminalEvents
+    from svdconvert.cli.progress import TerminalEvents
 
     with TerminalEvents(console_for(False), verbose=options.pop("verbose")) as events:
         yield events
 
 
 def _show_outcome(outcome: Any) -> None:
-    from svdconvert.report import show_outcome
+    from svdconvert.cli.report import show_outcome
 
     show_outcome(console_for(False), outcome)
 
@@ -47,7 +47,7 @@ def _show_outcome(outcome: Any) -> None:
 def densify(folder: Path, out: Path, **options: Any) -> None:
     """Multiply the factors out: back to the stock architecture, for GGUF and engines without remote code."""
     need_folder(folder)
-    from svdconvert.densifying import densify as run
+    from svdconvert.commands.densify import densify as run
 
     with _job_events(options) as events:
         outcome = run(folder, out, **options, events=events)
@@ -67,7 +67,7 @@ def densify(folder: Path, out: Path, **options: Any) -> None:
 def fold(folder: Path, adapter: Path, out: Path, **options: Any) -> None:
     """Merge a LoRA adapter exactly into the factors: the ranks grow by the adapter's."""
     need_folder(folder)
-    from svdconvert.folding import fold as run
+    from svdconvert.commands.fold import fold as run
 
     with _job_events(options) as events:
         outcome = run(folder, adapter, out, **options, events=events)
@@ -82,6 +82,6 @@ def fold(folder: Path, adapter: Path, out: Path, **options: Any) -> None:
 def push(folder: Path, repo: str, private: bool, hub_revision: str | None) -> None:
     """Upload a finished result to the Hub."""
     need_folder(folder)
-    from svdconvert.conversion import push as run
+    from svdconvert.commands.convert import push as run
 
     click.echo(run(folder, repo, private=private, revision=hub_revision))

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from svdconvert.metrics import METHODS
+from svdconvert.methods.table import METHODS
 
 from .geometry import MODELS, Geometry, resized
 from .measure import machine, machine_line, markdown_table, run, save
@@ -106,13 +106,13 @@ def measure(folder: Path, work: Path, method: str, tokens: int, length: int, bat
     """
     import torch
 
-    from svdconvert import calibration
-    from svdconvert.architectures import dense_architecture
-    from svdconvert.blocks import ModelBlocks
-    from svdconvert.corpus import CalibrationTokens
-    from svdconvert.source import LocalSource
-    from svdconvert.statistics_files import StatisticsFolder, statistics_key
-    from svdconvert.targets import choose_targets
+    from svdconvert.calibration import collector as calibration
+    from svdconvert.calibration.folder import StatisticsFolder, statistics_key
+    from svdconvert.calibration.text import CalibrationTokens
+    from svdconvert.families.table import dense_architecture
+    from svdconvert.models.blocks import ModelBlocks
+    from svdconvert.planning.targets import choose_targets
+    from svdconvert.storage.source import LocalSource
 
     source = LocalSource(folder)
     vocabulary = int(source.config["vocab_size"])

@@ -36,8 +36,8 @@ def methods() -> dict[str, Method]:
     """Name -> (W, rank) -> (down, up, certificate)."""
     import torch
 
-    from svdconvert.filtered import factorize_fast
-    from svdconvert.solver import Workspace, factorize
+    from svdconvert.linalg.filtered import factorize_fast
+    from svdconvert.linalg.solver import Workspace, factorize
 
     workspace = Workspace()
 
@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
     options = parser.parse_args()
-    from svdconvert.lapack import threads
+    from svdconvert.linalg.lapack import threads
 
     hidden = options.hidden or [2048, 3072] + [5120] * (options.device == "cuda")
     with threads(1):

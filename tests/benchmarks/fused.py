@@ -30,19 +30,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from svdconvert import Calibration
-from svdconvert.allocation import allocate
-from svdconvert.architectures import dense_architecture
-from svdconvert.architectures.row import Fused, Section
-from svdconvert.calibration import ModuleStatistics, Needs, part_statistics, statistics
-from svdconvert.layouts import LAYOUTS
-from svdconvert.metrics import METHODS, method_options
+from svdconvert.calibration.collector import part_statistics, statistics
+from svdconvert.commands.evaluate import negative_log_likelihood
+from svdconvert.families.row import Fused, Section
+from svdconvert.families.table import dense_architecture
+from svdconvert.layouts.table import LAYOUTS
+from svdconvert.linalg.solver import decompose, truncate
+from svdconvert.methods.statistics import ModuleStatistics, Needs
+from svdconvert.methods.table import METHODS, method_options
+from svdconvert.models.passages import read_passage
 from svdconvert.names import suffix
-from svdconvert.passages import read_passage
-from svdconvert.perplexity import negative_log_likelihood
-from svdconvert.ranks import Target
-from svdconvert.solver import decompose, truncate
-from svdconvert.source import LocalSource
-from svdconvert.targets import choose_targets
+from svdconvert.planning.allocation import allocate
+from svdconvert.planning.ranks import Target
+from svdconvert.planning.targets import choose_targets
+from svdconvert.storage.source import LocalSource
 
 BUNDLED = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
 

@@ -294,8 +294,8 @@ def _compare(device: str, one: str, other: str) -> dict[str, float]:
     import torch
     from safetensors import safe_open
 
-    from svdconvert.compute import stored_product
-    from svdconvert.layouts import stored_names
+    from svdconvert.factoring.operations import stored_product
+    from svdconvert.layouts.table import stored_names
 
     folders = [Path(one), Path(other)]
     config = json.loads((folders[0] / "config.json").read_text())
@@ -322,7 +322,7 @@ def _stacks(device: str, *sides: str) -> dict[str, tuple[float, float, int]]:
 
     import torch
 
-    from svdconvert.stacked import factorize_stack, settle
+    from svdconvert.linalg.stacked import factorize_stack, settle
 
     found = {}
     for side in sides:

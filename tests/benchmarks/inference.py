@@ -151,7 +151,7 @@ def train(geometry: Geometry, variant: str, rank: int, steps: int, length: int, 
     """Seconds of a full training step in float32, and the peak memory of this process."""
     import torch
 
-    from svdconvert.checkpoint import peak_memory_bytes
+    from svdconvert.machine.memory import peak_memory_bytes
 
     torch.manual_seed(0)
     model = build(geometry, variant, rank, "float32").to(device).train()

@@ -70,7 +70,7 @@ def benchmark(model: str, hidden: int, sides: str, repeats: int) -> dict[str, An
     """
     import torch
 
-    from svdconvert.solver import Workspace, factorize
+    from svdconvert.linalg.solver import Workspace, factorize
 
     torch.set_num_threads(1)
     factorize(torch.eye(8), 2, torch.float32)  # what is imported at the first call
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
-    from svdconvert.lapack import threads
+    from svdconvert.linalg.lapack import threads
 
     with threads(1):
         result = benchmark(options.model, options.hidden, options.sides, options.repeats)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from svdconvert.plots import COLOURS, GREY, MARKERS, tidy
+from svdconvert.commands.figures import COLOURS, GREY, MARKERS, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

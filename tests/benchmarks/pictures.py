@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.commands.figures import GREY, empty_figure, need_matplotlib, save_figure
 from svdconvert.errors import InputError
-from svdconvert.plots import GREY, empty_figure, need_matplotlib, save_figure
 
 from .measure import repeated
 from .panels import Bar, draw_bars, draw_curves

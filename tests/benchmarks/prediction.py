@@ -135,7 +135,7 @@ def _matrix(layer: nn.Module, width: int) -> Tensor:
 def measure(options: argparse.Namespace, keep: float, folder: Path) -> dict[str, float]:
     """All the lines at one budget."""
     from svdconvert import Calibration, convert
-    from svdconvert.source import LocalSource
+    from svdconvert.storage.source import LocalSource
 
     text = Calibration(options.calib, samples=options.samples, length=options.length, batch_size=BATCH)
     report = convert(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert import Calibration, convert, evaluate
-from svdconvert.metrics import METHODS
+from svdconvert.methods.table import METHODS
 
 # How the line above the table begins.
 _TABLE = "Dense perplexity"

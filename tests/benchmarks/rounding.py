@@ -12,10 +12,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from svdconvert import solver
-from svdconvert.pivoting import pivot, product, rounded_coefficients
-from svdconvert.rounding import round_with_feedback
-from svdconvert.solver import decompose, truncate
+from svdconvert.linalg import solver
+from svdconvert.linalg.pivot import pivot, product, rounded_coefficients
+from svdconvert.linalg.rounding import round_with_feedback
+from svdconvert.linalg.solver import decompose, truncate
 
 # How the inputs' massive channels behave: there are none; their values vary; they vary about a large mean.
 KINDS = ("benign", "massive", "offset")

@@ -35,7 +35,7 @@ def methods() -> dict[str, Method]:
     """Name -> (W, rank) -> (down, up)."""
     import torch
 
-    from svdconvert.solver import Workspace, factorize
+    from svdconvert.linalg.solver import Workspace, factorize
 
     workspace = Workspace()
 
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=["linalg.svd", "svd_lowrank"])
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
-    from svdconvert.lapack import threads
+    from svdconvert.linalg.lapack import threads
 
     with threads(1):
         result = benchmark(options.models, options.spectrum, options.repeats, options.skip, options.hidden)

@@ -189,7 +189,7 @@ def test_picture(
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table says so, and an earlier picture does not stay beside other figures."""
-    monkeypatch.setattr("svdconvert.plots.find_spec", lambda name: None)
+    monkeypatch.setattr("svdconvert.commands.figures.find_spec", lambda name: None)
     (tmp_path / "growth.png").write_bytes(b"earlier")
     save(tmp_path, "growth", {}, "table")
     assert json.loads((tmp_path / "growth.json").read_text()) == {}

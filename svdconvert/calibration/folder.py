@@ -1,0 +1,275 @@
+"""Statistics kept in a folder, and the key that says what they are statistics of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.calibration.collector import StatisticsRun, statistic_tensors
+from svdconvert.calibration.text import CalibrationTokens
+from svdconvert.errors import InputError
+from svdconvert.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, WHOLE, Kind, nullable, optional, record, require, table
+from svdconvert.machine.processes import current
+from svdconvert.methods.statistics import STATISTICS, ModuleStatistics, Needs
+from svdconvert.models.activations import LOSS, Loss
+from svdconvert.names import layer_number
+from svdconvert.storage.differences import difference
+from svdconvert.storage.disk import atomic_write, disk_errors
+from svdconvert.storage.documents import read_json
+from svdconvert.storage.source import Source
+from svdconvert.storage.tensor_files import read_tensors, sealed, unseal, write_tensors
+from svdconvert.version import __version__
+from svdconvert.words import listing
+
+TOKENS = "tokens.safetensors"
+
+# What to do about a damaged file.
+_AGAIN = "give another folder and run `svdconvert calibrate` again"
+
+_KEY = {
+    "text": TEXT,
+    "tokens": TEXT,
+    "tokenizer": TEXT,
+    "samples": COUNT,
+    "length": COUNT,
+    "packed": FLAG,
+    "seed": WHOLE,
+    "labels": optional(TEXT),
+}
+_MODULE = record({"tokens": NUMBER, "samples": NUMBER, **dict.fromkeys(STATISTICS, optional(TEXT))})
+_FILE = Kind("a block's file", lambda value: re.fullmatch(r"block-\d+\.safetensors", str(value)) is not None)
+_BLOCK = record({"file": _FILE, "modules": table(_MODULE)})
+_STATE = {
+    "key": OBJECT,
+    "loss": nullable(LOSS),
+    "blocks": Kind("blocks by number", lambda value: table(_BLOCK).fits(value) and all(map(str.isdecimal, value))),
+}
+
+_FIELDS: Mapping[str, str] = {
+    "model": "another model",
+    "tokenizer": "another tokenizer",
+    "text": "another calibration text",
+    "tokens": "another calibration text",
+    "version": "another version of svdconvert",
+}
+
+
+def statistics_key(
+    source: Source,
+    tokens: CalibrationTokens,
+    needs: Needs,
+    *,
+    labels: str = "empirical",
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """What statistics depend on, in JSON types: the key of a :class:`StatisticsFolder`."""
+    return {
+        "model": model_key(source),
+        "tokenizer": tokens.tokenizer_digest,
+        "text": tokens.text_digest,
+        "tokens": tokens.digest,
+        "samples": tokens.ids.shape[0],
+        "length": tokens.ids.shape[1],
+        "packed": tokens.packed,
+        "seed": tokens.seed,
+        "labels": labels if needs.gradients else None,
+        "label_seed": seed if needs.gradients and labels == "sampled" else None,
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
+        "needs": asdict(needs),
+        "version": __version__,
+    }
+
+
+def model_key(source: Source) -> str:
+    """Digest of a model's config, headers and content, the same for a copy of the model."""
+    digest = hashlib.blake2b(digest_size=16)
+    tensors = [[info.name, info.dtype, list(info.shape)] for _, info in sorted(source.tensors.items())]
+    digest.update(json.dumps([dict(source.config), tensors, source.identity()], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class StatisticsFolder:
+    """Statistics on disk: ``stats.json`` and a safetensors file per block.
+
+    A block counts as soon as ``stats.json`` names it, which is after its file is complete. A Gram that several layers
+    share is stored once, and read as one object.
+    """
+
+    def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None, *, create: bool = False) -> None:
+        """Open a folder.
+
+        Args:
+            folder: where the statistics are.
+            expected: fields of :func:`statistics_key` that must be as given; all of them with ``create``.
+            create: begin anew where there is nothing yet.
+
+        Raises:
+            InputError: there are no statistics, or they are of another model, text or setting; the field is named.
+        """
+        self.folder = folder
+        path = folder / "stats.json"
+        wanted: dict[str, Any] = json.loads(json.dumps(dict(expected or {})))
+        if create and not path.exists():
+            self._state: dict[str, Any] = {"key": wanted, "loss": None, "blocks": {}}
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+            return
+        found = read_json(
+            path,
+            f"{folder} has no stats.json, so it holds no statistics; give the folder that `svdconvert calibrate` wrote",
+            _AGAIN,
+        )
+        require(found, _STATE, path, _AGAIN)
+        self._state = unseal(found, path, _AGAIN)
+        key = self.key
+        require(key, _KEY, path, _AGAIN)
+        differing = difference({field: key.get(field) for field in wanted}, wanted)
+        if differing is not None:
+            field, values = differing
+            what = _FIELDS.get(field, f"another setting of {field.replace('_', ' ')}")
+            raise InputError(
+                f"{folder} holds statistics of {what} ({values}); give another folder, or run `svdconvert calibrate` "
+                "for this model"
+            )
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the statistics depend on."""
+        return dict(self._state["key"])
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """Blocks that are complete."""
+        return frozenset(
+            int(index) for index, entry in self._state["blocks"].items() if (self.folder / entry["file"]).is_file()
+        )
+
+    @property
+    def modules(self) -> list[str]:
+        """Layers whose statistics are here."""
+        done = self.blocks
+        return [name for index in sorted(done) for name in self._state["blocks"][str(index)]["modules"]]
+
+    @property
+    def loss(self) -> Loss | None:
+        """The dense model's loss on the calibration text; None if it is not known yet."""
+        found = self._state["loss"]
+        return None if found is None else Loss(found["nll"], found["tokens"])
+
+    def set_loss(self, loss: Loss) -> None:
+        """Keep the loss."""
+        self._state["loss"] = asdict(loss)
+        self._write()
+
+    def save(self, index: int, found: Mapping[str, ModuleStatistics]) -> None:
+        """Store a block's statistics.
+
+        Raises:
+            JobError: they could not be written.
+        """
+        tensors: dict[str, Tensor] = {}
+        names: dict[int, str] = {}
+        modules: dict[str, Any] = {}
+        for module, entry in found.items():
+            modules[module] = {"tokens": entry.tokens, "samples": entry.samples}
+            for kind, tensor in statistic_tensors(entry).items():
+                name = names.setdefault(id(tensor), f"{module}.{kind}")
+                tensors[name] = tensor
+                modules[module][kind] = name
+        file = f"block-{index:05d}.safetensors"
+        write_tensors(self.folder / file, tensors)
+        self._state["blocks"][str(index)] = {"file": file, "modules": modules}
+        self._write()
+
+    def save_tokens(self, tokens: CalibrationTokens) -> None:
+        """Keep the text, as the model reads it, for what has to look at it again."""
+        if not (self.folder / TOKENS).is_file():
+            write_tensors(self.folder / TOKENS, {"ids": tokens.ids, "mask": tokens.mask})
+
+    def tokens(self) -> CalibrationTokens:
+        """The text that the statistics are of.
+
+        Raises:
+            InputError: it is not here, or not that text.
+        """
+        path = self.folder / TOKENS
+        if not path.is_file():
+            raise InputError(f"{self.folder} lacks {TOKENS}; run `svdconvert calibrate` again")
+        read = read_tensors(path, ("ids", "mask"))
+        ids, mask = read["ids"], read["mask"]
+        key = self.key
+        tokens = CalibrationTokens(
+            ids=ids,
+            mask=mask,
+            texts_used=0,
+            tokens=int(mask.sum()),
+            text_digest=key["text"],
+            tokenizer_digest=key["tokenizer"],
+            seed=key["seed"],
+            packed=key["packed"],
+        )
+        if tokens.digest != key["tokens"]:
+            raise InputError(f"{path} is not the text that {self.folder / 'stats.json'} names; calibrate again")
+        return tokens
+
+    def load(self, modules: Sequence[str], kinds: Collection[str] | None = None) -> dict[str, ModuleStatistics]:
+        """Read statistics of layers of one block, so that shared Grams are read once.
+
+        Args:
+            modules: their names.
+            kinds: which of :data:`STATISTICS` to read, by default those that are here; others are None.
+
+        Raises:
+            InputError: a layer or kind is not here, or a file is damaged.
+        """
+        read: dict[str, Tensor] = {}
+        found = {}
+        for module in modules:
+            entry = self._state["blocks"].get(str(layer_number(module)), {})
+            record = entry.get("modules", {}).get(module)
+            if record is None:
+                raise InputError(f"{self.folder} has no statistics of {module}; run `svdconvert calibrate` again")
+            lacking = [kind for kind in kinds or () if kind not in record]
+            if lacking:
+                raise InputError(
+                    f"{self.folder} has no {listing(lacking).replace('_', ' ')} of {module}, which this method needs; "
+                    "run `svdconvert calibrate` for it"
+                )
+            values: dict[str, Tensor | None] = dict.fromkeys(STATISTICS)
+            for kind in STATISTICS if kinds is None else kinds:
+                if kind in record:
+                    if record[kind] not in read:
+                        read |= read_tensors(self.folder / entry["file"], (record[kind],))
+                    values[kind] = read[record[kind]]
+            found[module] = ModuleStatistics(**values, tokens=record["tokens"], samples=record["samples"])
+        return found
+
+    def _write(self) -> None:
+        with disk_errors(self.folder):
+            atomic_write(self.folder / "stats.json", sealed(self._state))
+
+
+def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
+    """Store what a run yields, as it comes, and the loss; of several processes the leader does.
+
+    Raises:
+        As :func:`statistics` and :meth:`StatisticsFolder.save`.
+    """
+    leader = current().leader
+    for index, found in run:
+        if leader:
+            run.refuse_changed()
+            folder.save(index, found)
+        del found  # or two blocks' Grams would be in memory
+    if leader and run.loss is not None and folder.loss != run.loss:
+        folder.set_loss(run.loss)

@@ -1,0 +1,218 @@
+"""Progress of a job: a bar on a terminal; elsewhere a line now and then, with the time that is left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from svdconvert.cli.report import show_plan
+from svdconvert.machine import interrupts
+from svdconvert.planning.events import Events
+from svdconvert.planning.steps import Step
+from svdconvert.words import size
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from svdconvert.planning.plan import Plan
+
+# Seconds between lines where there is no terminal: no more than 30, however late the thread wakes up.
+LINE_EVERY = 25.0
+# Seconds between looks at the clock.
+POLL = 1.0
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Phase:
+    """A part of the work that is counted.
+
+    Attributes:
+        name: what is done.
+        done, total: how much of it; a total of 0 is not known.
+        detail: where in it the work is.
+    """
+
+    def __init__(self, name: str, done: int, total: int, now: float) -> None:
+        self.name, self.done, self.total, self.detail = name, done, total, ""
+        self._start, self._first = now, done
+
+    def left(self, now: float) -> float | None:
+        """Seconds until its end at the speed so far; None where nothing can be said."""
+        new = self.done - self._first
+        return (now - self._start) / new * (self.total - self.done) if new > 0 and self.done < self.total else None
+
+    def line(self, now: float) -> str:
+        """``forward, block 3 of 30: 72 of 720, 3 min 20 s so far, about 30 min 0 s left``."""
+        parts = [f"{self.done:,} of {self.total:,}"] if self.total else []
+        parts.append(f"{duration(now - self._start)} so far")
+        if (left := self.left(now)) is not None:
+            parts.append(f"about {duration(left)} left")
+        return f"{self.name}{f', {self.detail}' if self.detail else ''}: {', '.join(parts)}"
+
+
+class Lines:
+    """A line about the phase in work, :data:`LINE_EVERY` seconds after the last one."""
+
+    def __init__(self, show: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """Nothing is shown at first.
+
+        Args:
+            show: prints a line.
+            clock: seconds.
+        """
+        self._show, self._clock, self._lock = show, clock, threading.Lock()
+        self._last = clock()
+        self.phase = Phase("preparing", 0, 0, self._last)
+
+    def at(self, name: str, done: int, total: int, detail: str = "") -> None:
+        """So much of a phase is done; another name begins another phase."""
+        with self._lock:
+            if (name, total) != (self.phase.name, self.phase.total):
+                self.phase = Phase(name, done, total, self._clock())
+            self.phase.done, self.phase.detail = done, detail
+        self.tick()
+
+    def step(self) -> None:
+        """One more is done."""
+        with self._lock:
+            self.phase.done += 1
+        self.tick()
+
+    def tick(self) -> None:
+        """Show a line if it is time for one."""
+        with self._lock:
+            now = self._clock()
+            if now - self._last < LINE_EVERY:
+                return
+            self._last = now
+            line = self.phase.line(now)
+        self._show(line)
+
+
+class TerminalEvents(Events):
+    """Progress of a job: a bar with the matrix in work on a terminal, else a line per weight file and now and then."""
+
+    def __init__(self, console: Console, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        """Show on this console; ``verbose`` adds a line per matrix."""
+        self._console = console
+        self._verbose = verbose
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[current]}"),
+            console=console,
+            # A matrix can take a minute; the default window forgets the speed in between.
+            speed_estimate_period=600,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None, current="", start=False)
+        self._shown: tuple[str, int] | None = None
+        self._lines = None if console.is_terminal else Lines(self._print, clock)
+        self._ended = threading.Event()
+        self._clockwork: threading.Thread | None = None
+
+    def __enter__(self) -> TerminalEvents:
+        """Nothing is drawn before there is something to count."""
+        if self._lines is not None:
+            # Work that tells nothing of itself is told of too.
+            self._clockwork = threading.Thread(target=self._tick, args=(self._lines,), daemon=True)
+            self._clockwork.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        self._ended.set()
+        if self._clockwork is not None:
+            self._clockwork.join()
+        self._progress.stop()
+
+    def _tick(self, lines: Lines) -> None:
+        while not self._ended.wait(POLL):
+            lines.tick()
+
+    def planned(self, plan: Plan, free: int) -> None:
+        show_plan(self._console, plan, free)
+
+    def begin(self, steps: Sequence[Step], done_before: int) -> None:
+        if done_before:
+            self.note(f"{done_before} matrices were done by an earlier run; going on with {len(steps)}")
+        what = "decomposing" if any(step.kind == "decompose" for step in steps) else "factors"
+        self._shown = None
+        self._at(what, done_before, len(steps) + done_before, "")
+
+    def solving(self, step: Step) -> None:
+        interrupts.check()
+        if self._lines is not None:
+            self._lines.tick()
+        else:
+            self._progress.update(self._task, current=step.key)
+
+    def decomposed(self, step: Step) -> None:
+        self._advance()
+
+    def solved(self, step: Step, report: Mapping[str, Any]) -> None:
+        self._advance()
+        if not self._verbose:
+            return
+        parts = [step.key, f"rank {report['rank']}" if "rank" in report else step.kind]
+        if "relative_error" in report:
+            parts += [f"energy kept {report['energy_kept']:.4f}", f"relative error {report['relative_error']:.4f}"]
+        self._print(", ".join([*parts, f"{report['seconds']:.2f} s"]))
+
+    def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        interrupts.check()
+        self._at(phase, done, total, detail)
+
+    def shard(self, name: str, size_in_bytes: int) -> None:
+        self._print(f"wrote {name} ({size(size_in_bytes)})")
+
+    def note(self, text: str) -> None:
+        self._print(f"note: {text}")
+
+    def _at(self, phase: str, done: int, total: int, detail: str) -> None:
+        if self._lines is not None:
+            self._lines.at(phase, done, total, detail)
+            return
+        if self._shown != (phase, total):  # another phase has another speed
+            self._shown = (phase, total)
+            self._progress.reset(self._task, description=phase, total=total or None, completed=done, current=detail)
+            self._progress.start()
+        self._progress.update(self._task, completed=done, current=detail)
+
+    def _advance(self) -> None:
+        if self._lines is not None:
+            self._lines.step()
+        else:
+            self._progress.advance(self._task)
+
+    def _print(self, text: str) -> None:
+        self._progress.console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress of something that has no job; yields a function of (done, in all)."""
+    with TerminalEvents(console) as events:
+        yield lambda done, total: events.progress(what, done, total)

@@ -1,0 +1,251 @@
+"""What the user sees: plan and results as tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from svdconvert.cli.tables import new_table, show_pairs, show_table
+from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
+from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps
+from svdconvert.solvers.table import done
+from svdconvert.words import size
+
+if TYPE_CHECKING:
+    from svdconvert.commands.ablate import GroupResult
+    from svdconvert.commands.comparing import Check
+    from svdconvert.commands.convert import Report
+    from svdconvert.commands.evaluate import Evaluation
+    from svdconvert.commands.spectrum import MatrixSpectrum, Spectra
+    from svdconvert.commands.sweep_book import Sweep
+    from svdconvert.jobs.job import Outcome
+    from svdconvert.models.divergence import Divergence
+    from svdconvert.planning.plan import Plan
+
+
+_PICKS: Mapping[str, Callable[[Sequence[float]], float]] = {"lowest": min, "median": median, "highest": max}
+
+
+def show_plan(console: Console, plan: Plan, free: int | None) -> None:
+    """Print what a conversion would do.
+
+    Args:
+        console: where to.
+        plan: the conversion.
+        free: room on the disk of the output folder, or None where there is none.
+    """
+    commit = f" @ {plan.commit[:12]}" if plan.commit else ""
+    layers = plan.settings["share_layers"]
+    shared = f", input-side factors shared by {layers} layers" if layers > 1 else ""
+    console.print(f"[bold]{escape(plan.source)}[/]{commit} ({plan.architecture}), method {plan.method}{shared}")
+    table = new_table(("target", "shape"), ("matrices", "rank", "break-even", "parameters", "kept"))
+    for group in plan.groups:
+        table.add_row(
+            group.name,
+            f"{group.shape[0]} x {group.shape[1]}",
+            str(group.count),
+            group.rank,
+            f"{group.break_even:,.1f}",
+            f"{group.dense_params:,} -> {group.params:,}",
+            f"{group.params / group.dense_params:.1%}",
+        )
+    show_table(console, table)
+    trained = plan.training_bytes
+    peak, worker = plan.peak_bytes(), plan.peak_bytes(2) - plan.peak_bytes()
+    rows = [
+        (
+            "parameters",
+            f"{plan.params_before:,} -> {plan.params_after:,} ({plan.params_after / plan.params_before:.1%})",
+        ),
+        ("weight files", f"{size(plan.bytes_before)} -> {size(plan.bytes_after)} in {len(plan.shards)}"),
+        ("full fine-tuning, AdamW", f"{size(trained[0])} -> {size(trained[1])} (16 bytes a parameter, no activations)"),
+        ("peak memory of the conversion", f"about {size(peak)}, {size(worker)} more for every further worker"),
+    ]
+    if free is not None:
+        rows.append(("disk", f"{size(plan.bytes_after)} needed, {size(free)} free"))
+    show_pairs(console, rows)
+    notes = plan.notes if METHODS[plan.method].statistics else (*plan.notes, WITHOUT_A_TEXT)
+    for note in notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")
+
+
+def show_result(console: Console, report: Report) -> None:
+    """Print what a conversion did."""
+    plan, outcome, errors = report.plan, report.outcome, report.errors
+    resumed = f", {outcome.resumed} matrices of them by an earlier run" if outcome.resumed else ""
+    rows = [
+        ("parameters", f"{plan.params_before:,} -> {plan.params_after:,}"),
+        ("weight files", f"{size(plan.bytes_before)} -> {size(plan.bytes_after)}"),
+    ]
+    if errors:
+        worst = max(report.matrices, key=lambda name: report.matrices[name]["relative_error"])
+        mean = sum(errors) / len(errors)
+        rows.append(("relative error", f"mean {mean:.4f}, worst {max(errors):.4f} ({worst}){resumed}"))
+    settings = outcome.record["settings"]
+    if settings["solver"] == "fast":
+        rows.append(("fast solver", done(list(report.matrices.values()))))
+    if "tokens" in settings:
+        rows.append(("calibration", calibrated(METHODS[plan.method], settings)))
+    outputs = [float(matrix["output_error"]) for matrix in report.matrices.values() if "output_error" in matrix]
+    if outputs:
+        mean = sum(outputs) / len(outputs)
+        rows.append(("error of the outputs", f"mean {mean:.4f}, worst {max(outputs):.4f}, on the calibration text"))
+    record = outcome.record
+    if "measured_loss" in record:
+        guess = f" ({record['predicted_loss']:+.4f} predicted; {ROUGH_GUESS})" if "predicted_loss" in record else ""
+        measured = f"{record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
+        rows.append(("loss added", f"{measured}, measured on the calibration text{guess}"))
+    rows += _times(outcome)
+    memory = size(outcome.peak_memory_bytes)
+    if outcome.peak_device_bytes:
+        memory += f" on the host, {size(outcome.peak_device_bytes)} on the GPU"
+    rows.append(("peak memory", memory))
+    rows += [("checked", check) for check in outcome.checks]
+    rows.append(("written to", str(report.folder)))
+    if report.url:
+        rows.append(("pushed to", report.url))
+    rows.append(("next", next_steps(METHODS[plan.method], settings, report.folder)))
+    show_pairs(console, rows)
+
+
+def show_evaluation(console: Console, result: Evaluation) -> None:
+    """Print a perplexity with all that it depends on."""
+    rows = [("perplexity", f"{result.perplexity:.4f} per token")]
+    if result.bits_per_character is not None:
+        rows.append(("bits per character", f"{result.bits_per_character:.4f}"))
+    if (far := result.divergence) is not None:
+        rows += [
+            (f"against {result.against}", f"KL {far.kl:.4f} nats per token, {far.agreement:.1%} same first choice"),
+            (
+                "added log-perplexity",
+                f"{far.added:+.4f} on {far.cross_entropy:.4f} (perplexity {math.exp(far.cross_entropy):,.4f})",
+            ),
+            ("entropy of that model", f"{far.entropy:.4f} nats per token" + _confidence(far)),
+        ]
+    stride = f", moved by {result.stride}" if result.protocol == "sliding" else " that do not overlap"
+    opening = f"after {result.opening}" if result.opening else "without an opening token"
+    rows += [
+        ("text", f"{result.text}: {result.tokens:,} tokens predicted, {result.characters:,} characters, {opening}"),
+        ("protocol", f"{result.protocol}: windows of {result.window:,} tokens{stride}"),
+        ("parameters", f"{result.parameters:,}"),
+        ("computed in", f"{result.dtype} on {result.device}, {result.seconds:.1f} s"),
+    ]
+    show_pairs(console, rows)
+
+
+def _confidence(far: Divergence) -> str:
+    """A warning where perplexity is no judge."""
+    return (
+        "; it is over-confident here, so a lower perplexity does not mean a better copy" if far.over_confident else ""
+    )
+
+
+def show_outcome(console: Console, outcome: Outcome) -> None:
+    """Print what a densify or fold did."""
+    show_pairs(
+        console,
+        [
+            ("parameters", f"{outcome.record['params']:,}"),
+            *_times(outcome),
+            ("peak memory", size(outcome.peak_memory_bytes)),
+            *(("checked", check) for check in outcome.checks),
+            ("written to", str(outcome.folder)),
+        ],
+    )
+
+
+def _times(outcome: Outcome) -> list[tuple[str, str]]:
+    """The whole and its stages; those that took no time worth telling are left out."""
+    rows = [("time", f"{outcome.seconds:.1f} s")]
+    if outcome.already_done:
+        return rows
+    for number, stages in enumerate(processes := outcome.record["timing"]):
+        told = [
+            f"{stage} {spent['wall_seconds']:.1f} s"
+            + (f" in {spent['workers']} workers" if spent.get("workers", 1) > 1 else "")
+            + f" (CPU {spent['cpu_seconds']:.1f} s)"
+            for stage, spent in stages.items()
+            if max(spent["wall_seconds"], spent["cpu_seconds"]) >= 0.05
+        ]
+        if told:
+            rows.append(("stages" if len(processes) == 1 else f"stages of process {number}", ", ".join(told)))
+    return rows
+
+
+def show_ablation(console: Console, results: Sequence[GroupResult]) -> None:
+    """Print an ablation, the untouched model first."""
+    table = new_table((), ("group", "singular values", "energy", "perplexity", "added log-perplexity"))
+    dense = results[0].perplexity
+    table.add_row("none", "", "", f"{dense:.2f}", "")
+    for row in results[1:]:
+        place = f"{row.first:.0%} to {row.last:.0%}"
+        added = f"{math.log(row.perplexity / dense):+.4f}"
+        table.add_row(str(row.group), place, f"{row.energy:.2%}", f"{row.perplexity:.2f}", added)
+    show_table(console, table)
+
+
+def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False) -> None:
+    """Print what singular values amount to: lowest, median and highest of each kind of matrix, or every matrix."""
+    from svdconvert.words import percent
+
+    columns: dict[str, tuple[Callable[[MatrixSpectrum], float], Callable[[float], str]]] = {
+        "effective rank": (lambda matrix: matrix.effective_rank, "{:,.1f}".format),
+        "stable rank": (lambda matrix: matrix.stable_rank, "{:,.1f}".format),
+        "90%": (lambda matrix: matrix.rank_at(0.90), "{:,.0f}".format),
+        "95%": (lambda matrix: matrix.rank_at(0.95), "{:,.0f}".format),
+        "99%": (lambda matrix: matrix.rank_at(0.99), "{:,.0f}".format),
+        "break-even": (lambda matrix: matrix.break_even, "{:,.1f}".format),
+        "keeps": (lambda matrix: matrix.break_even_energy, percent),
+    }
+    if all(matrix.outputs is not None for matrix in spectra.matrices):
+        columns["output error"] = (lambda matrix: matrix.break_even_output_error or 0.0, "{:.4f}".format)
+    table = new_table(("target", "shape"), () if per_layer else ("matrices",))
+    if not per_layer:
+        table.add_column("", no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, no_wrap=True, justify="right")
+    for (kind, shape), matrices in spectra.kinds.items():
+        size = f"{shape[0]} x {shape[1]}"
+        found = {name: [value(matrix) for matrix in matrices] for name, (value, _) in columns.items()}
+        if per_layer:
+            for i, matrix in enumerate(matrices):
+                table.add_row(matrix.module, size, *(told(found[name][i]) for name, (_, told) in columns.items()))
+            continue
+        for i, (name, pick) in enumerate(_PICKS.items()):
+            label = (kind, size, str(len(matrices))) if i == 0 else ("", "", "")
+            table.add_row(*label, name, *(told(pick(found[column])) for column, (_, told) in columns.items()))
+    metrics = "plain" if spectra.method == "svd" else f"in the metrics of {spectra.method}"
+    console.print(f"[bold]{escape(spectra.model)}[/], {metrics}, layout {spectra.layout}")
+    show_table(console, table, keys=(0,) if per_layer else (0, 3))
+    console.print("90%, 95%, 99%: least rank with that share of the energy", style="dim", highlight=False)
+    outputs = ", and the error of the outputs there" if "output error" in columns else ""
+    console.print(f"keeps: share at the highest rank that saves something{outputs}", style="dim", highlight=False)
+    console.print(escape(spectra.headline), highlight=False)
+
+
+def show_sweep(console: Console, sweep: Sweep) -> None:
+    """Print a sweep, the dense model first."""
+    table = new_table(("",), ("budget", "parameters", "weight files", "perplexity", "added", "KL"))
+    dense = sweep.dense
+    table.add_row("dense", "", f"{dense.params:,}", size(dense.bytes), f"{dense.perplexity:.2f}", "", "")
+    for line, points in sweep.lines.items():
+        for i, point in enumerate(points):
+            cells = (f"{point.params:,}", size(point.bytes), f"{point.perplexity:.2f}", f"{point.added:+.4f}")
+            kl = "" if point.kl is None else f"{point.kl:.4f}"
+            table.add_row("" if i else line, point.setting.budget, *cells, kl)
+    show_table(console, table, keys=(0, 1))
+    console.print("added to the dense model's log-perplexity, and KL(dense || model): nats per token", style="dim")
+    console.print(escape(sweep.headline), highlight=False)
+    show_pairs(console, [("written to", str(sweep.folder))])
+
+
+def show_checks(console: Console, checks: Sequence[Check]) -> None:
+    """Print checks, one a line."""
+    for check in checks:
+        mark = "[green]ok[/]    " if check.passed else "[red]failed[/]"
+        console.print(f"{mark} [bold]{check.name}[/]: {escape(check.detail)}")

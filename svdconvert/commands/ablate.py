@@ -1,0 +1,170 @@
+"""What the singular values are worth: zero one group of them at a time and see what the model loses.
+
+The singular values of every target are sorted and cut into groups of equal number; one group is removed from all
+matrices at once, and the perplexity measured. (Truncation removes the last groups together.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svdconvert.commands.evaluate import negative_log_likelihood
+from svdconvert.errors import InputError
+from svdconvert.factoring.decompose import decompose_targets
+from svdconvert.factoring.decompositions import Decompositions, load_decomposition
+from svdconvert.families.fused import section_of
+from svdconvert.families.row import Section
+from svdconvert.families.table import dense_architecture
+from svdconvert.machine.devices import resolve_device
+from svdconvert.machine.interrupts import temporary_folder
+from svdconvert.methods.table import METHODS
+from svdconvert.models.loading import compute_dtype, load_model
+from svdconvert.models.passages import read_passage
+from svdconvert.models.preflight import check_model
+from svdconvert.planning.events import Events
+from svdconvert.planning.ranks import Target
+from svdconvert.planning.targets import find_targets, target_tensors
+from svdconvert.storage.opening import local_folder
+from svdconvert.storage.reader import WeightReader
+from svdconvert.storage.source import LocalSource
+from svdconvert.tensors import TensorInfo
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """One row of the ablation.
+
+    Attributes:
+        group: its number, 1 for the largest singular values; 0 is the untouched model.
+        first, last: where it lies among the singular values of a matrix, as fractions of their number.
+        energy: share of the squared singular values of all targets.
+        perplexity: of the model without it.
+    """
+
+    group: int
+    first: float
+    last: float
+    energy: float
+    perplexity: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The row in JSON types."""
+        return asdict(self)
+
+
+def ablate(
+    model: str | os.PathLike[str],
+    text: str | os.PathLike[str],
+    *,
+    groups: int = 10,
+    targets: Sequence[str] = (),
+    split_fused: bool = False,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    events: Events | None = None,
+) -> list[GroupResult]:
+    """Perplexity of a dense model without each group of singular values in turn.
+
+    The whole model is loaded, since it is evaluated.
+
+    Args:
+        model: a local folder, or a model on the Hub, which is then downloaded into the Hugging Face cache.
+        text: UTF-8 text file.
+        groups: number of groups.
+        targets: patterns that choose among the linear layers; empty means all of them.
+        split_fused: whether queries, keys and values that are one matrix have singular values each.
+        window, stride, batch_size, revision, device: see :func:`svdconvert.evaluate`.
+        events: receiver of progress.
+
+    Returns:
+        The untouched model, then one row a group.
+
+    Raises:
+        InputError: the model or the text cannot be used, or there are more groups than singular values.
+    """
+    events = events or Events()
+    folder = local_folder(os.fspath(model), revision)
+    source = LocalSource(folder)
+    row = dense_architecture(source.config, source.where)
+    chosen = find_targets(source, targets, split_fused=split_fused)
+    tensors = target_tensors(source, chosen)
+    fewest = min(min(target.shape) for target in chosen)
+    if not 1 <= groups <= fewest:
+        raise InputError(f"--groups {groups} is not possible; the smallest matrix has {fewest} singular values")
+    used = resolve_device(device)
+    check_model(source)
+    passage = read_passage(folder, source.config, Path(text).expanduser(), window, stride)
+    with temporary_folder() as temporary:
+        store = Decompositions(temporary, {})
+        decompose_targets(source, chosen, METHODS["svd"], {}, store, None, torch.device(used), events)
+        loaded = load_model(folder, used, compute_dtype(source.config, used))
+
+        def perplexity() -> float:
+            return math.exp(
+                negative_log_likelihood(loaded, passage, batch_size, partial(events.progress, "tokens"))
+                / passage.tokens
+            )
+
+        results = [GroupResult(0, 0.0, 1.0, 1.0, perplexity())]
+        spectra = [store.spectrum(target) for target in chosen]
+        total = sum(float(spectrum.sum()) for spectrum in spectra)
+        reader = WeightReader(source)
+        for group in range(groups):
+            energy = 0.0
+            for target, spectrum in zip(chosen, spectra, strict=True):
+                part = _part(spectrum.numel(), group, groups)
+                energy += float(spectrum[part].sum())
+                name, section = target.parts[0].layer, section_of(row, source.config, target.module)
+                weight = loaded.get_parameter(f"{row.prefix}{name}.weight")
+                remaining = _without(target, store, part, tensors[target.weight], reader, weight.device)
+                _put(remaining, weight.T if target.transposed else weight, section)
+            results.append(
+                GroupResult(
+                    group + 1, group / groups, (group + 1) / groups, energy / total if total else 0.0, perplexity()
+                )
+            )
+            events.note(f"without group {group + 1} of {groups}: perplexity {results[-1].perplexity:.2f}")
+        reader.close()
+    return results
+
+
+def _part(count: int, group: int, groups: int) -> slice:
+    return slice(count * group // groups, count * (group + 1) // groups)
+
+
+@torch.no_grad()
+def _put(remaining: torch.Tensor, matrix: torch.Tensor, section: Section | None) -> None:
+    """Write a matrix [out, in], or a part of one to its place."""
+    if section is None:
+        matrix.copy_(remaining)
+    else:
+        section.put(remaining, matrix)
+
+
+def _without(
+    target: Target,
+    store: Decompositions,
+    part: slice,
+    info: TensorInfo,
+    reader: WeightReader,
+    device: torch.device,
+) -> torch.Tensor:
+    """The source's matrix [out, in] without some of its singular directions, float64."""
+    weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(device).double()
+    weight = weight.T if target.transposed else weight
+    found, _, _ = load_decomposition(store.path(target), device)
+    directions = found.basis.flip(1)[:, part].double()
+    if target.shape[0] >= target.shape[1]:
+        return weight - (weight @ directions) @ directions.T
+    return weight - directions @ (directions.T @ weight)

@@ -1,0 +1,84 @@
+"""The statistics of data-aware methods, collected once for many conversions."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from svdconvert.calibration.knowledge import Calibration, needs_of, run_statistics
+from svdconvert.errors import InputError
+from svdconvert.families.table import dense_architecture
+from svdconvert.machine import processes
+from svdconvert.machine.devices import resolve_device
+from svdconvert.methods.table import method_named
+from svdconvert.planning.events import Events
+from svdconvert.planning.targets import choose_targets
+from svdconvert.storage import locks
+from svdconvert.storage.opening import open_source
+
+
+def calibrate(
+    model: str | os.PathLike[str],
+    calibration: Calibration,
+    out: str | os.PathLike[str],
+    *,
+    methods: Sequence[str] = ("kfac",),
+    revision: str | None = None,
+    device: str = "auto",
+    events: Events | None = None,
+) -> float | None:
+    """Collect statistics once, for any number of conversions of the same model.
+
+    An interrupted call goes on with the blocks that are missing when it is made again.
+
+    Args:
+        model, revision, device, events: see :func:`svdconvert.convert`.
+        calibration: the text.
+        out: folder to write.
+        methods: what the statistics are to be good for.
+
+    Returns:
+        The model's perplexity on the text.
+
+    Raises:
+        InputError: the model, the text or the folder cannot be used.
+        JobError: it broke off; the same call continues it.
+    """
+    from svdconvert.calibration.folder import StatisticsFolder, save_statistics, statistics_key
+    from svdconvert.models.preflight import check_model
+
+    events = events or Events()
+    folder = Path(out).expanduser()
+    rows = [method_named(name) for name in methods]
+    kinds = sorted({kind for row in rows for kind in row.statistics})
+    if not kinds:
+        raise InputError(f"--method {', '.join(row.name for row in rows)} looks at no text; choose another")
+    used, group = resolve_device(device), processes.current()
+    if group.leader and folder.is_dir() and not (folder / "stats.json").is_file():
+        # What a run that ended before its first block may have left.
+        ours = {locks.STATISTICS_LOCK, f"{locks.STATISTICS_LOCK}.pid", ".stats.json.tmp", "source"}
+        if any(entry.name not in ours for entry in folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no statistics; give another folder")
+    source = open_source(os.fspath(model), revision, download_folder=group.own(folder / "source"))
+    architecture = dense_architecture(source.config, source.where)
+    modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
+    check_model(source)
+    tokens = calibration.tokens(source)
+    for note in (*source.notes, *tokens.notes):
+        events.note(note)
+    key = statistics_key(source, tokens, needs_of(kinds), labels=calibration.labels, seed=calibration.seed)
+    with locks.writing(folder, locks.STATISTICS_LOCK, "give another --out"):
+        with group.leader_first():
+            store = StatisticsFolder(folder, key, create=True)
+        work = folder / "work"
+        run = run_statistics(source, tokens, calibration, kinds, modules, used, work, events, group.share(store.blocks))
+        if group.leader:
+            store.save_tokens(tokens)
+        save_statistics(store, run)
+        group.wait()
+        for left in (group.own(folder / "source"), work):
+            shutil.rmtree(left, ignore_errors=True)
+        loss = group.share(store.loss)
+    return loss.perplexity if loss else None

@@ -1,0 +1,207 @@
+"""The model card (README.md) of a result: what it is, what it cost, how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from svdconvert.families.fused import split_layers
+from svdconvert.families.table import Architecture
+from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
+from svdconvert.names import suffix
+from svdconvert.planning.plan import Plan
+from svdconvert.solvers.table import done
+from svdconvert.storage.source import Source
+
+# What was lost, as a card tells it: field of a matrix's record, heading, format, what it is.
+_LOSSES = (
+    ("relative_error", "weights", ".4f", "weights: ||W - BA|| / ||W||, as stored"),
+    (
+        "output_error",
+        "outputs",
+        ".4f",
+        "outputs: the relative error of the layer's outputs on the calibration text, before rounding",
+    ),
+    (
+        "predicted_loss",
+        "predicted loss",
+        ".2g",
+        f"predicted loss: what the layer is estimated to add, nats per token, {ROUGH_GUESS}",
+    ),
+)
+
+
+def factored_card(
+    source: Source,
+    plan: Plan,
+    row: Architecture,
+    command: str,
+    settings: Mapping[str, Any],
+    matrices: Mapping[str, Mapping[str, Any]],
+    losses: Mapping[str, float],
+) -> str:
+    """Card of a factored model.
+
+    Args:
+        source: the dense model.
+        plan: the conversion.
+        row: its architecture.
+        command: the command line that repeats it.
+        settings: what svdconvert.json tells of them.
+        matrices: what svdconvert.json tells about every factored matrix, by module path.
+        losses: what it tells of the loss on the calibration text.
+    """
+    method = METHODS[plan.method]
+    solver = f" Fast solver: {done(list(matrices.values()))}." if settings["solver"] == "fast" else ""
+    looked = f" Calibrated on {calibrated(method, settings)}." if "tokens" in settings else ""
+    lines = [
+        f"# {source.name.split('/')[-1]}, factored",
+        "",
+        f"[{source.name}]{_link(source)} with its linear layers replaced by products of low rank, made by svdconvert.",
+        "",
+        f"Method `{plan.method}`: {method.summary}.{looked} Layout `{plan.settings['layout']}`.{solver}",
+        "",
+        *(_SHARED if plan.shared else ()),
+        "| | parameters | bytes |",
+        "|---|---|---|",
+        f"| dense | {plan.params_before:,} | {plan.bytes_before:,} |",
+        f"| this model | {plan.params_after:,} | {plan.bytes_after:,} |",
+        "",
+        "| layers | shape | rank | matrices | share kept |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {g.name} | {g.shape[0]} x {g.shape[1]} | {g.rank} | {g.count} | {g.params / g.dense_params:.1%} |"
+            for g in plan.groups
+        ),
+        "",
+    ]
+    if matrices:
+        lines += [
+            *_losses(matrices),
+            "",
+            *_measured(losses),
+            "Truncation costs quality; measure it, and fine-tune before use.",
+            "",
+        ]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'path = "THIS_REPOSITORY"',
+        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
+        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
+        f'inputs = tokenizer("{_greeting(source)}", return_tensors="pt", return_token_type_ids=False)',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
+        "```",
+        "",
+        "LoRA (peft) runs in parallel to each whole product, h = B(A x) + scale * LB(LA x), with",
+        "",
+        "```python",
+        f"target_modules = {_adaptable(plan, row)!r}",
+        "```",
+        "",
+        "To merge such an adapter use `svdconvert fold`; `svdconvert densify` gives a stock "
+        f"{row.dense_class} for engines without remote code.",
+        "",
+        "## Made by",
+        "",
+        "```",
+        command,
+        "```",
+        "",
+        "`svdconvert.json` holds versions, settings, and the rank and errors of every matrix.",
+    ]
+    return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+
+
+def _adaptable(plan: Plan, row: Architecture) -> list[str]:
+    """Names of the linear layers in a block of the result."""
+    split = {suffix(layer) for layer in split_layers(row, plan.ranks)}
+    names = [own for target in row.targets for own in (row.fused[target].names if target in split else (target,))]
+    return list(dict.fromkeys(name.split(".")[-1] for name in names))
+
+
+_SHARED = (
+    "The input-side factor `down` of some layers is that of an earlier one (`svd_shared` in config.json); it is stored "
+    "and counted once. All layers of a group have to be in one stage of a pipeline; with FSDP, shard each `down` as a "
+    "unit of its own, or the whole model as one.",
+    "",
+)
+
+
+def _losses(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of what each kind of layer has lost, and what its columns are."""
+    columns = [column for column in _LOSSES if all(column[0] in told for told in matrices.values())]
+    by_kind: dict[str, list[Mapping[str, Any]]] = {}
+    for module, told in matrices.items():
+        by_kind.setdefault(suffix(module), []).append(told)
+    lines = ["| lost, lowest / median / highest | " + " | ".join(heading for _, heading, _, _ in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for kind, same in by_kind.items():
+        cells = []
+        for field, _, form, _ in columns:
+            values = [float(told[field]) for told in same]
+            cells.append(" / ".join(format(value, form) for value in (min(values), median(values), max(values))))
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return [*lines, "", "; ".join(text for *_, text in columns) + "."]
+
+
+def _measured(losses: Mapping[str, float]) -> list[str]:
+    """The loss of the whole model, if it was measured."""
+    if "measured_loss" not in losses:
+        return []
+    predicted = f" ({losses['predicted_loss']:+.4f} predicted)" if "predicted_loss" in losses else ""
+    return [
+        f"Loss on the calibration text, nats per token: {losses['dense_loss']:.4f} before, "
+        f"{losses['measured_loss']:+.4f} by this conversion{predicted}.",
+        "",
+    ]
+
+
+def plain_card(source: Source, title: str, text: str, command: str, tags: Sequence[str]) -> str:
+    """Card of a result that needs little explanation (densified, folded)."""
+    body = f"# {title}\n\n{text}\n\n```\n{command}\n```\n"
+    return _front_matter(source, ["svdconvert", *tags]) + body
+
+
+def _greeting(source: Source) -> str:
+    """A prompt in the model's language, as far as its card names one."""
+    return "안녕하세요" if "ko" in str(_source_metadata(source).get("language")) else "Hello"
+
+
+def _link(source: Source) -> str:
+    return f"(https://huggingface.co/{source.repo})" if source.repo else ""
+
+
+def _front_matter(source: Source, tags: Sequence[str]) -> str:
+    """YAML metadata: licence and language are the source's."""
+    from huggingface_hub import ModelCardData
+
+    theirs = _source_metadata(source)
+    own: dict[str, Any] = {
+        key: theirs[key] for key in ("license", "license_name", "license_link", "language", "datasets") if key in theirs
+    }
+    data = ModelCardData(
+        # The Hub links a base model by repository id; a local folder has none unless its own card names one.
+        base_model=source.repo or theirs.get("base_model"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([*(theirs.get("tags") or []), *tags])),
+        **own,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
+def _source_metadata(source: Source) -> Mapping[str, Any]:
+    from huggingface_hub import ModelCard
+
+    text = source.card()
+    if not text:
+        return {}
+    try:
+        return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())
+    except Exception:  # noqa: BLE001 - a card is free text; one that cannot be parsed has nothing to tell
+        return {}

@@ -1,0 +1,188 @@
+"""A factored model against the dense one that it was made from: `svdconvert verify --against`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from svdconvert.errors import InputError
+from svdconvert.factoring.operations import stored_product
+from svdconvert.families.fused import split_layers, split_tensors
+from svdconvert.families.table import Architecture, dense_architecture
+from svdconvert.jobs.output import RECORD, read_record
+from svdconvert.layouts.table import layout_of, outer_shape, stored_names
+from svdconvert.linalg.pivot import full_up
+from svdconvert.linalg.shared import relative_error
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.probe import PROBE
+from svdconvert.names import layer_number, suffix
+from svdconvert.storage.reader import WeightReader, same_values, torch_dtype
+from svdconvert.storage.source import Source
+from svdconvert.storage.tying import embedding_of, head_copies
+from svdconvert.tensors import TensorInfo
+from svdconvert.words import listing
+
+# Two float64 evaluations of the same stored numbers agree far better; the record was computed in float32.
+_ERROR_TOLERANCE = 1e-3
+# What a piece gives in float32, by its factors and by their product; another setting or weight shows in more.
+_OUTCOME_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def compare(factored: Source, dense: Source, row: Architecture, folder: Path) -> list[Check]:
+    """Compare a factored model with the dense one that it came from: every tensor, and what comes out.
+
+    Args:
+        factored, dense: the models.
+        row: their architecture.
+        folder: of the factored one, for its record.
+
+    Raises:
+        InputError: the dense one is another model's source.
+    """
+    if dense_architecture(dense.config, dense.where) is not row:
+        raise InputError(f"{dense.where} is a {dense.config.get('model_type')} model, not the source of {folder}")
+    recorded = _recorded_errors(folder)
+    ours, theirs = WeightReader(factored), WeightReader(dense)
+    copied, different, errors, off = 0, [], [], []
+    split = split_layers(row, factored.config["svd_ranks"])
+    full_names = row.full_names(dense.tensors, dense.config)
+    copies, embedding = head_copies(row, dense), embedding_of(row, dense)
+    for copy in copies:
+        if embedding is None or not same_values(dense, embedding, copy):
+            different.append(copy.name)
+    for name, info in split_tensors(dense.tensors, row, dense.config, split.__contains__).items():
+        full = full_names.get(name) or row.full_name(name)
+        module = full.removeprefix(row.prefix).removesuffix(".weight")
+        if row.is_dropped(name) or info in copies:
+            continue
+        if module in factored.config["svd_ranks"] and name.endswith(".weight"):
+            stored = [factored.tensors[key] for key in stored_names(factored.config, row.prefix, module)]
+            if outer_shape(stored) != row.matrix_shape(info.shape):
+                raise InputError(f"{name} has another shape in {dense.where} than in {folder}; it is not its source")
+            down, up, *position = (_whole(ours, part) for part in stored)
+            if position:
+                up = full_up(up, position[0])
+            weight = _whole(theirs, info)
+            error = relative_error(weight.T if row.transposed else weight, up, down)
+            errors.append(error)
+            if module in recorded and abs(error - recorded[module]) > _ERROR_TOLERANCE * max(recorded[module], 1e-3):
+                off.append(module)
+            continue
+        target = factored.tensors.get(_copied_name(full, row, factored))
+        if target is None or target.shape != info.shape or not _same(ours, theirs, target, info):
+            different.append(name)
+        copied += 1
+    worst = max(errors, default=0.0)
+    mean = sum(errors) / len(errors) if errors else 0.0
+    return [
+        Check("copied tensors", not different, listing(different) if different else f"{copied} equal to the source's"),
+        Check(
+            "factored matrices",
+            not off,
+            f"not as recorded: {listing(off)}"
+            if off
+            else f"{len(errors)} multiplied out; relative error mean {mean:.4f}, worst {worst:.4f}, "
+            + ("as recorded" if recorded else "with no record of what it should be"),
+        ),
+        _outcome(factored, dense, row),
+    ]
+
+
+def _outcome(factored: Source, dense: Source, row: Architecture) -> Check:
+    """Run a few tokens through the dense model's class with the products in it, and through the factored model.
+
+    All that is not a product is the dense model's own there. Each block of both gets the same input, so that the error
+    of rounding does not add up.
+    """
+    name, worst = "outcome", 0.0
+    try:
+        for where, difference in _differences(factored, dense, row):
+            worst = max(worst, difference)
+            if difference > _OUTCOME_TOLERANCE:
+                wrong = f"{difference:.2g} off those of the source's class with the products in it"
+                return Check(name, False, f"{where} are {wrong}")
+    except InputError as error:
+        return Check(name, False, str(error))
+    return Check(name, True, f"that of the source's class with the products in it, within {worst:.1g}")
+
+
+def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator[tuple[str, float]]:
+    """The relative difference of what each piece of both models gives, by what it is called."""
+    ids = torch.arange(PROBE).remainder(int(dense.config["vocab_size"]))[None]
+    mask, highest = torch.ones_like(ids, dtype=torch.bool), int(ids.max())
+    types = {name: torch_dtype(info.dtype) for name, info in factored.tensors.items()}
+    stored_as = {
+        full: types[copied]
+        for full in row.full_names(dense.tensors, dense.config).values()
+        if (copied := _copied_name(full, row, factored)) in types
+    }
+    ours, theirs = ModelBlocks(factored), ModelBlocks(dense, stored_as=stored_as)
+    if ours.count != theirs.count:
+        raise InputError(f"the source has {theirs.count} blocks, not {ours.count}")
+    reader, ranks = WeightReader(factored), factored.config["svd_ranks"]
+
+    def product(module: str) -> Tensor:
+        names = stored_names(factored.config, row.prefix, module)
+        return stored_product([_whole(reader, factored.tensors[name]) for name in names])
+
+    with torch.no_grad():
+        with ours.embeddings(highest), theirs.embeddings(highest):
+            hidden = ours.embed(ids, mask)
+            yield "the embeddings", _difference(hidden, theirs.embed(ids, mask), hidden)
+        for index in range(ours.count):
+            products = {suffix(module): product(module) for module in ranks if layer_number(module) == index}
+            with ours.block(index) as block, theirs.block(index) as other, theirs.replaced(other, products):
+                found, expected = ours.run(block, hidden, mask), theirs.run(other, hidden, mask)
+            yield f"the outputs of block {index}", _difference(found, expected, found - hidden)
+            hidden = found
+        for found, expected in zip(ours.logits(hidden), theirs.logits(hidden), strict=True):
+            if found.shape != expected.shape:
+                raise InputError("the source has another vocabulary")
+            yield "the logits", _difference(found, expected, found)
+    reader.close()
+
+
+def _difference(found: Tensor, expected: Tensor, scale: Tensor) -> float:
+    """||found - expected|| / ||scale||; infinite where it is no number."""
+    off, size = (float(torch.linalg.vector_norm(t.double())) for t in (found - expected, scale))
+    relative = off / size if size else math.inf if off else 0.0
+    return math.inf if math.isnan(relative) else relative
+
+
+def _copied_name(name: str, row: Architecture, factored: Source) -> str:
+    module = name.removeprefix(row.prefix).removesuffix(".bias")
+    if name.endswith(".bias") and module in factored.config["svd_ranks"]:
+        return layout_of(factored.config).bias_name(name)
+    return row.factored_name(name)
+
+
+def _recorded_errors(folder: Path) -> dict[str, float]:
+    if not (folder / RECORD).is_file():
+        return {}
+    matrices = read_record(folder).get("matrices") or {}
+    if not isinstance(matrices, dict):
+        raise InputError(f"{folder / RECORD} is that of a model without factors; convert anew, with --overwrite")
+    return {module: matrix["relative_error"] for module, matrix in matrices.items()}
+
+
+def _whole(reader: WeightReader, info: TensorInfo) -> torch.Tensor:
+    return reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
+
+
+def _same(ours: WeightReader, theirs: WeightReader, mine: TensorInfo, other: TensorInfo) -> bool:
+    """Whether a copied tensor holds the source's values, in whatever type it was asked to be stored."""
+    return torch.equal(_whole(ours, mine), _whole(theirs, other).to(torch_dtype(mine.dtype)))

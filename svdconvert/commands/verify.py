@@ -1,0 +1,184 @@
+"""Is the result what it says it is? Checks after a conversion, and `svdconvert verify` at any later time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svdconvert.commands.comparing import Check, compare
+from svdconvert.errors import InputError, JobError
+from svdconvert.families.table import Architecture, dense_architecture, factored_architecture
+from svdconvert.foreign import foreign_code
+from svdconvert.jobs.model_files import modeling_source
+from svdconvert.jobs.output import RECORD, read_record
+from svdconvert.jobs.shard_writer import new_digest
+from svdconvert.layouts.table import layout_of, stored_names
+from svdconvert.models.loading import factored_classes, portable, quiet_transformers
+from svdconvert.models.positions import misplaced
+from svdconvert.models.probe import PROBE, probe
+from svdconvert.storage.documents import read_bytes
+from svdconvert.storage.opening import open_source
+from svdconvert.storage.reader import WeightReader, as_bytes
+from svdconvert.storage.source import LocalSource, Source
+from svdconvert.words import listing
+
+
+def self_check(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Look at a result before its config.json makes it a model.
+
+    Returns:
+        What was found, one sentence each.
+
+    Raises:
+        JobError: the files do not make the model that the config describes.
+    """
+    source = _Files(folder, config)
+    checks = [_keys_and_shapes(source, config), _logits(folder, source)]
+    for check in checks:
+        if not check.passed:
+            raise JobError(
+                f"{folder} failed its check ({check.name}: {check.detail}); please report this with the command"
+            )
+    return [f"{check.name}: {check.detail}" for check in checks]
+
+
+def verify(folder: Path, against: str | None = None, revision: str | None = None) -> list[Check]:
+    """Check a factored checkpoint, on its own and against its dense source.
+
+    Args:
+        folder: the factored checkpoint.
+        against: the dense model that it was made from; every factored matrix is multiplied out and compared with
+            it, every other tensor is compared bit by bit, and a few tokens are run through both.
+        revision: of the dense model on the Hub.
+
+    Returns:
+        All checks, passed or not.
+
+    Raises:
+        InputError: the folder is no factored checkpoint, or the other model cannot be opened.
+    """
+    source = LocalSource(folder)
+    row = factored_architecture(source.config, str(folder))
+    checks = [_modeling_file(folder, row), _ranks(source, row)]
+    checks += [_keys_and_shapes(source, source.config), *_as_written(folder, source)]
+    sound = all(check.passed for check in checks[1:] if check.name != "data")
+    if sound and layout_of(source.config).index:
+        checks.append(_positions(source, row))
+        if not checks[-1].passed:
+            return checks  # nothing can be computed
+    if sound:
+        checks.append(_logits(folder, source))
+    if against is not None and checks[1].passed:  # else factors are missing that would be compared
+        checks += compare(source, open_source(against, revision, download_folder=None), row, folder)
+    return checks
+
+
+class _Files(LocalSource):
+    """The weights of a folder that has no config.json yet."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._config = dict(config)
+        super().__init__(folder)
+
+    def read_config(self) -> dict[str, Any]:
+        return self._config
+
+
+def _modeling_file(folder: Path, row: Architecture) -> Check:
+    path = folder / f"{row.modeling}.py"
+    if not path.is_file():
+        return Check("modeling file", False, f"{path.name} is missing, so trust_remote_code has nothing to load")
+    same = read_bytes(path, "") == modeling_source(row)
+    detail = "the one of this version" if same else "another one than this version's; it was not run here"
+    return Check("modeling file", same, detail)
+
+
+def _as_written(folder: Path, source: Source) -> list[Check]:
+    """Whether every tensor has the data that svdconvert wrote: errors alone do not tell, being least at the factors.
+
+    Nothing for a result that has no record of it, of a version before 0.2.0 or saved by another program.
+    """
+    told = read_record(folder).get("tensors") if (folder / RECORD).is_file() else None
+    if told is None:
+        return []
+    changed = []
+    with closing(WeightReader(source)) as reader:
+        for name, info in source.tensors.items():
+            digest = new_digest()
+            for piece in reader.stream(info):
+                digest.update(as_bytes(piece))
+            if told.get(name) != digest.hexdigest():
+                changed.append(name)
+    detail = f"{len(source.tensors)} tensors as svdconvert wrote them"
+    return [Check("data", not changed, f"changed since: {listing(changed)}" if changed else detail)]
+
+
+def _ranks(source: Source, row: Architecture) -> Check:
+    ranks = source.config["svd_ranks"]
+    for module, rank in ranks.items():
+        down, up, *position = stored_names(source.config, row.prefix, module)
+        if position and position[0] not in source.tensors:
+            return Check("ranks", False, f"{position[0]} is missing, so the order of the outputs is unknown")
+        for name, axis in ((down, 0), (up, 1)):
+            info = source.tensors.get(name)
+            if info is None or info.shape[axis] != rank:
+                found = "missing" if info is None else f"of rank {info.shape[axis]}"
+                return Check("ranks", False, f"config.json says rank {rank} for {module}, but {name} is {found}")
+    return Check("ranks", True, f"{len(ranks)} matrices as config.json says")
+
+
+def _positions(source: Source, row: Architecture) -> Check:
+    name = misplaced(source, row)
+    detail = "permutations" if name is None else f"{name} is no permutation of its layer's outputs; it was changed"
+    return Check("positions", name is None, detail)
+
+
+def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:
+    """Build the model without memory and compare what it expects with what the files hold."""
+    name = "keys and shapes"
+    try:
+        expected = expected_tensors(config)
+    except InputError as error:
+        return Check(name, False, str(error))
+    found = {key: info.shape for key, info in source.tensors.items()}
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    misshapen = [key for key in expected if key in found and found[key] != expected[key]]
+    problems = [
+        f"{what} {listing(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    return Check(name, not problems, "; ".join(problems) or f"{len(expected)} tensors, none missing or unexpected")
+
+
+def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a config describes, dense or factored, under their names on the disk.
+
+    Raises:
+        InputError: no model can be made of it.
+    """
+    if "svd_ranks" not in config:
+        return dense_architecture(config, "the result").parameters(config)
+    config_class, model_class = factored_classes(factored_architecture(config, "the result"))
+    with foreign_code("config.json cannot be used"), torch.device("meta"), quiet_transformers():
+        model = model_class(config_class(**portable(config)))
+    tied = set(getattr(model, "_tied_weights_keys", None) or []) if config.get("tie_word_embeddings") else set()
+    return {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
+
+
+def _logits(folder: Path, source: Source) -> Check:
+    try:
+        how = probe(folder, source)
+    except InputError as error:
+        return Check("logits", False, str(error))
+    return Check("logits", True, f"finite for {PROBE} tokens, {how}")
+
+
+def failed(checks: Sequence[Check]) -> list[Check]:
+    """Those that did not pass."""
+    return [check for check in checks if not check.passed]

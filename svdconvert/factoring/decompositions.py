@@ -1,0 +1,189 @@
+"""The decomposition of every target, computed once and kept as files: another rank or budget is then a small job.
+
+Per target there is one file with the squared singular values, the directions, the metric that the least-squares
+partner needs, the diagonal of the other metric, by which rounding is judged, and, where the inputs' second moments are
+known, the outputs' error at every rank: 12 k^2 bytes for a matrix whose smaller side is k. A file that is there is
+finished.
+
+Layers that share a factor are decomposed together, but their statistics come block by block. So each layer's metrics
+wait in files of their own, 16 n^2 bytes for n inputs, until those of the whole group are there; then half of them goes,
+and 8 n^2 bytes a layer stay for the least-squares partners.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.errors import InputError
+from svdconvert.linalg.shared import SharedDecomposition
+from svdconvert.linalg.solver import Decomposition, Metric
+from svdconvert.methods.table import Method, unshrink
+from svdconvert.planning.ranks import Target
+from svdconvert.storage.differences import difference
+from svdconvert.storage.disk import atomic_write, disk_errors
+from svdconvert.storage.documents import read_json
+from svdconvert.storage.source import Source
+from svdconvert.storage.tensor_files import names_in, read_tensors, write_tensors
+from svdconvert.version import versions
+
+if TYPE_CHECKING:
+    from svdconvert.calibration.knowledge import Knowledge
+
+
+class Decompositions:
+    """Files of one model under one method, in a folder of their own."""
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        """Open or begin a collection.
+
+        Args:
+            folder: where the files are.
+            key: everything that they depend on, in JSON types.
+
+        Raises:
+            InputError: the folder holds the decompositions of something else; the field that differs is named.
+        """
+        self.folder = folder
+        found = folder / "key.json"
+        wanted = json.loads(json.dumps(key))
+        if found.is_file():
+            theirs = read_json(found, "", "give another --work folder, or delete this one")
+            differing = difference(theirs, wanted)
+            if differing is not None:
+                field, values = differing
+                raise InputError(
+                    f"{folder} was computed with another {field.replace('_', ' ')} ({values}); give another --work "
+                    "folder"
+                )
+            return
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
+            raise InputError(f"{folder} lacks key.json, which says of what it is; give another --work folder")
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(found, json.dumps(wanted, indent=1).encode())
+
+    def path(self, target: Target) -> Path:
+        """File of one target."""
+        # the layers of a group follow one another, so that the first one and their number say which they are
+        group = f"+{len(target.followers)}" if target.followers else ""
+        return self.folder / f"{target.module}{group}.safetensors"
+
+    def metric_path(self, target: Target, index: int) -> Path:
+        """File of the input metric of one layer of a group."""
+        return self.path(target).with_suffix(f".{index}.inner")
+
+    def waiting_path(self, target: Target, index: int) -> Path:
+        """File of what else is needed of that layer until the group is decomposed; written after the other one."""
+        return self.path(target).with_suffix(f".{index}.outer")
+
+    def has(self, target: Target) -> bool:
+        """Whether a target is done."""
+        path = self.path(target)
+        if not path.is_file():
+            return False
+        # Of a group that was decomposed in metrics, those of all layers are needed.
+        return not target.followers or "captured" not in names_in(path) or self._has_metrics(target)
+
+    def _has_metrics(self, target: Target) -> bool:
+        return all(self.metric_path(target, index).is_file() for index in range(len(target.parts)))
+
+    def is_waiting(self, target: Target, index: int) -> bool:
+        """Whether all that has to be known of one layer of a group is there."""
+        return self.waiting_path(target, index).is_file() and self.metric_path(target, index).is_file()
+
+    def options(self, target: Target) -> dict[str, Any]:
+        """What the step that truncates a target has to know."""
+        options: dict[str, Any] = {"decomposition": str(self.path(target))}
+        if target.followers:
+            paths = [self.metric_path(target, index) for index in range(len(target.parts))]
+            options["metrics"] = [str(path) for path in paths if path.is_file()]
+        return options
+
+    def save(
+        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+    ) -> None:
+        """Write one target's file, whole or not at all; see :meth:`Store.save`."""
+        # rounding errors see no more of the other metric
+        diagonal = outer.diagonal() if outer is not None and outer.dim() == 2 else outer
+        self._save(target, found, metric=inner, outer=diagonal, outputs=outputs)
+
+    def save_group(self, target: Target, found: SharedDecomposition) -> None:
+        """Write the file of a group that has metrics, and give up what waited for it."""
+        self._save(target, found.found, captured=found.captured)
+        with disk_errors(self.folder):
+            for index in range(len(target.parts)):
+                self.waiting_path(target, index).unlink(missing_ok=True)
+
+    def _save(self, target: Target, found: Decomposition, **more: Metric) -> None:
+        tensors = {
+            "values": found.values,
+            # Half the room; what is lost is far below what the least-squares partner makes good.
+            "basis": found.basis.float().contiguous(),
+            "double": torch.tensor(found.basis.dtype == torch.float64),
+            "scale": torch.tensor(found.scale, dtype=torch.float64),
+        }
+        given = {name: tensor for name, tensor in more.items() if tensor is not None}
+        write_tensors(self.path(target), tensors | given)
+
+    def spectrum(self, target: Target) -> torch.Tensor:
+        """[k] float64, descending: squared singular values in the metrics; of a group, what each rank captures."""
+        found = read_tensors(self.path(target), ("values", "scale"))
+        return Decomposition(found["values"], torch.empty(0), float(found["scale"])).spectrum
+
+    def outputs(self, target: Target) -> torch.Tensor | None:
+        """[k + 1] float64: :func:`svdconvert.linalg.solver.output_losses`, or None where the inputs are not known."""
+        return load_outputs(self.path(target))
+
+
+def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in read_tensors(path).items()}
+
+
+def load_outputs(path: Path) -> torch.Tensor | None:
+    """:meth:`Decompositions.outputs` of a target's file."""
+    return read_tensors(path, (), optional=("outputs",)).get("outputs")
+
+
+def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric, Metric]:
+    """``(decomposition, metric on the smaller side, diagonal of that on the longer side)`` of a target's file."""
+    tensors = _load(path, device)
+    basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
+    found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
+    return found, tensors.get("metric"), tensors.get("outer")
+
+
+def load_group(path: Path, device: torch.device) -> SharedDecomposition:
+    """The decomposition of a group that has metrics."""
+    tensors = _load(path, device)
+    return SharedDecomposition(Decomposition(tensors["values"], tensors["basis"].double()), tensors["captured"])
+
+
+def load_second_moment(path: Path, device: torch.device) -> Tensor | None:
+    """The second moment of a layer's inputs that its metric was made of; None where it cannot be had from it."""
+    tensors = _load(path, device)
+    return unshrink(tensors["metric"], float(tensors["shrinkage"])) if "shrinkage" in tensors else None
+
+
+def load_metric(path: Path, device: torch.device) -> Tensor:
+    """The input metric of one layer of a group."""
+    return _load(path, device)["metric"]
+
+
+def decompositions_key(
+    source: Source, method: Method, options: Mapping[str, float], knowledge: Knowledge | None, device: str
+) -> dict[str, Any]:
+    """What decompositions depend on, in JSON types: the key of :class:`Decompositions`."""
+    return {
+        "svdconvert": versions()["svdconvert"],
+        **source.identity(),
+        "method": method.name,
+        **options,
+        **({} if knowledge is None else knowledge.key),
+        "device": device.split(":")[0],
+    }

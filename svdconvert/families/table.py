@@ -1,0 +1,110 @@
+"""The architecture table: one row per supported family, in a file of its own or with its relatives.
+
+Adding a family is adding a row and rendering its file in ``modeling/``; ``docs/families.md`` has it step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from svdconvert.errors import InputError
+from svdconvert.families import gpt2, gpt_neox, llama, opt
+from svdconvert.families.claims import check_claims
+from svdconvert.families.kinds import kind_of, quantisation_of
+from svdconvert.families.row import Architecture, Config, Shapes
+
+__all__ = [
+    "ARCHITECTURES",
+    "FACTORED",
+    "GPT_NEOX",
+    "Architecture",
+    "dense_architecture",
+    "dense_shapes",
+    "factored_architecture",
+    "longest_input",
+]
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    row.model_type: row for row in (gpt_neox.ROW, *llama.ROWS, opt.ROW, gpt2.ROW)
+}
+FACTORED: Mapping[str, Architecture] = {row.svd_model_type: row for row in ARCHITECTURES.values()}
+
+GPT_NEOX = gpt_neox.ROW
+
+
+def dense_architecture(config: Config, where: str) -> Architecture:
+    """The row of a dense source checkpoint.
+
+    Raises:
+        InputError: the architecture is unknown, the checkpoint is already factored or quantised, or a field of its
+            config is what it cannot be.
+    """
+    model_type = _model_type(config, where)
+    if model_type in FACTORED or "svd_ranks" in config:
+        raise InputError(
+            f"{where} is already factored; give its dense source, or run `svdconvert densify {where} --out DIR` first"
+        )
+    if method := quantisation_of(config):
+        raise InputError(
+            f"{where} is already quantised ({method}); convert the unquantised model and quantise the result"
+        )
+    if model_type is None or model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise InputError(
+            f"{where} has model_type {model_type!r}{kind_of(config)}, which is not supported; "
+            f"supported are decoder-only language models of the types {known}"
+        )
+    check_claims(config, where)
+    return ARCHITECTURES[model_type]
+
+
+def dense_shapes(row: Architecture, config: Config, where: str) -> Shapes:
+    """Every parameter that a dense checkpoint must have, and its shape as stored.
+
+    Raises:
+        InputError: config.json does not say it.
+    """
+    check_claims(config, where)
+    try:
+        shapes = row.parameters(config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"config.json of {where} lacks {error}, so the model's shape is unknown") from None
+    for name, shape in shapes.items():
+        if not all(shape):
+            raise InputError(f"by config.json of {where}, {name} would have shape {list(shape)}; correct its sizes")
+    return shapes
+
+
+def _model_type(config: Config, where: str) -> str | None:
+    model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise InputError(f"config.json of {where} says model_type {model_type!r}, but it must be a name; correct it")
+    return model_type
+
+
+def factored_architecture(config: Config, where: str) -> Architecture:
+    """The row of a factored checkpoint.
+
+    Raises:
+        InputError: the checkpoint is not one that svdconvert wrote.
+    """
+    row = FACTORED.get(str(config.get("model_type")))
+    if row is None or not isinstance(config.get("svd_ranks"), dict):
+        raise InputError(
+            f"{where} is not a factored checkpoint (model_type {config.get('model_type')!r}); "
+            "give a folder that `svdconvert` wrote"
+        )
+    check_claims(config, where)
+    return row
+
+
+def longest_input(config: Config, default: int) -> int:
+    """Tokens that a model reads at most.
+
+    Raises:
+        InputError: its config does not say it with a number.
+    """
+    longest = config.get("max_position_embeddings") or config.get("n_positions") or default
+    if not isinstance(longest, int) or longest < 1:
+        raise InputError(f"config.json says max_position_embeddings {longest!r}, but it must be a number; correct it")
+    return longest

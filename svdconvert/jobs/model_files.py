@@ -1,0 +1,139 @@
+"""What makes a folder of weight files a model: index, modeling file, side files, record, and config.json last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from svdconvert.families.table import Architecture
+from svdconvert.jobs.output import RECORD, OutputFolder
+from svdconvert.planning.steps import index_json
+from svdconvert.storage.documents import read_bytes
+from svdconvert.storage.side_files import code_classes
+from svdconvert.storage.source import SAFE_INDEX, Source
+from svdconvert.tensors import DTYPES, TensorInfo
+from svdconvert.version import versions
+
+
+def modeling_source(row: Architecture) -> bytes:
+    """The modeling file of an architecture, as it is copied into checkpoints."""
+    # By the package's folder: in a checkout that is another one than this file's.
+    return Path(import_module("svdconvert.modeling").__path__[0], f"{row.modeling}.py").read_bytes()
+
+
+def factored_config(
+    source: Mapping[str, Any],
+    row: Architecture,
+    ranks: Mapping[str, int],
+    dtype: str,
+    layout: str,
+    shared: Mapping[str, str],
+) -> dict[str, Any]:
+    """config.json of the factored model: the source's fields, and what makes it loadable.
+
+    Args:
+        source: the dense model's config.
+        row: its architecture.
+        ranks: module path -> rank.
+        dtype: ``keep``, or the torch type of the new weights.
+        layout: how the products are stored.
+        shared: module path -> that of the layer whose input-side factor it uses.
+    """
+    config = {key: value for key, value in source.items() if key not in ("_name_or_path", "dtype")}
+    config |= row.config_overrides(source) | {"tie_word_embeddings": row.is_tied(source)}
+    config |= {
+        "architectures": [row.causal_class],
+        "auto_map": code_classes(source) | row.auto_map,
+        "model_type": row.svd_model_type,
+        "svd_ranks": dict(ranks),
+        "svd_layout": layout,
+        "svd_shared": dict(shared),
+    }
+    # transformers before 4.56 knows torch_dtype only; later ones read either.
+    stored = source.get("torch_dtype") or source.get("dtype") if dtype == "keep" else dtype
+    if stored:
+        config["torch_dtype"] = stored
+    return config
+
+
+def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
+    """config.json of the stock model that a factored one multiplies out to."""
+    config = {
+        key: value
+        for key, value in factored.items()
+        if key not in ("auto_map", "svd_ranks", "svd_layout", "svd_shared", "_name_or_path")
+    }
+    config |= row.config_overrides(factored) | {"tie_word_embeddings": row.is_tied(factored)}
+    if kept := code_classes(factored):
+        config["auto_map"] = kept
+    return config | {"architectures": [row.dense_class], "model_type": row.model_type}
+
+
+def majority_dtype(infos: Sequence[TensorInfo]) -> str:
+    """The torch type that most of the bytes are in."""
+    sizes: dict[str, int] = {}
+    for info in infos:
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return DTYPES[max(sizes, key=lambda code: sizes[code])][1]
+
+
+def record(command: str, source: Source, settings: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
+    """``svdconvert.json``: how a folder came about.
+
+    The same job always writes the same record, but for ``timing`` (wall and CPU seconds of the stages of the run that
+    finished it, one entry per process) and the ``seconds`` of each matrix.
+
+    Args:
+        command: which of the tool's commands made it.
+        source: the model it was made from.
+        settings: what the result depends on.
+        details: results, by name.
+    """
+    return {
+        "format": 1,
+        "command": command,
+        "versions": versions(),
+        "source": {"name": source.name, "repo": source.repo, "commit": source.commit},
+        "settings": dict(settings),
+        **details,
+    }
+
+
+def write_model_files(
+    output: OutputFolder,
+    source: Source,
+    shards: Mapping[str, Sequence[TensorInfo]],
+    *,
+    extra: Mapping[str, bytes],
+    card: str,
+    job_record: Mapping[str, Any],
+) -> None:
+    """Write everything but the weights and config.json."""
+    index = index_json(shards)
+    if index is not None:
+        output.write_file(SAFE_INDEX, _json(index))
+    for name in source.side_files:
+        output.write_file(name, read_bytes(source.path(name), f"{name} of {source.name} is missing"))
+    for name, data in extra.items():
+        output.write_file(name, data)
+    output.write_file("README.md", card.encode())
+    output.write_file(RECORD, _json(job_record))
+
+
+def write_config(output: OutputFolder, config: Mapping[str, Any]) -> None:
+    """The last file: from here on the folder is a model."""
+    output.write_file("config.json", _json(dict(sorted(config.items()))))
+    output.finished = True
+
+
+def digest(data: bytes) -> str:
+    """Short identity of a file's content."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

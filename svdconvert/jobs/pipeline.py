@@ -1,0 +1,332 @@
+"""Running a job: read ahead, solve, write behind, each in its own thread and each with a bound on memory.
+
+Every step reads from the source, computes, writes its tensors at their places and is recorded. Solvers hold one
+matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind. On a GPU a solver
+has begun with its next matrix before it looks at the result of the last one, and small matrices are read and solved
+several at a time (``factoring/stacks.py``, ``machine/lanes.py``). Of several processes each does its share of the
+steps.
+
+The stages' times say which of them is the bottleneck. Wall seconds are of work, without waiting for other stages;
+those of several solvers add up. CPU seconds of reading and writing are of their threads; solving has the rest of what
+the process takes while the pipeline runs, since torch computes in threads of its own. Copied tensors are read by the
+writer and count as writing.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.factoring.operations import convert_piece
+from svdconvert.factoring.stacks import Finish, begin, in_units
+from svdconvert.jobs.output import OutputFolder
+from svdconvert.jobs.shard_writer import ShardWriter
+from svdconvert.linalg.solver import Workspace
+from svdconvert.machine import interrupts
+from svdconvert.machine.lanes import Transfer, lanes_of
+from svdconvert.machine.threads import Worker, shared_cores, start_and_join
+from svdconvert.machine.timing import StageTimes
+from svdconvert.planning.events import Events
+from svdconvert.planning.partition import split_steps
+from svdconvert.planning.steps import Step, files_here
+from svdconvert.storage.reader import WeightReader, as_bytes, same_values
+from svdconvert.storage.source import Source
+from svdconvert.storage.tying import other_head
+from svdconvert.tensors import TensorInfo
+
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A unit whose tensors are on their way to the device, from a buffer."""
+
+    unit: tuple[Step, ...]
+    inputs: Transfer
+    buffer: Tensor
+
+
+@dataclass(frozen=True)
+class _Begun:
+    unit: tuple[Step, ...]
+    finish: Finish
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Solved:
+    step: Step
+    outputs: list[Tensor]
+    report: dict[str, Any]
+
+
+class _Stopped(Exception):
+    """Another thread failed or the user interrupted: leave quietly."""
+
+
+class Pipeline:
+    """One run over the steps of a job that are not done yet."""
+
+    def __init__(
+        self,
+        source: Source,
+        steps: Sequence[Step],
+        shards: Mapping[str, Sequence[TensorInfo]],
+        output: OutputFolder,
+        *,
+        device: torch.device,
+        workers: int = 1,
+        events: Events | None = None,
+        times: StageTimes | None = None,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            source: where the tensors are.
+            steps: the job, in the order of the source's files.
+            shards: weight files to write.
+            output: their folder, already entered.
+            device: what computes.
+            workers: matrices solved at the same time. Memory grows with it.
+            events: who is told about progress.
+            times: gets the seconds of the stages ``read``, ``solve`` and ``write``.
+        """
+        self._source, self._lanes, self._workers = source, lanes_of(device), workers
+        self._events, self._times = events or Events(), times or StageTimes()
+        for stage in ("read", "solve", "write"):  # in this order, whoever comes first
+            self._times.add(stage, 0.0, 0.0)
+        self._writer = ShardWriter(output, shards)
+        self.resumed = sum(1 for report in self._writer.reports.values() if report)
+        left = [step for step in steps if not self._writer.is_done(step.key)]
+        group = output.group
+        self._todo = split_steps(left, group.size, whole_files=source.fetched)[group.rank]
+        self._open = Counter(file for step in self._todo for file in step.files)
+        self._count_lock = threading.Lock()
+        self._files = threading.Semaphore(files_here(self._todo) if source.fetched else max(len(source.files), 2))
+        self._fetched: set[str] = set()
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._units = in_units(self._todo, device)
+        staging = max((_staging(unit) for unit in self._units if unit[0].kind != "copy"), default=0)
+        self._free: queue.Queue[Tensor] = queue.Queue()
+        for _ in range(min(workers + 1, max(len(self._units), 1))):
+            self._free.put(self._lanes.staging(staging))
+        self._to_solve: queue.Queue[_Read | None] = queue.Queue(maxsize=workers)
+        self._to_write: queue.Queue[Step | _Solved | None] = queue.Queue(maxsize=2)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of every tensor that was written, by earlier runs too; of several processes the leader has all."""
+        return self._writer.digests
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Do what is left of the job, or this process's share of it, and wait for the others.
+
+        Returns:
+            The report of every computed step by its key, those of earlier runs included; of several processes the
+            leader alone has those of the others.
+
+        Raises:
+            InputError, JobError: what the first failing thread raised; finished steps stay recorded.
+            KeyboardInterrupt: likewise.
+        """
+        with interrupts.held():
+            return self._run()
+
+    def _run(self) -> dict[str, dict[str, Any]]:
+        self._events.begin([step for step in self._todo if step.kind != "copy"], self.resumed)
+        cpu_before = time.process_time()
+        workers = [self._worker(self._read_all, "read")]
+        workers += [self._worker(self._solve_all, f"solve-{i}") for i in range(self._workers)]
+        workers.append(self._worker(self._write_all, "write"))
+        try:
+            with shared_cores(self._workers):
+                start_and_join(workers, stop=self._interrupt, last=self._end_of_work)
+        finally:
+            if all(worker.ended.is_set() for worker in workers):
+                try:
+                    with self._times.measure("write"):
+                        self._shards_done(self._writer.record())
+                finally:
+                    self._writer.close()
+            spent = time.process_time() - cpu_before
+            self._times.add("solve", 0.0, spent - self._times.cpu("read", "write"))
+        if self._error is not None:
+            raise self._error
+        self._shards_done(self._writer.join())
+        return {key: report for key, report in self._writer.reports.items() if report}
+
+    def _end_of_work(self) -> None:
+        """Tell the writer that nothing more will come."""
+        with suppress(_Stopped):
+            self._put(self._to_write, None)
+
+    def _interrupt(self) -> None:
+        self._stop.set()
+        self._events.note("stopping after the matrix in work; press Ctrl-C again to stop at once")
+
+    def _worker(self, work: Callable[[], None], name: str) -> Worker:
+        return Worker(partial(self._guard, work), name)
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except _Stopped:
+            pass
+        except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
+            self._error = self._error or error
+            self._stop.set()
+
+    def _put(self, where: queue.Queue[Any], item: object) -> None:
+        while not self._stop.is_set():
+            try:
+                return where.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+        raise _Stopped
+
+    def _get(self, where: queue.Queue[Any]) -> Any:
+        while not self._stop.is_set():
+            try:
+                return where.get(timeout=0.2)
+            except queue.Empty:
+                continue
+        raise _Stopped
+
+    def _read_all(self) -> None:
+        reader = WeightReader(self._source)
+        try:
+            for unit in self._units:
+                for step in unit:
+                    self._fetch(step)
+                if unit[0].kind == "copy":
+                    self._put(self._to_write, unit[0])
+                    continue
+                buffer = self._get(self._free)
+                inputs, position = [], 0
+                with self._times.measure("read"):
+                    for info in (info for step in unit for info in step.inputs):
+                        inputs.append(reader.read(info, buffer[position:]))
+                        position += _aligned(info)
+                    coming = self._lanes.upload(inputs)
+                self._put(self._to_solve, _Read(unit, coming, buffer))
+        finally:
+            reader.close()
+        for _ in range(self._workers):
+            self._put(self._to_solve, None)
+
+    def _fetch(self, step: Step) -> None:
+        """Bring the step's files here, but not more at a time than the disk is meant to hold."""
+        for file in sorted(step.files - self._fetched):
+            while not self._files.acquire(timeout=0.2):
+                if self._stop.is_set():
+                    raise _Stopped
+            with self._times.measure("read"):
+                self._source.path(file)
+            self._fetched.add(file)
+
+    def _solve_all(self) -> None:
+        workspace = Workspace()
+        begun: deque[_Begun] = deque()
+        with self._lanes.worker():
+            while True:
+                # With nothing to go on with, there is nothing to be gained by leaving results where they are.
+                while begun and (len(begun) > self._lanes.ahead or self._to_solve.empty()):
+                    self._finish(begun.popleft())
+                item = self._get(self._to_solve)
+                if item is None:
+                    break
+                begun.append(self._begin(item, workspace))
+                del item  # with the device's memory
+            while begun:
+                self._finish(begun.popleft())
+
+    def _begin(self, item: _Read, workspace: Workspace) -> _Begun:
+        for step in item.unit:
+            self._events.solving(step)
+        start = time.perf_counter()
+        there = iter(item.inputs.take())
+        inputs = [[next(there) for _ in step.inputs] for step in item.unit]
+        finish = begin(item.unit, inputs, workspace, self._lanes)
+        item.inputs.wait()
+        self._free.put(item.buffer)
+        return _Begun(item.unit, finish, time.perf_counter() - start)
+
+    def _finish(self, begun: _Begun) -> None:
+        start = time.perf_counter()
+        results = begun.finish()
+        seconds = begun.seconds + time.perf_counter() - start
+        self._times.add("solve", seconds, 0.0)
+        for step, (outputs, report) in zip(begun.unit, results, strict=True):
+            report["seconds"] = round(seconds / len(begun.unit), 4)
+            self._put(self._to_write, _Solved(step, outputs, report))
+
+    def _write_all(self) -> None:
+        reader = WeightReader(self._source)
+        try:
+            while (item := self._get(self._to_write)) is not None:
+                step = item if isinstance(item, Step) else item.step
+                with self._times.measure("write"):
+                    report, finished = self._write(reader, item)
+                if report:
+                    self._events.solved(step, report)
+                self._shards_done(finished)
+                self._release(step, reader)
+        finally:
+            reader.close()
+
+    def _write(self, reader: WeightReader, item: Step | _Solved) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+        """Returns the step's report and the weight files that it made complete."""
+        if isinstance(item, Step):
+            self._copy(reader, item)
+            step, report = item, {}
+        else:
+            step, report = item.step, item.report
+            for info, tensor in zip(step.outputs, item.outputs, strict=True):
+                self._writer.write(info.name, as_bytes(tensor))
+        return report, self._writer.finish(step.key, [info.name for info in step.outputs], report)
+
+    def _copy(self, reader: WeightReader, step: Step) -> None:
+        (source, *copies), (target,) = step.inputs, step.outputs
+        for copy in copies:
+            if not same_values(self._source, source, copy):
+                raise other_head(self._source, copy.name, source.name)
+        position = 0
+        for piece in reader.stream(source):
+            data = as_bytes(convert_piece(piece, source, target))
+            self._writer.write(target.name, data, position)
+            position += len(data)
+
+    def _release(self, step: Step, reader: WeightReader) -> None:
+        """Give up source files that no later step reads."""
+        for file in step.files:
+            with self._count_lock:
+                self._open[file] -= 1
+                last = self._open[file] == 0
+            if last:
+                if self._source.fetched:
+                    reader.close()
+                self._source.release(file)
+                self._files.release()
+
+    def _shards_done(self, finished: list[tuple[str, int]]) -> None:
+        for name, size in finished:
+            self._events.shard(name, size)
+
+
+def _staging(unit: Sequence[Step]) -> int:
+    return sum(_aligned(info) for step in unit for info in step.inputs)
+
+
+def _aligned(info: TensorInfo) -> int:
+    return -(-info.nbytes // _ALIGN) * _ALIGN

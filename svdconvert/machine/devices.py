@@ -1,0 +1,33 @@
+"""The device that computes."""
+
+from __future__ import annotations
+
+import re
+
+from svdconvert.errors import InputError
+from svdconvert.machine import processes
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` and ``cuda`` to a device that is there.
+
+    Raises:
+        InputError: the name is unknown or the device is not there.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device {device!r} is unknown; choose auto, cpu, cuda or cuda:N")
+    if device == "cpu":
+        return device
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        device = "cuda" if count else "cpu"
+    group = processes.current()
+    if device == "cuda" and count and group.size > 1:  # a GPU for each process of a machine, as far as they go
+        return f"cuda:{group.local_rank % count}"
+    if device == "cpu":
+        return device
+    if int(device.partition(":")[2] or 0) >= count:
+        raise InputError(f"--device {device} is not there: torch sees {count} CUDA devices; use --device cpu")
+    return device

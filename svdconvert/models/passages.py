@@ -1,0 +1,160 @@
+"""A text as a model reads it: one sequence of tokens, and the windows in which each of them is predicted.
+
+Two protocols, since perplexities of different ones do not compare:
+
+sliding: after the token that opens a text, or else the one that ends it, the whole text is predicted, each token once,
+    from between window - stride and window tokens of context (fewer at the start).
+disjoint: what the literature prints for WikiText-2 (GPTQ, arXiv:2210.17323, and SVD-LLM, arXiv:2403.07378, among
+    others). The text is tokenised as the tokenizer does it of its own accord, cut into windows that do not overlap,
+    and each window is predicted but for its first token. What is left of the text after the last whole window is
+    dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from svdconvert.errors import InputError
+from svdconvert.families.table import longest_input
+from svdconvert.fields import COUNT, require
+from svdconvert.models.loading import load_tokenizer, opening_token
+from svdconvert.storage import documents
+
+# Protocol -> tokens of a window by default, as far as the model reads that many.
+PROTOCOLS: Mapping[str, int] = {"sliding": 1024, "disjoint": 2048}
+
+_CONFIG = {"vocab_size": COUNT}
+
+# No text that anybody measures on is larger, and all of it is in memory.
+MAX_TEXT_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text as a model reads it.
+
+    Attributes:
+        ids: [N] int64.
+        characters: of the text.
+        window: tokens of a window.
+        stride: tokens it moves each time.
+        protocol: row of :data:`PROTOCOLS`.
+        opening: the text of the token that stands before the text, or None.
+    """
+
+    ids: torch.Tensor
+    characters: int
+    window: int
+    stride: int
+    protocol: str = "sliding"
+    opening: str | None = None
+
+    @property
+    def width(self) -> int:
+        """Tokens that go into the model at a time."""
+        return self.window - 1 if self.protocol == "disjoint" else min(self.window, self.ids.numel() - 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted."""
+        return sum(counted for _, counted in self.spans())
+
+    def spans(self) -> list[tuple[int, int]]:
+        """``(start, counted)`` of each input, the predictions that count being its last ones."""
+        if self.protocol == "disjoint":
+            return [(i * self.window, self.window - 1) for i in range(self.ids.numel() // self.window)]
+        targets = self.ids.numel() - 1
+        found = [(0, min(self.window, targets))]
+        while (done := found[-1][0] + self.width) < targets:
+            begin = min(found[-1][0] + self.stride, targets - self.window)
+            found.append((begin, begin + self.window - done))
+        return found
+
+    def batch(self, spans: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and labels, [len(spans), width] each, of some of the spans."""
+        inputs = torch.stack([self.ids[begin : begin + self.width] for begin, _ in spans])
+        labels = torch.stack([self.ids[begin + 1 : begin + 1 + self.width] for begin, _ in spans])
+        return inputs, labels
+
+
+def read_passage(
+    folder: Path,
+    config: Mapping[str, Any],
+    text: Path,
+    window: int | None,
+    stride: int | None,
+    protocol: str = "sliding",
+) -> Passage:
+    """Tokenise a text file for a model.
+
+    Args:
+        folder: the model, for its tokenizer.
+        config: its config.json.
+        text: UTF-8 text file.
+        window: in tokens; None takes that of the protocol, or the model's longest context if that is less.
+        stride: in tokens; None takes half the window. Not with ``disjoint``.
+        protocol: row of :data:`PROTOCOLS`.
+
+    Raises:
+        InputError: the text, the tokenizer, the window or the protocol cannot be used.
+    """
+    require(config, _CONFIG, f"config.json of {folder}", "correct it")
+    content = read_text(text)
+    window, stride = _window(config, window, stride, protocol)
+    tokenizer = load_tokenizer(folder)
+    disjoint = protocol == "disjoint"
+    ids = tokenizer(content, return_tensors="pt", add_special_tokens=disjoint, verbose=False)["input_ids"][0]
+    if ids.numel() == 0:
+        raise InputError(f"{text} has no tokens; give a text with content")
+    opening = opening_token(tokenizer)
+    if disjoint:
+        if ids.numel() < window:
+            raise InputError(f"{text} has {ids.numel():,} tokens, less than one window of {window:,}; lower --window")
+    else:
+        candidates = (opening, tokenizer.eos_token_id, config.get("eos_token_id"), 0)
+        opening = next(token for token in candidates if type(token) is int and token >= 0)
+        ids = torch.cat([torch.tensor([opening]), ids])
+    if int(ids.max()) >= config["vocab_size"]:
+        raise InputError(f"the tokenizer of {folder} has more tokens than the model; it belongs to another model")
+    name = None if opening is None else str(tokenizer.convert_ids_to_tokens(opening))
+    return Passage(ids, len(content), window, stride, protocol, name)
+
+
+def _window(config: Mapping[str, Any], window: int | None, stride: int | None, protocol: str) -> tuple[int, int]:
+    if protocol not in PROTOCOLS:
+        raise InputError(f"--protocol {protocol!r} is unknown; choose {' or '.join(PROTOCOLS)}")
+    usual = PROTOCOLS[protocol]
+    longest = longest_input(config, usual)
+    window = min(usual, longest) if window is None else window
+    if not 2 <= window <= longest:
+        raise InputError(f"--window {window} is not possible; the model reads from 2 to {longest} tokens")
+    if protocol == "disjoint":
+        if stride not in (None, window):
+            raise InputError(
+                "--stride does not go with --protocol disjoint, whose windows do not overlap; leave it out"
+            )
+        return window, window
+    stride = max(window // 2, 1) if stride is None else stride
+    if not 1 <= stride < window:
+        raise InputError(
+            f"--stride {stride} must lie between 1 and {window - 1}, below the window; for windows that do not "
+            "overlap use --protocol disjoint"
+        )
+    return window, stride
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file with something in it.
+
+    Raises:
+        InputError: it cannot be read or is empty.
+    """
+    content = documents.read_text(path, f"{path} cannot be read (No such file or directory)", MAX_TEXT_BYTES)
+    if not content.strip():
+        raise InputError(f"{path} is empty; give a text with content")
+    return content

@@ -1,0 +1,81 @@
+"""Models without weights: the classes that a checkpoint is loaded into, dense or factored, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from svdconvert.families.table import Architecture
+from svdconvert.foreign import foreign_code
+from svdconvert.models.loading import dtype_option, factored_classes, portable, quiet_transformers
+from svdconvert.storage.source import Source
+
+
+def is_factored(source: Source) -> bool:
+    """Whether a checkpoint has factors in the place of weights."""
+    return "svd_ranks" in source.config
+
+
+def skeleton(source: Source, row: Architecture) -> Any:
+    """The causal model in evaluation mode: its parameters on the meta device, its buffers real.
+
+    Buffers that are computed rather than stored (rotary frequencies, causal masks) have no values on the meta device
+    and come out uninitialised from ``to_empty``, so only parameters are left out. Attention is what transformers uses
+    of its own accord: one that config.json asks for may be for another machine.
+
+    Args:
+        source: the checkpoint; only its config is read.
+        row: its architecture.
+
+    Raises:
+        InputError: no model can be made of its config.
+    """
+    from accelerate import init_empty_weights
+
+    build = _factored if is_factored(source) else _dense
+    problem = f"config.json of {source.where} cannot be used"
+    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+        return build(row, portable(source.config)).eval()
+
+
+def _dense(row: Architecture, config: Mapping[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # as a checkpoint of ours would say it: some spellings of old are understood by no version or by one alone
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    settings |= row.config_overrides(config)
+    made = AutoConfig.for_model(config["model_type"], **settings)
+    # Without a type the config's half type becomes the one that buffers are computed in.
+    return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype_option(torch.float32))
+
+
+def _factored(row: Architecture, config: Mapping[str, Any]) -> Any:
+    config_class, model_class = factored_classes(row)
+    return model_class(config_class(**config))
+
+
+def check_stock(config: Mapping[str, Any], where: str) -> None:
+    """See that the stock class takes a config as it will be written, with what is said in it twice.
+
+    Raises:
+        InputError: it does not.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {key: value for key, value in portable(config).items() if key != "model_type"}
+    problem = f"config.json of {where} cannot be used"
+    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+        made = AutoConfig.for_model(config["model_type"], **settings)
+        AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put the buffers of a module on a device."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            assert not buffer.is_meta, name
+            part._buffers[name] = buffer.to(device)

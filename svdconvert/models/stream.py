@@ -1,0 +1,116 @@
+"""Hidden states on their way through a model's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdconvert.errors import InputError
+from svdconvert.models.activations import ActivationStore, Loss
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.loss import next_token_loss
+from svdconvert.version import __version__
+
+# path within a block -> its matrix [out, in], of any floating type
+Weights = Mapping[str, Tensor]
+
+
+class Stream:
+    """Hidden states of some sequences on their way through the blocks; those between two blocks are a file.
+
+    Attributes:
+        batches: slices of the sequences that are run at a time.
+    """
+
+    def __init__(
+        self,
+        blocks: ModelBlocks,
+        ids: Tensor,
+        mask: Tensor,
+        folder: Path,
+        key: Mapping[str, Any],
+        *,
+        name: str,
+        batch_size: int,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            blocks: the dense model.
+            ids, mask: [N, length], int64 and bool; False is padding.
+            folder: where the files are.
+            key: what they depend on, in JSON types; files of another key are given up.
+            name: what is run, for messages: ``the compressed model``.
+            batch_size: sequences at a time.
+        """
+        self._blocks, self._ids, self._mask, self._name = blocks, ids, mask, name
+        self.batches = [slice(i, min(i + batch_size, len(ids))) for i in range(0, len(ids), batch_size)]
+        whole = {
+            **key,
+            "sequences": len(ids),
+            "batch_size": batch_size,
+            "dtype": str(blocks.dtype),
+            "device": blocks.device.type,
+            "code": [__version__, torch.__version__],
+        }
+        self.store = ActivationStore(folder, whole, (*ids.shape, blocks.hidden_size), blocks.dtype)
+
+    def has(self, index: int) -> bool:
+        """Whether the input of a block is there; that of block ``count`` is the head's."""
+        return self.store.has(f"hidden-{index}")
+
+    def read(self, index: int, batch: slice) -> Tensor:
+        """Input of a block: [batch, length, hidden] on the device."""
+        return self.store.read(f"hidden-{index}", batch).to(self._blocks.device)
+
+    def embed(self) -> None:
+        """Make the first block's input; the embeddings' weights have to be there."""
+        with self.store.writing("hidden-0") as write, torch.no_grad():
+            for batch in self.batches:
+                hidden = self._blocks.embed(self._ids[batch], self._mask[batch])
+                self._check(hidden, f"the embeddings of {self._name} give")
+                write(hidden)
+
+    def run(self, block: nn.Module, index: int, batch: slice) -> Tensor:
+        """A block's output for one batch."""
+        output = self._blocks.run(block, self.read(index, batch), self._mask[batch])
+        self._check(output, f"block {index} of {self._name} gives")
+        return output
+
+    def step(self, block: nn.Module, index: int) -> None:
+        """From the input of a block to that of the next one."""
+        with self.store.writing(f"hidden-{index + 1}") as write, torch.no_grad():
+            for batch in self.batches:
+                write(self.run(block, index, batch))
+
+    def forget(self, index: int) -> None:
+        """Give the input of a block up."""
+        self.store.remove(f"hidden-{index}")
+
+    def tokens(self, values: Tensor, batch: slice) -> Tensor:
+        """[batch, length, n] or [batch * length, n] -> [tokens that are no padding, n]."""
+        return values.reshape(-1, values.shape[-1])[self._mask[batch].reshape(-1).to(values.device)]
+
+    def loss(self, head: nn.Module) -> Loss:
+        """Loss of the sequences, from the last block's output."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in self.batches:
+                nll, predicted, _ = next_token_loss(
+                    head,
+                    self.read(self._blocks.count, batch),
+                    self._ids[batch],
+                    self._mask[batch],
+                    vocabulary=self._blocks.vocabulary,
+                    check=lambda logits: self._check(logits, f"the head of {self._name} gives"),
+                )
+                total, count = total + nll, count + predicted
+        return Loss(total, count)
+
+    def _check(self, values: Tensor, what: str) -> None:
+        if not bool(torch.isfinite(values).all()):
+            raise InputError(f"{what} NaN or infinite activations on the calibration text; check the source model")

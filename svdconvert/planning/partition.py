@@ -1,0 +1,85 @@
+"""Which process does what: planned work, split by what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from svdconvert.planning.steps import Step
+
+_T = TypeVar("_T")
+
+# Floating-point operations in whose time a byte is copied or multiplied out, and an eigenproblem's in those of a
+# matrix product, each times k^3, by its solver; measured roughly, since a split needs no more.
+_PER_BYTE = 100
+_EIGENPROBLEM = {"exact": 10, "fast": 3}
+
+
+def matrix_cost(shape: tuple[int, int], solver: str = "exact") -> float:
+    """What decomposing a matrix costs: its Gram matrix and the eigenproblem of the smaller side k."""
+    m, n = shape
+    k = min(m, n)
+    return float(k) * (m * n + _EIGENPROBLEM[solver] * k * k)
+
+
+def step_cost(step: Step) -> float:
+    """What a step costs, in the units of :func:`matrix_cost`."""
+    if step.kind == "factorize":
+        rows, columns = step.inputs[0].shape
+        return matrix_cost((rows, columns), step.options.get("solver", "exact"))
+    return float(_PER_BYTE * sum(info.nbytes for info in (*step.inputs, *step.outputs)))
+
+
+def split(things: Sequence[_T], parts: int, cost: Callable[[_T], float]) -> list[list[_T]]:
+    """Split work into parts of about the same cost: the dearest first, each to the part with the least so far.
+
+    (Graham, 1969: at most 4/3 of the best possible longest part.) The same input always gives the same parts; within
+    each, the order is kept.
+
+    Args:
+        things: what is to be done.
+        parts: how many.
+        cost: of one of them.
+    """
+    loads = [0.0] * parts
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    costs = [cost(thing) for thing in things]
+    for index in sorted(range(len(things)), key=lambda i: (-costs[i], i)):
+        part = min(range(parts), key=lambda p: (loads[p], p))
+        loads[part] += costs[index]
+        chosen[part].append(index)
+    return [[things[index] for index in sorted(indices)] for indices in chosen]
+
+
+def split_steps(steps: Sequence[Step], parts: int, *, whole_files: bool = False) -> list[list[Step]]:
+    """Split a job's steps.
+
+    Args:
+        steps: what is left of it.
+        parts: how many.
+        whole_files: keep together what reads the same source file, so that no file is fetched twice.
+    """
+    if parts == 1:
+        return [list(steps)]
+    if not whole_files:
+        return split(steps, parts, step_cost)
+    groups = _by_files(steps)
+    found = split(groups, parts, lambda group: sum(map(step_cost, group)))
+    order = {step.key: i for i, step in enumerate(steps)}
+    return [sorted((step for group in part for step in group), key=lambda step: order[step.key]) for part in found]
+
+
+def _by_files(steps: Sequence[Step]) -> list[list[Step]]:
+    """Steps grouped so that no two groups read from one file."""
+    groups: list[tuple[set[str], list[Step]]] = []
+    for step in steps:
+        files, together = set(step.files), [step]
+        apart = []
+        for group in groups:
+            if group[0] & files:
+                files |= group[0]
+                together = group[1] + together
+            else:
+                apart.append(group)
+        groups = [*apart, (files, together)]
+    return [members for _, members in groups]

@@ -1,0 +1,115 @@
+"""The linear layers of a model that may be factored, and which of them share a factor. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from svdconvert.errors import InputError
+from svdconvert.families.fused import fused_layer, split_tensors
+from svdconvert.families.row import Architecture
+from svdconvert.families.table import dense_architecture
+from svdconvert.names import layer_number, suffix
+from svdconvert.planning.ranks import Target
+from svdconvert.storage.source import Source
+from svdconvert.tensors import TensorInfo
+
+
+def find_targets(source: Source, patterns: Sequence[str], *, split_fused: bool = False) -> list[Target]:
+    """The linear layers of a dense model that may be factored, see :func:`choose_targets`.
+
+    Args:
+        source: the dense model.
+        patterns: which of them; empty chooses all.
+        split_fused: whether fused projections are in parts.
+
+    Raises:
+        InputError: a pattern matches none, or there is nothing to split.
+    """
+    row = dense_architecture(source.config, source.where)
+    tensors: Mapping[str, TensorInfo] = source.tensors
+    if split_fused:
+        tensors, row = in_parts(tensors, row, source)
+    return choose_targets(tensors, row, patterns)
+
+
+def in_parts(
+    tensors: Mapping[str, TensorInfo], row: Architecture, source: Source
+) -> tuple[dict[str, TensorInfo], Architecture]:
+    """Tensors and row with all fused projections in parts."""
+    if not row.fused:
+        raise InputError(
+            f"--split-fused has nothing to split in {source.where}: a {row.model_type} has no queries, keys and values "
+            "in one matrix; leave it out"
+        )
+    return split_tensors(tensors, row, source.config, lambda layer: True), row.split()
+
+
+def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, patterns: Sequence[str]) -> list[Target]:
+    """The linear layers that may be factored, by layer and then in the architecture's order.
+
+    Raises:
+        InputError: a pattern matches none of them.
+    """
+    found = []
+    for name, info in tensors.items():
+        module = row.full_name(name).removeprefix(row.prefix).removesuffix(".weight")
+        if name.endswith(".weight") and suffix(module) in row.targets:
+            fused = fused_layer(row, module)
+            shape = row.matrix_shape(info.shape)
+            found.append(Target(module, name, shape, transposed=row.transposed, fused=fused))
+    found.sort(key=lambda target: (layer_number(target.module), row.targets.index(suffix(target.module))))
+    for pattern in patterns:
+        if not any(target.parts[0].is_named(pattern) for target in found):
+            raise InputError(
+                f"--targets {pattern} matches no linear layer of the model; they are named like "
+                f"{', '.join(target.module for target in found[: len(row.targets)])}"
+            )
+    return [t for t in found if not patterns or any(t.parts[0].is_named(pattern) for pattern in patterns)]
+
+
+def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorInfo]) -> list[Target]:
+    """Put targets of one kind in consecutive layers together, so many at a time; what is left makes a smaller group.
+
+    Args:
+        targets: single ones, by layer.
+        layers: how many; 1 leaves everything as it is.
+        tensors: of the source.
+
+    Raises:
+        InputError: the number, or the layout, does not allow it.
+    """
+    if layers < 1:
+        raise InputError(f"--share-layers {layers} is not possible; the least is 1, where nothing is shared")
+    if layers == 1:
+        return list(targets)
+    if any(target.layout.index for target in targets):
+        raise InputError(
+            f"--share-layers {layers} does not go with --layout {targets[0].layout.name}, whose rows are those of one "
+            "matrix each; use --layout balanced"
+        )
+    groups: list[list[Target]] = []
+    growing: dict[tuple[str, int, str], list[Target]] = {}
+    for target in targets:
+        kind = (suffix(target.module), target.shape[1], tensors[target.weight].dtype)
+        group = growing.get(kind, [])
+        if group and len(group) < layers and layer_number(target.module) == layer_number(group[-1].module) + 1:
+            group.append(target)
+        else:
+            growing[kind] = [target]
+            groups.append(growing[kind])
+    return [
+        replace(
+            first,
+            shape=(first.shape[0] + sum(other.shape[0] for other in others), first.shape[1]),
+            followers=tuple(other.parts[0] for other in others),
+        )
+        for first, *others in groups
+    ]
+
+
+def target_tensors(source: Source, targets: Iterable[Target]) -> dict[str, TensorInfo]:
+    """A dense model's tensors as targets name them."""
+    split = {part.fused for target in targets for part in target.parts}
+    row = dense_architecture(source.config, source.where)
+    return split_tensors(source.tensors, row, source.config, split.__contains__)

@@ -1,0 +1,176 @@
+"""Writing to a disk: every byte is written or an error is raised, on whatever file system there is.
+
+Network and FUSE file systems lack one thing or another: syncing of folders, reserving of room, renaming or removing
+of a file that is open. What only guards against a power failure is left out where it cannot be had; nothing that is
+open is renamed or removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from svdconvert.errors import InputError, JobError
+from svdconvert.words import size
+
+# What a file system says that does not know a call.
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+
+# What says that the folder is the wrong one, and not that the disk fails.
+NOT_ALLOWED = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free room where a folder is or would be."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def refuse_full(folder: Path, needed: int, what: str, advice: str) -> None:
+    """Compare what will be written into a folder with what is free.
+
+    Args:
+        folder: where to.
+        needed: bytes.
+        what: what they are, with its preposition; may be empty.
+        advice: what to do where they do not fit.
+
+    Raises:
+        InputError: they do not fit.
+    """
+    free = free_bytes(folder)
+    if needed > free:
+        raise InputError(
+            f"{folder} needs {size(needed)}{what}, but the disk has only {size(free)} free, {size(needed - free)} too "
+            f"little; {advice}"
+        )
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the operating system says about a disk into one sentence.
+
+    Raises:
+        JobError: writing failed; what is finished stays, and the same command goes on from there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise JobError(
+                f"no space left for {folder} ({error.strerror}); free some and run the same command again, "
+                "which goes on where it stopped"
+            ) from None
+        raise JobError(
+            f"{error.filename or folder} could not be written ({error.strerror}); the same command goes on once it can"
+        ) from None
+
+
+def make_folder(folder: Path, advice: str) -> None:
+    """Create a folder, with those it lies in.
+
+    Raises:
+        InputError: it may not be created; the sentence ends in the advice.
+        JobError: the disk fails.
+    """
+    with disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno not in NOT_ALLOWED:
+                raise
+            raise InputError(f"{folder} cannot be written ({error.strerror}); {advice}") from None
+
+
+def create(path: Path, flags: int = 0) -> int:
+    """Open a file for writing, and create it with the permissions that the umask leaves."""
+    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+
+def write_all(handle: int, data: bytes | memoryview) -> None:
+    """Write all bytes at the file's end or place; the system may take them in parts."""
+    view = memoryview(data)
+    while view:
+        view = view[_taken(os.write(handle, view)) :]
+
+
+def pwrite_all(handle: int, data: bytes | memoryview, position: int) -> None:
+    """Write all bytes at a position."""
+    view = memoryview(data)
+    while view:
+        count = _taken(os.pwrite(handle, view, position))
+        view, position = view[count:], position + count
+
+
+def _taken(count: int) -> int:
+    if count == 0:  # or it would be tried for ever
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return count
+
+
+def sync(handle: int) -> None:
+    """Make a file's content durable, where the file system can."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, where the file system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in UNSUPPORTED or error.errno in (errno.EACCES, errno.EPERM, errno.EISDIR):
+            return
+        raise
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Windows shares say EBADF or EACCES.
+        if error.errno not in UNSUPPORTED and error.errno not in (errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR):
+            raise
+    finally:
+        os.close(handle)
+
+
+def reserve(handle: int, count: int) -> None:
+    """Give a file its size and claim the room for it, so that a full disk shows before the work and not after it."""
+    try:
+        os.posix_fallocate(handle, 0, count)
+    except OSError as error:
+        # Some file systems cannot reserve; that one has no room is for the caller.
+        if error.errno not in UNSUPPORTED:
+            raise
+    os.ftruncate(handle, count)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that its name never shows half of it."""
+    atomic_pieces(path, [data])
+
+
+def atomic_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """:func:`atomic_write` for what does not come in one piece."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        handle = create(temporary, os.O_WRONLY | os.O_TRUNC)
+        try:
+            for piece in pieces:
+                write_all(handle, piece)
+            sync(handle)
+        finally:
+            os.close(handle)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)

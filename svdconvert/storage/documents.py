@@ -1,0 +1,212 @@
+"""Files that somebody else may have written, read within bounds: regular files, their bytes, and JSON.
+
+Every document that a command reads goes through here (weights: ``storage/headers.py``, ``storage/pickled.py``). Nothing
+is opened that could block or has no end, nothing is parsed that could exhaust the stack or the memory, and whatever is
+wrong with a file is one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from svdconvert.errors import InputError
+
+# An index of a million tensors, or a tokenizer of a million entries, has less than this; a config a thousandth.
+MAX_JSON_BYTES = 256_000_000
+# Far more than any file of a model has; Python's own parser gives up at about a thousand.
+MAX_JSON_DEPTH = 64
+# Each value takes up to about 100 bytes of memory.
+MAX_JSON_VALUES = 10_000_000
+# Texts and side files.
+MAX_FILE_BYTES = 4_000_000_000
+# Texts are read more than once, so that a pipe will not do.
+TEXT_ADVICE = "write the text to a file and give that"
+
+# Never fails once it has begun, so that it takes linear time: an unfinished string goes on to the end.
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+_NO_BRACKET = re.compile(r"[^\[\]{}]+")
+_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def open_regular(path: Path, limit: int | None = None, *, advice: str = "give a regular file") -> io.FileIO:
+    """Open a regular file, unbuffered; a pipe or a device is refused and not waited for.
+
+    Args:
+        path: the file.
+        limit: most bytes that it may have.
+        advice: what to do about a file that is no regular one, or too large.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it cannot be read, is no regular file, or is larger.
+    """
+    try:
+        # O_NONBLOCK: else a pipe would be waited for until somebody writes to it.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    status = os.fstat(handle)
+    wrong = None
+    if not stat.S_ISREG(status.st_mode):
+        wrong = f"{path} cannot be read: it is {_kind(status.st_mode)}, no regular file; {advice}"
+    elif limit is not None and status.st_size > limit:
+        wrong = f"{path} has {status.st_size:,} bytes, more than the {limit:,} that such a file may have; {advice}"
+    if wrong:
+        os.close(handle)
+        raise InputError(wrong)
+    return io.FileIO(handle, "rb")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a file or folder that is read into one sentence.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def fill(handle: io.FileIO, view: memoryview) -> bool:
+    """Read as many bytes as there is room for; False where the file ends before."""
+    while view:
+        count = handle.readinto(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
+def read_bytes(
+    path: Path, missing: str, limit: int = MAX_FILE_BYTES, *, advice: str = "put the right file in its place"
+) -> bytes:
+    """A file's content.
+
+    Args:
+        path: the file.
+        missing: the message if it does not exist.
+        limit: most bytes that it may have.
+        advice: what to do about what is no regular file, or too large.
+
+    Raises:
+        InputError: it is missing, cannot be read, is no regular file, or is larger.
+    """
+    try:
+        handle = open_regular(path, limit, advice=advice)
+    except FileNotFoundError:
+        raise InputError(missing) from None
+    data = bytearray()
+    with reading(path), handle:
+        while len(data) <= limit and (piece := handle.read(min(1 << 24, limit + 1 - len(data)))):
+            data += piece
+    if len(data) > limit:  # it grows while it is read
+        raise InputError(f"{path} has more than the {limit:,} bytes that such a file may have")
+    return bytes(data)
+
+
+def read_text(path: Path, missing: str, limit: int = MAX_FILE_BYTES) -> str:
+    """A user's UTF-8 text. Raises as :func:`read_bytes`, and where it is not UTF-8."""
+    try:
+        return read_bytes(path, missing, limit, advice=TEXT_ADVICE).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+
+
+def read_json(path: Path, missing: str, advice: str = "fetch it again") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        missing: the message if it does not exist.
+        advice: what to do about a file that is damaged.
+
+    Raises:
+        InputError: the file is missing, unreadable, no regular file, too large, or no JSON object.
+    """
+    return json_object(read_bytes(path, missing, MAX_JSON_BYTES), path, advice)
+
+
+def json_or_none(path: Path) -> dict[str, Any] | None:
+    """A JSON object of our own; None where there is none, or one that is damaged and is made anew."""
+    try:
+        return read_json(path, "")
+    except InputError:
+        return None
+
+
+def json_object(data: bytes, where: object, advice: str = "fetch it again") -> dict[str, Any]:
+    """:func:`parse_json`, of an object."""
+    value = parse_json(data, where, advice)
+    if not isinstance(value, dict):
+        raise InputError(f"{where} does not hold a JSON object; {advice}")
+    return value
+
+
+def parse_json(data: bytes | str, where: object, advice: str = "fetch it again", *, unique: bool = False) -> Any:
+    """Parse JSON.
+
+    Args:
+        data: the text, in UTF-8.
+        where: what to call it.
+        advice: what to do if it is damaged.
+        unique: refuse a key that stands twice in an object; else the last one counts, as everywhere.
+
+    Raises:
+        InputError: it is no JSON, nested deeper than :data:`MAX_JSON_DEPTH`, has more than :data:`MAX_JSON_VALUES`
+            values, or text that cannot be written.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text (byte {error.start}); {advice}") from None
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
+        raise InputError(f"{where} is nested more than {MAX_JSON_DEPTH} levels deep, as no such file is; {advice}")
+    if text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES:
+        raise InputError(f"{where} has more than {MAX_JSON_VALUES:,} values, as no such file has; {advice}")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
+        if _HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where} holds half a surrogate pair, which is no text; {advice}") from None
+    except ValueError as error:
+        raise InputError(f"{where} is not valid JSON ({error}); {advice}") from None
+    return value
+
+
+def _depth(text: str) -> int:
+    """How deep a JSON text is nested, without parsing it."""
+    brackets = _NO_BRACKET.sub("", _STRING.sub("", text))
+    return max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in found if keys.count(key) > 1)!r} stands in it twice")
+    return found
+
+
+def _kind(mode: int) -> str:
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for test, name in kinds if test(mode)), "a device")

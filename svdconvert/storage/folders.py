@@ -1,0 +1,87 @@
+"""The files of a local model folder. None that is read is outside of it, or anything but a regular file."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from svdconvert.errors import InputError
+from svdconvert.storage.documents import reading
+
+# Folders in folders that are looked into: code and templates of a tokenizer are not deeper.
+_DEPTH = 2
+# The Hub cache's own form: models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
+_CACHED = re.compile(r"models--(?P<repo>[^/]+)")
+
+
+class ModelFolder:
+    """A folder's files.
+
+    Attributes:
+        sizes: path in the folder -> bytes, of all files, wrong ones too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """List them; hidden folders are not looked into.
+
+        Raises:
+            InputError: the folder cannot be read.
+        """
+        self.sizes: dict[str, int] = {}
+        self._wrong: dict[str, str] = {}
+        self._root = folder.resolve()
+        self._inside = [self._root]
+        if cached_repo(folder) is not None:
+            self._inside.append((self._root.parents[1] / "blobs").resolve())
+        with reading(folder):
+            self._list(folder, "", _DEPTH)
+
+    def check(self, names: Iterable[str]) -> None:
+        """See that files can be read: regular ones, in the folder, links in the Hub cache aside.
+
+        Raises:
+            InputError: one is none; it is named.
+        """
+        for name in names:
+            for part in (name, name.partition("/")[0]):
+                if part in self._wrong:
+                    raise InputError(self._wrong[part])
+
+    def _list(self, folder: Path, prefix: str, depth: int) -> None:
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            name, path = prefix + entry.name, folder / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if depth and not entry.name.startswith("."):
+                    self._list(path, f"{name}/", depth - 1)
+                continue
+            wrong, size = self._look(path, linked=entry.is_symlink())
+            self.sizes[name] = size
+            if wrong:
+                self._wrong[name] = wrong
+
+    def _look(self, path: Path, *, linked: bool) -> tuple[str, int]:
+        """What is wrong with a file, and its size."""
+        to = f"{path} is a link to {os.readlink(path)}" if linked else str(path)
+        try:
+            status, target = path.stat(), path.resolve()
+        except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+            return f"{to}, which does not exist; put the file in its place, or remove the link", 0
+        if linked and not any(target.is_relative_to(root) for root in self._inside):
+            return f"{to}, outside of the model's folder, and is not followed; put what it leads to in its place", 0
+        if stat.S_ISDIR(status.st_mode):
+            return f"{to}, a folder; put the folder itself in its place", 0
+        if not stat.S_ISREG(status.st_mode):
+            return f"{to}{',' if linked else ' is'} no regular file; put the right file in its place", 0
+        return "", status.st_size
+
+
+def cached_repo(folder: Path) -> tuple[str, str] | None:
+    """``(owner/name, commit)`` of a snapshot in the Hub cache; None for any other folder."""
+    path = folder.resolve()
+    if len(path.parents) < 2 or path.parent.name != "snapshots":
+        return None
+    found = _CACHED.fullmatch(path.parents[1].name)
+    return (found["repo"].replace("--", "/"), path.name) if found else None

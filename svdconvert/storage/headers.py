@@ -1,0 +1,147 @@
+"""The safetensors container: reading and laying out headers without touching the data.
+
+Format: 8 bytes little-endian header length N, N bytes of JSON, then the tensors back to back
+(https://huggingface.co/docs/safetensors). Headers alone carry everything a plan needs, locally or over HTTP, and a
+header that is laid out first lets the data be written in any order with bounded memory.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from svdconvert.errors import InputError
+from svdconvert.fields import COUNT, TEXT, Kind, few, problem, table
+from svdconvert.storage.documents import open_regular, parse_json, reading
+from svdconvert.tensors import DTYPES, TensorInfo
+
+# The reference implementation refuses larger headers, so a length beyond it means that this is no safetensors file.
+MAX_HEADER_BYTES = 100_000_000
+# Names become file names of decompositions and refits, with a suffix; file systems take 255 bytes.
+MAX_NAME = 200
+# torch takes no more.
+MAX_DIMENSIONS = 64
+
+_ENTRY: Mapping[str, Kind] = {
+    "dtype": TEXT,
+    "shape": few(COUNT, 0, MAX_DIMENSIONS),
+    "data_offsets": few(COUNT, 2, 2),
+}
+
+
+def parse_header(raw: bytes, file: str, file_size: int | None = None) -> list[TensorInfo]:
+    """Parse a header.
+
+    Args:
+        raw: the file's first bytes, at least 8 + header length of them.
+        file: name used in the result and in messages.
+        file_size: size of the whole file in bytes; None skips the check that the data is complete.
+
+    Returns:
+        The tensors in the order of their data.
+
+    Raises:
+        InputError: the bytes are not a safetensors header, or disagree with themselves or with the file's size.
+    """
+    if len(raw) < 8:
+        raise InputError(f"{file} is truncated: {len(raw)} bytes are too few for a safetensors file; fetch it again")
+    (length,) = struct.unpack("<Q", raw[:8])
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        raise InputError(f"{file} is not a safetensors file (its header length reads {length}); fetch it again")
+    if len(raw) < 8 + length:
+        raise InputError(f"{file} is truncated inside its header; fetch it again")
+    header = parse_json(bytes(raw[8 : 8 + length]), f"the header of {file}", unique=True)
+    if not isinstance(header, dict):
+        raise InputError(f"{file} has a header that is no JSON object; fetch it again")
+    if not table(TEXT).fits(header.pop("__metadata__", {})):
+        raise InputError(f"{file} has a damaged header: its __metadata__ is no table of texts; fetch it again")
+    data = 8 + length
+    position = data
+    tensors = []
+    entries = [_entry(name, entry, file, data) for name, entry in header.items()]
+    for begin, end, info in sorted(entries, key=lambda entry: entry[:2]):
+        if begin != position or end - begin != info.nbytes:
+            raise InputError(f"{file} has a damaged header at tensor {info.name}; fetch it again")
+        position = end
+        tensors.append(info)
+    if file_size is not None and position != file_size:
+        raise InputError(
+            f"{file} is truncated or damaged: its header promises {position:,} bytes, "
+            f"the file has {file_size:,}; fetch it again"
+        )
+    return tensors
+
+
+def check_name(name: str, file: str) -> None:
+    """Refuse a tensor's name that is longer than a file system takes.
+
+    Raises:
+        InputError: naming the file.
+    """
+    if not 0 < len(name.encode()) <= MAX_NAME:
+        raise InputError(
+            f"{file} has a tensor whose name has {len(name.encode()):,} bytes ({name[:40]}...); 1 to {MAX_NAME} are "
+            "possible"
+        )
+
+
+def _entry(name: str, entry: Any, file: str, data: int) -> tuple[int, int, TensorInfo]:
+    """``(begin, end, tensor)`` of one entry, bytes counted from the file's start."""
+    check_name(name, file)
+    wrong = problem(entry, _ENTRY)
+    if wrong is not None:
+        raise InputError(f"{file} has a header that cannot be read at tensor {name} ({wrong}); fetch it again")
+    if entry["dtype"] not in DTYPES:
+        raise InputError(
+            f"tensor {name} in {file} has the unsupported type {entry['dtype'][:40]}; "
+            "convert from an unquantised float16, bfloat16 or float32 checkpoint"
+        )
+    begin, end = entry["data_offsets"]
+    return data + begin, data + end, TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, data + begin)
+
+
+def read_header(path: Path, file: str | None = None) -> list[TensorInfo]:
+    """Read the header of a local safetensors file. See :func:`parse_header`."""
+    with reading(path), open_regular(path, advice="put the weight file in its place") as handle:
+        raw, size = header_bytes(handle), handle.seek(0, 2)
+    return parse_header(raw, file or path.name, size)
+
+
+def header_bytes(handle: io.FileIO) -> bytes:
+    """The length of a header and the header itself, or as much of them as a file has; not parsed yet."""
+    raw = handle.read(8)
+    return raw + handle.read(min(struct.unpack("<Q", raw)[0], MAX_HEADER_BYTES)) if len(raw) == 8 else raw
+
+
+def layout(
+    tensors: Iterable[TensorInfo], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
+    """Lay out one file, with metadata if there are any.
+
+    Wider types come first, so that every tensor is aligned to its own element size without gaps, which the format
+    forbids.
+
+    Returns:
+        ``(header, starts, size)``: the bytes that begin the file, each tensor's byte position, the file's size.
+    """
+    ordered: Sequence[TensorInfo] = sorted(tensors, key=lambda info: -DTYPES[info.dtype][0])
+    # "format": "pt" is what transformers before 5 insists on.
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    begins = {}
+    for info in ordered:
+        begins[info.name] = position
+        header[info.name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        position += info.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {n: data + b for n, b in begins.items()}, data + position

@@ -1,0 +1,72 @@
+"""Identity of files: their content, not when it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from svdconvert.storage.documents import open_regular, read_bytes, reading
+from svdconvert.storage.headers import header_bytes
+from svdconvert.tensors import TensorInfo
+
+# Of every tensor so many bytes of its beginning, middle and end are looked at, and of a file without a header as many
+# of each of so many places.
+BLOCK, PLACES = 4096, 64
+
+# Set to anything, every byte counts, which costs as much as reading the model once more.
+FULL = "SVDCONVERT_FULL_DIGEST"
+
+
+def weights_digest(path: Path, tensors: Iterable[TensorInfo]) -> str:
+    """Size of a weight file and a digest of its header and of samples of all tensors; of all bytes where asked.
+
+    A pickle of torch has checksums of all that it holds, which are taken instead.
+
+    Args:
+        path: the file.
+        tensors: those in it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with reading(path), open_regular(path) as handle:
+        count = os.fstat(handle.fileno()).st_size
+        if os.environ.get(FULL):
+            while piece := handle.read(2**24):
+                digest.update(piece)
+            return f"{count}-all-{digest.hexdigest()}"
+        starts = sorted((info.start, info.nbytes) for info in tensors if info.start >= 0)
+        if starts:
+            digest.update(header_bytes(handle))
+        else:
+            digest.update(repr(_archived(path)).encode())
+            starts = [(count * place // PLACES, 1) for place in range(PLACES)]
+        for start, length in starts:
+            last = max(length - BLOCK, 0)
+            for offset in dict.fromkeys((0, last // 2, last)):
+                handle.seek(start + offset)
+                digest.update(handle.read(min(BLOCK, max(length, 1))))
+    return f"{count}-{digest.hexdigest()}"
+
+
+def file_digest(path: Path) -> str:
+    """Size and digest of a small file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    data = read_bytes(path, f"{path} is missing")
+    return f"{len(data)}-{hashlib.blake2b(data, digest_size=16).hexdigest()}"
+
+
+def _archived(path: Path) -> list[tuple[str, int, int, int]]:
+    """Names, checksums, sizes and places in a zip archive; empty where it is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [(file.filename, file.CRC, file.file_size, file.header_offset) for file in archive.infolist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return []

@@ -1,0 +1,80 @@
+"""From what a user gives as MODEL to its source: a local folder, a repository on the Hub, or a short name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from svdconvert.errors import InputError
+from svdconvert.storage.source import LocalSource, Source, survey
+
+ALIASES: Mapping[str, str] = {
+    f"polyglot-ko-{size}": f"EleutherAI/polyglot-ko-{size}" for size in ("1.3b", "3.8b", "5.8b", "12.8b")
+}
+
+
+# The tool's own commands: `svdconvert verfy DIR` asks for a model of that name, and deserves a better answer.
+COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold push".split())
+
+
+def open_source(
+    model: str,
+    revision: str | None = None,
+    *,
+    need_weights: bool = True,
+    download_folder: Path | None = None,
+) -> Source:
+    """Find out what a user means by MODEL and open it.
+
+    Args:
+        model: a local folder, ``owner/name`` on the Hub, or one of :data:`ALIASES`.
+        revision: branch, tag or commit on the Hub.
+        need_weights: see :class:`LocalSource`.
+        download_folder: where weight files of the Hub are put while they are needed; None if they never are.
+
+    Raises:
+        InputError: there is no such model, or it cannot be used.
+    """
+    found = _resolve(model, revision)
+    if isinstance(found, Path):
+        source: Source = LocalSource(found, need_weights=need_weights)
+    else:
+        from svdconvert.storage.hub_source import HubSource
+
+        source = HubSource(found, revision, download_folder=download_folder)
+    return source
+
+
+def local_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of a model, downloaded whole into the Hugging Face cache if it is on the Hub.
+
+    Raises:
+        InputError: there is no such model.
+        JobError: the download broke off.
+    """
+    found = _resolve(model, revision)
+    if isinstance(found, Path):
+        survey(found)
+        return found
+    from svdconvert.storage.hub_source import download_model
+
+    return download_model(found, revision)
+
+
+def _resolve(model: str, revision: str | None) -> Path | str:
+    """A local folder, or the id of a Hub repository."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        if revision:
+            raise InputError(f"--revision belongs to a Hub repository, but {model} is a local folder")
+        return folder
+    if folder.exists():
+        raise InputError(f"{model} is a file; give the folder that holds config.json and the weights")
+    repo = ALIASES.get(model, model)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
+        close = difflib.get_close_matches(model, [*ALIASES, *COMMANDS], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; short names are {', '.join(ALIASES)}"
+        raise InputError(f"there is no folder {model!r} and it is no `owner/name` on the Hub{hint}")
+    return repo

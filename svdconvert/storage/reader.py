@@ -1,0 +1,149 @@
+"""Tensor data of a source: whole matrices into a buffer, everything else as a stream of bytes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.errors import JobError
+from svdconvert.storage.source import Source
+from svdconvert.tensors import DTYPES, TensorInfo
+
+CHUNK = 16 * 2**20
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """``F16`` -> torch.float16."""
+    dtype = getattr(torch, DTYPES[code][1])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class WeightReader:
+    """Reads tensors of a source, fetching its files as they are needed.
+
+    Files are read with plain reads into buffers of ours instead of being mapped: mapped pages count as the process's
+    memory and cost a page fault each. One reader serves one thread.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._file = ""
+        self._handle = -1
+
+    def read(self, info: TensorInfo, buffer: Tensor) -> Tensor:
+        """Read one tensor.
+
+        Args:
+            info: what to read.
+            buffer: flat uint8 tensor of at least ``info.nbytes``; the result is a view of it.
+
+        Returns:
+            The tensor, in its own type and shape.
+        """
+        target = buffer[: info.nbytes]
+        if self._source.pickled:
+            target.copy_(self._pickled_bytes(info))
+        else:
+            self._fill(info, as_bytes(target), 0)
+        return target.view(torch_dtype(info.dtype)).view(info.shape)
+
+    def stream(self, info: TensorInfo) -> Iterator[Tensor]:
+        """The bytes of one tensor in order, as flat uint8 pieces of whole elements; each is valid until the next."""
+        if self._source.pickled:
+            yield from self._pickled_bytes(info).split(CHUNK)
+            return
+        buffer = torch.empty(min(CHUNK, info.nbytes), dtype=torch.uint8)
+        for done in range(0, info.nbytes, CHUNK):
+            piece = buffer[: min(CHUNK, info.nbytes - done)]
+            self._fill(info, as_bytes(piece), done)
+            yield piece
+
+    def close(self) -> None:
+        """Close the open file."""
+        if self._handle >= 0:
+            os.close(self._handle)
+        self._file, self._handle = "", -1
+
+    def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
+        if info.file != self._file:
+            self.close()
+            path = self._source.path(info.file)
+            with read_errors(info.file):
+                self._handle = os.open(path, os.O_RDONLY)
+            self._file = info.file
+        # A Hub file's positions are known for certain only now that it is here.
+        start = self._source.tensors[info.cut.tensor if info.cut else info.name].start
+        begin = 0
+        for place, length in info.cut.runs(offset, len(view)) if info.cut else [(offset, len(view))]:
+            done, end = begin, begin + length
+            while done < end:
+                with read_errors(info.file):
+                    count = os.preadv(self._handle, [view[done:end]], start + place + done - begin)
+                if count == 0:
+                    raise JobError(f"{info.file} ended inside tensor {info.name}; fetch the file again")
+                done += count
+            begin = end
+
+    def _pickled_bytes(self, info: TensorInfo) -> Tensor:
+        from svdconvert.storage.pickled import load_pickled
+
+        name = info.cut.tensor if info.cut else info.name
+        stored = load_pickled(Path(self._source.path(info.file)))[self._source.stored.get(name, name)]
+        data = stored.detach().contiguous().reshape(-1).view(torch.uint8)
+        if info.cut is None:
+            return data
+        return data.view(-1, info.cut.stride).narrow(1, info.cut.start, info.cut.length).reshape(-1)
+
+
+def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two matrices of a source hold the same numbers, each in whatever type; read a piece at a time.
+
+    Raises:
+        JobError: a file cannot be read.
+    """
+    if first.shape != second.shape:
+        return False
+    step = max(1, CHUNK * first.shape[0] // max(first.nbytes, second.nbytes, 1))
+    readers = WeightReader(source), WeightReader(source)
+    buffers = [torch.empty(step * info.nbytes // info.shape[0], dtype=torch.uint8) for info in (first, second)]
+    try:
+        for begin in range(0, first.shape[0], step):
+            end = min(begin + step, first.shape[0])
+            one, other = (
+                reader.read(info.rows(begin, end), buffer)
+                for reader, info, buffer in zip(readers, (first, second), buffers, strict=True)
+            )
+            if one.dtype != other.dtype:
+                one, other = one.double(), other.double()
+            if not torch.equal(one, other):
+                return False
+    finally:
+        for reader in readers:
+            reader.close()
+    return True
+
+
+@contextmanager
+def read_errors(file: object) -> Iterator[None]:
+    """Turn what the operating system says about a file that a job reads into one sentence.
+
+    Raises:
+        JobError: it cannot be read now.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise JobError(f"{file} cannot be read ({error.strerror}); the same command goes on once it can") from None
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()
+    return memoryview(array)

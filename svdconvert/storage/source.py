@@ -1,0 +1,312 @@
+"""Where a model comes from: a local folder, or a repository on the Hub (``storage/hub_source.py``).
+
+A source knows its config and the header of every tensor from the start; weight files are brought to the machine one
+by one through :meth:`Source.path` and given up through :meth:`Source.release`. Nothing in a source is executed, and
+no file outside its folder is read.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from svdconvert.errors import InputError
+from svdconvert.families.table import ARCHITECTURES, FACTORED, dense_architecture, dense_shapes
+from svdconvert.storage.documents import read_bytes, read_json
+from svdconvert.storage.folders import ModelFolder, cached_repo
+from svdconvert.storage.headers import read_header
+from svdconvert.storage.identity import file_digest, weights_digest
+from svdconvert.storage.other_formats import ADAPTER_CONFIG, refuse_other_format
+from svdconvert.storage.side_files import choose_side_files, is_side_file, side_notes
+from svdconvert.storage.wrappers import unwrap
+from svdconvert.tensors import CODES, TensorInfo
+from svdconvert.words import listing
+
+SAFE_SINGLE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+# What is read of any model that is loaded, beside its side files.
+_READ = ("config.json", "README.md", ADAPTER_CONFIG, SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX)
+_SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+
+
+class Source(ABC):
+    """A checkpoint to read from.
+
+    Attributes:
+        name: what to call it, and what a model card names as base model.
+        where: what a command takes for it, as messages name it: the folder, or the repository id.
+        repo: repository id on the Hub, or None for a local folder that is not of the Hub cache.
+        commit: commit hash on the Hub, or None.
+        fetched: whether weight files come to the machine one by one, and go.
+        config: parsed ``config.json``.
+        tensors: header of every tensor, by name.
+        files: weight files in the order of their names.
+        side_files: other files that a converted model keeps.
+        pickled: whether the weight files are ``torch.save`` pickles.
+        config_only: whether there are no weights and ``tensors`` was deduced from the config.
+        download_bytes: size of the weight files that have to be downloaded, by name.
+        stored: tensor -> its name in the file, where that is another one (``storage/wrappers.py``).
+        notes: what a user should know of how it was read.
+    """
+
+    name: str
+    where: str
+    repo: str | None = None
+    commit: str | None = None
+    fetched: bool = False
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: list[str]
+    side_files: list[str]
+    pickled: bool = False
+    config_only: bool = False
+    download_bytes: Mapping[str, int] = MappingProxyType({})
+    stored: Mapping[str, str] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def path(self, file: str) -> Path:
+        """The local path of a file, fetched now if it is not here yet.
+
+        Raises:
+            JobError: it could not be fetched.
+        """
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when an interrupted job goes on: the model's weights and config now, in JSON types."""
+
+    def side_identity(self) -> dict[str, Any]:
+        """Likewise, the other files that a result has its content from."""
+        return {}
+
+    def refuse_changed(self) -> None:  # noqa: B027 - a commit on the Hub never changes
+        """See that the source still is what it was when its identity was first asked for; cheap.
+
+        Raises:
+            InputError: it was changed meanwhile.
+        """
+
+    def release(self, file: str) -> None:  # noqa: B027 - a local folder has nothing to give up
+        """Say that a weight file is not needed any more."""
+
+    def card(self) -> str | None:
+        """The source's model card (README.md), if it has one."""
+        return None
+
+
+class LocalSource(Source):
+    """A checkpoint in a local folder."""
+
+    def __init__(self, folder: Path, *, need_weights: bool = True) -> None:
+        """Read config and headers.
+
+        Args:
+            folder: the checkpoint folder.
+            need_weights: False lets a folder with nothing but a config pass (planning).
+
+        Raises:
+            InputError: anything is missing, damaged or disagrees.
+        """
+        self.folder = folder
+        self.name = folder.resolve().name
+        self._known: dict[str, Any] = {}
+        if (cached := cached_repo(folder)) is not None:
+            self.repo, self.commit = cached
+            self.name = self.repo
+        self.where = self.repo or str(folder)
+        listed = survey(folder)
+        names = [name for name in listed.sizes if "/" not in name]
+        self.config = self.read_config()
+        check_type(self.config, self.where)
+        index, self.files, self.pickled = weight_files(names, folder)
+        listed.check([*self.files, *filter(None, [index])])
+        if index:
+            weight_map = parse_index(read_json(folder / index, f"{folder / index} is missing"), folder / index)
+            self.files = sorted(set(weight_map.values()))
+            missing = [file for file in self.files if file not in names]
+            if missing:
+                raise InputError(f"{folder} lacks {listing(missing)}, which {index} names; fetch the missing files")
+            listed.check(self.files)
+        side = choose_side_files(
+            listed.sizes, self._settings, self._code, self.config, {*self.files, *filter(None, [index])}
+        )
+        listed.check([*side.taken, "README.md"])
+        self.side_files, self.notes = list(side.taken), tuple(side_notes(side, listing))
+        if not self.files:
+            self.config_only = True
+            self.tensors = tensors_from_config(self.config, self.where)
+            if need_weights or not self.tensors:
+                raise InputError(
+                    f"{folder} has no weights; expected {SAFE_SINGLE}, {SAFE_INDEX}, {PICKLE_SINGLE} or {PICKLE_INDEX}"
+                )
+            return
+        if self.pickled:
+            from svdconvert.storage.pickled import pickled_header
+
+            headers = {file: pickled_header(folder / file) for file in self.files}
+        else:
+            headers = {file: read_header(folder / file) for file in self.files}
+        tensors, self.stored, note = unwrap(merge_headers(headers), self.config)
+        self.tensors, self.notes = tensors, (*filter(None, [note]), *self.notes)
+
+    def _settings(self, name: str) -> dict[str, Any]:
+        return read_json(self.folder / name, f"{self.folder / name} is missing")
+
+    def _code(self, name: str) -> str:
+        return read_bytes(self.folder / name, f"{self.folder / name} is missing").decode("utf-8", errors="replace")
+
+    def read_config(self) -> dict[str, Any]:
+        """Parsed ``config.json``."""
+        return read_json(
+            self.folder / "config.json",
+            f"{self.folder} has no config.json, so it is no model folder; give the one that holds it",
+        )
+
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
+    def identity(self) -> dict[str, Any]:
+        times = self._times()
+        weights = {
+            file: weights_digest(self.path(file), [info for info in self.tensors.values() if info.file == file])
+            for file in self.files
+        }
+        found = {"weights": weights, "config": self.read_config()}
+        self._known = self._known or {"times": times, "identity": found}
+        return found
+
+    def side_identity(self) -> dict[str, Any]:
+        names = [*self.side_files, *(["README.md"] if (self.folder / "README.md").is_file() else [])]
+        return {"side_file": {name: file_digest(self.path(name)) for name in names}}
+
+    def refuse_changed(self) -> None:
+        times = self._times()
+        if not self._known or self._known["times"] == times:
+            return
+        if LocalSource.identity(self) != self._known["identity"]:
+            raise InputError(f"{self.folder} was changed while it was read; run the command again")
+        self._known["times"] = times
+
+    def _times(self) -> list[tuple[int, int, int]]:
+        """What changes with any of the files, but may change without them."""
+        paths = [self.path(file) for file in [*self.files, "config.json"]]
+        found = [path.stat() if path.is_file() else None for path in paths]
+        return [(s.st_ino, s.st_size, s.st_mtime_ns) if s else (0, 0, 0) for s in found]
+
+    def card(self) -> str | None:
+        readme = self.folder / "README.md"
+        return read_bytes(readme, "").decode("utf-8", errors="replace") if readme.is_file() else None
+
+
+def survey(folder: Path) -> ModelFolder:
+    """The files of a local model folder.
+
+    Raises:
+        InputError: it is something else than a model in the form that transformers loads, or what makes it a model is
+            outside of it.
+    """
+    listed = ModelFolder(folder)
+    listed.check(read_names(listed.sizes))
+    refuse_other_format(
+        folder,
+        listed.sizes,
+        lambda name: read_json(folder / name, f"{folder / name} is missing"),
+        has_weights=bool(stock_weights(listed.sizes)),
+    )
+    return listed
+
+
+def read_names(names: Iterable[str]) -> list[str]:
+    """Those of a model's files that are read or copied of any model."""
+    return [name for name in names if name in _READ or _SHARD.fullmatch(name) or is_side_file(name)]
+
+
+def check_type(config: Mapping[str, Any], where: str) -> None:
+    """See that a model is of a type that is known, before anything is said about its weights.
+
+    Raises:
+        InputError: it is not, or it is quantised.
+    """
+    kind = config.get("model_type")
+    if "svd_ranks" not in config and not (isinstance(kind, str) and kind in FACTORED):
+        dense_architecture(config, where)
+
+
+def stock_weights(names: Iterable[str]) -> set[str]:
+    """The files among those of a checkpoint that transformers would load, or their index."""
+    return {SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX}.intersection(names)
+
+
+def weight_files(names: Iterable[str], where: object) -> tuple[str | None, list[str], bool]:
+    """Choose the weights among the files of a checkpoint, in the order in which transformers looks for them.
+
+    Returns:
+        ``(index, files, pickled)``: the index file or None, the weight files known without it, and whether they are
+        pickles. All empty where there are no weights.
+
+    Raises:
+        InputError: there are weight files, but none under a name that is looked for.
+    """
+    present = set(names)
+    for single, index, pickled in ((SAFE_SINGLE, SAFE_INDEX, False), (PICKLE_SINGLE, PICKLE_INDEX, True)):
+        if single in present:
+            return None, [single], pickled
+        if index in present:
+            return index, [], pickled
+    strays = sorted(name for name in present if name.endswith((".safetensors", ".bin", ".gguf", ".pt", ".pth")))
+    if strays:
+        raise InputError(
+            f"{where} has weight files ({listing(strays)}) but neither {SAFE_SINGLE} nor {SAFE_INDEX}; "
+            "fetch the index, or save the model again with save_pretrained"
+        )
+    return None, [], False
+
+
+def parse_index(index: Mapping[str, Any], where: object) -> dict[str, str]:
+    """Validate an index file and return its ``weight_map`` (tensor -> file in the same folder)."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{where} has no weight_map; fetch it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name or file in ("", ".", ".."):
+            raise InputError(
+                f"{where} puts tensor {name} into {file!r}, which is no plain file name in the checkpoint's own "
+                "folder; this checkpoint is not to be trusted"
+            )
+    return weight_map
+
+
+def merge_headers(headers: Mapping[str, list[TensorInfo]]) -> dict[str, TensorInfo]:
+    """Join the headers of all files.
+
+    An index only says which files there are: transformers loads all that they hold, whatever it says of each tensor.
+
+    Raises:
+        InputError: a tensor is in two files.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file, infos in headers.items():
+        for info in infos:
+            if info.name in tensors:
+                raise InputError(f"tensor {info.name} is both in {tensors[info.name].file} and in {file}")
+            tensors[info.name] = info
+    return tensors
+
+
+def tensors_from_config(config: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
+    """The tensors that a model of this config must have; empty for an architecture that is not known.
+
+    Raises:
+        InputError: its config does not say it.
+    """
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    if row is None:
+        return {}
+    dtype = CODES.get(str(config.get("torch_dtype") or config.get("dtype") or "float32"), "F32")
+    return {name: TensorInfo(name, dtype, shape) for name, shape in dense_shapes(row, config, where).items()}

@@ -1,0 +1,165 @@
+"""Safetensors files of our own, with a digest of every tensor: what has changed since it was written is not used.
+
+The digests are in the header's metadata, so that the files are readable by everything that reads safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.errors import InputError
+from svdconvert.fields import TEXT, problem, record, table
+from svdconvert.storage.disk import atomic_pieces, disk_errors
+from svdconvert.storage.documents import fill, open_regular, parse_json, reading
+from svdconvert.storage.headers import header_bytes, layout, parse_header
+from svdconvert.storage.reader import as_bytes, torch_dtype
+from svdconvert.tensors import CODES, TensorInfo
+
+_DIGESTS, _NOTE = "digests", "note"
+_HEADER = {"__metadata__": record({_DIGESTS: TEXT, _NOTE: TEXT})}
+_TOLD = {"tensors": table(TEXT), _NOTE: TEXT}
+
+# What to do about a file that is not used.
+_REMOVE = "remove it and run the command again that made it, which computes it anew"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: str = "") -> None:
+    """Write a file, whole or not at all.
+
+    Args:
+        path: where to.
+        tensors: by name; one is on the host at a time.
+        note: a text to go with them.
+
+    Raises:
+        JobError: it could not be written.
+    """
+    infos = [
+        TensorInfo(name, CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+    digests = {info.name: _digest(info, _bytes(tensors[info.name])) for info in infos}
+    told = json.dumps({"tensors": digests, _NOTE: _text_digest(note)})
+    header, starts, _ = layout(infos, {_DIGESTS: told, _NOTE: note})
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield header
+        for name in sorted(tensors, key=starts.__getitem__):
+            yield _bytes(tensors[name])
+
+    with disk_errors(path.parent):
+        atomic_pieces(path, pieces())
+
+
+def read_tensors(path: Path, names: Collection[str] | None = None, *, optional: Collection[str] = ()) -> dict[str, Any]:
+    """Read tensors of a file, and see that they are what was written.
+
+    Args:
+        path: the file.
+        names: which ones; None for all.
+        optional: further ones, which may be missing.
+
+    Raises:
+        InputError: there is no such file, it lacks a tensor, or it is damaged.
+    """
+    infos, digests, _ = _read_header(path)
+    wanted = list(infos) if names is None else [*names, *(name for name in optional if name in infos)]
+    if not set(wanted) <= infos.keys() & digests.keys():
+        raise _damaged(path)
+    found = {}
+    for name in wanted:
+        info = infos[name]
+        tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        with reading(path), open_regular(path) as handle:
+            handle.seek(info.start)
+            if not fill(handle, as_bytes(tensor)):
+                raise _damaged(path)
+        if _digest(info, as_bytes(tensor)) != digests[name]:
+            raise _damaged(path)
+        found[name] = tensor
+    return found
+
+
+def read_note(path: Path) -> str:
+    """The text that went with the tensors. Raises as :func:`read_tensors`."""
+    return _read_header(path)[2]
+
+
+def names_in(path: Path) -> Collection[str]:
+    """Names of a file's tensors. Raises as :func:`read_tensors`."""
+    return _read_header(path)[0].keys()
+
+
+def sealed(state: Mapping[str, Any]) -> bytes:
+    """JSON with a digest of itself."""
+    return json.dumps({"digest": _text_digest(_canonical(state)), **state}, indent=1).encode()
+
+
+def unseal(found: Mapping[str, Any], path: Path, advice: str = "") -> dict[str, Any]:
+    """What :func:`sealed` was given.
+
+    Args:
+        found: the parsed JSON.
+        path: its file.
+        advice: what to do where it is damaged; by default to remove it.
+
+    Raises:
+        InputError: it is something else, or of a version that wrote no digests.
+    """
+    if "digest" not in found:
+        raise InputError(f"{path} has no digest, so an earlier version of svdconvert wrote it; {advice or _REMOVE}")
+    state = {name: value for name, value in found.items() if name != "digest"}
+    if found.get("digest") != _text_digest(_canonical(state)):
+        raise _damaged(path, advice)
+    return state
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], str]:
+    """``(tensors, digests, note)``."""
+    try:
+        handle = open_regular(path)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; run the command again that made it") from None
+    with reading(path), handle:
+        raw, count = header_bytes(handle), handle.seek(0, 2)
+    try:
+        infos = {info.name: info for info in parse_header(raw, path.name, count)}
+        header = parse_json(raw[8:], path)
+        if problem(header, _HEADER) is not None:
+            raise _damaged(path)
+        note = header["__metadata__"][_NOTE]
+        told = parse_json(header["__metadata__"][_DIGESTS], path)
+    except InputError:
+        raise _damaged(path) from None
+    if problem(told, _TOLD) is not None or told[_NOTE] != _text_digest(note):
+        raise _damaged(path)
+    return infos, told["tensors"], note
+
+
+def _damaged(path: Path, advice: str = "") -> InputError:
+    return InputError(f"{path} is damaged: it is not what was written; {advice or _REMOVE}")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return as_bytes(tensor.cpu().contiguous())
+
+
+def _digest(info: TensorInfo, data: memoryview) -> str:
+    digest = hashlib.blake2b(json.dumps([info.name, info.dtype, list(info.shape)]).encode(), digest_size=16)
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _canonical(state: Mapping[str, Any]) -> str:
+    return json.dumps(state, sort_keys=True)

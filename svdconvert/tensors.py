@@ -1,0 +1,108 @@
+"""What a header says of a tensor: its name, type and shape, and where its bytes are. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+# safetensors code -> (bytes per element, torch dtype name)
+DTYPES: Mapping[str, tuple[int, str]] = {
+    "F64": (8, "float64"),
+    "I64": (8, "int64"),
+    "U64": (8, "uint64"),
+    "F32": (4, "float32"),
+    "I32": (4, "int32"),
+    "U32": (4, "uint32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "I16": (2, "int16"),
+    "U16": (2, "uint16"),
+    "I8": (1, "int8"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+}
+
+
+CODES: Mapping[str, str] = {name: code for code, (_, name) in DTYPES.items()}
+
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where the bytes of a part lie among those of a stored tensor: in equal stretches, as many of each.
+
+    Attributes:
+        tensor: name of the stored one.
+        start: the first byte's place in a stretch.
+        length: bytes in a stretch.
+        stride: bytes from one stretch to the next.
+    """
+
+    tensor: str
+    start: int
+    length: int
+    stride: int
+
+    def runs(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """Where bytes of the part are in the stored tensor: ``(position, length)`` of each run, in order.
+
+        Args:
+            offset: the first one's place in the part.
+            size: how many.
+        """
+        while size:
+            stretch, inside = divmod(offset, self.length)
+            length = min(self.length - inside, size)
+            yield stretch * self.stride + self.start + inside, length
+            offset, size = offset + length, size - length
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a header describes it.
+
+    Attributes:
+        name: key in the checkpoint.
+        dtype: safetensors code, for example ``F16``.
+        shape: dimensions.
+        file: name of the weight file that holds it, relative to the checkpoint folder.
+        start: byte position of its data in that file, or -1 where only the file's loader knows (pickled weights).
+        cut: of a part of a stored tensor, which bytes it is; ``start`` is that of the stored one.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str = ""
+    start: int = -1
+    cut: Cut | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.size * DTYPES[self.dtype][0]
+
+    def rows(self, begin: int, end: int) -> TensorInfo:
+        """Some of the rows of a stored tensor, the first dimension's, to be read as a tensor of their own.
+
+        >>> TensorInfo("head", "F16", (10, 4)).rows(2, 5).cut
+        Cut(tensor='head', start=16, length=24, stride=80)
+        """
+        unit = self.nbytes // self.shape[0]
+        cut = Cut(self.name, begin * unit, (end - begin) * unit, self.nbytes)
+        return replace(self, shape=(end - begin, *self.shape[1:]), cut=cut)
+
+
+def parameters(tensors: Iterable[TensorInfo]) -> int:
+    """Number of parameters; tensors of integers are buffers."""
+    return sum(info.size for info in tensors if info.dtype in FLOATS)
