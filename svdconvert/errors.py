@@ -6,12 +6,33 @@ Every message is one sentence: what is wrong with which file or tensor, and what
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from typing import Any
+
+from svdconvert.sentences import Sentence
 
 
 class SvdconvertError(Exception):
-    """Base of all errors that are reported to the user without a traceback."""
+    """Base of all errors that are reported to the user without a traceback.
+
+    Attributes:
+        sentence: what is wrong and what to do.
+        fields: the fields of the request that it names, see :func:`svdconvert.sentences.asked`.
+    """
 
     exit_code = 1
+
+    def __init__(self, text: str) -> None:
+        self.sentence = Sentence(text)
+        super().__init__(self.sentence)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.sentence.fields
+
+    def told(self, words: Callable[[str, Any], str]) -> str:
+        """The sentence with its fields in other words than the library's."""
+        return self.sentence.told(words)
 
 
 class InputError(SvdconvertError):

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 from svdconvert.errors import InputError
-
-if TYPE_CHECKING:
-    Array = NDArray[np.float64]
 
 _UNITS = {"": 1, "b": 1} | {
     unit + suffix: base**power

@@ -23,7 +23,7 @@ ROOMS = (
 ).split()
 
 # Beside the rooms: what all of them may use, and what uses all of them.
-GROUND = frozenset("errors fields foreign modeling names tensors version words".split())
+GROUND = frozenset("errors fields foreign modeling names sentences tensors version words".split())
 ROOF = frozenset(["", "__main__", "program"])
 
 
