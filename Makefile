@@ -16,7 +16,7 @@ demo: $(NEWEST)/.runtime
 test: $(NEWEST)/.dev $(OLDEST)/.dev
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(OLDEST)/bin/python) $(NEWEST)/bin/python $(PYTEST) -m "not slow"
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(NEWEST)/bin/python) $(OLDEST)/bin/python $(PYTEST) -m "not slow" \
-		tests/modeling tests/test_families.py tests/test_conversion.py tests/test_densify_fold.py tests/test_verify_evaluate.py
+		tests/modeling tests/families/test_families.py tests/commands/test_conversion.py tests/commands/test_densify_fold.py tests/commands/test_verify_evaluate.py
 
 test-all: $(NEWEST)/.dev $(OLDEST)/.dev
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(OLDEST)/bin/python) $(NEWEST)/bin/python $(PYTEST)

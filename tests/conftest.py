@@ -38,7 +38,7 @@ def _remove_modules() -> None:
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random GPT-NeoX: one float16 safetensors file, no legacy buffers. Read only."""
-    from checkpoints import write_checkpoint
+    from support.checkpoints import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("dense") / "tiny")
 
@@ -74,7 +74,7 @@ def calibration(text: Path) -> Calibration:
 @pytest.fixture
 def fresh(tmp_path: Path) -> Callable[..., Path]:
     """Writes a checkpoint into this test's folder; arguments as of ``write_checkpoint``."""
-    from checkpoints import write_checkpoint
+    from support.checkpoints import write_checkpoint
 
     return lambda *args, **kwargs: write_checkpoint(tmp_path / "model", *args, **kwargs)
 

@@ -1,0 +1,262 @@
+"""Whatever call fails, and wherever: one sentence, and the same command then gives the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.checkpoints import content as content_of
+from support.checkpoints import random_tensors, write_checkpoint
+from support.failing_disk import KINDS, FailingDisk, Fault, compiled
+
+from svdconvert import convert
+from svdconvert.jobs.output import JOB_FOLDER
+
+# Kinds of faults by kind of call.
+FAULTS = {
+    "write": [("fail", errno.EIO), ("fail", errno.ENOSPC), ("short", 0), ("full", 0)],
+    "pwrite": [("fail", errno.EIO), ("fail", errno.EDQUOT), ("short", 0), ("full", 0)],
+    "open": [("fail", errno.EIO), ("full", 0)],
+    "mkdir": [("fail", errno.EIO), ("full", 0), ("late", errno.EIO)],
+    "ftruncate": [("fail", errno.EIO), ("full", 0)],
+    "fallocate": [("fail", errno.EIO), ("full", 0)],
+    "fsync": [("fail", errno.EIO), ("fail", errno.ENOSPC)],
+    "rename": [("fail", errno.EIO), ("fail", errno.ENOSPC), ("late", errno.EIO)],
+    "close": [("fail", errno.EIO), ("fail", errno.ENOSPC)],
+    "unlink": [("fail", errno.EIO), ("late", errno.EIO)],
+    "rmdir": [("fail", errno.EIO), ("late", errno.EIO)],
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command and its undisturbed result.
+
+    Attributes:
+        args: its words; the folder it writes comes behind them.
+        expected: files of the result, by name.
+        counts: calls that it takes, by kind.
+    """
+
+    args: list[object]
+    expected: dict[str, Any]
+    counts: dict[str, int]
+
+    def points(self) -> list[Fault]:
+        """Every call, with every fault that is possible there."""
+        return [
+            Fault(kind, at, what, error)
+            for kind in KINDS
+            for at in range(1, self.counts[kind] + 1)
+            for what, error in FAULTS[kind]
+        ]
+
+
+def tree(folder: Path) -> dict[str, Any]:
+    """What must be equal: all but how long it took, and what a finished job's folder may still have to be rid of."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: timeless(v) for key, v in value.items() if key != "seconds"}
+        return list(map(timeless, value)) if isinstance(value, list) else value
+
+    return {
+        str(path.relative_to(folder)): timeless(json.loads(path.read_text()))
+        if path.name == "sweep.json"
+        else content_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and JOB_FOLDER not in path.relative_to(folder).parts
+    }
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FailingDisk]:
+    folder = tmp_path_factory.mktemp("disk")
+    found = FailingDisk(folder, compiled(folder))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiniest models of every form, and a text."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def of(layers: int) -> dict[str, torch.Tensor]:
+        names = [f".layers.{layer}." for layer in range(layers)]
+        return {n: t for n, t in random_tensors().items() if ".layers." not in n or any(name in n for name in names)}
+
+    write_checkpoint(folder / "one", of(1), shards=2, config={"num_hidden_layers": 1})
+    write_checkpoint(folder / "two", of(2), config={"num_hidden_layers": 2})
+    write_checkpoint(folder / "bin", of(1), shards=2, pickled=True, legacy=False, config={"num_hidden_layers": 1})
+    convert(folder / "one", folder / "factored", rank=16, device="cpu", check=False)
+    words = ["호랑이", "tiger", "옛날", "mountain", "살았다", "0123"]
+    text = "\n\n".join(" ".join(words[(7 * i + 3 * j * j) % 6] for j in range(12)) for i in range(60))
+    (folder / "text.txt").write_text(text)
+    (folder / "test.txt").write_text(text[:200])
+    generator = torch.Generator().manual_seed(1)
+    layer = "base_model.model.gpt_neox.layers.0.attention.dense"
+    pair = {"A": torch.randn(4, 64, generator=generator), "B": torch.randn(64, 4, generator=generator)}
+    (folder / "adapter").mkdir()
+    weights = {f"{layer}.lora_{half}.weight": tensor for half, tensor in pair.items()}
+    save_file(weights, folder / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["dense"], "bias": "none"}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def commands(models: Path) -> dict[str, list[object]]:
+    checked = ["--max-shard-size", "60KB", "--device", "cpu", "--out"]
+    small = ["--no-check", *checked]
+    text = ["--calib", models / "text.txt", "--calib-samples", 4, "--calib-length", 16, "--calib-batch-size", 4]
+    return {
+        "plain": [models / "one", "--rank", 16, *small],
+        "bin": [models / "bin", "--rank", 16, *small],
+        "split": [models / "one", "--rank", 16, "--split-fused", "--layout", "pivoted", *small],
+        "kfac, refit": [models / "one", "--keep", 0.4, *text, "--refit", "sequential", *small],
+        "shared": [models / "two", "--rank", 16, "--share-layers", 2, "--method", "whiten", *text, *small],
+        "densify": ["densify", models / "factored", *checked],
+        "fold": ["fold", models / "factored", "--adapter", models / "adapter", *checked],
+        "calibrate": ["calibrate", models / "one", *text, "--device", "cpu", "--out"],
+        "sweep": [
+            *("sweep", models / "one", "--text", models / "test.txt", "--rank", 8, "--rank", 16, "--method", "svd"),
+            *("--no-plot", "--keep-models", "--device", "cpu", "--out"),
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def cases(disk: FailingDisk, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    """Every command, undisturbed."""
+    found = {}
+    for name, args in commands(models).items():
+        out = tmp_path_factory.mktemp("expected") / "out"
+        done = disk.run([*args, out], out)
+        assert (done.status, done.err) == (0, ""), (name, done)
+        assert not (out / JOB_FOLDER).exists(), name
+        found[name] = Case(args, tree(out), dict(done.counts))
+    return found
+
+
+def check(disk: FailingDisk, case: Case, fault: Fault, out: Path) -> None:
+    """Run with a fault, look, run again, compare."""
+    failed = disk.run([*case.args, out], out, fault)
+    there = tree(out) if out.exists() else {}
+    if fault.what == "kill":
+        assert failed.status in (-signal.SIGKILL, 0), failed
+    elif failed.status == 0:
+        assert there == case.expected, "it says that all is well, but it is not"
+    else:
+        assert failed.status == 1, failed
+        assert failed.err.startswith("Error: "), failed
+        assert failed.err.count("\n") == 1, failed
+        sentence = failed.err
+        assert "the same command" in sentence or "run the same command again" in sentence, sentence
+    if "config.json" in there and "config.json" in case.expected:
+        assert there.items() >= case.expected.items(), "a model that is not whole"
+    again = disk.run([*case.args, out], out)
+    assert (again.status, again.err) == (0, ""), (failed, again)
+    assert tree(out) == case.expected, failed
+    assert not (out / JOB_FOLDER).exists()
+    hidden = [path.name for path in out.rglob(".*")]
+    assert not hidden, hidden
+
+
+def sample(cases: dict[str, Case], count: int, seed: int, *, kills: bool = False) -> list[tuple[str, Fault]]:
+    """Points over all commands and all kinds of calls, as evenly as there are such."""
+    generator = random.Random(seed)
+    pools: dict[tuple[str, str], list[Fault]] = {}
+    for name, case in cases.items():
+        for fault in case.points():
+            pools.setdefault((name, fault.kind), []).append(fault)
+    for pool in pools.values():
+        generator.shuffle(pool)
+    found: list[tuple[str, Fault]] = []
+    while len(found) < count and any(pools.values()):
+        for (name, _), pool in sorted(pools.items(), key=lambda item: generator.random()):
+            if pool and len(found) < count:
+                fault = pool.pop()
+                found.append((name, replace(fault, what="kill") if kills else fault))
+    return found
+
+
+def test_the_calls_are_seen(cases: dict[str, Case]) -> None:
+    """The rest is worth something only if the library stands before what the commands call."""
+    for name, case in cases.items():
+        kinds = {"open", "write", "fsync", "rename", "close", "mkdir"}
+        kinds |= set() if name == "calibrate" else {"pwrite", "fallocate", "ftruncate"}
+        assert all(case.counts[kind] for kind in kinds), (name, case.counts)
+    assert sum(len(case.points()) for case in cases.values()) > 2000
+
+
+def run_all(disk: FailingDisk, cases: dict[str, Case], points: list[tuple[str, Fault]], folder: Path) -> None:
+    wrong = []
+    for number, (name, fault) in enumerate(points):
+        try:
+            check(disk, cases[name], fault, folder / str(number) / "out")
+        except AssertionError as error:
+            wrong.append(f"{name}, {fault}: {error}")
+            print(wrong[-1], flush=True)
+    assert not wrong, f"{len(wrong)} of {len(points)}:\n" + "\n\n".join(wrong[:20])
+
+
+def test_some_failures(disk: FailingDisk, cases: dict[str, Case], tmp_path: Path) -> None:
+    run_all(disk, cases, sample(cases, 40, seed=0), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_failures(disk: FailingDisk, cases: dict[str, Case], tmp_path: Path) -> None:
+    run_all(disk, cases, sample(cases, 360, seed=1), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_kills(disk: FailingDisk, cases: dict[str, Case], tmp_path: Path) -> None:
+    run_all(disk, cases, sample(cases, 300, seed=2, kills=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lacks", ["flock", "lockd", "fallocate", "folder-sync", "file-sync folder-sync", "open-rename"]
+)
+def test_mounts_that_lack_something(lacks: str, disk: FailingDisk, cases: dict[str, Case], tmp_path: Path) -> None:
+    for name in ("plain", "calibrate"):
+        out = tmp_path / name / "out"
+        done = disk.run([*cases[name].args, out], out, lacks=lacks)
+        assert (done.status, done.err) == (0, ""), done
+        assert tree(out) == cases[name].expected
+        assert not (out / JOB_FOLDER).exists()
+        assert not list(out.rglob(".*"))
+        # killed in between, and continued
+        out = tmp_path / name / "killed"
+        kind = "pwrite" if name == "plain" else "rename"
+        killed = disk.run([*cases[name].args, out], out, Fault(kind, 4, "kill"), lacks=lacks)
+        assert killed.status == -signal.SIGKILL, killed
+        again = disk.run([*cases[name].args, out], out, lacks=lacks)
+        assert (again.status, again.err) == (0, ""), again
+        assert tree(out) == cases[name].expected
+
+
+def test_a_short_journal_is_no_loss(disk: FailingDisk, cases: dict[str, Case], tmp_path: Path) -> None:
+    """The disk fills while a record is written, and is freed: nothing that was finished becomes zeros."""
+    case = cases["plain"]
+    for at in range(1, case.counts["write"] + 1):
+        check(disk, case, Fault("write", at, "full"), tmp_path / str(at) / "out")
+
+
+def test_umask(disk: FailingDisk, cases: dict[str, Case], tmp_path: Path) -> None:
+    for name in ("plain", "kfac, refit", "calibrate"):
+        for umask in (0o002, 0o077):
+            out = tmp_path / f"{name}-{umask}"
+            assert disk.run([*cases[name].args, out], out, umask=umask).status == 0
+            modes = {path.name: path.stat().st_mode & 0o777 for path in out.rglob("*") if path.is_file()}
+            assert set(modes.values()) == {0o666 & ~umask}, modes

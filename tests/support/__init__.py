@@ -1,0 +1,1 @@
+"""What several tests need: checkpoints, families, a Hub, a device, a disk that fails."""
