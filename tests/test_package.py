@@ -134,7 +134,7 @@ def test_where_the_modeling_files_are(installation: bool, checkout: Path, instal
     place = installed if installation else checkout
     program = (
         "import svdconvert.modeling as m; from svdconvert.modeling import modeling_llama_svd as f; "
-        "from svdconvert.jobs.model_files import versions; "
+        "from svdconvert.version import versions; "
         "print(m.__file__); print(f.__file__); print(versions()['svdconvert'])"
     )
     done = subprocess.run(

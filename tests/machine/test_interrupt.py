@@ -23,7 +23,6 @@ from support.checkpoints import CONFIG, content, random_tensors, tree, write_che
 
 from svdconvert import convert
 from svdconvert.errors import InputError
-from svdconvert.jobs import model_files as checkpoint
 from svdconvert.jobs.output import JOB_FOLDER
 from svdconvert.methods import table as metrics
 from svdconvert.planning.events import Events
@@ -38,8 +37,12 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from svdconvert import conversion, densifying, folding, interrupts, loading, pipeline, program, progress, report
-from svdconvert import shards, verification
+from svdconvert import program
+from svdconvert.cli import progress, report
+from svdconvert.commands import convert, densify, fold, verify
+from svdconvert.jobs import pipeline, shard_writer
+from svdconvert.machine import interrupts
+from svdconvert.models import loading
 from svdconvert.modeling import modeling_polyglot_svd
 
 CALLS = "open mkdir pwrite write fsync replace posix_fallocate ftruncate unlink rmdir".split()
@@ -81,7 +84,7 @@ def child(order):
     signal.signal(signal.SIGINT, signal.SIG_IGN if order["ignoring"] else signal.default_int_handler)
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(order["files"] + "." + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    shards.BATCH_BYTES, shards.BATCH_SECONDS = order["batch"], 1e9
+    shard_writer.BATCH_BYTES, shard_writer.BATCH_SECONDS = order["batch"], 1e9
     seen, code, steps = watch(order), 70, [0]
     sys.argv = ["svdconvert", *order["args"]]
     try:
@@ -522,7 +525,7 @@ def test_ctrl_c_at_any_moment_of_other_commands(
 PROGRAM = r"""
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignoring" else signal.default_int_handler)
-from svdconvert import interrupts
+from svdconvert.machine import interrupts
 from svdconvert.program import run
 seen, moment = [0], int(sys.argv[2])
 def hook(event, arguments):
@@ -683,8 +686,7 @@ def test_another_method_is_refused(small: Path, unfinished: Path, monkeypatch: p
 
 def test_another_version_is_refused(small: Path, unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a model by one version and half by another could not be told from either."""
-    versions = checkpoint.versions()
-    monkeypatch.setattr(checkpoint, "versions", lambda: versions | {"svdconvert": "99.0"})
+    monkeypatch.setattr("svdconvert.jobs.job.__version__", "99.0")
     with pytest.raises(InputError, match="unfinished job with another svdconvert"):
         resume(small, unfinished)
 

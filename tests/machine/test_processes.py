@@ -40,8 +40,9 @@ from svdconvert.tensors import TensorInfo
 VICTIM = r"""
 import os, signal, sys
 victim, call, at = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-from svdconvert import cli, shards
-shards.BATCH_BYTES = 1
+from svdconvert.cli import app
+from svdconvert.jobs import shard_writer
+shard_writer.BATCH_BYTES = 1
 if int(os.environ["RANK"]) == victim:
     real, seen = getattr(os, call), []
     def dying(*args, **kwargs):
@@ -50,13 +51,14 @@ if int(os.environ["RANK"]) == victim:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
     setattr(os, call, dying)
-cli.main(sys.argv[4:])
+app.main(sys.argv[4:])
 """
 
 # The library, as a program uses it.
 PROGRAM = r"""
 import sys
-from svdconvert import convert, densify, processes
+from svdconvert import convert, densify
+from svdconvert.machine import processes
 group = processes.join()
 report = convert(sys.argv[1], sys.argv[2], rank=16, device="cpu", check=False)
 outcome = densify(sys.argv[2], sys.argv[3], device="cpu", check=False)

@@ -69,7 +69,7 @@ def test_a_stage_that_fails_is_counted() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system keeps no such figure")
 def test_peak_memory_is_not_that_of_the_process_before() -> None:
-    ours = "from svdconvert.jobs.model_files import peak_memory_bytes; print(peak_memory_bytes())"
+    ours = "from svdconvert.machine.memory import peak_memory_bytes; print(peak_memory_bytes())"
     theirs = f"import subprocess, sys; kept = b'1' * 400_000_000; subprocess.run([sys.executable, '-c', {ours!r}])"
     done = subprocess.run([sys.executable, "-c", theirs], check=True, capture_output=True, text=True)
     assert 5_000_000 < int(done.stdout) < 200_000_000

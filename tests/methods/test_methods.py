@@ -16,7 +16,6 @@ from support.methods import DATA_AWARE, gradients
 from support.results import files, products
 from transformers import AutoModelForCausalLM
 
-import svdconvert
 from svdconvert import Calibration, Events, InputError, calibrate, convert
 from svdconvert.factoring import decompose as decomposing
 from svdconvert.methods.table import METHODS, method_named, shrink, unshrink
@@ -228,7 +227,8 @@ def test_statistics_of_another_tokenizer_or_version(
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (other / name).unlink(missing_ok=True)
     convert(other, tmp_path / "without", **settings)  # none that could be another one
-    monkeypatch.setattr(svdconvert, "__version__", "0")
+    monkeypatch.setattr("svdconvert.calibration.folder.__version__", "0")
+    monkeypatch.setattr("svdconvert.calibration.knowledge.__version__", "0")
     with pytest.raises(InputError, match="statistics of another version"):
         convert(dense, tmp_path / "out", **settings)
 

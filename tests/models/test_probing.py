@@ -139,7 +139,7 @@ PEAKS = """
 import sys
 from pathlib import Path
 import torch
-from svdconvert.jobs.model_files import peak_memory_bytes
+from svdconvert.machine.memory import peak_memory_bytes
 from svdconvert.models.probe import logits_by_block
 from svdconvert.storage.source import LocalSource
 for folder in sys.argv[1:]:

@@ -25,15 +25,15 @@ from contextlib import suppress
 from pathlib import Path
 import torch, transformers
 torch.set_num_threads(1)
-from svdconvert import cli
+from svdconvert.cli import app
 disk = ctypes.CDLL(sys.argv[1])
 KINDS = sys.argv[2].split()
 
 def child(order):
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(order["files"] + "." + name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    from svdconvert import shards
-    shards.BATCH_BYTES, shards.BATCH_SECONDS = order["batch"], 1e9
+    from svdconvert.jobs import shard_writer
+    shard_writer.BATCH_BYTES, shard_writer.BATCH_SECONDS = order["batch"], 1e9
     disk.fault_lacks(order["lacks"].encode())
     fault = order["fault"]
     path, kind, what = order["prefix"].encode(), fault["kind"].encode(), fault["what"].encode()
@@ -41,7 +41,7 @@ def child(order):
     os.umask(order["umask"])
     code = 70
     try:
-        cli.main(order["args"])
+        app.main(order["args"])
     except SystemExit as end:
         code = end.code or 0
     finally:

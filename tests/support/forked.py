@@ -25,7 +25,7 @@ import svdconvert
 for module in pkgutil.walk_packages(svdconvert.__path__, "svdconvert."):
     if "modeling" not in module.name and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from svdconvert import cli
+from svdconvert.cli import app
 
 def child(order):
     for descriptor, name in ((1, "out"), (2, "err")):
@@ -36,7 +36,7 @@ def child(order):
         setattr(sys.modules[module], constant, value)
     code = 70
     try:
-        cli.main(order["args"])
+        app.main(order["args"])
     except SystemExit as end:
         code = end.code or 0
     finally:
