@@ -62,13 +62,14 @@ class Measured:
         }
 
 
-def run(arguments: Sequence[str], *, threads: int = 0, marks: Sequence[str] = ()) -> Measured:
-    """Run ``python -m ...`` in the repository and measure it.
+def run(arguments: Sequence[str], *, threads: int = 0, marks: Sequence[str] = (), root: Path = ROOT) -> Measured:
+    """Run ``python -m ...`` in the repository, so that it imports from there, and measure it.
 
     Args:
         arguments: what follows ``python -m``.
         threads: OMP_NUM_THREADS of the process; 0 leaves the environment as it is.
         marks: texts on standard error at whose appearance the peak memory is noted.
+        root: the repository, or another checkout of it.
 
     Raises:
         RuntimeError: the command failed.
@@ -79,7 +80,7 @@ def run(arguments: Sequence[str], *, threads: int = 0, marks: Sequence[str] = ()
     load, busy, start = os.getloadavg()[0], _busy_seconds(), time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", *arguments],
-        cwd=ROOT,
+        cwd=root,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
