@@ -7,7 +7,7 @@ own way.
 
 from __future__ import annotations
 
-import ast
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,9 +22,10 @@ def asked(field: str, value: object = ...) -> str:
 
     Args:
         field: as :func:`svdconvert.convert` calls it; of a calibration's, ``calibration.samples``.
-        value: what was asked for, in JSON types; without it the field alone is named.
+        value: what was asked for, in JSON types (anything else, a path say, as its text); without it the field alone
+            is named.
     """
-    return f"\x1e{field}={_ALONE if value is ... else repr(value)}\x1e"
+    return f"\x1e{field}={_ALONE if value is ... else json.dumps(value, default=str)}\x1e"
 
 
 def in_python(field: str, value: object) -> str:
@@ -42,27 +43,32 @@ class Sentence(str):
     '--share-layers 3 does not go with --layout pivoted'
 
     Attributes:
+        marked: the text as :func:`asked` writes fields, for use in another sentence.
         fields: those that it names, in order.
     """
 
-    _marked: str
+    marked: str
     fields: tuple[str, ...]
 
     def __new__(cls, text: str) -> Sentence:
         """A sentence with fields in it, as :func:`asked` writes them."""
-        marked = text._marked if isinstance(text, Sentence) else text
+        marked = text.marked if isinstance(text, Sentence) else text
         self = super().__new__(cls, _told(marked, in_python))
-        self._marked = marked
+        self.marked = marked
         self.fields = tuple(found[1] for found in _ASKED.finditer(marked))
         return self
 
     def told(self, words: Callable[[str, Any], str]) -> str:
         """The sentence with each field as ``words(field, value)``; the value is ``...`` where the field is alone."""
-        return _told(self._marked, words)
+        return _told(self.marked, words)
 
 
 def _told(marked: str, words: Callable[[str, Any], str]) -> str:
     def say(found: re.Match[str]) -> str:
-        return words(found[1], ... if found[2] == _ALONE else ast.literal_eval(found[2]))
+        try:
+            value = ... if found[2] == _ALONE else json.loads(found[2])
+        except ValueError:  # separators of somebody else's, in the name of a file say
+            return found[0]
+        return words(found[1], value)
 
     return _ASKED.sub(say, marked)

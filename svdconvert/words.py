@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 
 _UNITS = {"": 1, "b": 1} | {
     unit + suffix: base**power
@@ -28,7 +29,7 @@ def parse_size(text: str | int) -> int:
     unit = _UNITS.get(match[2]) if match else None
     size = round(float(match[1]) * unit) if match and unit else 0
     if size < 1000:
-        raise InputError(f"--max-shard-size {text!r} is no size; write for example 5GB, 500MB or 2GiB")
+        raise InputError(f"{asked('max_shard_size', text)} is not a size; write for example 5GB, 500MB or 2GiB")
     return size
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,9 @@ def test_documentation() -> None:
         ({"attention.dense": 4}, "x={'attention.dense': 4}", "--x {'attention.dense': 4}"),
         (..., "x", "--x"),
         (None, "x=None", "--x None"),
+        (float("nan"), "x=nan", "--x nan"),
+        (Path("a b"), "x='a b'", "--x a b"),
+        ("\x1ey=1\x1e", "x='\\x1ey=1\\x1e'", "--x \x1ey=1\x1e"),
     ],
 )
 def test_fields(value: object, python: str, command: str) -> None:
@@ -47,6 +51,19 @@ def test_errors() -> None:
     assert error.fields == ("keep",)
     assert error.told(options) == "--keep 2.0 must lie between 0 and 1"
     assert str(InputError("a plain text")) == "a plain text"
+
+
+def test_a_sentence_in_another() -> None:
+    inner = InputError(f"{asked('keep', 2.0)} is wrong")
+    outer = InputError(f"no model: {inner.sentence.marked}")
+    assert str(outer) == "no model: keep=2.0 is wrong"
+    assert outer.told(options) == "no model: --keep 2.0 is wrong"
+
+
+def test_names_of_files_may_hold_anything() -> None:
+    text = "a file \x1ekeep=\x1e is none"
+    assert Sentence(text) == text
+    assert Sentence(text).told(options) == text
 
 
 def test_errors_travel_between_processes() -> None:

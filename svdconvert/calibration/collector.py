@@ -47,6 +47,7 @@ from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.loss import next_token_loss
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events
+from svdconvert.sentences import asked
 from svdconvert.storage.source import Source
 from svdconvert.version import __version__
 
@@ -194,8 +195,8 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         blocks, ids = self._blocks, self._tokens.ids
         if ids.shape[0] < self._group.size:
             raise InputError(
-                f"{ids.shape[0]} calibration sequences do not suffice for {self._group.size} processes; "
-                "raise --calib-samples or start fewer"
+                f"{ids.shape[0]} calibration sequences are too few for {self._group.size} processes; "
+                f"raise {asked('calibration.samples')} or start fewer"
             )
         if ids.numel() == 0 or not bool(self._tokens.mask[:, 1:].any()):
             raise InputError("the calibration text has no token to predict; give more text")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.models.loading import opening_token
+from svdconvert.sentences import asked
 from svdconvert.storage.documents import TEXT_ADVICE, open_regular, parse_json
 from svdconvert.words import listing
 
@@ -412,7 +413,8 @@ def _document(value: Any, field: str, where: str, empty: EmptyRows) -> Iterator[
         return
     if not isinstance(value, str):
         raise InputError(
-            f"{where}: the field {field!r} is {type(value).__name__}, not text; name another with --calib-field"
+            f"{where}: the field {field!r} is {type(value).__name__}, not text; name another as "
+            f"{asked('calibration.field')}"
         )
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is no text; correct it")

@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from svdconvert.cli.groups import GroupedCommand
+from svdconvert.cli.sentences import told
 from svdconvert.errors import InputError, JobError, SvdconvertError, out_of_memory
 from svdconvert.machine import interrupts, processes
 from svdconvert.version import __version__
@@ -50,8 +51,9 @@ class DefaultGroup(click.Group):
         default = self.commands[DEFAULT_COMMAND]
         with default.make_context(DEFAULT_COMMAND, [], parent=ctx, resilient_parsing=True) as inner:
             if incomplete.startswith("-"):
-                told = {item.value for item in found}
-                return [*found, *(item for item in default.shell_complete(inner, incomplete) if item.value not in told)]
+                known = {item.value for item in found}
+                own = default.shell_complete(inner, incomplete)
+                return [*found, *(item for item in own if item.value not in known)]
             return [*found, *default.params[0].shell_complete(inner, incomplete)]
 
     def resolve_command(
@@ -86,7 +88,7 @@ class DefaultGroup(click.Group):
         except SvdconvertError as error:
             if os.environ.get("SVDCONVERT_DEBUG"):
                 traceback.print_exception(error)
-            _fail(str(error), error.exit_code)
+            _fail(told(error.sentence), error.exit_code)
         except Exception as error:
             if where := out_of_memory(error):
                 _fail(_OUT_OF_MEMORY[where], 1)

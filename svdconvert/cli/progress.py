@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from svdconvert.cli.report import show_plan
+from svdconvert.cli.sentences import told
 from svdconvert.machine import interrupts
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step
@@ -189,7 +190,7 @@ class TerminalEvents(Events):
         self._print(f"wrote {name} ({size(size_in_bytes)})")
 
     def note(self, text: str) -> None:
-        self._print(f"note: {text}")
+        self._print(f"note: {told(text)}")
 
     def _at(self, phase: str, done: int, total: int, detail: str) -> None:
         if self._lines is not None:

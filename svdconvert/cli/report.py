@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from svdconvert.cli.sentences import told
 from svdconvert.cli.tables import new_table, show_pairs, show_table
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps
@@ -71,7 +72,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     show_pairs(console, rows)
     notes = plan.notes if METHODS[plan.method].statistics else (*plan.notes, WITHOUT_A_TEXT)
     for note in notes:
-        console.print(f"[yellow]note:[/] {escape(note)}")
+        console.print(f"[yellow]note:[/] {escape(told(note))}")
 
 
 def show_result(console: Console, report: Report) -> None:
@@ -109,7 +110,7 @@ def show_result(console: Console, report: Report) -> None:
     rows.append(("written to", str(report.folder)))
     if report.url:
         rows.append(("pushed to", report.url))
-    rows.append(("next", next_steps(METHODS[plan.method], settings, report.folder)))
+    rows.append(("next", told(next_steps(METHODS[plan.method], settings, report.folder))))
     show_pairs(console, rows)
 
 
@@ -165,15 +166,15 @@ def _times(outcome: Outcome) -> list[tuple[str, str]]:
     if outcome.already_done:
         return rows
     for number, stages in enumerate(processes := outcome.record["timing"]):
-        told = [
+        texts = [
             f"{stage} {spent['wall_seconds']:.1f} s"
             + (f" in {spent['workers']} workers" if spent.get("workers", 1) > 1 else "")
             + f" (CPU {spent['cpu_seconds']:.1f} s)"
             for stage, spent in stages.items()
             if max(spent["wall_seconds"], spent["cpu_seconds"]) >= 0.05
         ]
-        if told:
-            rows.append(("stages" if len(processes) == 1 else f"stages of process {number}", ", ".join(told)))
+        if texts:
+            rows.append(("stages" if len(processes) == 1 else f"stages of process {number}", ", ".join(texts)))
     return rows
 
 
@@ -214,11 +215,11 @@ def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False)
         found = {name: [value(matrix) for matrix in matrices] for name, (value, _) in columns.items()}
         if per_layer:
             for i, matrix in enumerate(matrices):
-                table.add_row(matrix.module, size, *(told(found[name][i]) for name, (_, told) in columns.items()))
+                table.add_row(matrix.module, size, *(show(found[name][i]) for name, (_, show) in columns.items()))
             continue
         for i, (name, pick) in enumerate(_PICKS.items()):
             label = (kind, size, str(len(matrices))) if i == 0 else ("", "", "")
-            table.add_row(*label, name, *(told(pick(found[column])) for column, (_, told) in columns.items()))
+            table.add_row(*label, name, *(show(pick(found[column])) for column, (_, show) in columns.items()))
     metrics = "plain" if spectra.method == "svd" else f"in the metrics of {spectra.method}"
     console.print(f"[bold]{escape(spectra.model)}[/], {metrics}, layout {spectra.layout}")
     show_table(console, table, keys=(0,) if per_layer else (0, 3))
@@ -248,4 +249,4 @@ def show_checks(console: Console, checks: Sequence[Check]) -> None:
     """Print checks, one a line."""
     for check in checks:
         mark = "[green]ok[/]    " if check.passed else "[red]failed[/]"
-        console.print(f"{mark} [bold]{check.name}[/]: {escape(check.detail)}")
+        console.print(f"{mark} [bold]{check.name}[/]: {escape(told(check.detail))}")

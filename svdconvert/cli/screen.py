@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from svdconvert.cli.sentences import told
 from svdconvert.errors import InputError
 
 
@@ -33,4 +35,13 @@ def console_for(as_json: bool) -> Any:
 
 def print_json(value: object) -> None:
     """Print for programs."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(_told(value), indent=2, ensure_ascii=False))
+
+
+def _told(value: object) -> object:
+    """JSON types whose sentences are in the words of the command line."""
+    if isinstance(value, Mapping):
+        return {name: _told(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(one) for one in value]
+    return told(value) if isinstance(value, str) else value

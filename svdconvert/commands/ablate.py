@@ -32,6 +32,7 @@ from svdconvert.models.preflight import check_model
 from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import find_targets, target_tensors
+from svdconvert.sentences import asked
 from svdconvert.storage.opening import local_folder
 from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import LocalSource
@@ -101,7 +102,7 @@ def ablate(
     tensors = target_tensors(source, chosen)
     fewest = min(min(target.shape) for target in chosen)
     if not 1 <= groups <= fewest:
-        raise InputError(f"--groups {groups} is not possible; the smallest matrix has {fewest} singular values")
+        raise InputError(f"{asked('groups', groups)} is not possible; the smallest matrix has {fewest} singular values")
     used = resolve_device(device)
     check_model(source)
     passage = read_passage(folder, source.config, Path(text).expanduser(), window, stride)

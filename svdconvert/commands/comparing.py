@@ -21,6 +21,7 @@ from svdconvert.linalg.shared import relative_error
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.probe import PROBE
 from svdconvert.names import layer_number, suffix
+from svdconvert.sentences import asked
 from svdconvert.storage.reader import WeightReader, same_values, torch_dtype
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import embedding_of, head_copies
@@ -116,7 +117,7 @@ def _outcome(factored: Source, dense: Source, row: Architecture) -> Check:
                 wrong = f"{difference:.2g} off those of the source's class with the products in it"
                 return Check(name, False, f"{where} are {wrong}")
     except InputError as error:
-        return Check(name, False, str(error))
+        return Check(name, False, error.sentence)
     return Check(name, True, f"that of the source's class with the products in it, within {worst:.1g}")
 
 
@@ -175,7 +176,9 @@ def _recorded_errors(folder: Path) -> dict[str, float]:
         return {}
     matrices = read_record(folder).get("matrices") or {}
     if not isinstance(matrices, dict):
-        raise InputError(f"{folder / RECORD} is that of a model without factors; convert anew, with --overwrite")
+        raise InputError(
+            f"{folder / RECORD} is of a model without factors; convert again with {asked('overwrite', True)}"
+        )
     return {module: matrix["relative_error"] for module, matrix in matrices.items()}
 
 

@@ -17,6 +17,7 @@ from svdconvert.machine.devices import resolve_device
 from svdconvert.models.divergence import Divergence, likelihoods
 from svdconvert.models.loading import compute_dtype, load_model
 from svdconvert.models.passages import Passage, read_passage
+from svdconvert.sentences import asked
 from svdconvert.storage.documents import read_json
 from svdconvert.storage.opening import local_folder
 
@@ -102,8 +103,8 @@ def evaluate(
         other, theirs = _passage(against, against_revision, text, window, stride, protocol)
         if not torch.equal(passage.ids, theirs.ids) or passage.window != theirs.window:
             raise InputError(
-                f"{model} and {against} read {text} as different tokens or windows; only models of one tokenizer and "
-                "one --window can be compared"
+                f"{model} and {against} read {text} as different tokens or windows; compare models of one tokenizer, "
+                f"with one {asked('window')}"
             )
     used = resolve_device(device)
     loaded = _load(folder, used)

@@ -43,11 +43,11 @@ def check_picture(path: Path) -> None:
     """
     need_matplotlib()
     if path.suffix.lower() not in _FORMATS:
-        raise InputError(f"--plot {path} must end in {', '.join(_FORMATS)}")
+        raise InputError(f"the picture {path} must end in {', '.join(_FORMATS)}; rename it")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"--plot {path} is in a folder that does not exist; create it first")
+        raise InputError(f"the picture {path} is in a folder that does not exist; create it first")
     if path.is_dir():
-        raise InputError(f"--plot {path} is a folder; give the name of a file")
+        raise InputError(f"the picture {path} is a folder; give the name of a file")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -27,6 +27,7 @@ from svdconvert.models.positions import refuse_misplaced
 from svdconvert.names import suffix
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, shard
+from svdconvert.sentences import asked
 from svdconvert.settings.options import short_command
 from svdconvert.storage.source import LocalSource, Source
 from svdconvert.tensors import TensorInfo, parameters
@@ -82,7 +83,7 @@ def fold(
         if not path.is_dir():
             raise InputError(f"there is no folder {path}")
     if Path(out).expanduser().resolve() == adapter_folder.resolve():
-        raise InputError(f"--out {out} is the adapter's own folder; give another one")
+        raise InputError(f"{asked('out', out)} is the adapter's own folder; give another one")
     lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
     row = factored_architecture(source.config, source.where)

@@ -143,7 +143,7 @@ def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:
     try:
         expected = expected_tensors(config)
     except InputError as error:
-        return Check(name, False, str(error))
+        return Check(name, False, error.sentence)
     found = {key: info.shape for key, info in source.tensors.items()}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
@@ -175,7 +175,7 @@ def _logits(folder: Path, source: Source) -> Check:
     try:
         how = probe(folder, source)
     except InputError as error:
-        return Check("logits", False, str(error))
+        return Check("logits", False, error.sentence)
     return Check("logits", True, f"finite for {PROBE} tokens, {how}")
 
 

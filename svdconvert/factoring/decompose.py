@@ -29,6 +29,7 @@ from svdconvert.planning.partition import matrix_cost, split
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
 from svdconvert.planning.targets import target_tensors
+from svdconvert.sentences import Sentence, asked
 from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import Source
 from svdconvert.storage.tensor_files import read_tensors, write_tensors
@@ -109,10 +110,8 @@ def decompose_all(
         events.note(f"calibration on {count:,} tokens of {knowledge.name}")
         widest = max(max(part.rows, target.shape[1]) for target in targets for part in target.parts)
         if count < widest:
-            events.note(
-                f"{count:,} tokens are fewer than the {widest:,} channels of the widest layer, so that the metrics are "
-                "singular; more --calib-samples give better factors"
-            )
+            few = f"{count:,} tokens, fewer than the {widest:,} channels of the widest layer, make the metrics singular"
+            events.note(Sentence(f"{few}; raise {asked('calibration.samples')} for better factors"))
         modules = [part.module for target in targets for part in target.parts]
         statistics = knowledge.collect(method, modules, device, work, events)
     decompose_targets(source, targets, method, options, store, statistics, torch.device(device), events, workers)
@@ -332,7 +331,7 @@ def _naming(weight: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"tensor {weight} cannot be converted: {error}") from None
+        raise InputError(f"tensor {weight} cannot be converted: {error.sentence.marked}") from None
 
 
 def _on(metric: Metric, device: torch.device) -> Metric:

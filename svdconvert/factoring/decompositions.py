@@ -25,6 +25,7 @@ from svdconvert.linalg.shared import SharedDecomposition
 from svdconvert.linalg.solver import Decomposition, Metric
 from svdconvert.methods.table import Method, unshrink
 from svdconvert.planning.ranks import Target
+from svdconvert.sentences import asked
 from svdconvert.storage.differences import difference
 from svdconvert.storage.disk import atomic_write, disk_errors
 from svdconvert.storage.documents import read_json
@@ -53,17 +54,17 @@ class Decompositions:
         found = folder / "key.json"
         wanted = json.loads(json.dumps(key))
         if found.is_file():
-            theirs = read_json(found, "", "give another --work folder, or delete this one")
+            theirs = read_json(found, "", f"give another folder as {asked('work')}, or delete this one")
             differing = difference(theirs, wanted)
             if differing is not None:
                 field, values = differing
                 raise InputError(
-                    f"{folder} was computed with another {field.replace('_', ' ')} ({values}); give another --work "
-                    "folder"
+                    f"{folder} was computed with another {field.replace('_', ' ')} ({values}); give another folder as "
+                    f"{asked('work')}"
                 )
             return
         if folder.is_dir() and any(folder.glob("*.safetensors")):
-            raise InputError(f"{folder} lacks key.json, which says of what it is; give another --work folder")
+            raise InputError(f"{folder} lacks key.json, which names its model; give another folder as {asked('work')}")
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(found, json.dumps(wanted, indent=1).encode())

@@ -25,6 +25,7 @@ from svdconvert.linalg.pivot import full_up, pivot, product, rounded_coefficient
 from svdconvert.linalg.shared import SharedFactors, plain_shared, relative_error, truncate_shared
 from svdconvert.linalg.solver import Decomposition, Factors, Metric, Workspace, apply_metric, factorize, truncate
 from svdconvert.planning.steps import Step
+from svdconvert.sentences import asked
 from svdconvert.storage.reader import torch_dtype
 from svdconvert.tensors import TensorInfo
 
@@ -331,9 +332,9 @@ def run(step: Step, inputs: Sequence[Tensor], workspace: Workspace) -> tuple[lis
         for info, tensor in zip(step.outputs, outputs, strict=True):
             assert tuple(tensor.shape) == info.shape, (step.key, info, tensor.shape)
             if not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"{info.name} would exceed the range of {info.dtype}; choose another --dtype")
+                raise InputError(f"{info.name} would exceed the range of {info.dtype}; choose another {asked('dtype')}")
     except InputError as error:
-        raise InputError(f"tensor {step.key} cannot be converted: {error}") from None
+        raise InputError(f"tensor {step.key} cannot be converted: {error.sentence.marked}") from None
     return [tensor.contiguous().cpu() for tensor in outputs], report
 
 
@@ -355,5 +356,5 @@ def convert_piece(piece: Tensor, source: TensorInfo, target: TensorInfo) -> Tens
         return piece
     converted = values.to(torch_dtype(target.dtype))
     if not bool(torch.isfinite(converted).all()):
-        raise InputError(f"tensor {source.name} exceeds the range of {target.dtype}; choose another --dtype")
+        raise InputError(f"tensor {source.name} exceeds the range of {target.dtype}; choose another {asked('dtype')}")
     return converted.view(torch.uint8)

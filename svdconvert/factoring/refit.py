@@ -50,6 +50,7 @@ from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
+from svdconvert.sentences import asked
 from svdconvert.storage.source import Source
 
 # One sequence of so many is held out.
@@ -134,7 +135,10 @@ def refit_targets(
         JobError: reading or writing failed; the same call goes on.
     """
     if len(tokens.ids) < 2:
-        raise InputError("a refit needs 2 calibration sequences at least, one of them held out; raise --calib-samples")
+        raise InputError(
+            "a refit needs at least 2 calibration sequences, one of them held out; raise "
+            f"{asked('calibration.samples')}"
+        )
     for name, compensate in ATTEMPTS.items():
         place = RefitFolder(folder / name)
         found = place.outcome

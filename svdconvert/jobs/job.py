@@ -20,6 +20,7 @@ from svdconvert.machine.memory import peak_memory_bytes
 from svdconvert.machine.timing import StageTimes
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, files_here
+from svdconvert.sentences import asked
 from svdconvert.storage.differences import difference
 from svdconvert.storage.disk import refuse_full
 from svdconvert.storage.headers import layout
@@ -195,14 +196,14 @@ def _refuse_changed(source: Source, before: Mapping[str, Any]) -> None:
     if found is not None:
         raise InputError(
             f"{source.where} was changed while it was read ({': '.join(found)}), so the result would be of two models; "
-            "start anew with --overwrite"
+            f"start again with {asked('overwrite', True)}"
         )
 
 
 def refuse_same_folder(source: Source, folder: Path) -> None:
     """Never write into the folder that is read from."""
     if isinstance(source, LocalSource) and folder.resolve() == source.folder.resolve():
-        raise InputError(f"--out {folder} is the source's own folder; give another one")
+        raise InputError(f"{asked('out', folder)} is the source's own folder; give another one")
 
 
 def preflight_disk(folder: Path, job: Job, source: Source) -> None:
@@ -218,4 +219,4 @@ def preflight_disk(folder: Path, job: Job, source: Source) -> None:
         if not (folder / name).exists() and not (folder / JOB_FOLDER / f"{name}.partial").exists()
     )
     needed += sum(sorted(source.download_bytes.values())[-files_here(job.steps) :])
-    refuse_full(folder, needed, "", "free some or give another --out")
+    refuse_full(folder, needed, "", f"free some or give another folder as {asked('out')}")

@@ -23,6 +23,7 @@ from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, either, many, optional, record, require, table
 from svdconvert.jobs.journal import journals
 from svdconvert.machine.processes import Group
+from svdconvert.sentences import asked
 from svdconvert.storage.differences import difference
 from svdconvert.storage.disk import atomic_write, disk_errors
 from svdconvert.storage.documents import json_or_none, read_json
@@ -43,7 +44,7 @@ _WEIGHTS = (".safetensors", ".bin")
 _MODEL_FILES = frozenset({SAFE_INDEX, PICKLE_INDEX, "generation_config.json", ADAPTER_CONFIG})
 
 # What to do about a damaged file of ours.
-_ANEW = "convert anew, with --overwrite"
+_ANEW = f"convert again with {asked('overwrite', True)}"
 _ELSEWHERE = "give another folder, or empty this one"
 _JOB_FIELDS = {"settings": OBJECT}
 _MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
@@ -69,7 +70,7 @@ def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
             overwritten, files that are not ours and in the way.
     """
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder with --out")
+        raise InputError(f"{folder} is a file; give a folder as {asked('out')}")
     if not folder.is_dir():
         return
     if overwrite:
@@ -165,7 +166,7 @@ class OutputFolder:
         self.overwrite = overwrite
         self.finished = False
         self._files: list[str] = []
-        self._lock = FolderLock(folder, self.job / "lock", "give another --out")
+        self._lock = FolderLock(folder, self.job / "lock", f"give another folder as {asked('out')}")
         refuse_foreign(folder, overwrite=overwrite)
         if overwrite or not folder.is_dir():
             return
@@ -189,7 +190,8 @@ class OutputFolder:
         if found is not None:
             field, values = found
             raise InputError(
-                f"{what} with another {field.replace('_', ' ')} ({values}); {advice}, or add --overwrite to start anew"
+                f"{what} with another {field.replace('_', ' ')} ({values}); {advice}, or add "
+                f"{asked('overwrite', True)} to start again"
             )
 
     def __enter__(self) -> OutputFolder:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 from svdconvert.tensors import TensorInfo
 
 Shape = tuple[int, int]
@@ -94,7 +95,7 @@ def layout_named(name: str) -> Layout:
         InputError: there is none of that name.
     """
     if name not in LAYOUTS:
-        raise InputError(f"--layout {name!r} is unknown; known: {', '.join(LAYOUTS)}")
+        raise InputError(f"{asked('layout', name)} is unknown; choose {' or '.join(LAYOUTS)}")
     return LAYOUTS[name]
 
 

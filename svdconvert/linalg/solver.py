@@ -26,6 +26,7 @@ from torch import Tensor
 from svdconvert.errors import InputError
 from svdconvert.linalg import lapack
 from svdconvert.linalg.rounding import BASES, SMALLEST_SHARE, round_with_feedback
+from svdconvert.sentences import asked
 
 # float32 is good while lambda_1 <= this * lambda_r, that is sigma_1 / sigma_r <= 50.
 FLOAT32_EIGENVALUE_RATIO = 2.5e3
@@ -392,7 +393,7 @@ def largest_entry(weight: Tensor) -> float:
     if largest and not LEAST_ENTRY <= largest <= GREATEST_ENTRY:
         raise InputError(
             f"its largest entry is {largest:.1e}, and squares of entries beyond {GREATEST_ENTRY:g} or all below "
-            f"{LEAST_ENTRY:g} leave the range of float64; rescale it, or leave it dense with --targets"
+            f"{LEAST_ENTRY:g} leave the range of float64; rescale it, or leave it out of {asked('targets')}"
         )
     return largest
 
@@ -428,7 +429,9 @@ def scale_of(largest: float) -> float:
 def refuse_overflow(factor: Tensor) -> None:
     """Raise InputError if a factor has left the range of its type."""
     if not bool(torch.isfinite(factor).all()):
-        raise InputError(f"its factors exceed the range of {str(factor.dtype)[6:]}; choose --dtype bfloat16 or float32")
+        raise InputError(
+            f"its factors exceed the range of {str(factor.dtype)[6:]}; choose {asked('dtype', 'bfloat16')} or float32"
+        )
 
 
 @dataclass(frozen=True)

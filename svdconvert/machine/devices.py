@@ -6,6 +6,7 @@ import re
 
 from svdconvert.errors import InputError
 from svdconvert.machine import processes
+from svdconvert.sentences import asked
 
 
 def resolve_device(device: str) -> str:
@@ -15,7 +16,7 @@ def resolve_device(device: str) -> str:
         InputError: the name is unknown or the device is not there.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise InputError(f"--device {device!r} is unknown; choose auto, cpu, cuda or cuda:N")
+        raise InputError(f"{asked('device', device)} is unknown; choose auto, cpu, cuda or cuda:N")
     if device == "cpu":
         return device
     import torch
@@ -29,5 +30,7 @@ def resolve_device(device: str) -> str:
     if device == "cpu":
         return device
     if int(device.partition(":")[2] or 0) >= count:
-        raise InputError(f"--device {device} is not there: torch sees {count} CUDA devices; use --device cpu")
+        raise InputError(
+            f"{asked('device', device)} is not there: torch sees {count} CUDA devices; use {asked('device', 'cpu')}"
+        )
     return device

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +150,7 @@ def method_named(name: str) -> Method:
     """
     row = METHODS.get(METHOD_ALIASES.get(name, name))
     if row is None:
-        raise InputError(f"--method {name!r} is unknown; known: {', '.join([*METHODS, *METHOD_ALIASES])}")
+        raise InputError(f"{asked('method', name)} is unknown; choose one of {', '.join([*METHODS, *METHOD_ALIASES])}")
     return row
 
 
@@ -164,9 +165,9 @@ def method_options(row: Method, given: Mapping[str, float | None]) -> dict[str, 
         if value is None:
             continue
         if name not in row.options:
-            raise InputError(f"--{name} means nothing to --method {row.name}")
+            raise InputError(f"{asked(name)} has no effect on {asked('method', row.name)}; leave it out")
         if not 0 <= value <= 1:
-            raise InputError(f"--{name} {value:g} must lie between 0 and 1")
+            raise InputError(f"{asked(name, value)} must lie between 0 and 1")
         chosen[name] = value
     return chosen
 

@@ -23,6 +23,7 @@ from svdconvert.errors import InputError
 from svdconvert.families.table import longest_input
 from svdconvert.fields import COUNT, require
 from svdconvert.models.loading import load_tokenizer, opening_token
+from svdconvert.sentences import asked
 from svdconvert.storage import documents
 
 # Protocol -> tokens of a window by default, as far as the model reads that many.
@@ -114,7 +115,9 @@ def read_passage(
     opening = opening_token(tokenizer)
     if disjoint:
         if ids.numel() < window:
-            raise InputError(f"{text} has {ids.numel():,} tokens, less than one window of {window:,}; lower --window")
+            raise InputError(
+                f"{text} has {ids.numel():,} tokens, less than one window of {window:,}; lower {asked('window')}"
+            )
     else:
         candidates = (opening, tokenizer.eos_token_id, config.get("eos_token_id"), 0)
         opening = next(token for token in candidates if type(token) is int and token >= 0)
@@ -127,23 +130,24 @@ def read_passage(
 
 def _window(config: Mapping[str, Any], window: int | None, stride: int | None, protocol: str) -> tuple[int, int]:
     if protocol not in PROTOCOLS:
-        raise InputError(f"--protocol {protocol!r} is unknown; choose {' or '.join(PROTOCOLS)}")
+        raise InputError(f"{asked('protocol', protocol)} is unknown; choose {' or '.join(PROTOCOLS)}")
     usual = PROTOCOLS[protocol]
     longest = longest_input(config, usual)
     window = min(usual, longest) if window is None else window
     if not 2 <= window <= longest:
-        raise InputError(f"--window {window} is not possible; the model reads from 2 to {longest} tokens")
+        raise InputError(f"{asked('window', window)} is not possible; the model reads from 2 to {longest} tokens")
     if protocol == "disjoint":
         if stride not in (None, window):
             raise InputError(
-                "--stride does not go with --protocol disjoint, whose windows do not overlap; leave it out"
+                f"{asked('stride')} does not go with {asked('protocol', 'disjoint')}, whose windows do not overlap; "
+                "leave it out"
             )
         return window, window
     stride = max(window // 2, 1) if stride is None else stride
     if not 1 <= stride < window:
         raise InputError(
-            f"--stride {stride} must lie between 1 and {window - 1}, below the window; for windows that do not "
-            "overlap use --protocol disjoint"
+            f"{asked('stride', stride)} must lie between 1 and {window - 1}, below the window; for windows that do not "
+            f"overlap use {asked('protocol', 'disjoint')}"
         )
     return window, stride
 

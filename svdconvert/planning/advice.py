@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.methods.table import Method
+from svdconvert.sentences import Sentence, asked
 
 # Measured by tests/benchmarks/real.py, docs/real.md: dense 23.42; 95, 90 and 80 % kept 353,345, 4,860,799 and
 # 108,540,214. Relative errors do not tell: 0.26 on average there at 95 %, and 0.23 in the bundled model at 80 %, which
 # loses 0.03 nats.
-WITHOUT_A_TEXT = (
+WITHOUT_A_TEXT = Sentence(
     "without a text, truncation has destroyed the language of a real model at every size (SmolLM2-135M, 95% of the "
-    "factored layers kept: perplexity 23 -> 353,345); give one with --calib TEXT, or fine-tune the result"
+    f"factored layers kept: perplexity 23 -> 353,345); give one as {asked('calibration')}, or fine-tune the result"
 )
 
 
-def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> str:
+def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sentence:
     """What to do with a result.
 
     Args:
@@ -28,7 +29,8 @@ def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> str
     """
     measure = f"svdconvert evaluate {shlex.quote(str(folder))} --text FILE --against MODEL"
     if not method.statistics:
-        return f"{WITHOUT_A_TEXT}; measure it: {measure}"
+        return Sentence(f"{WITHOUT_A_TEXT.marked}; measure it: {measure}")
     if settings.get("refit") == "none" and settings.get("share_layers") == 1:
-        return f"measure it: {measure}; --refit sequential may win some of the loss back, fine-tuning more"
-    return f"measure it: {measure}; fine-tuning wins some of the loss back"
+        refit = asked("refit", "sequential")
+        return Sentence(f"measure it: {measure}; {refit} may win back some of the loss, and fine-tuning more")
+    return Sentence(f"measure it: {measure}; fine-tuning wins back some of the loss")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from svdconvert.errors import InputError
 from svdconvert.methods.table import Method
 from svdconvert.planning.ranks import RankRequest, Target
+from svdconvert.sentences import asked
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,23 @@ class _Choices:
         return int(np.argmin(self.loss + price * self.cost))
 
 
-def chosen_allocation(method: Method, asked: str | None, request: RankRequest) -> str:
+def chosen_allocation(method: Method, allocation: str | None, request: RankRequest) -> str:
     """How a budget is spread, ``uniform`` or ``global``: as asked, or as suits the method.
 
     Raises:
         InputError: there is no such way, or the request leaves no choice.
     """
-    if asked not in (None, "uniform", "global"):
-        raise InputError(f"--allocation {asked!r} is unknown; choose uniform or global")
-    if asked is None:
-        # Ranks that the user has chosen himself are his to keep.
+    if allocation not in (None, "uniform", "global"):
+        raise InputError(f"{asked('allocation', allocation)} is unknown; choose uniform or global")
+    if allocation is None:
+        # Ranks that the user has chosen stay as they are.
         return method.allocation if request.rank is None and not request.patterns else "uniform"
-    if asked == "global" and request.patterns:
-        raise InputError("--allocation global chooses the ranks itself; give --keep or --params, or one --rank")
-    return asked
+    if allocation == "global" and request.patterns:
+        raise InputError(
+            f"{asked('allocation', 'global')} chooses the ranks itself; give {asked('keep')}, {asked('params')}, or a "
+            f"{asked('rank')} without patterns"
+        )
+    return allocation
 
 
 def allocate(

@@ -19,6 +19,7 @@ from svdconvert.names import layer_number, natural, suffix
 from svdconvert.planning.ranks import RankRequest, Target, assign
 from svdconvert.planning.steps import Step, files_bytes, in_order, shard, with_copies
 from svdconvert.planning.targets import choose_targets, in_parts, share
+from svdconvert.sentences import asked
 from svdconvert.solvers import table as fast
 from svdconvert.storage.other_models import quantised_part, refuse_other_model
 from svdconvert.storage.source import Source
@@ -247,7 +248,7 @@ def make_plan(
     method = method_named(method).name
     fast.check_solver(solver, method, share_layers=share_layers)
     if dtype != "keep" and CODES.get(dtype) not in FLOATS - {"F64"}:
-        raise InputError(f"--dtype {dtype!r} is unknown; choose keep, float16, bfloat16 or float32")
+        raise InputError(f"{asked('dtype', dtype)} is unknown; choose keep, float16, bfloat16 or float32")
     dropped = [name for name in source.tensors if row.is_dropped(name)]
     copies = head_copies(row, source)
     left_out = {*dropped, *(copy.name for copy in copies)}

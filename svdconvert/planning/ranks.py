@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from svdconvert.errors import InputError
 from svdconvert.layouts.table import DEFAULT, Layout
+from svdconvert.sentences import asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,23 +119,26 @@ class RankRequest:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        asked = [self.rank is not None or bool(self.patterns), self.keep is not None, self.params is not None]
-        if sum(asked) != 1:
-            raise InputError("give exactly one of --rank, --keep and --params")
+        sizes = [self.rank is not None or bool(self.patterns), self.keep is not None, self.params is not None]
+        if sum(sizes) != 1:
+            raise InputError(f"give exactly one of {asked('rank')}, {asked('keep')} and {asked('params')}")
         if self.multiple < 1:
-            raise InputError(f"--rank-multiple {self.multiple} is not possible; give a whole number from 1 on")
+            raise InputError(f"{asked('rank_multiple', self.multiple)} is too small; the least is 1")
         for name, rank in {"": self.rank, **(self.patterns or {})}.items():
-            where = f" for {name}" if name else ""
-            if rank is not None and rank < 1:
-                raise InputError(f"rank {rank}{where} is not possible; the least is 1")
-            if rank is not None and rank % self.multiple:
+            if rank is None:
+                continue
+            given = asked("rank", {name: rank} if name else rank)
+            if rank < 1:
+                raise InputError(f"{given} is too small; the least is 1")
+            if rank % self.multiple:
                 below = rank - rank % self.multiple
                 raise InputError(
-                    f"rank {rank}{where} is no multiple of {self.multiple}, as --rank-multiple wants; give "
+                    f"{given} does not go with {asked('rank_multiple', self.multiple)}; give a multiple, "
                     + (f"{below} or {below + self.multiple}" if below else f"{self.multiple}")
                 )
         if self.keep is not None and not 0 < self.keep < 1:
-            raise InputError(f"--keep {self.keep:g} must lie between 0 and 1 (the fraction of target parameters kept)")
+            fraction = "the fraction of target parameters kept"
+            raise InputError(f"{asked('keep', self.keep)} must lie between 0 and 1 ({fraction})")
 
     def settings(self) -> dict[str, object]:
         """The request in JSON types, for the record and for comparing an interrupted job with its continuation."""
@@ -185,11 +189,11 @@ def parse_rank_options(options: Sequence[str]) -> tuple[int | None, dict[str, in
     for option in options:
         pattern, equals, value = option.rpartition("=")
         if not re.fullmatch(r"-?\d+", value) or (equals and not pattern):
-            raise InputError(f"--rank {option!r} is neither a whole number nor PATTERN=NUMBER")
+            raise InputError(f"{asked('rank', option)} is neither a whole number nor PATTERN=NUMBER")
         if pattern:
             patterns[pattern] = int(value)
         elif default is not None:
-            raise InputError(f"--rank was given twice without a pattern ({default} and {value})")
+            raise InputError(f"{asked('rank')} is given twice without a pattern ({default} and {value}); give it once")
         else:
             default = int(value)
     return default, patterns
@@ -199,7 +203,7 @@ def parse_count(text: str) -> int:
     """A number of parameters: ``526503936``, ``500M``, ``1.4B``."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().replace("_", "").replace(",", ""), re.IGNORECASE)
     if not match:
-        raise InputError(f"{text!r} is no number of parameters; write 1400000000, 1400M or 1.4B")
+        raise InputError(f"{asked('params', text)} is not a number of parameters; write 1400000000, 1400M or 1.4B")
     return round(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2].upper()])
 
 
@@ -234,9 +238,9 @@ def _check_multiple(targets: Sequence[Target], multiple: int) -> None:
     for target in targets:
         if multiple >= target.break_even:
             raise InputError(
-                f"--rank-multiple {multiple} leaves no rank that saves anything in {target.module}, a "
+                f"{asked('rank_multiple', multiple)} leaves no rank that saves anything in {target.module}, a "
                 f"{target.shape[0]} x {target.shape[1]} matrix (break-even {target.break_even:,.1f}); "
-                "take a smaller one, or choose other --targets"
+                f"use a smaller one, or choose other {asked('targets')}"
             )
 
 
@@ -245,14 +249,15 @@ def _fixed(targets: Sequence[Target], request: RankRequest) -> list[Target]:
     for pattern in patterns:
         if not any(_names(pattern, target) for target in targets):
             raise InputError(
-                f"--rank {pattern}={patterns[pattern]} matches no target; targets are named like {targets[0].module!r}"
+                f"{asked('rank', {pattern: patterns[pattern]})} matches no target; targets have names like "
+                f"{targets[0].module!r}"
             )
     result = []
     for target in targets:
         chosen = [rank for pattern, rank in patterns.items() if _names(pattern, target)]
         rank = chosen[-1] if chosen else request.rank
         if rank is None:
-            result.append(replace(target, reason="no --rank names it"))
+            result.append(replace(target, reason="no rank is given for them"))
             continue
         if rank > min(target.shape):
             if not chosen and any(rank <= min(other.shape) for other in targets):
@@ -279,8 +284,8 @@ def _names(pattern: str, target: Target) -> bool:
     if named and len(named) < len(target.parts):
         other = next(part.module for part in target.parts if part.module not in named)
         raise InputError(
-            f"--rank {pattern}=... names {named[0]} but not {other}, and both share one factor, so that they have one "
-            "rank; name both, or use another --share-layers"
+            f"a pattern of {asked('rank')}, {pattern}, matches {named[0]} but not {other}, and the two share one "
+            f"factor and so have one rank; match both, or use another {asked('share_layers')}"
         )
     return bool(named)
 
@@ -310,8 +315,8 @@ def _fraction_for(targets: Sequence[Target], request: RankRequest, untouched: in
     least = untouched + math.ceil(share * dense)
     if not least <= params < untouched + dense:
         raise InputError(
-            f"--params {params:,} cannot be met: the targets allow from {least:,} (no matrix below rank {least_rank}) "
-            f"to {untouched + dense:,} (dense) parameters"
+            f"{asked('params', params)} cannot be met; give a number from {least:,} (no matrix below rank "
+            f"{least_rank}) to {untouched + dense:,} (dense)"
         )
     return (params - untouched) / dense
 

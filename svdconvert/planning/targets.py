@@ -11,6 +11,7 @@ from svdconvert.families.row import Architecture
 from svdconvert.families.table import dense_architecture
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.ranks import Target
+from svdconvert.sentences import asked
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
 
@@ -39,8 +40,8 @@ def in_parts(
     """Tensors and row with all fused projections in parts."""
     if not row.fused:
         raise InputError(
-            f"--split-fused has nothing to split in {source.where}: a {row.model_type} has no queries, keys and values "
-            "in one matrix; leave it out"
+            f"{asked('split_fused', True)} has nothing to split in {source.where}: a {row.model_type} model keeps "
+            "queries, keys and values in separate matrices; leave it out"
         )
     return split_tensors(tensors, row, source.config, lambda layer: True), row.split()
 
@@ -62,7 +63,7 @@ def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, pattern
     for pattern in patterns:
         if not any(target.parts[0].is_named(pattern) for target in found):
             raise InputError(
-                f"--targets {pattern} matches no linear layer of the model; they are named like "
+                f"{asked('targets', pattern)} matches no linear layer of the model; layers have names like "
                 f"{', '.join(target.module for target in found[: len(row.targets)])}"
             )
     return [t for t in found if not patterns or any(t.parts[0].is_named(pattern) for pattern in patterns)]
@@ -80,13 +81,13 @@ def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorIn
         InputError: the number, or the layout, does not allow it.
     """
     if layers < 1:
-        raise InputError(f"--share-layers {layers} is not possible; the least is 1, where nothing is shared")
+        raise InputError(f"{asked('share_layers', layers)} is too small; the least is 1, which shares nothing")
     if layers == 1:
         return list(targets)
     if any(target.layout.index for target in targets):
         raise InputError(
-            f"--share-layers {layers} does not go with --layout {targets[0].layout.name}, whose rows are those of one "
-            "matrix each; use --layout balanced"
+            f"{asked('share_layers', layers)} does not go with {asked('layout', targets[0].layout.name)}, which keeps "
+            f"rows of each single matrix; use {asked('layout', 'balanced')}"
         )
     groups: list[list[Target]] = []
     growing: dict[tuple[str, int, str], list[Target]] = {}

@@ -88,6 +88,24 @@ OPTIONS: tuple[Option, ...] = (
 
 BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
 
+# Keyword -> option: of a conversion, and those of other commands that are not called like their keyword.
+_NAMES: Mapping[str, str] = {
+    **{option.keyword: option.name for option in OPTIONS if option.keyword},
+    "calibration": "--calib",
+    "methods": "--method",
+    "layouts": "--layout",
+    "plot": "--no-plot",
+}
+
+
+def option_name(field: str) -> str:
+    """What the command line calls a keyword of the library.
+
+    Args:
+        field: a keyword of a public function, or ``calibration.`` and a field of a calibration.
+    """
+    return _NAMES.get(field, f"--{field.replace('_', '-')}")
+
 
 def short_command(what: str, max_shard_bytes: int) -> str:
     """The command that makes a result of densify or fold again, which depends on the size of its files alone.

@@ -22,7 +22,7 @@ LARGEST_SHARE_SQUARE = 1 / 8
 # At 768, a twelfth is only 1.4 times as fast.
 LEAST_SIDE = 1024
 
-NOT_ON_A_GPU = "the fast solver has not been measured on a GPU; all matrices are solved exactly there"
+NOT_ON_A_GPU = "the fast solver has not been measured on a GPU, so all matrices are solved exactly"
 
 
 def acts(shape: tuple[int, int], rank: int) -> bool:

@@ -327,10 +327,12 @@ class HubSource(Source):
         from svdconvert.storage.pickled import pickled_header
 
         if self.download_bytes and self.download_folder is None:
-            at = "" if self.revision is None else f" --revision {self.revision}"
+            fetch = f"hf download {self.repo}"
+            if self.revision is not None:
+                fetch = f"hf download {self.repo} --revision {self.revision}"
             raise InputError(
-                f"{self._where} has its weights only as pickles ({listing(self.files)}), which cannot be looked into "
-                f"from afar; run `hf download {self.repo}{at} --local-dir DIR` and give DIR"
+                f"{self._where} has its weights only as pickles ({listing(self.files)}), which cannot be read over the "
+                f"network; run `{fetch} --local-dir DIR` and give DIR"
             )
         if self.download_bytes:
             self._check_room()

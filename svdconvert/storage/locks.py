@@ -19,6 +19,7 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.machine.processes import current
+from svdconvert.sentences import asked
 from svdconvert.storage.disk import NOT_ALLOWED, UNSUPPORTED, create, disk_errors, make_folder, write_all
 from svdconvert.storage.documents import json_or_none
 
@@ -196,7 +197,7 @@ class FolderLock:
 @contextlib.contextmanager
 def working(folder: Path) -> Iterator[None]:
     """Hold a folder of decompositions; of several processes all do. Arguments and errors as of :func:`writing`."""
-    with writing(folder, ".work.lock", "give another --work folder"):
+    with writing(folder, ".work.lock", f"give another folder as {asked('work')}"):
         yield
 
 

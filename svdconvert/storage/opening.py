@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 from svdconvert.storage.source import LocalSource, Source, survey
 
 ALIASES: Mapping[str, str] = {
@@ -68,7 +69,9 @@ def _resolve(model: str, revision: str | None) -> Path | str:
     folder = Path(model).expanduser()
     if folder.is_dir():
         if revision:
-            raise InputError(f"--revision belongs to a Hub repository, but {model} is a local folder")
+            raise InputError(
+                f"{asked('revision')} is for Hub repositories, but {model} is a local folder; leave it out"
+            )
         return folder
     if folder.exists():
         raise InputError(f"{model} is a file; give the folder that holds config.json and the weights")

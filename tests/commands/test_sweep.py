@@ -199,9 +199,9 @@ def test_another_model_text_or_calibration(dense: Path, text: Path, calibration:
         ("leaves no rank at all", ["--keep", "0.5,0.001"]),
         ("is larger than", ["--rank", "8,1000"]),
         ("needs a text", ["--keep", "0.5", "--method", "svd", "--method", "kfac"]),
-        ("means nothing to --method svd", ["--keep", "0.5", "--alpha", "0.3"]),
+        ("--alpha has no effect on --method svd", ["--keep", "0.5", "--alpha", "0.3"]),
         ("means nothing to --method svd", ["--keep", "0.5", "--method", "svd", "--calib", "somewhere.txt"]),
-        ("unknown; known", ["--keep", "0.5", "--method", "nonsense"]),
+        ("--method nonsense is unknown; choose one of", ["--keep", "0.5", "--method", "nonsense"]),
         ("--window 1000 is not possible", ["--keep", "0.5", "--window", "1000"]),
     ],
 )

@@ -553,11 +553,14 @@ def test_command_line(dense: Path, run: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--share-layers", 0], "--share-layers 0 is not possible; the least is 1"),
-        (["--share-layers", -2], "--share-layers -2 is not possible"),
+        (["--share-layers", 0], "--share-layers 0 is too small; the least is 1"),
+        (["--share-layers", -2], "--share-layers -2 is too small"),
         (["--share-layers", 2, "--layout", "pivoted"], "does not go with --layout pivoted"),
         (["--share-layers", 2, "--refit", "sequential"], "--refit sequential does not go with --share-layers"),
-        (["--share-layers", 2, "--rank", "layers.0.*=8"], "but not layers.1.attention.query_key_value, and both share"),
+        (
+            ["--share-layers", 2, "--rank", "layers.0.*=8"],
+            "but not layers.1.attention.query_key_value, and the two share",
+        ),
         (["--share-layers", 3, "--rank", "mlp.dense_4h_to_h=193"], "a 192 x 256 matrix with the layers that share"),
     ],
 )

@@ -392,7 +392,7 @@ class TestCalibration:
         assert done.code != 0
         (sentence,) = sentences(done.err)
         assert sentence == (
-            "Error: 1 calibration sequences do not suffice for 2 processes; raise --calib-samples or start fewer"
+            "Error: 1 calibration sequences are too few for 2 processes; raise --calib-samples or start fewer"
         )
 
 

@@ -256,12 +256,12 @@ def test_another_text_is_refused(dense: Path, calibration: Calibration, tmp_path
     ("arguments", "words"),
     [
         ({"method": "whiten"}, "needs a text"),
-        ({"method": "nonsense"}, "unknown; known: svd, asvd"),
-        ({"method": "svd", "alpha": 0.3}, "means nothing to --method svd"),
+        ({"method": "nonsense"}, "unknown; choose one of svd, asvd"),
+        ({"method": "svd", "alpha": 0.3}, "alpha has no effect on method=.svd."),
         ({"method": "asvd", "alpha": 3.0}, "between 0 and 1"),
         ({"method": "whiten", "shrinkage": -0.1}, "between 0 and 1"),
         ({"allocation": "nonsense"}, "unknown; choose uniform or global"),
-        ({"layout": "nonsense"}, "unknown; known: balanced, pivoted"),
+        ({"layout": "nonsense"}, "unknown; choose balanced or pivoted"),
     ],
 )
 def test_refusals(arguments: dict[str, object], words: str, dense: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from svdconvert import Calibration, convert, plan
 from svdconvert.cli.report import show_plan, show_result
+from svdconvert.cli.sentences import told as in_options
 from svdconvert.planning.advice import WITHOUT_A_TEXT
 
 
@@ -25,17 +26,19 @@ def told(console: Console) -> str:
 
 def test_a_plan_without_a_text_warns(dense: Path, console: Console) -> None:
     show_plan(console, plan(dense, rank=16), None)
-    assert f"note: {WITHOUT_A_TEXT}" in told(console)
+    assert f"note: {in_options(WITHOUT_A_TEXT)}" in told(console)
 
 
 def test_a_plan_with_one_does_not(dense: Path, console: Console) -> None:
     show_plan(console, plan(dense, rank=16, method="whiten"), None)
-    assert WITHOUT_A_TEXT not in told(console)
+    assert in_options(WITHOUT_A_TEXT) not in told(console)
 
 
 def test_a_plain_result(dense: Path, tmp_path: Path, console: Console) -> None:
     show_result(console, convert(dense, tmp_path / "a b", rank=16, device="cpu", check=False))
-    assert f"{WITHOUT_A_TEXT}; measure it: svdconvert evaluate '{tmp_path / 'a b'}' --text FILE" in told(console)
+    assert f"{in_options(WITHOUT_A_TEXT)}; measure it: svdconvert evaluate '{tmp_path / 'a b'}' --text FILE" in told(
+        console
+    )
 
 
 @pytest.mark.parametrize("refit", ["none", "sequential"])
@@ -49,4 +52,4 @@ def test_a_calibrated_result(refit: str, dense: Path, tmp_path: Path, console: C
     )
     assert "destroyed" not in told(console)
     assert "--against MODEL" in told(console)
-    assert ("--refit sequential may win" in told(console)) == (refit == "none")
+    assert ("--refit sequential may win back some" in told(console)) == (refit == "none")

@@ -30,7 +30,7 @@ def test_later_patterns_win() -> None:
 def test_without_a_default_the_rest_stays_dense() -> None:
     targets = assign([SQUARE, TALL], RankRequest(None, {"tall": 12}), 0)
     assert ranks(targets) == [None, 12]
-    assert "no --rank" in targets[0].reason
+    assert "no rank is given" in targets[0].reason
 
 
 @pytest.mark.parametrize(
@@ -72,21 +72,23 @@ def test_multiples_round_down(keep: float, multiple: int, layout: str) -> None:
 def test_multiples_of_given_ranks() -> None:
     request = RankRequest(16, {"tall": 24}, multiple=8)
     assert ranks(assign([SQUARE, TALL], request, 0)) == [16, 24]
-    with pytest.raises(InputError, match=r"rank 20 is no multiple of 8.* 16 or 24"):
+    with pytest.raises(InputError, match=r"rank=20 does not go with rank_multiple=8; .* 16 or 24$"):
         RankRequest(20, multiple=8)
-    with pytest.raises(InputError, match=r"rank 7 for tall is no multiple of 8.* give 8$"):
+    with pytest.raises(InputError, match=r"rank={'tall': 7} does not go with rank_multiple=8; give a multiple, 8$"):
         RankRequest(16, {"tall": 7}, multiple=8)
 
 
 def test_multiple_beyond_a_matrix() -> None:
-    with pytest.raises(InputError, match=r"--rank-multiple 32 leaves no rank .* layers.0.square, a 64 x 64"):
+    with pytest.raises(InputError, match=r"rank_multiple=32 leaves no rank .* layers.0.square, a 64 x 64"):
         assign([SQUARE, TALL], RankRequest(keep=0.9, multiple=32), 0)
     assert ranks(assign([TALL], RankRequest(keep=0.9, multiple=32), 0)) == [32]
     with pytest.raises(InputError, match=r"a rank of 5 at most, below the multiple 8; keep at least 0.157"):
         assign([TALL], RankRequest(keep=0.1, multiple=8), 0)
     # 8 (256 + 64) / (256 x 64) = 0.15625, and what the message says is enough
     assert ranks(assign([TALL], RankRequest(keep=0.157, multiple=8), 0)) == [8]
-    with pytest.raises(InputError, match=r"allow from 2,560 \(no matrix below rank 8\)"):
+    with pytest.raises(
+        InputError, match=r"params=2559 cannot be met; give a number from 2,560 \(no matrix below rank 8\)"
+    ):
         assign([TALL], RankRequest(params=2559, multiple=8), 0)
     assert ranks(assign([TALL], RankRequest(params=2560, multiple=8), 0)) == [8]
 

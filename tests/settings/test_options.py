@@ -184,7 +184,7 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "5XB", "5iB", "-1GB", "5 G B", "999", "1e9", "5GBB", "nan", "1 PiB"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(svdconvert.InputError, match="is no size; write for example 5GB"):
+    with pytest.raises(svdconvert.InputError, match="is not a size; write for example 5GB"):
         parse_size(text)
 
 
