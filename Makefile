@@ -31,7 +31,7 @@ format: $(NEWEST)/.dev
 	$(NEWEST)/bin/ruff check --fix .
 	$(NEWEST)/bin/ruff format .
 
-# The modeling files of all families, from their templates.
+# The modeling files of all families, from their templates, and the table of families in docs/families.md.
 modeling: $(NEWEST)/.dev
 	$(NEWEST)/bin/python modeling/templates/render.py
 

@@ -1,4 +1,4 @@
-"""Render the modeling files of all families: `make modeling` writes them into modeling/.
+"""Render what is written of each family's row: its modeling file, and the table in docs/families.md. `make modeling`.
 
 Everything that families share is in factored.py.jinja. Two templates fill in the rest: gpt_neox.py.jinja for the family
 whose head and rotary settings have names of their own, decoder.py.jinja for all others. What comes out is checked in,
@@ -19,12 +19,10 @@ from svdconvert.families.table import ARCHITECTURES
 
 TEMPLATES = Path(__file__).parent
 MODELING = TEMPLATES.parent
+PAGE = MODELING.parent / "docs" / "families.md"
 
-# What a reader calls the families whose classes have shorter names.
-TITLES = {"gpt_neox": "GPT-NeoX (Polyglot-Ko)", "llama": "LLaMA", "gpt2": "GPT-2", "phi3": "Phi-3", "gemma2": "Gemma 2"}
-# Fields that the rows' tool has no use for, where they are not the usual ones.
-WIDTHS = {"opt": "word_embed_proj_dim"}
-BLOCKS = {"opt": "decoder.layers", "gpt2": "h"}
+# What no row needs to say: every family has this version.
+OLDEST = (4, 46)
 
 
 def render(row: Architecture) -> str:
@@ -36,8 +34,7 @@ def render(row: Architecture) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = "gpt_neox" if row.model_type == "gpt_neox" else "decoder"
-    text = environment.get_template(f"{template}.py.jinja").render(_fields(row))
+    text = environment.get_template(f"{row.template}.py.jinja").render(_fields(row))
     return _formatted(text)
 
 
@@ -45,9 +42,9 @@ def _fields(row: Architecture) -> dict[str, Any]:
     endings = ("Config", row.causal, *(("ForSequenceClassification",) if row.classifies else ()))
     endings += ("ForTokenClassification",) if row.labels else ()
     rotary = "rope_parameters" in row.config_overrides({})
-    blocks = BLOCKS.get(row.model_type, "layers")
+    blocks = row.pieces.blocks
     return {
-        "title": TITLES.get(row.model_type, row.stock),
+        "title": row.title or row.stock,
         "stock": row.stock,
         "factored": row.factored,
         "model_type": row.model_type,
@@ -64,9 +61,9 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "example": f"{blocks}.0.{row.targets[0]}",
         "second": f"{blocks}.1.{row.targets[0]}",
         "skipped": row.targets[0].rpartition(".")[2],
-        "width": WIDTHS.get(row.model_type, "hidden_size"),
+        "width": row.head_width,
         "rotary": rotary,
-        "partial": row.model_type == "phi3",
+        "partial": row.partial_rotary,
         **_fused_fields(row, blocks),
     }
 
@@ -97,10 +94,27 @@ def _formatted(text: str) -> str:
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
 
+def page() -> str:
+    """The text of docs/families.md with the table of families as the rows have it: the first table of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, bar, rest = text.partition("|---|---|---|---|---|\n")
+    _, _, after = rest.partition("\n\n")
+    return before + bar + "\n".join(map(_line, ARCHITECTURES.values())) + "\n\n" + after
+
+
+def _line(row: Architecture) -> str:
+    models = row.models
+    if row.since > OLDEST:
+        models += f", from transformers {row.since[0]}.{row.since[1]} on"
+    layers = f"{len(row.targets)}{', q, k and v in one' if row.fused else ''}"
+    return f"| `{row.model_type}` | {models} | `{row.causal_class}` | {layers} | {row.remarks} |"
+
+
 def main() -> None:
     """Write every file."""
     for row in ARCHITECTURES.values():
         (MODELING / f"{row.modeling}.py").write_text(render(row), encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

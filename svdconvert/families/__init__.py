@@ -1,4 +1,4 @@
-"""What a model is: one row per family, in a file of its own or with its relatives.
+"""What a model is: one row per family, each in a file of its own.
 
 Names, shapes and settings in JSON types; no torch, no disk.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from svdconvert.errors import InputError
-from svdconvert.families.row import Config
+from svdconvert.families.row import Architecture, Config
 from svdconvert.fields import FLAG, OBJECT, TEXT, Kind, either, many, optional, problem, record, table
 from svdconvert.tensors import CODES
 
@@ -74,13 +74,18 @@ FIELDS: Mapping[str, Kind] = {
 }
 
 
-def check_claims(config: Config, where: str) -> None:
+def check_claims(config: Config, row: Architecture, where: str) -> None:
     """Look at the types and the ranges of what shapes and kinds follow from.
+
+    Args:
+        config: config.json.
+        row: its family.
+        where: the checkpoint, for messages.
 
     Raises:
         InputError: one is what no model of the table can have; it is named.
     """
-    if wrong := problem(config, FIELDS):
+    if wrong := problem(config, {**FIELDS, **row.fields}):
         raise InputError(f"config.json of {where} cannot be used: {wrong}; correct it")
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:

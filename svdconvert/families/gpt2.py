@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdconvert.families.row import Architecture, Config, Fused, Shapes
+from svdconvert.families.row import Architecture, Config, Fused, Pieces, Shapes
 
 
 def _shapes(config: Config) -> Shapes:
@@ -34,9 +34,9 @@ ROW = Architecture(
     factored="GPT2SVD",
     svd_model_type="gpt2_svd",
     prefix="transformer.",
-    embedding="transformer.wte.weight",
     targets=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     shapes=_shapes,
+    pieces=Pieces(("wte", "wpe"), "h", ("ln_f",), writers=("attn.c_proj", "mlp.c_proj")),
     # A field of old that transformers has given up and llama.cpp's converter still reads.
     config_overrides=lambda config: {"n_ctx": config.get("n_positions", 1024)},
     dropped=("*.attn.bias", "*.attn.masked_bias"),
@@ -45,4 +45,10 @@ ROW = Architecture(
     labels="classifier",
     causal="LMHeadModel",
     fused={"attn.c_attn": Fused(lambda config: (config["n_embd"],) * 3)},
+    title="GPT-2",
+    models="GPT-2 and its fine-tuned forms",
+    remarks="weights stored as [in, out]",
+    tiny={"n_inner": 128, "intermediate_size": None, "num_key_value_heads": None},
+    # its converter takes the inner width for 4 times the outer one
+    llama_cpp={"n_inner": None},
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from svdconvert.families import rotary
-from svdconvert.families.row import Architecture, Config, Fused, Shapes
+from svdconvert.families.row import Architecture, Config, Fused, Pieces, Shapes
 
 
 def _shapes(config: Config) -> Shapes:
@@ -34,14 +34,20 @@ ROW = Architecture(
     factored="PolyglotSVD",
     svd_model_type="polyglot_svd",
     prefix="gpt_neox.",
-    embedding="gpt_neox.embed_in.weight",
     targets=("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     shapes=_shapes,
     config_overrides=rotary.gpt_neox,
+    pieces=Pieces(("embed_in",), "layers", ("final_layer_norm",), writers=("attention.dense", "mlp.dense_4h_to_h")),
     # transformers renamed the head in memory (embed_out to lm_head, 5.14) and renames stock checkpoints while loading,
     # but not those of custom classes; so factored checkpoints always say lm_head.
     head=("embed_out.weight", "lm_head.weight"),
     labels="classifier",
     dropped=("*.attention.bias", "*.attention.masked_bias", "*.attention.rotary_emb.inv_freq"),
     fused={"attention.query_key_value": Fused(lambda config: (config["hidden_size"],) * 3, by_head=True)},
+    template="gpt_neox",
+    title="GPT-NeoX (Polyglot-Ko)",
+    models="Polyglot-Ko, Pythia, GPT-NeoX-20B",
+    remarks="head under two names",
+    tiny={"rotary_pct": 0.5, "num_key_value_heads": None},
+    llama_cpp={},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdconvert.families.row import Architecture, Config, Shapes
+from svdconvert.families.row import Architecture, Config, Pieces, Shapes
 
 
 def _shapes(config: Config) -> Shapes:
@@ -43,11 +43,20 @@ ROW = Architecture(
     factored="OPTSVD",
     svd_model_type="opt_svd",
     prefix="model.",
-    embedding="model.decoder.embed_tokens.weight",
     targets=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     shapes=_shapes,
     config_overrides=lambda config: {},
+    pieces=Pieces(
+        ("decoder.embed_tokens", "decoder.embed_positions", "decoder.project_in"),
+        "decoder.layers",
+        ("decoder.final_layer_norm", "decoder.project_out"),
+        writers=("self_attn.out_proj", "fc2"),
+    ),
     dropped=("*decoder.version",),
     tied=True,
     labels="",
+    head_width="word_embed_proj_dim",
+    models="OPT",
+    remarks="learned positions, projected embeddings (350m)",
+    tiny={"ffn_dim": 128, "word_embed_proj_dim": 128, "intermediate_size": None, "num_key_value_heads": None},
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from svdconvert.fields import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +73,29 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """Where the pieces are within the base model of a family; its head is found by ``get_output_embeddings``.
+
+    Attributes:
+        embeddings: modules with weights that run before the first block; the first one is what a tied head shares.
+            A module that a model does not have is passed over.
+        blocks: the list of blocks.
+        final: what runs between the last block and the head; passed over likewise.
+        writers: linear layers of a block whose output is added to the hidden state as it is; none where a norm or a
+            factor comes between.
+        logits: what the model does with the numbers that its head gives, by its name in ``models/head.py``.
+    """
+
+    embeddings: tuple[str, ...]
+    blocks: str
+    final: tuple[str, ...]
+    writers: tuple[str, ...] = ()
+    logits: Literal["as they are", "soft-capped", "divided"] = "as they are"
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """What the tool has to know about a family.
+    """What the tool has to know about a family: all of it, in one place.
 
     Attributes:
         model_type: ``config.json``'s model_type of the dense model.
@@ -83,7 +106,7 @@ class Architecture:
         targets: suffixes of the linear layers that are factored unless the user says otherwise.
         shapes: config -> every parameter of the dense model and its shape as stored, the head included.
         config_overrides: config -> fields that a checkpoint's config.json has beyond the source's, dense or factored.
-        embedding: name of the weight that a tied head is a copy of.
+        pieces: what is run one after the other where a model is not in memory whole.
         head: ``(name in dense checkpoints, name in factored ones)`` of the output head's weight.
         dropped: patterns of legacy buffers that old checkpoints carry and no current model reads.
         tied: whether the head is the embedding where config.json does not say.
@@ -92,6 +115,18 @@ class Architecture:
         labels: name of the head in its token classifier; empty where transformers has none.
         causal: what the name of the stock causal class ends with.
         fused: suffixes of the targets that may be split before they are factored, and their parts.
+        fields: what config.json's fields may hold that no other family has; ``claims.py`` has the rest.
+        since: the first version of transformers that has the family, of those that are supported.
+        template: of its modeling file, in ``modeling/templates/``.
+        title: what its modeling file calls it; the name of its classes if empty.
+        head_width: field of the config with the number of inputs of its heads.
+        partial_rotary: whether only a part of the channels may be rotated, which takes settings of its own.
+        models: published ones, for the table of families.
+        remarks: what is particular to it, for the same table.
+        tiny: settings of a tiny model beyond what all have (``tests/support/families.py``), with which everything that
+            is particular shows: windows shorter than its sequences, caps that cap, factors that are not 1. None takes
+            a setting away.
+        llama_cpp: what to change in those for llama.cpp's converter; None where it does not know the family.
     """
 
     model_type: str
@@ -102,7 +137,7 @@ class Architecture:
     targets: tuple[str, ...]
     shapes: Callable[[Config], Shapes]
     config_overrides: Callable[[Config], dict[str, Any]]
-    embedding: str = "model.embed_tokens.weight"
+    pieces: Pieces
     head: tuple[str, str] = ("lm_head.weight", "lm_head.weight")
     dropped: tuple[str, ...] = ()
     tied: bool = False
@@ -111,6 +146,21 @@ class Architecture:
     labels: str = "score"
     causal: str = "ForCausalLM"
     fused: Mapping[str, Fused] = field(default_factory=dict)
+    fields: Mapping[str, Kind] = field(default_factory=dict)
+    since: tuple[int, int] = (4, 46)
+    template: str = "decoder"
+    title: str = ""
+    head_width: str = "hidden_size"
+    partial_rotary: bool = False
+    models: str = ""
+    remarks: str = ""
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    llama_cpp: Mapping[str, Any] | None = None
+
+    @property
+    def embedding(self) -> str:
+        """Name of the weight that a tied head is a copy of."""
+        return f"{self.prefix}{self.pieces.embeddings[0]}.weight"
 
     @property
     def dense_class(self) -> str:

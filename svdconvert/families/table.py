@@ -1,6 +1,6 @@
-"""The architecture table: one row per supported family, in a file of its own or with its relatives.
+"""The architecture table: one row per supported family, each in a file of its own.
 
-Adding a family is adding a row and rendering its file in ``modeling/``; ``docs/families.md`` has it step by step.
+Adding a family is adding its file here and rendering that in ``modeling/``; ``docs/families.md`` has it step by step.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from svdconvert.errors import InputError
-from svdconvert.families import gpt2, gpt_neox, llama, opt
+from svdconvert.families import gemma2, gpt2, gpt_neox, granite, llama, mistral, opt, phi3, qwen2, qwen3
 from svdconvert.families.claims import check_claims
 from svdconvert.families.kinds import kind_of, quantisation_of
 from svdconvert.families.row import Architecture, Config, Shapes
@@ -24,9 +24,10 @@ __all__ = [
     "longest_input",
 ]
 
-ARCHITECTURES: Mapping[str, Architecture] = {
-    row.model_type: row for row in (gpt_neox.ROW, *llama.ROWS, opt.ROW, gpt2.ROW)
-}
+# The files of the families, in the order of the table in docs/families.md.
+_FILES = (gpt_neox, llama, mistral, qwen2, qwen3, gemma2, phi3, granite, opt, gpt2)
+
+ARCHITECTURES: Mapping[str, Architecture] = {file.ROW.model_type: file.ROW for file in _FILES}
 FACTORED: Mapping[str, Architecture] = {row.svd_model_type: row for row in ARCHITECTURES.values()}
 
 GPT_NEOX = gpt_neox.ROW
@@ -54,8 +55,9 @@ def dense_architecture(config: Config, where: str) -> Architecture:
             f"{where} has model_type {model_type!r}{kind_of(config)}, which is not supported; "
             f"supported are decoder-only language models of the types {known}"
         )
-    check_claims(config, where)
-    return ARCHITECTURES[model_type]
+    row = ARCHITECTURES[model_type]
+    check_claims(config, row, where)
+    return row
 
 
 def dense_shapes(row: Architecture, config: Config, where: str) -> Shapes:
@@ -64,7 +66,7 @@ def dense_shapes(row: Architecture, config: Config, where: str) -> Shapes:
     Raises:
         InputError: config.json does not say it.
     """
-    check_claims(config, where)
+    check_claims(config, row, where)
     try:
         shapes = row.parameters(config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -94,7 +96,7 @@ def factored_architecture(config: Config, where: str) -> Architecture:
             f"{where} is not a factored checkpoint (model_type {config.get('model_type')!r}); "
             "give a folder that `svdconvert` wrote"
         )
-    check_claims(config, where)
+    check_claims(config, row, where)
     return row
 
 

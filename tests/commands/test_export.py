@@ -10,7 +10,6 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -139,32 +138,16 @@ def give_pieces(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
 
 
-# Families that llama.cpp's converter knows, with what to leave out of the tiny model: llama.cpp takes no biases in
-# LLaMA, and reads sliding windows for Gemma 2 alone.
-IN_LLAMA_CPP: dict[str, dict[str, Any]] = {
-    "gpt_neox": {},
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "mistral": {"sliding_window": None},
-    "qwen2": {"use_sliding_window": False},
-    "qwen3": {"use_sliding_window": False},
-    "gemma2": {},
-    "phi3": {},
-    "granite": {},
-    "gpt2": {"n_inner": None},
-}
+# Families that llama.cpp's converter knows.
+IN_LLAMA_CPP = [name for name in FAMILIES if ARCHITECTURES[name].llama_cpp is not None]
 OF_SENTENCEPIECE = {"gemma2", "phi3"}
 
 
-def test_what_goes_to_llama_cpp_is_said() -> None:
-    """A new family is either run below or named here, and in docs/serving.md."""
-    assert {*IN_LLAMA_CPP, "opt"} == set(ARCHITECTURES)
-
-
 @pytest.mark.skipif(not LLAMA_CPP, reason="SVDCONVERT_LLAMA_CPP: no source tree of llama.cpp")
-@pytest.mark.parametrize("model_type", [name for name in IN_LLAMA_CPP if name in FAMILIES])
+@pytest.mark.parametrize("model_type", IN_LLAMA_CPP)
 def test_gguf(model_type: str, layout: str, tmp_path: Path) -> None:
     """llama.cpp's converter takes the densified model whole; llama.cpp, where it is installed, computes the same."""
-    write_family(tmp_path / "dense", model_type, **IN_LLAMA_CPP[model_type])
+    write_family(tmp_path / "dense", model_type, **ARCHITECTURES[model_type].llama_cpp or {})
     factored = tmp_path / "factored"
     convert(tmp_path / "dense", factored, keep=0.6, layout=layout, dtype="float32", device="cpu", check=False)
     densify(factored, tmp_path / "densified", device="cpu", check=False)

@@ -1,0 +1,105 @@
+"""Weights of the pieces of a model, each there for as long as its piece is in use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from svdconvert.errors import InputError
+from svdconvert.storage.reader import WeightReader, torch_dtype
+from svdconvert.storage.source import Source
+from svdconvert.tensors import TensorInfo
+
+# a module of the model, and where its tensors are stored: its own name for each -> the checkpoint's
+Part = tuple[nn.Module, Mapping[str, str]]
+
+
+class PieceWeights:
+    """Reads a checkpoint's tensors into modules without weights, and takes them away again."""
+
+    def __init__(
+        self,
+        source: Source,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        stored_as: Mapping[str, torch.dtype],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            source: the checkpoint.
+            tensors: its tensors, by their full names.
+            device: where weights are put.
+            dtype: type that floating-point ones are read into; stored integers stay what they are.
+            stored_as: types that some weights are rounded to first, by their full names.
+        """
+        self._source, self._tensors, self._device = source, tensors, device
+        self._dtype, self._stored_as = dtype, stored_as
+
+    @contextmanager
+    def given(self, parts: Iterable[Part], read: Callable[..., Tensor] | None = None) -> Iterator[None]:
+        """Give modules their weights, and take them away again.
+
+        Args:
+            parts: the modules.
+            read: reads one, from a reader, its name and the tensor whose place it takes; by default all of it.
+        """
+        reader = WeightReader(self._source)
+        taken: list[tuple[nn.Module, str, Tensor]] = []
+        try:
+            for module, names in parts:
+                for key, name in names.items():
+                    path, _, last = key.rpartition(".")
+                    owner = module.get_submodule(path)
+                    empty = getattr(owner, last)
+                    taken.append((owner, last, empty))
+                    stored = (read or self.read)(reader, name, empty)
+                    is_weight = isinstance(empty, nn.Parameter)
+                    setattr(owner, last, nn.Parameter(stored, requires_grad=False) if is_weight else stored)
+            yield
+        finally:
+            reader.close()
+            for owner, last, empty in taken:
+                setattr(owner, last, empty)
+
+    def begin(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None) -> Tensor:
+        """A tensor of which some rows are read; the others are whatever is there, in memory that nobody has touched."""
+        stored = self.read(reader, name, like, rows)
+        if len(stored) == len(like):
+            return stored
+        whole = stored.new_empty(like.shape)
+        whole[: len(stored)] = stored
+        return whole
+
+    def read(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None = None) -> Tensor:
+        """A stored tensor, or some of its rows."""
+        info = self._tensors.get(name)
+        if info is None:
+            raise InputError(f"{self._source.where} lacks {name}; the checkpoint is incomplete, fetch it again")
+        if info.shape != tuple(like.shape):
+            raise InputError(
+                f"tensor {name} of {self._source.where} has shape {list(info.shape)}, but by config.json it must be "
+                f"{list(like.shape)}; config and weights are not of one model"
+            )
+        if rows is not None:
+            info = info.rows(rows.start, rows.stop)
+        dtype = self._dtype if like.is_floating_point() else like.dtype
+        weight = torch.empty(info.shape, dtype=dtype, device=self._device)
+        flat, done = weight.view(-1), 0
+        # In pieces, so that a large one is not in memory in both types at a time.
+        for data in reader.stream(info):
+            stored = data.view(torch_dtype(info.dtype))
+            piece = flat[done : done + len(stored)].copy_(stored)
+            done += len(stored)
+            # of what isfinite() takes memory for, these are all that counts: NaN comes out of them as NaN
+            if all(bool(torch.isfinite(end)) for end in torch.aminmax(piece)):
+                continue
+            if not bool(torch.isfinite(stored).all()):
+                raise InputError(f"tensor {name} has NaN or infinite entries; repair the checkpoint")
+            raise InputError(f"tensor {name} exceeds the range of {dtype}; compute in another type")
+        return weight.to(self._stored_as.get(name, dtype)).to(dtype)
