@@ -17,7 +17,7 @@ from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.jobs.output import RECORD, read_record
 from svdconvert.layouts.table import layout_of, outer_shape, stored_names
 from svdconvert.linalg.pivot import full_up
-from svdconvert.linalg.shared import relative_error
+from svdconvert.linalg.residual import relative_error
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.probe import PROBE
 from svdconvert.names import layer_number, suffix

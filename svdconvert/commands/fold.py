@@ -135,6 +135,7 @@ def _refuse_overflow(source: Source, lora: Adapter, steps: Sequence[Step]) -> No
     """Refuse factors that are not finite, or not in the type of the layers they come to, before any is folded."""
     import torch
 
+    from svdconvert.linalg.precision import refuse_overflow
     from svdconvert.storage.reader import WeightReader, torch_dtype
 
     stored = {info.name: torch_dtype(step.outputs[0].dtype) for step in steps for info in step.inputs}
@@ -143,11 +144,8 @@ def _refuse_overflow(source: Source, lora: Adapter, steps: Sequence[Step]) -> No
             for info in pair:
                 factor = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).float()
                 scaled = factor * abs(lora.scales[module]) ** 0.5
-                if not bool(torch.isfinite(scaled.to(stored[info.name])).all()):
-                    raise InputError(
-                        f"{lora.folder} cannot be folded: {info.name}, scaled, is not finite in "
-                        f"{str(stored[info.name]).removeprefix('torch.')}; it is damaged, or its lora_alpha too large"
-                    )
+                what = f"{lora.folder} cannot be folded: {info.name}, scaled,"
+                refuse_overflow(scaled.to(stored[info.name]), what, "it is damaged, or its lora_alpha too large")
 
 
 def _steps(source: Source, lora: Adapter) -> tuple[list[Step], dict[str, int]]:

@@ -1,7 +1,7 @@
 """What a model's matrices look like to a method: singular values, how they fall off, and what break-even keeps of them.
 
 The singular values are those of L^1/2 W R^1/2, with the method's metrics L and R on outputs and inputs
-(``linalg/solver.py``); of W itself for plain SVD. Their squares are the energy, and what a truncation cuts off of it is
+(``linalg/exact.py``); of W itself for plain SVD. Their squares are the energy, and what a truncation cuts off of it is
 its loss.
 """
 
@@ -36,7 +36,8 @@ from svdconvert.words import percent
 if TYPE_CHECKING:
     import torch
 
-    from svdconvert.linalg.solver import Decomposition, Metric
+    from svdconvert.linalg.metrics import Metric
+    from svdconvert.linalg.results import Decomposition
 
     Array = NDArray[np.float64]
 

@@ -17,8 +17,13 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.factoring.decompositions import Decompositions, decompositions_key, load_metric
+from svdconvert.linalg.exact import decompose
+from svdconvert.linalg.metrics import Metric
+from svdconvert.linalg.output_losses import output_losses
+from svdconvert.linalg.panels import Workspace
+from svdconvert.linalg.precision import check_entries
+from svdconvert.linalg.results import Decomposition
 from svdconvert.linalg.shared import decompose_shared, outer_statistic
-from svdconvert.linalg.solver import Decomposition, Metric, Workspace, check_entries, decompose, output_losses
 from svdconvert.machine.lanes import Lanes, lanes_of
 from svdconvert.machine.processes import current
 from svdconvert.machine.threads import in_threads, usual_workers
@@ -57,7 +62,7 @@ class Store(Protocol):
             found: its decomposition.
             inner: metric on the smaller side.
             outer: metric on the longer side.
-            outputs: :func:`svdconvert.linalg.solver.output_losses`, or None where the inputs are not known.
+            outputs: :func:`svdconvert.linalg.output_losses.output_losses`, or None where the inputs are not known.
         """
         ...
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import InputError
+from svdconvert.linalg.metrics import Metric
+from svdconvert.linalg.results import Decomposition
 from svdconvert.linalg.shared import SharedDecomposition
-from svdconvert.linalg.solver import Decomposition, Metric
 from svdconvert.methods.table import Method, unshrink
 from svdconvert.planning.ranks import Target
 from svdconvert.sentences import asked
@@ -138,7 +139,7 @@ class Decompositions:
         return Decomposition(found["values"], torch.empty(0), float(found["scale"])).spectrum
 
     def outputs(self, target: Target) -> torch.Tensor | None:
-        """[k + 1] float64: :func:`svdconvert.linalg.solver.output_losses`, or None where the inputs are not known."""
+        """[k + 1] float64: :mod:`svdconvert.linalg.output_losses`, or None where the inputs are not known."""
         return load_outputs(self.path(target))
 
 

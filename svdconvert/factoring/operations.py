@@ -20,10 +20,15 @@ from svdconvert.factoring.decompositions import (
 )
 from svdconvert.factoring.refit_files import load_refitted
 from svdconvert.families.row import Section
+from svdconvert.linalg.exact import factorize, truncate
 from svdconvert.linalg.filtered import factorize_fast
+from svdconvert.linalg.metrics import Metric, apply_metric
+from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.pivot import full_up, pivot, product, rounded_coefficients
-from svdconvert.linalg.shared import SharedFactors, plain_shared, relative_error, truncate_shared
-from svdconvert.linalg.solver import Decomposition, Factors, Metric, Workspace, apply_metric, factorize, truncate
+from svdconvert.linalg.precision import refuse_overflow
+from svdconvert.linalg.residual import relative_difference, relative_error
+from svdconvert.linalg.results import Decomposition, Factors
+from svdconvert.linalg.shared import SharedFactors, plain_shared, truncate_shared
 from svdconvert.planning.steps import Step
 from svdconvert.sentences import asked
 from svdconvert.storage.reader import torch_dtype
@@ -63,7 +68,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tup
     found, _, _ = load_decomposition(file, torch.device("cpu"))
     cut = _cut_off(found, file, step.options["rank"])
     optimal = (cut["lost"] / cut["whole"]) ** 0.5 if cut["whole"] else 0.0
-    error = _relative_error(weight.cpu(), tensors)
+    error = relative_difference(weight.cpu(), stored_product(tensors))
     return tensors, _report(step, weight, error, optimal, str(found.basis.dtype)[6:]) | cut | {"refit": fit}
 
 
@@ -166,10 +171,11 @@ def _stored(
     # it; but what rounding the rows has changed is.
     wanted = weight if weight.shape[0] >= weight.shape[1] else exact
     tensors = [rows, rounded_coefficients(wanted, rows, position, right, dtype, span), position]
-    error = _relative_error(weight, tensors)
+    product_of_stored = stored_product(tensors)
+    error = relative_difference(weight, product_of_stored)
     # without metrics both are told of the weights, and only their last digits can be the other way round
     optimal = min(factors.optimal_error, error) if left is None and right is None else factors.optimal_error
-    lost = exact - stored_product(tensors)
+    lost = exact - product_of_stored
     added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
     told = {"rounding_excess": added / factors.metric_loss if factors.metric_loss > 0 else None}
     told |= _solver(step, factors)
@@ -207,12 +213,6 @@ def stored_product(tensors: Sequence[Tensor]) -> Tensor:
     """The matrix that the tensors of a layout stand for: [m, n] float64."""
     down, up, *position = tensors
     return product(down, up, position[0]) if position else up.double() @ down.double()
-
-
-def _relative_error(weight: Tensor, tensors: Sequence[Tensor]) -> float:
-    exact = weight.double()
-    norm = float(torch.linalg.vector_norm(exact))
-    return float(torch.linalg.vector_norm(exact - stored_product(tensors))) / norm if norm else 0.0
 
 
 def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -253,7 +253,7 @@ def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple
     if position:
         up = full_up(up, position[0]).float()
     wider, taller = torch.cat([down, root * lora_a]), torch.cat([up, sign * root * lora_b], dim=1)
-    _refuse_overflow((wider, taller), dtype, step)
+    _refuse_overflow((wider, taller), dtype)
     tensors = list(pivot(taller, wider, dtype)) if position else [wider.to(dtype), taller.to(dtype)]
     return tensors, {"rank": wider.shape[0]}
 
@@ -276,7 +276,7 @@ def _extend_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -
             columns.append(own if i == index else own.new_zeros(columns[0].shape[0], own.shape[1]))
     dtype = torch_dtype(step.outputs[0].dtype)
     tensors = [torch.cat(rows), *(torch.cat(columns, dim=1) for columns in ups)]
-    _refuse_overflow(tensors, dtype, step)
+    _refuse_overflow(tensors, dtype)
     return [tensor.to(dtype) for tensor in tensors], {"rank": tensors[0].shape[0]}
 
 
@@ -286,17 +286,14 @@ def _add(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> tuple[li
     (matrix,) = matrices([weight], step)
     merged = torch.addmm(matrix, lora_b, lora_a, alpha=float(step.options["scale"]))
     dtype = torch_dtype(step.outputs[0].dtype)
-    _refuse_overflow((merged,), dtype, step)
+    _refuse_overflow((merged,), dtype)
     return list(matrices([merged.to(dtype)], step)), {}
 
 
-def _refuse_overflow(tensors: Sequence[Tensor], dtype: torch.dtype, step: Step) -> None:
+def _refuse_overflow(tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Refuse an adapter that is too large for the type that the model is stored in, or not finite itself."""
-    if not all(bool(torch.isfinite(tensor.to(dtype)).all()) for tensor in tensors):
-        raise InputError(
-            f"the adapter cannot be folded into {step.key}: the result is not finite in "
-            f"{str(dtype).removeprefix('torch.')}; the adapter is damaged, or its scale too large"
-        )
+    for tensor in tensors:
+        refuse_overflow(tensor.to(dtype), "it, with the adapter", "the adapter is damaged, or its lora_alpha too large")
 
 
 OPERATIONS: Mapping[str, Operation] = {
@@ -331,8 +328,7 @@ def run(step: Step, inputs: Sequence[Tensor], workspace: Workspace) -> tuple[lis
         outputs, report = OPERATIONS[step.kind](inputs, step, workspace)
         for info, tensor in zip(step.outputs, outputs, strict=True):
             assert tuple(tensor.shape) == info.shape, (step.key, info, tensor.shape)
-            if not bool(torch.isfinite(tensor).all()):
-                raise InputError(f"{info.name} would exceed the range of {info.dtype}; choose another {asked('dtype')}")
+            refuse_overflow(tensor, info.name, f"choose another {asked('dtype')}")
     except InputError as error:
         raise InputError(f"tensor {step.key} cannot be converted: {error.sentence.marked}") from None
     return [tensor.contiguous().cpu() for tensor in outputs], report
@@ -355,6 +351,5 @@ def convert_piece(piece: Tensor, source: TensorInfo, target: TensorInfo) -> Tens
     if source.dtype == target.dtype:
         return piece
     converted = values.to(torch_dtype(target.dtype))
-    if not bool(torch.isfinite(converted).all()):
-        raise InputError(f"tensor {source.name} exceeds the range of {target.dtype}; choose another {asked('dtype')}")
+    refuse_overflow(converted, f"tensor {source.name}", f"choose another {asked('dtype')}")
     return converted.view(torch.uint8)

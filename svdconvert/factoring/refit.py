@@ -40,9 +40,9 @@ from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.factoring.operations import OPERATIONS, stored_product
 from svdconvert.factoring.refit_files import Refit, RefitFolder
+from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.pivot import full_up, pivot
 from svdconvert.linalg.rounding import round_with_feedback
-from svdconvert.linalg.solver import Workspace
 from svdconvert.models.activations import check_room
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.stream import Stream, Weights

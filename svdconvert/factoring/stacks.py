@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.factoring.operations import balanced_report, matrices, run
-from svdconvert.linalg.solver import Workspace
+from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.stacked import factorize_stack, settle
 from svdconvert.machine.lanes import Lanes
 from svdconvert.planning.steps import Step

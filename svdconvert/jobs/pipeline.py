@@ -31,7 +31,7 @@ from svdconvert.factoring.operations import convert_piece
 from svdconvert.factoring.stacks import Finish, begin, in_units
 from svdconvert.jobs.output import OutputFolder
 from svdconvert.jobs.shard_writer import ShardWriter
-from svdconvert.linalg.solver import Workspace
+from svdconvert.linalg.panels import Workspace
 from svdconvert.machine import interrupts
 from svdconvert.machine.lanes import Transfer, lanes_of
 from svdconvert.machine.threads import Worker, shared_cores, start_and_join

@@ -14,16 +14,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.solver import (
-    CANCELLATION,
-    Decomposition,
-    Factors,
-    Workspace,
-    factorize,
-    float32_is_enough,
-    plain_gram,
-    truncate,
-)
+from svdconvert.linalg.exact import factorize, truncate
+from svdconvert.linalg.gram import plain_gram
+from svdconvert.linalg.panels import Workspace
+from svdconvert.linalg.precision import CANCELLATION, float32_is_enough
+from svdconvert.linalg.results import Decomposition, Factors
 
 # The most by which the error of a certified product may exceed the optimum, relative to it.
 BOUND = 1e-3
@@ -48,7 +43,7 @@ def factorize_fast(weight: Tensor, rank: int, dtype: torch.dtype, workspace: Wor
     """:func:`filtered_factors`, or the best product where that gives nothing.
 
     Args:
-        weight, rank, dtype, workspace: see :func:`svdconvert.linalg.solver.factorize`.
+        weight, rank, dtype, workspace: see :func:`svdconvert.linalg.exact.factorize`.
 
     Raises:
         InputError: the matrix has NaN or infinite entries, or the factors do not fit the storage type.

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.metrics import Metric, apply_metric
 from svdconvert.linalg.rounding import round_with_feedback
-from svdconvert.linalg.solver import Metric, apply_metric
 
 # No coefficient is left above this. At 1 the choice would be a local maximum of the rows' volume; a little more saves
 # most of the exchanges.

@@ -2,7 +2,7 @@
 
     minimise  sum_i tr( L_i (W_i - B_i A) R_i (W_i - B_i A)^T )        W_i: m_i x n,  A: r x n,  B_i: m_i x r
 
-In one input metric R for all layers this is the problem of ``linalg/solver.py`` for the W_i stacked, [sum m_i, n], with
+In one input metric R for all layers this is the problem of ``linalg/exact.py`` for the W_i stacked, [sum m_i, n], with
 the L_i as blocks of one output metric. So A is that of the stack in the mean of the R_i, weighted by their tokens. Each
 B_i is then the least-squares partner of A in the layer's own metric, W_i R_i A^T (A R_i A^T)^-1, which is the optimum
 for this A whatever L_i is.
@@ -16,7 +16,7 @@ The Gram matrix on the stack's smaller side decides what has to be known of a la
 [n, n]; a wide one, sum m_i < n, needs L_i itself and the weights. Both need R_i. One layer's matrices are in memory at
 a time, beside the sums: about eight matrices of the smaller side's or the input's size in float64.
 
-Without metrics none of this is needed: the stack is one matrix to ``linalg/solver.py``.
+Without metrics none of this is needed: the stack is one matrix to ``linalg/exact.py``.
 """
 
 from __future__ import annotations
@@ -28,19 +28,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.solver import (
-    PANEL,
-    Decomposition,
-    Metric,
-    Workspace,
-    apply_metric,
-    check_entries,
-    decompose,
-    decompose_gram,
-    factorize,
-    refuse_overflow,
-    truncate,
-)
+from svdconvert.linalg.exact import decompose, decompose_gram, factorize, truncate
+from svdconvert.linalg.metrics import Metric, apply_metric
+from svdconvert.linalg.panels import PANEL, Scaled, Workspace
+from svdconvert.linalg.partner import partner, pseudo_inverse
+from svdconvert.linalg.precision import check_entries, refuse_overflowing_factor
+from svdconvert.linalg.residual import relative_error
+from svdconvert.linalg.results import Decomposition
 
 # Added to A R_i A^T, which is the identity in the mean over the layers: input directions that the calibration text has
 # hardly shown to one layer are taken from what it has shown to the others.
@@ -185,12 +179,12 @@ def truncate_shared(
     # a row without any length is zero, and what would be divided by it is zero too
     scales = torch.where(lengths > 0, lengths, 1).sqrt()
     small = (rows * scales).to(dtype)
-    refuse_overflow(small)
+    refuse_overflowing_factor(small)
     stored = small.to(rows.dtype) / scales
     ups = []
     for weight, inner in zip(weights, inners, strict=True):
         up = (_partner(weight, stored, inner()) / scales).to(dtype)
-        refuse_overflow(up)
+        refuse_overflowing_factor(up)
         ups.append(up)
     down = small.T.contiguous()
     errors = [relative_error(weight, up, down) for weight, up in zip(weights, ups, strict=True)]
@@ -205,7 +199,7 @@ def plain_shared(
     Args:
         weights: W_i, [m_i, n].
         found: decomposition of the stack, or None to compute what is needed of it.
-        rank, dtype, work: see :func:`svdconvert.linalg.solver.factorize`.
+        rank, dtype, work: see :func:`svdconvert.linalg.exact.factorize`.
 
     Raises:
         InputError: a matrix has NaN or infinite entries, or the factors do not fit the storage type.
@@ -219,26 +213,6 @@ def plain_shared(
     return SharedFactors(factors.down, ups, errors, factors.precision)
 
 
-def relative_error(weight: Tensor, up: Tensor, down: Tensor, inner: Metric = None) -> float:
-    """||(W - up @ down) R^1/2||_F / ||W R^1/2||_F in float64, a block of rows at a time; 0 where there is no W.
-
-    Args:
-        weight, up, down: [m, n], [m, r] and [r, n].
-        inner: R, [n, n] or its diagonal; None for the identity.
-    """
-    residual = energy = 0.0
-    narrow = down.double()
-
-    def square(rows: Tensor) -> float:
-        return float((rows * apply_metric(inner, rows.T).T).sum())
-
-    for piece, factor in zip(weight.split(PANEL), up.split(PANEL), strict=True):
-        exact = piece.double()
-        residual += square(exact - factor.double() @ narrow)
-        energy += square(exact)
-    return float((max(residual, 0.0) / energy) ** 0.5) if energy > 0 else 0.0
-
-
 def _seen(inner: Callable[[], Tensor], others: Sequence[Callable[[], Tensor]]) -> Tensor:
     """A layer's metric, or the mean of all where the text has shown it nothing but zeros."""
     own = inner()
@@ -246,12 +220,9 @@ def _seen(inner: Callable[[], Tensor], others: Sequence[Callable[[], Tensor]]) -
 
 
 def _partner(weight: Tensor, rows: Tensor, inner: Tensor) -> Tensor:
-    """W R A^T (A R A^T + ridge)^-1, [m, r], for the rows of A as columns, [n, r]."""
-    weighted = apply_metric(inner, rows)
-    overlap = rows.T @ weighted
-    overlap.diagonal().add_(RIDGE)
-    solved = torch.cholesky_solve(weighted.T, torch.linalg.cholesky(overlap))
-    return torch.cat([piece.to(rows.dtype) @ solved.T for piece in weight.split(PANEL)])
+    """A layer's partner of A in its own metric, [m, r], for the rows of A as columns, [n, r]."""
+    solved = pseudo_inverse(rows, apply_metric(inner, rows), RIDGE)
+    return partner(Scaled(weight, 1.0, Workspace(), by_rows=True), solved)
 
 
 def _captured(rows: Tensor, inner: Tensor, outer: Metric, weight: Tensor | None) -> Tensor:

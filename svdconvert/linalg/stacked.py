@@ -1,6 +1,6 @@
 """Plain truncations on a GPU: matrices of one shape at a time, and nothing that the host has to wait for.
 
-The arithmetic is that of ``linalg/solver.py`` without metrics in float32, for all matrices of a stack at once. What
+The arithmetic is that of ``linalg/exact.py`` without metrics in float32, for all matrices of a stack at once. What
 would be decided on the way there (was float32 enough, is every entry finite) is decided afterwards, by a few numbers
 that come with the factors: a matrix that asks for more is done again, by itself, by the solver. So the host can go on
 to the next stack while the device is at work. The one wait that is left is inside ``torch.linalg.eigh``, for its error
@@ -16,16 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.solver import (
-    CANCELLATION,
-    SINGULAR,
-    Factors,
-    float32_is_enough,
-    least_tail,
-    relative,
-    residual_of,
-    scale_of,
-)
+from svdconvert.linalg.precision import CANCELLATION, float32_is_enough, least_tail, scale_of
+from svdconvert.linalg.residual import relative, residual_of
+from svdconvert.linalg.results import SINGULAR, Factors
 
 # Rows (or columns) of each matrix that are brought to float32 at a time: a GPU needs longer ones than a CPU.
 PANEL = 4096
@@ -111,7 +104,7 @@ def settle(weights: Tensor, found: StackedFactors, facts: Tensor) -> list[Factor
         facts: those of ``found``, on the CPU.
 
     Returns:
-        The factors, on the device; None for a matrix that :func:`svdconvert.linalg.solver.factorize` has to do again:
+        The factors, on the device; None for a matrix that :func:`svdconvert.linalg.exact.factorize` has to do again:
         it is not finite, its squares leave float32's range, its singular values are too far apart or the rest of them
         too small, the factors leave the range of their type, or the eigensolver was wrong.
     """

@@ -1,6 +1,6 @@
 """One row per method: what it has to know about the model, and the pair of metrics that it makes of it.
 
-Every method is the same problem, min tr(L (W - BA) R (W - BA)^T), in another pair (L, R); see ``linalg/solver.py``.
+Every method is the same problem, min tr(L (W - BA) R (W - BA)^T), in another pair (L, R); see ``linalg/exact.py``.
 """
 
 from __future__ import annotations

@@ -36,8 +36,9 @@ def methods() -> dict[str, Method]:
     """Name -> (W, rank) -> (down, up, certificate)."""
     import torch
 
+    from svdconvert.linalg.exact import factorize
     from svdconvert.linalg.filtered import factorize_fast
-    from svdconvert.linalg.solver import Workspace, factorize
+    from svdconvert.linalg.panels import Workspace
 
     workspace = Workspace()
 

@@ -35,7 +35,7 @@ from svdconvert.commands.evaluate import negative_log_likelihood
 from svdconvert.families.row import Fused, Section
 from svdconvert.families.table import dense_architecture
 from svdconvert.layouts.table import LAYOUTS
-from svdconvert.linalg.solver import decompose, truncate
+from svdconvert.linalg.exact import decompose, truncate
 from svdconvert.methods.statistics import ModuleStatistics, Needs
 from svdconvert.methods.table import METHODS, method_options
 from svdconvert.models.passages import read_passage

@@ -70,7 +70,8 @@ def benchmark(model: str, hidden: int, sides: str, repeats: int) -> dict[str, An
     """
     import torch
 
-    from svdconvert.linalg.solver import Workspace, factorize
+    from svdconvert.linalg.exact import factorize
+    from svdconvert.linalg.panels import Workspace
 
     torch.set_num_threads(1)
     factorize(torch.eye(8), 2, torch.float32)  # what is imported at the first call

@@ -12,10 +12,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from svdconvert.linalg import solver
+from svdconvert.linalg import bases
+from svdconvert.linalg.exact import decompose, truncate
 from svdconvert.linalg.pivot import pivot, product, rounded_coefficients
+from svdconvert.linalg.results import Decomposition
 from svdconvert.linalg.rounding import round_with_feedback
-from svdconvert.linalg.solver import decompose, truncate
 
 # How the inputs' massive channels behave: there are none; their values vary; they vary about a large mean.
 KINDS = ("benign", "massive", "offset")
@@ -54,7 +55,7 @@ def _row(m: int, n: int, kind: str, dtype: torch.dtype) -> str:
         error = weight - approximation
         return f"{float((error @ gram * error).sum()) / tail - 1:.1e}"
 
-    with patch.object(solver, "BASES", {}):
+    with patch.object(bases, "BASES", {}):
         plain = truncate(weight, found, rank, dtype, right=kept)
     ours = truncate(weight, found, rank, dtype, right=kept)
     exact = truncate(weight, found, rank, torch.float64, right=kept)
@@ -77,9 +78,9 @@ def _row(m: int, n: int, kind: str, dtype: torch.dtype) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _reserved(weight: Tensor, found: solver.Decomposition, rank: int, dtype: torch.dtype, gram: Tensor) -> Tensor:
+def _reserved(weight: Tensor, found: Decomposition, rank: int, dtype: torch.dtype, gram: Tensor) -> Tensor:
     """The product of rank r - 1, rounded, plus the best product of rank 1 for what it lacks, rounded."""
-    with patch.object(solver, "BASES", {}):
+    with patch.object(bases, "BASES", {}):
         first = truncate(weight, found, rank - 1, dtype, right=gram)
     so_far = first.up.double() @ first.down.double()
     lacking = weight - so_far

@@ -35,7 +35,8 @@ def methods() -> dict[str, Method]:
     """Name -> (W, rank) -> (down, up)."""
     import torch
 
-    from svdconvert.linalg.solver import Workspace, factorize
+    from svdconvert.linalg.exact import factorize
+    from svdconvert.linalg.panels import Workspace
 
     workspace = Workspace()
 

@@ -23,7 +23,7 @@ from svdconvert import Calibration, InputError, calibrate, convert, spectrum
 from svdconvert.commands.spectrum import MatrixSpectrum
 from svdconvert.factoring import decompose as decomposing
 from svdconvert.layouts.table import LAYOUTS
-from svdconvert.linalg.solver import Decomposition
+from svdconvert.linalg.results import Decomposition
 from svdconvert.methods.table import METHODS
 from svdconvert.words import percent
 

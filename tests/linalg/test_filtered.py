@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from svdconvert.errors import InputError
+from svdconvert.linalg.exact import factorize
 from svdconvert.linalg.filtered import BOUND, _filter, excess_estimate, factorize_fast, filtered_factors
-from svdconvert.linalg.solver import Factors, factorize
+from svdconvert.linalg.results import Factors
 from tests.benchmarks.filtered import squared_singular_values
 from tests.benchmarks.geometry import Weights
 from tests.benchmarks.solver import error

@@ -16,11 +16,12 @@ from support.metrics import metric
 from torch import Tensor
 
 from svdconvert.factoring.operations import OPERATIONS
+from svdconvert.linalg.exact import decompose, factorize, truncate
 from svdconvert.linalg.filtered import factorize_fast
+from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.pivot import LARGEST_COEFFICIENT, product
 from svdconvert.linalg.rounding import round_with_feedback
 from svdconvert.linalg.shared import RIDGE, decompose_shared, outer_statistic, plain_shared, truncate_shared
-from svdconvert.linalg.solver import Workspace, decompose, factorize, truncate
 from svdconvert.linalg.stacked import factorize_stack, settle
 from svdconvert.planning.steps import Step
 from svdconvert.tensors import TensorInfo

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.metrics import KINDS, SHAPES, dense, loss, metric, normal, root
 
-from svdconvert.linalg.solver import decompose, factorize, truncate
+from svdconvert.linalg.exact import decompose, factorize, truncate
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.metrics import KINDS, SHAPES, dense, loss, metric, normal
 
-from svdconvert.linalg.solver import decompose, output_losses, truncate
+from svdconvert.linalg.exact import decompose, truncate
+from svdconvert.linalg.output_losses import output_losses
 from svdconvert.methods.table import shrink
 
 # How a method's metric on the inputs comes from their second moments.

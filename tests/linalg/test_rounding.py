@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from svdconvert.factoring.decompositions import Decompositions, load_decomposition
-from svdconvert.linalg import solver
+from svdconvert.linalg import bases
+from svdconvert.linalg.bases import NEGLIGIBLE_EXCESS
+from svdconvert.linalg.exact import decompose, truncate
 from svdconvert.linalg.pivot import pivot, product, refit, rounded_coefficients
+from svdconvert.linalg.results import SINGULAR, Factors
 from svdconvert.linalg.rounding import BASES, geometric_mean_decomposition, round_with_feedback
-from svdconvert.linalg.solver import NEGLIGIBLE_EXCESS, SINGULAR, Factors, decompose, truncate
 from svdconvert.planning.ranks import Target
 from tests.benchmarks.rounding import KINDS, second_moments, spectral
 
@@ -47,7 +49,7 @@ def kept(shape: tuple[int, int], left: torch.Tensor | None, right: torch.Tensor)
 
 def nearest(monkeypatch: pytest.MonkeyPatch, *given: object) -> Factors:
     with monkeypatch.context() as only:
-        only.setattr(solver, "BASES", {})
+        only.setattr(bases, "BASES", {})
         return truncate(*given)  # type: ignore[arg-type]
 
 
@@ -109,9 +111,9 @@ def test_no_candidate_is_better(m: int, n: int, share: float, seed: int, kind: s
     tail = float(found.spectrum[rank:].sum())
     losses = []
     chosen = truncate(weight, found, rank, dtype, right=right)
-    for bases in ({}, *({name: row} for name, row in BASES.items())):
+    for rows in ({}, *({name: row} for name, row in BASES.items())):
         with pytest.MonkeyPatch.context() as only:
-            only.setattr(solver, "BASES", bases)
+            only.setattr(bases, "BASES", rows)
             losses.append(truncate(weight, found, rank, dtype, right=right).metric_loss)
     assert chosen.metric_loss <= max(min(losses), (1 + NEGLIGIBLE_EXCESS) * tail)
     scale = float(found.spectrum.sum())

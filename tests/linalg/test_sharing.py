@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM
 from svdconvert import Calibration, InputError, convert, plan
 from svdconvert.commands.verify import failed, verify
 from svdconvert.factoring import decompose as decomposing
+from svdconvert.linalg.exact import decompose, factorize
+from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.shared import (
     SharedDecomposition,
     decompose_shared,
@@ -33,7 +35,6 @@ from svdconvert.linalg.shared import (
     plain_shared,
     truncate_shared,
 )
-from svdconvert.linalg.solver import Workspace, decompose, factorize
 from svdconvert.planning.ranks import RankRequest, Target, assign
 from svdconvert.planning.steps import Step, files_here
 from svdconvert.planning.targets import share

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support.matrices import excess, matrix, power_law
 
 from svdconvert.errors import InputError
-from svdconvert.linalg.solver import Workspace, factorize
+from svdconvert.linalg.exact import factorize
+from svdconvert.linalg.panels import Workspace
 
 SHAPES = [(96, 96), (288, 96), (96, 384), (200, 130)]
 
@@ -167,7 +168,7 @@ def test_workspace_changes_nothing() -> None:
 
 def test_panels_join(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices longer than a panel, with a last panel that is not full."""
-    monkeypatch.setattr("svdconvert.linalg.solver.PANEL", 100)
+    monkeypatch.setattr("svdconvert.linalg.panels.PANEL", 100)
     for shape in ((1030, 40), (40, 1030)):
         weight = matrix(*shape, power_law(40, 0.5)).half()
         factors = factorize(weight, 10, torch.float32)

@@ -13,7 +13,8 @@ from support.matrices import excess, matrix, power_law
 
 from svdconvert.errors import InputError
 from svdconvert.factoring.stacks import STACK_BYTES, STACK_SIDE, begin, in_units
-from svdconvert.linalg.solver import Workspace, factorize
+from svdconvert.linalg.exact import factorize
+from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.stacked import factorize_stack, settle
 from svdconvert.machine.lanes import Lanes
 from svdconvert.planning.steps import Step
