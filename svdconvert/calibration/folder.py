@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert.calibration.collector import StatisticsRun, statistic_tensors
+from svdconvert.calibration.collector import statistic_tensors
+from svdconvert.calibration.run import StatisticsRun
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, WHOLE, Kind, nullable, optional, record, require, table

@@ -18,7 +18,7 @@ from svdconvert.storage.source import Source
 from svdconvert.version import __version__
 
 if TYPE_CHECKING:
-    from svdconvert.calibration.collector import StatisticsRun
+    from svdconvert.calibration.run import StatisticsRun
     from svdconvert.calibration.text import CalibrationTokens
     from svdconvert.methods.statistics import ModuleStatistics, Needs
 
@@ -265,9 +265,9 @@ def run_statistics(
     events: Events,
     skip_blocks: Collection[int],
 ) -> StatisticsRun:
-    from svdconvert.calibration.collector import statistics
+    from svdconvert.calibration.run import StatisticsRun
 
-    return statistics(
+    return StatisticsRun(
         source,
         tokens,
         needs_of(kinds),

@@ -106,10 +106,12 @@ def measure(folder: Path, work: Path, method: str, tokens: int, length: int, bat
     """
     import torch
 
-    from svdconvert.calibration import collector as calibration
     from svdconvert.calibration.folder import StatisticsFolder, statistics_key
+    from svdconvert.calibration.grams import GramSum
+    from svdconvert.calibration.run import StatisticsRun
     from svdconvert.calibration.text import CalibrationTokens
     from svdconvert.families.table import dense_architecture
+    from svdconvert.methods.statistics import Needs
     from svdconvert.models.blocks import ModelBlocks
     from svdconvert.planning.targets import choose_targets
     from svdconvert.storage.source import LocalSource
@@ -118,23 +120,19 @@ def measure(folder: Path, work: Path, method: str, tokens: int, length: int, bat
     vocabulary = int(source.config["vocab_size"])
     ids = torch.randint(vocabulary, (tokens // length, length), generator=torch.Generator().manual_seed(0))
     text = CalibrationTokens(ids, torch.ones_like(ids, dtype=torch.bool), 0, ids.numel())
-    needs = calibration.Needs(**dict.fromkeys(METHODS[method].statistics, True))
+    needs = Needs(**dict.fromkeys(METHODS[method].statistics, True))
     modules = [t.module for t in choose_targets(source.tensors, dense_architecture(source.config, source.name), ())]
     ModelBlocks(source)  # what is imported at the first use
     phases = Phases()
     with phases.measure("before it begins"):
         pass
     for name, function in PHASES.items():
-        patch.object(
-            calibration.StatisticsRun, function, phases.wrap(name, getattr(calibration.StatisticsRun, function))
-        ).start()
+        patch.object(StatisticsRun, function, phases.wrap(name, getattr(StatisticsRun, function))).start()
     for function in ("add", "mean"):
-        patch.object(
-            calibration.GramSum, function, phases.add_up(GRAMS, getattr(calibration.GramSum, function))
-        ).start()
+        patch.object(GramSum, function, phases.add_up(GRAMS, getattr(GramSum, function))).start()
     store = StatisticsFolder(work / "stats", statistics_key(source, text, needs), create=True)
     wall, cpu = time.perf_counter(), time.process_time()
-    for block, found in calibration.statistics(source, text, needs, modules, work=work / "work", batch_size=batch):
+    for block, found in StatisticsRun(source, text, needs, modules, work=work / "work", batch_size=batch):
         with phases.measure(WRITING):
             store.save(block, found)
         del found

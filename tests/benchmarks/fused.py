@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
 from svdconvert import Calibration
-from svdconvert.calibration.collector import part_statistics, statistics
+from svdconvert.calibration.collector import part_statistics
+from svdconvert.calibration.run import StatisticsRun
 from svdconvert.commands.evaluate import negative_log_likelihood
 from svdconvert.families.row import Fused, Section
 from svdconvert.families.table import dense_architecture
@@ -114,7 +115,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     known: dict[str, ModuleStatistics] = {}
     needs, modules = Needs(input_gram=True, output_gram=True), [target.module for target in targets]
     tokens = calibration.tokens(source)
-    for _, found in statistics(source, tokens, needs, modules, work=folder / "work", batch_size=16):
+    for _, found in StatisticsRun(source, tokens, needs, modules, work=folder / "work", batch_size=16):
         known |= found
 
     model = AutoModelForCausalLM.from_pretrained(path).float().eval()

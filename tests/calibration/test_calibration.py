@@ -16,8 +16,10 @@ import torch
 from support.checkpoints import LAYERS, TARGETS, VOCAB, random_tensors, write_checkpoint
 from torch import Tensor
 
-from svdconvert.calibration.collector import Collector, GramSum, statistics
+from svdconvert.calibration.collector import Collector
 from svdconvert.calibration.folder import StatisticsFolder, model_key, save_statistics, statistics_key
+from svdconvert.calibration.grams import GramSum
+from svdconvert.calibration.run import StatisticsRun
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.methods.statistics import STATISTICS, ModuleStatistics, Needs
@@ -58,7 +60,7 @@ def stock(dense: Path) -> Any:
 
 def collect(source: LocalSource, tokens: CalibrationTokens, needs: Needs, work: Path, **options: Any) -> Any:
     """``({module: statistics}, loss)``."""
-    run = statistics(source, tokens, needs, options.pop("modules", TARGETS), work=work, **options)
+    run = StatisticsRun(source, tokens, needs, options.pop("modules", TARGETS), work=work, **options)
     found = {name: entry for _, part in run for name, entry in part.items()}
     return found, run.loss
 
@@ -146,8 +148,8 @@ class TestAgainstWholeModel:
             assert entry.fisher is None
 
     def test_order_of_blocks(self, source: LocalSource, tmp_path: Path) -> None:
-        forward = [i for i, _ in statistics(source, PACKED, INPUTS, TARGETS, work=tmp_path)]
-        backward = [i for i, _ in statistics(source, PACKED, ALL, TARGETS, work=tmp_path)]
+        forward = [i for i, _ in StatisticsRun(source, PACKED, INPUTS, TARGETS, work=tmp_path)]
+        backward = [i for i, _ in StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path)]
         assert forward == backward[::-1] == [0, 1, 2]
 
     def test_only_what_is_asked_for(self, source: LocalSource, tmp_path: Path) -> None:
@@ -241,7 +243,7 @@ class TestSampledLabels:
 
     def test_unknown(self, source: LocalSource, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="labels 'soft' are unknown; choose empirical or sampled"):
-            statistics(source, PACKED, ALL, TARGETS, work=tmp_path, labels="soft")
+            StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path, labels="soft")
 
 
 class TestGram:
@@ -316,10 +318,12 @@ class TestInterruption:
     @pytest.mark.parametrize("finished", [0, 1, 2, 3])
     def test_between_blocks(self, source: LocalSource, tmp_path: Path, needs: Needs, finished: int) -> None:
         whole, loss = collect(source, PADDED, needs, tmp_path / "whole", batch_size=2)
-        first = statistics(source, PADDED, needs, TARGETS, work=tmp_path / "cut", batch_size=2)
+        first = StatisticsRun(source, PADDED, needs, TARGETS, work=tmp_path / "cut", batch_size=2)
         done = dict(itertools.islice(first, finished))
         first.close()
-        second = statistics(source, PADDED, needs, TARGETS, work=tmp_path / "cut", batch_size=2, skip_blocks=list(done))
+        second = StatisticsRun(
+            source, PADDED, needs, TARGETS, work=tmp_path / "cut", batch_size=2, skip_blocks=list(done)
+        )
         rest = dict(second)
         assert sorted([*done, *rest]) == [0, 1, 2]
         joined = {name: entry for part in (done | rest).values() for name, entry in part.items()}
@@ -344,7 +348,7 @@ class TestInterruption:
             found: dict[str, ModuleStatistics] = {}
             blocks: set[int] = set()
             for _ in range(2):
-                run = statistics(
+                run = StatisticsRun(
                     source, PADDED, needs, TARGETS, work=tmp_path / "cut", batch_size=2, skip_blocks=blocks
                 )
                 try:
@@ -368,7 +372,7 @@ class TestInterruption:
 
     def test_files_of_something_else_are_not_used(self, source: LocalSource, dense: Path, tmp_path: Path) -> None:
         def cut(work: Path, **options: Any) -> None:
-            run = statistics(source, options.pop("tokens", PACKED), ALL, TARGETS, work=work, **options)
+            run = StatisticsRun(source, options.pop("tokens", PACKED), ALL, TARGETS, work=work, **options)
             next(run)
             run.close()
 
@@ -384,7 +388,7 @@ class TestInterruption:
             assert self.same(found, wanted)
 
     def test_truncated_files_are_not_used(self, source: LocalSource, tmp_path: Path) -> None:
-        run = statistics(source, PACKED, ALL, TARGETS, work=tmp_path)
+        run = StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path)
         next(run)
         run.close()
         for path in (tmp_path / "activations").glob("*.bin"):
@@ -502,11 +506,6 @@ class TestBlocks:
             assert real() == VOCAB * 64 + 128
         assert real() == 0
 
-    def test_unknown_family(self, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("svdconvert.models.blocks.PIECES", {})
-        with pytest.raises(InputError, match=r"tiny \(gpt_neox\) cannot be run block by block"):
-            ModelBlocks(LocalSource(dense))
-
 
 class TestFolder:
     @pytest.fixture
@@ -516,7 +515,7 @@ class TestFolder:
     @pytest.fixture
     def filled(self, source: LocalSource, key: dict[str, Any], tmp_path: Path) -> StatisticsFolder:
         folder = StatisticsFolder(tmp_path / "stats", key, create=True)
-        save_statistics(folder, statistics(source, PACKED, ALL, TARGETS, work=tmp_path / "work"))
+        save_statistics(folder, StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path / "work"))
         return folder
 
     def test_round_trip(
@@ -555,12 +554,12 @@ class TestFolder:
 
     def test_resumed(self, source: LocalSource, key: dict[str, Any], tmp_path: Path, filled: StatisticsFolder) -> None:
         folder = StatisticsFolder(tmp_path / "cut", key, create=True)
-        run = statistics(source, PACKED, ALL, TARGETS, work=tmp_path / "work")
+        run = StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path / "work")
         folder.save(*next(run))
         run.close()
         folder = StatisticsFolder(tmp_path / "cut", key, create=True)
         assert folder.blocks == {2}
-        run = statistics(source, PACKED, ALL, TARGETS, work=tmp_path / "work", skip_blocks=folder.blocks)
+        run = StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path / "work", skip_blocks=folder.blocks)
         save_statistics(folder, run)
         for file in ["stats.json", *(f"block-{i:05d}.safetensors" for i in range(LAYERS))]:
             left, right = (part.folder / file for part in (folder, filled))
@@ -638,7 +637,7 @@ def test_grams_of_one_block_at_a_time(source: LocalSource, tmp_path: Path, needs
         def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
             alive.append(sum(reference() is not None for reference in kept))
 
-    run = statistics(source, PACKED, needs, TARGETS, work=tmp_path, events=Listener())
+    run = StatisticsRun(source, PACKED, needs, TARGETS, work=tmp_path, events=Listener())
     for _, found in run:
         assert alive[-1] == 0
         kept += [weakref.ref(entry.input_gram) for entry in found.values() if entry.input_gram is not None]
@@ -665,7 +664,7 @@ def test_progress_and_note(source: LocalSource, tmp_path: Path) -> None:
             self.seen.append((phase, done, total, detail))
 
     listener = Listener()
-    run = statistics(source, PACKED, ALL, TARGETS, work=tmp_path, batch_size=2, events=listener)
+    run = StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path, batch_size=2, events=listener)
     for _ in run:
         pass
     assert listener.seen == [

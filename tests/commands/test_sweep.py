@@ -123,15 +123,15 @@ def test_finished_points_are_not_redone(
 def test_one_calibration_for_all(
     dense: Path, text: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svdconvert.calibration import collector as module
+    from svdconvert.calibration import run as module
 
-    real, runs = module.statistics, []
+    real, runs = module.StatisticsRun, []
 
     def counted(*args: object, **kwargs: object) -> object:
         runs.append(kwargs["skip_blocks"])
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "statistics", counted)
+    monkeypatch.setattr(module, "StatisticsRun", counted)
     arguments = {"keep": [0.4, 0.6], "methods": ["whiten", "kfac"], "calibration": calibration, **MEASURED}
     sweep(dense, text, tmp_path / "sweep", work=tmp_path / "work", **arguments)
     assert len(runs) == 1

@@ -40,7 +40,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from svdconvert import Calibration, calibrate, convert, densify, fold, plan, verify
-from svdconvert.calibration.collector import statistics
+from svdconvert.calibration.run import StatisticsRun
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.commands.verify import failed
 from svdconvert.factoring.measured import measure_losses
@@ -804,7 +804,7 @@ def test_streamed_statistics_equal_those_in_memory(row: Architecture, dense: Pat
     paths = list(full_ranks(row, dense))
     expected, nll = in_memory(row, model, paths)
     for batch_size in (1, 3):
-        run = statistics(
+        run = StatisticsRun(
             LocalSource(dense),
             TOKENS,
             Needs(True, True, True, True),

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from svdconvert import Calibration, InputError, ablate, calibrate, convert, densify, fold, plan, spectrum, verify
-from svdconvert.calibration.collector import part_statistics, statistics
+from svdconvert.calibration.collector import part_statistics
+from svdconvert.calibration.run import StatisticsRun
 from svdconvert.commands.verify import failed
 from svdconvert.families.fused import fused_layer, split_tensors
 from svdconvert.families.row import Architecture, Section
@@ -384,7 +385,7 @@ def test_statistics_of_parts(row: Architecture, dense: Path, text: Path, tmp_pat
     needs = Needs(input_gram=True, output_gram=True, input_abs=True, fisher=True)
 
     def collected(modules: list[str]) -> dict[str, ModuleStatistics]:
-        run = statistics(source, tokens, needs, modules, work=tmp_path)
+        run = StatisticsRun(source, tokens, needs, modules, work=tmp_path)
         return {name: entry for _, block in run for name, entry in block.items()}
 
     own, whole, places = collected(parts), collected(wholes), outputs(read_config(dense))
@@ -420,7 +421,7 @@ def test_metrics_of_parts_are_blocks_of_the_whole(
     source = LocalSource(dense)
     (name,) = row.fused
     layers = [f"{'h' if row.model_type == 'gpt2' else 'layers'}.{index}.{name}" for index in range(3)]
-    run = statistics(source, calibration.tokens(source), Needs(True, True), layers, work=tmp_path)
+    run = StatisticsRun(source, calibration.tokens(source), Needs(True, True), layers, work=tmp_path)
     entries = {layer: entry for _, part in run for layer, entry in part.items()}
     tensors, places = read_weights(dense), outputs(read_config(dense))
     compared = 0

@@ -1,0 +1,100 @@
+"""What is at the boundaries of a model's blocks while statistics are collected, in files: inputs and gradients.
+
+Boundary i is the input of block i; the last one is the head's. A run that was broken off goes on from what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.machine.processes import Group
+from svdconvert.models.activations import ActivationStore, Loss, check_room
+
+
+class Boundaries:
+    """Hidden states and gradients, [sequences, length, hidden] each, and the loss that is between them.
+
+    Each of several processes has files of its own, for its part of the sequences. A file is there if it is in all of
+    them, since their steps must be the same.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        key: Mapping[str, Any],
+        shape: tuple[int, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        copies: int,
+        group: Group,
+    ) -> None:
+        """Open the files, or begin them.
+
+        Args:
+            folder: where they are.
+            key: what they depend on, in JSON types; files of another key are given up.
+            shape: (sequences, length, hidden) of one file of this process.
+            dtype: of the files.
+            device: where they are read to.
+            copies: files that are there at the same time at most.
+            group: the processes.
+
+        Raises:
+            InputError: the disk is too small.
+            JobError: it cannot be written.
+        """
+        self._store = ActivationStore(group.own(folder), key, shape, dtype)
+        self._device, self._group = device, group
+        check_room([self._store], copies)
+
+    @property
+    def loss(self) -> Loss | None:
+        """What an earlier run found, if all processes know it."""
+        return self._store.loss if self._group.all(self._store.loss is not None) else None
+
+    def keep_loss(self, loss: Loss) -> None:
+        """Write the loss down."""
+        self._store.loss = loss
+
+    def has_hidden(self, index: int) -> bool:
+        """Whether a block's input is there."""
+        return self._group.all(self._store.has(f"hidden-{index}"))
+
+    def has_gradient(self, index: int) -> bool:
+        """Whether the gradient with respect to a block's input is there."""
+        return self._group.all(self._store.has(f"gradient-{index}"))
+
+    def hidden(self, index: int, batch: slice) -> Tensor:
+        """A block's input: [batch, length, hidden] on the device."""
+        return self._store.read(f"hidden-{index}", batch).to(self._device)
+
+    def gradient(self, index: int, batch: slice) -> Tensor:
+        """The gradient with respect to it, likewise."""
+        return self._store.read(f"gradient-{index}", batch).to(self._device)
+
+    def writing_hidden(self, index: int) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """Write a block's input, batch after batch; the file gets its name at the end."""
+        return self._store.writing(f"hidden-{index}")
+
+    def writing_gradient(self, index: int, *, dry: bool) -> AbstractContextManager[Callable[[Tensor], None]]:
+        """Write the gradient with respect to it likewise; ``dry`` writes nothing."""
+        return self._store.writing(f"gradient-{index}", dry=dry)
+
+    def drop_hidden(self, index: int) -> None:
+        """Give a block's input up."""
+        self._store.remove(f"hidden-{index}")
+
+    def drop_gradient(self, index: int) -> None:
+        """Give the gradient with respect to it up."""
+        self._store.remove(f"gradient-{index}")
+
+    def clear(self) -> None:
+        """Give all files up; the loss stays."""
+        self._store.clear()

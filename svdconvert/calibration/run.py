@@ -1,0 +1,348 @@
+"""Statistics of a model's linear layers on calibration text, block by block.
+
+Where gradients are needed, each block's input is kept on disk during one pass forward; then the head gives the
+gradient at the last block's output, and the blocks are run once more, backward, each with the gradient that the one
+above it left. Otherwise one pass forward is enough.
+
+Memory, with B sequences of T tokens in a batch, N in all, and hidden size h. On the device: the weights of one block,
+or of the embeddings, or of the head, in the type that is computed in; what is collected of one block
+(``collector.py``); and the logits of :mod:`svdconvert.models.loss`, a few times over. On the host: a batch of
+activations, and of several processes with devices of their own the block's Grams once more. On disk: N T h numbers for
+each block where gradients are needed, for two blocks where they are not.
+
+Of several processes, each has a part of the sequences; what is between blocks is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdconvert.calibration.boundaries import Boundaries
+from svdconvert.calibration.collector import Collector
+from svdconvert.calibration.text import CalibrationTokens
+from svdconvert.errors import InputError
+from svdconvert.machine.processes import current
+from svdconvert.methods.statistics import ModuleStatistics, Needs
+from svdconvert.models.activations import Loss
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.loss import next_token_loss
+from svdconvert.names import layer_number, suffix
+from svdconvert.planning.events import Events
+from svdconvert.sentences import asked
+from svdconvert.storage.source import Source
+from svdconvert.version import __version__
+
+LABELS = ("empirical", "sampled")
+
+_Blocks = Generator[tuple[int, dict[str, ModuleStatistics]], None, None]
+
+
+class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
+    """An iterator over ``(block, {module: ModuleStatistics})``.
+
+    From the first block to the last, or, where gradients are needed, from the last to the first. A block's files are
+    given up when the next one is asked for; its statistics should be let go of by then, being most of what is in
+    memory.
+
+    What is between blocks lies in a folder, so a run that was broken off goes on from its last finished block with the
+    same bits; files of another model, text or setting there are given up. They are removed when the run is through.
+
+    Attributes:
+        loss: the model's loss; known with the first block where gradients are needed, otherwise at the end. None where
+            there was nothing left to do.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokens: CalibrationTokens,
+        needs: Needs,
+        modules: Sequence[str],
+        *,
+        work: Path,
+        device: str = "cpu",
+        batch_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        labels: str = "empirical",
+        seed: int = 0,
+        skip_blocks: Collection[int] = (),
+        events: Events | None = None,
+    ) -> None:
+        """Check everything that can be checked without weights.
+
+        Args:
+            source: the dense model. Its files are read twice where gradients are needed, and not released.
+            tokens: what to calibrate with.
+            needs: what to collect.
+            modules: linear layers, as ``layers.3.attention.dense``, or parts of fused ones (``families/fused.py``),
+                whose outputs are then their own.
+            work: folder for activations and gradients.
+            device: where blocks are run.
+            batch_size: sequences at a time; changes results by rounding only.
+            dtype: what blocks compute in; gradients of single tokens are below float16's range.
+            labels: ``empirical`` takes the text's own next tokens; ``sampled`` draws them from the model's distribution
+                (the true Fisher instead of the empirical one), each position by itself.
+            seed: of the drawing.
+            skip_blocks: blocks whose statistics are not needed any more.
+            events: told the loss and the progress.
+
+        Raises:
+            InputError: a module does not exist, the tokens are not the model's, or the disk is too small. While it
+                runs: something is NaN or infinite.
+            JobError: reading or writing failed; the same run goes on.
+        """
+        if labels not in LABELS:
+            raise InputError(f"labels {labels!r} are unknown; choose {' or '.join(LABELS)}")
+        if batch_size < 1:
+            raise InputError(f"a batch of {batch_size} sequences is not possible; use at least 1")
+        self._blocks = ModelBlocks(source, device=device, dtype=dtype)
+        self._source = source
+        self._name, self._tokens, self._needs, self._labels, self._seed = source.name, tokens, needs, labels, seed
+        self._events, self._group = events or Events(), current()
+        self._check_tokens()
+        self._draw_shape, self._part = tokens.ids.shape, self._group.portion(tokens.ids.shape[0])
+        self._tokens = replace(tokens, ids=tokens.ids[self._part], mask=tokens.mask[self._part])
+        count = self._tokens.ids.shape[0]
+        self._batches = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+        self._modules = _by_block(self._blocks, modules)
+        self._todo = sorted(set(self._modules) - set(skip_blocks)) if needs != Needs() else []
+        self._files = Boundaries(
+            work / "activations",
+            self._key(tokens.digest, batch_size),
+            (*self._tokens.ids.shape, self._blocks.hidden_size),
+            dtype=dtype,
+            device=self._blocks.device,
+            copies=self._blocks.count + 2 if needs.gradients else 2,
+            group=self._group,
+        )
+        self.loss: Loss | None = self._files.loss
+        self._generator = self._backward() if needs.gradients else self._forward()
+
+    def __next__(self) -> tuple[int, dict[str, ModuleStatistics]]:
+        return next(self._generator)
+
+    def refuse_changed(self) -> None:
+        """As :meth:`svdconvert.storage.source.Source.refuse_changed`."""
+        self._source.refuse_changed()
+
+    def close(self) -> None:
+        """Stop; what is finished stays for the next run."""
+        self._generator.close()
+
+    def _key(self, tokens: str, batch_size: int) -> dict[str, Any]:
+        """What the files between blocks depend on."""
+        return {
+            "model": self._source.identity(),
+            "config": dict(self._source.config),
+            "tokens": tokens,
+            "part": [self._part.start, self._part.stop],
+            "batch_size": batch_size,
+            "dtype": str(self._blocks.dtype),
+            "device": self._blocks.device.type,
+            "labels": self._labels,
+            "seed": self._seed,
+            "code": [__version__, torch.__version__],
+        }
+
+    def _check_tokens(self) -> None:
+        blocks, ids = self._blocks, self._tokens.ids
+        if ids.shape[0] < self._group.size:
+            raise InputError(
+                f"{ids.shape[0]} calibration sequences are too few for {self._group.size} processes; "
+                f"raise {asked('calibration.samples')} or start fewer"
+            )
+        if ids.numel() == 0 or not bool(self._tokens.mask[:, 1:].any()):
+            raise InputError("the calibration text has no token to predict; give more text")
+        if int(ids.max()) >= blocks.vocabulary or int(ids.min()) < 0:
+            raise InputError(
+                f"the calibration text has the token {int(ids.max())}, but {self._name} knows {blocks.vocabulary:,}; "
+                "the tokenizer belongs to another model"
+            )
+        if blocks.longest is not None and ids.shape[1] > blocks.longest:
+            raise InputError(
+                f"calibration sequences of {ids.shape[1]:,} tokens are too long; {self._name} reads up to "
+                f"{blocks.longest:,}"
+            )
+
+    def _forward(self) -> _Blocks:
+        """One pass; statistics of inputs alone."""
+        count = self._blocks.count
+        present = [i for i in range(count + 1) if self._files.has_hidden(i)]
+        if self._todo:
+            present = [i for i in present if i <= self._todo[0]]
+        elif self.loss is not None or not present:
+            return
+        start = max(present, default=0)
+        if not present:
+            self._embed()
+        for index in range(start, count):
+            # A local name would keep a block's Grams alive while those of the next are collected.
+            if index in self._todo:
+                yield index, self._run_block(index, collect=True)
+            else:
+                self._run_block(index, collect=False)
+            self._files.drop_hidden(index)
+        if self.loss is None:
+            self._run_head(gradient=False)
+        self._files.clear()
+
+    def _backward(self) -> _Blocks:
+        """A pass forward that keeps every block's input, the head, and a pass backward."""
+        if not self._todo:
+            return
+        lowest, count = self._todo[0], self._blocks.count
+        starts = [i for i in range(self._todo[-1] + 1, count + 1) if self._files.has_gradient(i)]
+        start = min(starts, default=count)
+        self._keep_hidden(range(lowest, start if starts else count + 1))
+        if not starts:
+            self._run_head(gradient=True)
+        self._files.drop_hidden(count)
+        for index in reversed(range(lowest, start)):
+            if index in self._todo:
+                yield index, self._differentiate(index, collect=True, pass_on=index > lowest)
+            elif not self._files.has_gradient(index):
+                self._differentiate(index, collect=False, pass_on=True)
+            self._files.drop_hidden(index)
+            self._files.drop_gradient(index + 1)
+        self._files.clear()
+
+    def _keep_hidden(self, needed: Sequence[int]) -> None:
+        """Have the inputs of these blocks on disk, computing those that are missing."""
+        for index in needed:
+            if self._files.has_hidden(index):
+                continue
+            start = max((i for i in range(index) if self._files.has_hidden(i)), default=-1)
+            if start < 0:
+                self._embed()
+                start = 0
+            for i in range(start, index):
+                self._run_block(i, collect=False)
+                if i < needed[0]:
+                    self._files.drop_hidden(i)
+
+    def _embed(self) -> None:
+        with self._blocks.embeddings(), self._files.writing_hidden(0) as write, torch.no_grad():
+            for number, batch in enumerate(self._batches, 1):
+                hidden = self._blocks.embed(self._tokens.ids[batch], self._tokens.mask[batch])
+                self._check(hidden, "the embeddings give", batch)
+                write(hidden)
+                self._events.progress("embedding", number, len(self._batches))
+
+    def _run_block(self, index: int, *, collect: bool) -> dict[str, ModuleStatistics]:
+        """hidden-i -> hidden-(i+1), and the block's statistics if they are to be collected."""
+        blocks, masks = self._blocks, self._tokens.mask
+        with (
+            blocks.block(index) as block,
+            self._files.writing_hidden(index + 1) as write,
+            torch.no_grad(),
+            self._collecting(block, index, collect) as collector,
+        ):
+            for number, batch in enumerate(self._batches):
+                collector.begin(masks[batch])
+                output = blocks.run(block, self._files.hidden(index, batch), masks[batch])
+                self._check(output, f"block {index} gives", batch)
+                write(output)
+                self._tell("forward", index, index * len(self._batches) + number + 1)
+        return collector.result()
+
+    def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics]:
+        """hidden-i, gradient-(i+1) -> gradient-i, and the block's statistics if they are to be collected."""
+        blocks, masks = self._blocks, self._tokens.mask
+        with (
+            blocks.block(index) as block,
+            self._files.writing_gradient(index, dry=not pass_on) as write,
+            self._collecting(block, index, collect) as collector,
+        ):
+            for number, batch in enumerate(self._batches):
+                hidden = self._files.hidden(index, batch).requires_grad_()
+                collector.begin(masks[batch])
+                with torch.enable_grad():
+                    output = blocks.run(block, hidden, masks[batch])
+                torch.autograd.backward(output, self._files.gradient(index + 1, batch))
+                assert hidden.grad is not None
+                self._check(hidden.grad, f"block {index} gives", batch, "gradients")
+                write(hidden.grad)
+                self._tell("backward", index, (blocks.count - 1 - index) * len(self._batches) + number + 1)
+        return collector.result()
+
+    def _run_head(self, *, gradient: bool) -> None:
+        """hidden-L -> the loss, and gradient-L."""
+        total, count = 0.0, 0
+        with (
+            self._blocks.head() as head,
+            self._files.writing_gradient(self._blocks.count, dry=not gradient) as write,
+        ):
+            for number, batch in enumerate(self._batches, 1):
+                hidden = self._files.hidden(self._blocks.count, batch)
+                nll, predicted, slope = self._head_batch(head, hidden, batch, gradient)
+                total, count = total + nll, count + predicted
+                self._check(slope, "the head gives", batch, "gradients")
+                write(slope)
+                self._events.progress("head", number, len(self._batches))
+            sums = self._group.add(torch.tensor([total, count], dtype=torch.float64))
+            self.loss = Loss(float(sums[0]), int(sums[1]))
+            self._files.keep_loss(self.loss)
+        self._events.note(
+            f"the model's perplexity on the calibration text is {self.loss.perplexity:,.2f} "
+            f"({self.loss.tokens:,} tokens predicted)"
+        )
+
+    def _head_batch(self, head: nn.Module, hidden: Tensor, batch: slice, gradient: bool) -> tuple[float, int, Tensor]:
+        """``(sum of -log p, tokens predicted, gradient with respect to hidden)`` of one batch."""
+        return next_token_loss(
+            head,
+            hidden,
+            self._tokens.ids[batch],
+            self._tokens.mask[batch],
+            vocabulary=self._blocks.vocabulary,
+            check=lambda logits: self._check(logits, "the head gives", batch),
+            draws=self._draws(batch) if self._labels == "sampled" else None,
+            gradient=gradient,
+        )
+
+    def _draws(self, batch: slice) -> Tensor:
+        """A uniform number for each position, the same whatever the batches and processes are."""
+        generator = torch.Generator().manual_seed(self._seed)
+        return torch.rand(self._draw_shape, generator=generator, dtype=torch.float64)[self._part][batch]
+
+    def _tell(self, phase: str, index: int, done: int) -> None:
+        count = self._blocks.count
+        self._events.progress(phase, done, count * len(self._batches), f"block {index + 1} of {count}")
+
+    @contextmanager
+    def _collecting(self, block: nn.Module, index: int, collect: bool) -> Iterator[Collector]:
+        places = {name: self._blocks.place(suffix(name)) for name in self._modules.get(index, [])} if collect else {}
+        with Collector(block, places, self._needs, self._blocks.device, self._group) as collector:
+            yield collector
+
+    def _check(self, tensor: Tensor, what: str, batch: slice, kind: str = "activations") -> None:
+        """Raise where something that counts is NaN or infinite, by name."""
+        if bool(torch.isfinite(tensor).all()):
+            return
+        type_hint = "" if self._blocks.dtype in (torch.float32, torch.float64) else " in float32"
+        raise InputError(
+            f"{what} NaN or infinite {kind} on the calibration text (sequences {self._part.start + batch.start} to "
+            f"{self._part.start + batch.stop - 1}); check the source model{type_hint}"
+        )
+
+
+def _by_block(blocks: ModelBlocks, modules: Sequence[str]) -> dict[int, list[str]]:
+    """Modules by block, in the order given.
+
+    Raises:
+        InputError: one is no linear layer of a block.
+    """
+    found: dict[int, list[str]] = {}
+    for name in dict.fromkeys(modules):
+        index = layer_number(name)
+        if not 0 <= index < blocks.count or not blocks.is_linear(index, blocks.place(suffix(name))[0]):
+            raise InputError(f"{name} is no linear layer in a block of the model, so it cannot be calibrated")
+        found.setdefault(index, []).append(name)
+    return found
