@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -347,8 +348,12 @@ def _markdown(title: str, blocks: Sequence[tuple[Any, ...]]) -> str:
         elif kind == "img":
             parts.append(f"![{content[1]}]({content[0]})")
         else:
-            parts.append(("## " if kind == "h2" else "") + content[0])
+            parts.append(f"## {content[0]}" if kind == "h2" else _wrapped(content[0]))
     return "\n\n".join(parts) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _cell(text: str) -> str:

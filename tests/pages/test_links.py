@@ -7,11 +7,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from support.pages import PAGES, ROOT
 
-ROOT = Path(__file__).parents[2]
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(page for name in ("docs", "examples", "findings") for page in (ROOT / name).rglob("*.md"))]
-)
 _LINK = re.compile(r"\]\(([^()\s]+)\)")
 
 

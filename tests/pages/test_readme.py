@@ -1,0 +1,56 @@
+"""README.md: what it shows of the bundled model is what happens."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.pages import ROOT
+
+from svdconvert.cli.app import main
+
+PAGE = (ROOT / "README.md").read_text("utf-8")
+COMMANDS = [
+    call
+    for call in re.findall(r"^ {4}svdconvert (.*)$", re.sub(r" *\\\n +", " ", PAGE), re.MULTILINE)
+    if "examples/" in call or "out/" in call
+]
+(TRAINING,) = (block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "peft" in block)
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def rows(text: str) -> list[tuple[str, list[float]]]:
+    """Lines of a result: the words, and the numbers."""
+    found = [" ".join(line.split()) for line in text.splitlines()]
+    return [(_NUMBER.sub("#", line), [float(number) for number in _NUMBER.findall(line)]) for line in found]
+
+
+@pytest.mark.slow
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In order, as a reader would."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(call: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(shlex.split(call))
+        assert not end.value.code
+        return capsys.readouterr().out
+
+    convert, evaluate, fold = COMMANDS
+    run(convert)
+    printed = dict(rows(run(evaluate)))
+    shown = rows(PAGE.partition("--against examples/tiny_polyglot/model\n\n")[2].partition("\n\n")[0])
+    assert len(shown) == 4
+    for words, numbers in shown:
+        # Other versions and processors round otherwise.
+        assert printed[words] == pytest.approx(numbers, rel=0.05)
+    names: dict[str, Any] = {}
+    exec(compile(TRAINING, "README.md", "exec"), names)
+    assert names["loss"].isfinite()
+    run(fold)
+    assert (tmp_path / "out" / "folded" / "config.json").is_file()
