@@ -99,9 +99,9 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             JobError: reading or writing failed; the same run goes on.
         """
         if labels not in LABELS:
-            raise InputError(f"labels {labels!r} are unknown; choose {' or '.join(LABELS)}")
+            raise InputError(f"{asked('calibration.labels', labels)} is unknown; choose {' or '.join(LABELS)}")
         if batch_size < 1:
-            raise InputError(f"a batch of {batch_size} sequences is not possible; use at least 1")
+            raise InputError(f"{asked('calibration.batch_size', batch_size)} is too small; use at least 1")
         self._blocks = ModelBlocks(source, device=device, dtype=dtype)
         self._source = source
         self._name, self._tokens, self._needs, self._labels, self._seed = source.name, tokens, needs, labels, seed
@@ -343,6 +343,6 @@ def _by_block(blocks: ModelBlocks, modules: Sequence[str]) -> dict[int, list[str
     for name in dict.fromkeys(modules):
         index = layer_number(name)
         if not 0 <= index < blocks.count or not blocks.is_linear(index, blocks.place(suffix(name))[0]):
-            raise InputError(f"{name} is no linear layer in a block of the model, so it cannot be calibrated")
+            raise InputError(f"{name} is not a linear layer in a block of the model, so it cannot be calibrated")
         found.setdefault(index, []).append(name)
     return found

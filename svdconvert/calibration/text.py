@@ -143,18 +143,18 @@ def load_texts(
     if path.is_dir():
         files = sorted(entry for entry in path.rglob("*") if entry.suffix in KINDS and entry.is_file())
         if not files:
-            raise InputError(f"{spec} has no calibration text; expected files that end in {', '.join(KINDS)}")
+            raise InputError(f"{spec} has no calibration text; give files that end in {', '.join(KINDS)}")
     elif path.exists():
         files = [path]
     elif path.suffix in KINDS or path.is_absolute() or spec.startswith(("./", "../", "~")):
-        raise InputError(f"{spec} does not exist; give a text file, a folder or a data set")
+        raise InputError(f"{spec} does not exist; give a text file, a folder or the name of a data set")
     else:
         yield from _dataset(spec, field or "text", config, split, empty)
         return
     for file in files:
         readers = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
         if file.suffix not in readers:
-            raise InputError(f"{file} is of an unknown kind; give a file that ends in {', '.join(KINDS)}")
+            raise InputError(f"{file} has an unknown file type; give a file that ends in {', '.join(KINDS)}")
         try:
             yield from readers[file.suffix](file, field or "text", empty)
         except OSError as error:
@@ -191,9 +191,8 @@ def sample_tokens(
         InputError: the text has too few tokens for one sequence.
     """
     if samples < 1 or length < 2:
-        raise InputError(
-            f"{samples} sequences of {length} tokens are not possible; use at least 1 of at least 2 tokens"
-        )
+        given = f"{asked('calibration.samples', samples)} and {asked('calibration.length', length)}"
+        raise InputError(f"{given} are too small; use at least 1 sequence of at least 2 tokens")
     digest = _TextDigest()
     documents = _tokenized(digest.over(texts), tokenizer)
     rows = _chunks(documents, length) if packed else _cut(documents, length)
@@ -201,7 +200,7 @@ def sample_tokens(
     if not pool:
         raise InputError(
             f"the calibration text is too short: {digest.count:,} documents with {rows.tokens:,} tokens, "
-            f"but {length if packed else 2} are needed at least; give more text"
+            f"but at least {length if packed else 2} are needed; give more text"
         )
     chosen = sorted(random.Random(seed).sample(range(len(pool)), min(samples, len(pool))))
     width = length if packed else max(len(pool[i]) for i in chosen)
@@ -359,7 +358,7 @@ def _json_lines(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
         entry = parse_json(line, f"{file}, line {number},", "correct it")
         if not isinstance(entry, dict):
             raise InputError(
-                f"{file}, line {number}, is no JSON object; each line must be one with the field {field!r}"
+                f"{file}, line {number}, is not a JSON object; every line must be one, with the field {field!r}"
             )
         if field not in entry:
             raise InputError(f"{file}, line {number}, has no field {field!r}; it has {_named(entry)}")
@@ -383,7 +382,7 @@ def _parquet(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
                     number += 1
                     yield from _document(value, field, f"{file}, row {number}", empty)
     except broken as error:
-        raise InputError(f"{file} is no readable parquet file ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{file} is not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _dataset(name: str, field: str, config: str | None, split: str, empty: EmptyRows) -> Iterator[str]:
@@ -391,7 +390,7 @@ def _dataset(name: str, field: str, config: str | None, split: str, empty: Empty
         datasets = import_module("datasets")
     except ImportError:
         raise InputError(
-            f"{name} is no file or folder, and data sets need the package datasets; "
+            f"{name} is neither a file nor a folder, and data sets need the package datasets; "
             "give a file, or install it with `pip install datasets`"
         ) from None
     try:
@@ -403,7 +402,7 @@ def _dataset(name: str, field: str, config: str | None, split: str, empty: Empty
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{name} is no file or folder, and the data set of that name cannot be loaded ({reason})"
+            f"{name} is neither a file nor a folder, and the data set of that name cannot be loaded ({reason})"
         ) from None
 
 
@@ -417,7 +416,7 @@ def _document(value: Any, field: str, where: str, empty: EmptyRows) -> Iterator[
             f"{asked('calibration.field')}"
         )
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is no text; correct it")
+        raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is not text; correct it")
     if value.strip():
         yield value
 

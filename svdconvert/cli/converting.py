@@ -332,7 +332,7 @@ def _numbers(option: str, text: str | None, kind: Callable[[str], float]) -> lis
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"{option} {text!r} is no list of numbers; separate them by commas") from None
+        raise InputError(f"{option} {text!r} is not a list of numbers; separate them with commas") from None
 
 
 def _request(options: dict[str, Any]) -> dict[str, Any]:

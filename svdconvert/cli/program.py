@@ -25,8 +25,8 @@ SHARED_COMMANDS = ("convert", "calibrate", "densify", "fold")
 # Launchers end all processes when one has failed: in so many seconds another one has said what was wrong.
 _LET_SPEAK = 1.0
 _OUT_OF_MEMORY = {
-    "host": "out of memory; use fewer --workers or a machine with more, the same command goes on",
-    "device": "out of memory on the device; use --device cpu, the same command goes on otherwise",
+    "host": "out of memory; use fewer --workers or a machine with more memory, and run the same command to continue",
+    "device": "out of memory on the device; free some there and run the same command to continue, or use --device cpu",
 }
 
 

@@ -158,7 +158,7 @@ class TerminalEvents(Events):
 
     def begin(self, steps: Sequence[Step], done_before: int) -> None:
         if done_before:
-            self.note(f"{done_before} matrices were done by an earlier run; going on with {len(steps)}")
+            self.note(f"{done_before} matrices were done by an earlier run; continuing with {len(steps)}")
         what = "decomposing" if any(step.kind == "decompose" for step in steps) else "factors"
         self._shown = None
         self._at(what, done_before, len(steps) + done_before, "")

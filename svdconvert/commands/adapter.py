@@ -68,7 +68,7 @@ class Adapter:
         """
         path = folder / ADAPTER_CONFIG
         self.folder = folder
-        self.config = read_json(path, f"{folder} has no {ADAPTER_CONFIG}, so it is no peft adapter")
+        self.config = read_json(path, f"{folder} has no {ADAPTER_CONFIG}, so it is not a peft adapter")
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise InputError(f"{folder} has no {ADAPTER_WEIGHTS}; save the adapter with save_pretrained")
         self._refuse_other_kinds()
@@ -117,7 +117,7 @@ class Adapter:
         if left := [name for name in names if name not in reached]:
             raise InputError(
                 f"{self.folder} cannot be folded: {ADAPTER_WEIGHTS} has weights for {listing(left)}, which "
-                f"{ADAPTER_CONFIG} does not name, so that peft would leave them out"
+                f"{ADAPTER_CONFIG} does not name, so peft would leave them out"
             )
 
     def _named(self, targets: str | Sequence[str], names: Sequence[str]) -> set[str]:
@@ -130,7 +130,7 @@ class Adapter:
         patterns = self.config.get("layers_pattern") or [r"[^.]*"]
         patterns = [patterns] if isinstance(patterns, str) else patterns
         if any(pattern != r"[^.]*" and not re.fullmatch(r"\w+", pattern) for pattern in patterns):
-            raise InputError(f"{self.folder} cannot be folded: its layers_pattern is no name ({short(patterns)})")
+            raise InputError(f"{self.folder} cannot be folded: its layers_pattern is not a name ({short(patterns)})")
         found: dict[str, int] = {}
         for name in names:
             for pattern in patterns:
@@ -169,10 +169,10 @@ def _pairs(folder: Path) -> dict[str, tuple[TensorInfo, TensorInfo]]:
     for info in read_header(folder / ADAPTER_WEIGHTS):
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", info.name)
         if match is None:
-            raise InputError(f"{folder} cannot be folded: {info.name} is no LoRA weight of a linear layer")
+            raise InputError(f"{folder} cannot be folded: {info.name} is not a LoRA weight of a linear layer")
         if info.dtype not in FLOATS or len(info.shape) != 2 or not info.size:
             raise InputError(
-                f"{folder} cannot be folded: {info.name} is {info.dtype} of shape {list(info.shape)}, no matrix of "
+                f"{folder} cannot be folded: {info.name} is {info.dtype} of shape {list(info.shape)}, not a matrix of "
                 "floating-point numbers"
             )
         halves.setdefault(match[1], {})[match[2]] = info

@@ -153,7 +153,7 @@ def factored_steps(
         names = stored_names(source.config, row.prefix, module)
         missing = [name for name in names if name not in source.tensors]
         if missing:
-            raise InputError(f"{source.where} lacks {listing(missing)}, which its config.json promises")
+            raise InputError(f"{source.where} lacks {listing(missing)}, which its config.json requires")
         stored = tuple(source.tensors[name] for name in names)
         if stored[0].shape[0] != rank or stored[1].shape[1] != rank:
             raise InputError(f"{module} of {source.where} has rank {stored[0].shape[0]}, but config.json says {rank}")
@@ -189,7 +189,7 @@ def _joined(steps: Sequence[Step], source: Source, row: Architecture) -> list[St
         names = {part: f"{fused}.{part}.{kind}" for part in row.fused[suffix(layer)].names}
         missing = [own for own in names.values() if own not in parts]
         if missing:
-            raise InputError(f"{source.where} lacks {listing(missing)}, which its config.json promises")
+            raise InputError(f"{source.where} lacks {listing(missing)}, which its config.json requires")
         whole.append(_join_step(f"{fused}.{kind}", {part: parts.pop(own) for part, own in names.items()}, source, row))
     return in_order([*parts.values(), *whole])
 

@@ -141,7 +141,7 @@ def _passage(
 ) -> tuple[Path, Passage]:
     folder = local_folder(os.fspath(model), revision)
     config = read_json(
-        folder / "config.json", f"{folder} has no config.json, so it is no model folder; give the one that holds it"
+        folder / "config.json", f"{folder} has no config.json, so it is not a model folder; give the one that holds it"
     )
     return folder, read_passage(folder, config, Path(text).expanduser(), window, stride, protocol)
 

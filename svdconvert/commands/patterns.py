@@ -67,7 +67,7 @@ def _matches(patterns: Sequence[str], names: Sequence[str], where: object) -> li
             compiled = [re.compile(pattern) for pattern in patterns]
             return [[one.fullmatch(name) is not None for name in names] for one in compiled]
     except re.error as error:
-        raise InputError(f"{where} has a pattern that is no regular expression ({error}); correct it") from None
+        raise InputError(f"{where} has a pattern that is not a regular expression ({error}); correct it") from None
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _MATCHER],
@@ -85,7 +85,7 @@ def _matches(patterns: Sequence[str], names: Sequence[str], where: object) -> li
     except ValueError:
         raise InputError(f"{where} has a pattern that cannot be matched; write the layers' names") from None
     if answer and isinstance(answer[0], str):
-        raise InputError(f"{where} has a pattern that is no regular expression ({answer[1]}); correct it")
+        raise InputError(f"{where} has a pattern that is not a regular expression ({answer[1]}); correct it")
     return answer
 
 

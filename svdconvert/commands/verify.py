@@ -93,7 +93,7 @@ def _modeling_file(folder: Path, row: Architecture) -> Check:
     if not path.is_file():
         return Check("modeling file", False, f"{path.name} is missing, so trust_remote_code has nothing to load")
     same = read_bytes(path, "") == modeling_source(row)
-    detail = "the one of this version" if same else "another one than this version's; it was not run here"
+    detail = "the one of this version" if same else "not the one of this version; it was not run"
     return Check("modeling file", same, detail)
 
 
@@ -133,7 +133,7 @@ def _ranks(source: Source, row: Architecture) -> Check:
 
 def _positions(source: Source, row: Architecture) -> Check:
     name = misplaced(source, row)
-    detail = "permutations" if name is None else f"{name} is no permutation of its layer's outputs; it was changed"
+    detail = "permutations" if name is None else f"{name} is not a permutation of its layer's outputs; it was changed"
     return Check("positions", name is None, detail)
 
 

@@ -269,7 +269,7 @@ class _Worker:
         left, right = _on(left, self.device), _on(right, self.device)
         if any(side is not None and not bool(side.any()) for side in (left, right)):
             self.events.note(
-                f"the calibration text gives {part.weight} nothing but zeros, so it is factored as without a text"
+                f"the statistics of {part.weight} on the calibration text are all zero, so it is factored by plain SVD"
             )
         with _naming(part.weight):
             if not target.followers:

@@ -70,7 +70,7 @@ def dense_shapes(row: Architecture, config: Config, where: str) -> Shapes:
     try:
         shapes = row.parameters(config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"config.json of {where} lacks {error}, so the model's shape is unknown") from None
+        raise InputError(f"config.json of {where} lacks {error}, so the model's shape is unknown; add it") from None
     for name, shape in shapes.items():
         if not all(shape):
             raise InputError(f"by config.json of {where}, {name} would have shape {list(shape)}; correct its sizes")

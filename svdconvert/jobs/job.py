@@ -195,7 +195,7 @@ def _refuse_changed(source: Source, before: Mapping[str, Any]) -> None:
     found = difference(before, {**source.identity(), **source.side_identity()})
     if found is not None:
         raise InputError(
-            f"{source.where} was changed while it was read ({': '.join(found)}), so the result would be of two models; "
+            f"{source.where} was changed while it was read ({': '.join(found)}), so the result would mix two models; "
             f"start again with {asked('overwrite', True)}"
         )
 

@@ -173,7 +173,7 @@ class Pipeline:
 
     def _interrupt(self) -> None:
         self._stop.set()
-        self._events.note("stopping after the matrix in work; press Ctrl-C again to stop at once")
+        self._events.note("stopping after the current matrix; press Ctrl-C again to stop at once")
 
     def _worker(self, work: Callable[[], None], name: str) -> Worker:
         return Worker(partial(self._guard, work), name)

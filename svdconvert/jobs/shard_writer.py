@@ -127,13 +127,13 @@ class ShardWriter:
                 missing = [file.name for file in self._files.values() if not file.is_full()]
                 if missing:
                     raise JobError(
-                        f"{listing(missing)} lack what another process wrote; all must see the same "
-                        f"{self._output.folder}, and the same command goes on where it stopped"
+                        f"{listing(missing)} lack what another process wrote; let all processes see the same "
+                        f"{self._output.folder} and run the same command to continue"
                     )
                 completed = self._complete()
         gone = [file.name for file in self._files.values() if not file.is_final()]
         if gone:
-            raise JobError(f"{self._output.folder} lost {listing(gone)}; the same command writes it again")
+            raise JobError(f"{self._output.folder} lost {listing(gone)}; run the same command to write it again")
         return completed
 
     def is_done(self, key: str) -> bool:

@@ -117,7 +117,7 @@ class _Launched(Group):
         try:
             yield
         except RuntimeError:
-            raise JobError("another process of this job has ended; the same command goes on where it stopped") from None
+            raise JobError("another process of this job has ended; run the same command to continue") from None
 
     def wait(self) -> None:
         with self._talking():

@@ -166,4 +166,4 @@ def read_into(tensor: Tensor, path: Path, position: int) -> None:
     with read_errors(path), open_regular(path) as handle:
         handle.seek(position)
         if not fill(handle, as_bytes(tensor)):
-            raise JobError(f"{path} ended early; the same command goes on once it is whole or gone")
+            raise JobError(f"{path} is truncated; delete it and run the same command to continue")

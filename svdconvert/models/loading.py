@@ -62,7 +62,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     found = config or read_json(
-        folder / "config.json", f"{folder} has no config.json, so it is no model folder; give the one that holds it"
+        folder / "config.json", f"{folder} has no config.json, so it is not a model folder; give the one that holds it"
     )
     found = portable(found)
     options = {**dtype_option(dtype), "output_loading_info": True}

@@ -37,6 +37,6 @@ def refuse_misplaced(source: Source, row: Architecture) -> None:
     name = misplaced(source, row)
     if name is not None:
         raise InputError(
-            f"{name} of {source.where} is no permutation of its layer's outputs: something has changed it (by "
+            f"{name} of {source.where} is not a permutation of its layer's outputs: something has changed it (by "
             "averaging two conversions, say); convert the model again"
         )

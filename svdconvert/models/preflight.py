@@ -69,7 +69,7 @@ def _check_weights(source: Source, row: Architecture, blocks: ModelBlocks, head:
     if blocks.tied != row.is_tied(source.config):
         raise InputError(
             f"config.json of {name} does not say whether the head is tied to the embedding, and transformers {version} "
-            "takes it otherwise than others; add tie_word_embeddings"
+            "differs from other versions there; add tie_word_embeddings"
         )
     left_out = {info.name for info in head_copies(row, source)}
     full = row.full_names(source.tensors, source.config)

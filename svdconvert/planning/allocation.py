@@ -87,7 +87,9 @@ def allocate(
     ]
     least = sum(int(choice.cost[0]) for choice in choices)
     if budget < least:
-        raise InputError(f"a budget of {budget:,} parameters is below what the least ranks cost, {least:,}; keep more")
+        raise InputError(
+            f"a budget of {budget:,} parameters is too small, since the lowest ranks take {least:,}; keep more"
+        )
     picked = _priced(choices, budget)
     _spend_rest(choices, picked, budget)
     return [choice.ranks[option] for choice, option in zip(choices, picked, strict=True)]

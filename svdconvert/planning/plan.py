@@ -314,7 +314,7 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
         by = quantised_part(name)
         if by is not None or (full[name] in expected and info.dtype not in FLOATS):
             raise InputError(
-                f"tensor {name} of {source.where} ({DTYPES[info.dtype][1]}) is one of a quantised checkpoint"
+                f"tensor {name} of {source.where} ({DTYPES[info.dtype][1]}) belongs to a quantised checkpoint"
                 f"{by or ''}; convert the unquantised model and quantise the result"
             )
     refuse_other_model(tensors, full, expected, row, source)
@@ -348,7 +348,7 @@ def check_layers(tensors: Mapping[str, TensorInfo], source: Source) -> None:
     there = 1 + max((layer_number(name) for name in tensors), default=-1)
     if said and there and said != there:
         raise InputError(
-            f"config.json of {source.where} says {said} layers, but the weights are of {there}; "
+            f"config.json of {source.where} says {said} layers, but there are weights of {there}; "
             "the checkpoint is incomplete, or config and weights are not of one model"
         )
 

@@ -64,11 +64,11 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise JobError(
-                f"no space left for {folder} ({error.strerror}); free some and run the same command again, "
-                "which goes on where it stopped"
+                f"no space left for {folder} ({error.strerror}); free some and run the same command to continue"
             ) from None
         raise JobError(
-            f"{error.filename or folder} could not be written ({error.strerror}); the same command goes on once it can"
+            f"{error.filename or folder} could not be written ({error.strerror}); fix that and run the same command "
+            "to continue"
         ) from None
 
 

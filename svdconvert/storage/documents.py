@@ -60,7 +60,7 @@ def open_regular(path: Path, limit: int | None = None, *, advice: str = "give a 
     status = os.fstat(handle)
     wrong = None
     if not stat.S_ISREG(status.st_mode):
-        wrong = f"{path} cannot be read: it is {_kind(status.st_mode)}, no regular file; {advice}"
+        wrong = f"{path} cannot be read: it is {_kind(status.st_mode)}, not a regular file; {advice}"
     elif limit is not None and status.st_size > limit:
         wrong = f"{path} has {status.st_size:,} bytes, more than the {limit:,} that such a file may have; {advice}"
     if wrong:
@@ -175,15 +175,17 @@ def parse_json(data: bytes | str, where: object, advice: str = "fetch it again",
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text (byte {error.start}); {advice}") from None
     if text.count("[") + text.count("{") > MAX_JSON_DEPTH and _depth(text) > MAX_JSON_DEPTH:
-        raise InputError(f"{where} is nested more than {MAX_JSON_DEPTH} levels deep, as no such file is; {advice}")
+        raise InputError(
+            f"{where} is nested more than {MAX_JSON_DEPTH} levels deep, too deep for such a file; {advice}"
+        )
     if text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES:
-        raise InputError(f"{where} has more than {MAX_JSON_VALUES:,} values, as no such file has; {advice}")
+        raise InputError(f"{where} has more than {MAX_JSON_VALUES:,} values, too many for such a file; {advice}")
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
         if _HALF_PAIR.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where} holds half a surrogate pair, which is no text; {advice}") from None
+        raise InputError(f"{where} holds half a surrogate pair, which is not text; {advice}") from None
     except ValueError as error:
         raise InputError(f"{where} is not valid JSON ({error}); {advice}") from None
     return value

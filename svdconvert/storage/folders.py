@@ -74,7 +74,7 @@ class ModelFolder:
         if stat.S_ISDIR(status.st_mode):
             return f"{to}, a folder; put the folder itself in its place", 0
         if not stat.S_ISREG(status.st_mode):
-            return f"{to}{',' if linked else ' is'} no regular file; put the right file in its place", 0
+            return f"{to}{',' if linked else ' is'} not a regular file; put the right file in its place", 0
         return "", status.st_size
 
 

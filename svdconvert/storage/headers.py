@@ -56,9 +56,9 @@ def parse_header(raw: bytes, file: str, file_size: int | None = None) -> list[Te
         raise InputError(f"{file} is truncated inside its header; fetch it again")
     header = parse_json(bytes(raw[8 : 8 + length]), f"the header of {file}", unique=True)
     if not isinstance(header, dict):
-        raise InputError(f"{file} has a header that is no JSON object; fetch it again")
+        raise InputError(f"{file} has a header that is not a JSON object; fetch it again")
     if not table(TEXT).fits(header.pop("__metadata__", {})):
-        raise InputError(f"{file} has a damaged header: its __metadata__ is no table of texts; fetch it again")
+        raise InputError(f"{file} has a damaged header: its __metadata__ is not a table of strings; fetch it again")
     data = 8 + length
     position = data
     tensors = []

@@ -111,7 +111,7 @@ _RULES: tuple[_Rule, ...] = (
     _http(429, 429, "the Hub limits the number of requests", "wait some minutes", transient=True),
     _http(500, 599, "the Hub answered with error {status}", "wait until it works again", transient=True),
     _http(400, 499, "the Hub refused the request with error {status} ({detail})", "check {page}"),
-    _Rule((errors.HFValidationError,), "{repo!r} is no valid repository name", "give it as `owner/name`"),
+    _Rule((errors.HFValidationError,), "{repo!r} is not a valid repository name", "give it as `owner/name`"),
     # A proxy's log-in page, a wrong address.
     _Rule(
         (json.JSONDecodeError, errors.FileMetadataError, KeyError),

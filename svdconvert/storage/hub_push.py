@@ -43,14 +43,14 @@ def check_push(repo: str, *, private: bool = False, revision: str | None = None)
         InputError: it cannot be pushed there.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise InputError(f"{repo!r} is no repository to push to; give it as `owner/name`")
+        raise InputError(f"{repo!r} is not a repository to push to; write it as `owner/name`")
     api = hub_api()
     with told(InputError, repo, revision):
         account = api.whoami()
         if _role(account) == "read":
             raise InputError(
-                f"the Hugging Face token of {account.get('name')} may only read; "
-                f"make one that may write at {endpoint()}/settings/tokens and set HF_TOKEN to it"
+                f"the Hugging Face token of {account.get('name')} can only read; "
+                f"create one with write access at {endpoint()}/settings/tokens and set HF_TOKEN to it"
             )
         _ensure_repo(api, repo, private=private, revision=revision)
 

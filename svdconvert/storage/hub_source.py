@@ -140,7 +140,7 @@ class _Checkout:
             lambda name: self.json(name, f"{self.where} has no {name}"),
             has_weights=bool(stock_weights(self.sizes)),
         )
-        return self.json("config.json", f"{self.where} has no config.json, so it is no model")
+        return self.json("config.json", f"{self.where} has no config.json, so it is not a model")
 
     def json(self, file: str, missing: str) -> dict[str, Any]:
         """A JSON object; ``missing`` is the message if there is none."""
@@ -273,10 +273,10 @@ class HubSource(Source):
         if self.download_folder is not None and path == (self.download_folder / file).resolve():
             self.release(file)
             raise JobError(
-                f"{file} came from {self.repo} damaged or with another header than the Hub had shown, "
-                "and was deleted; the same command fetches it again"
+                f"{file} arrived from {self.repo} damaged, or with another header than the Hub had shown, "
+                "and was deleted; run the same command to fetch it again"
             )
-        raise JobError(f"the cached file {path} is damaged; delete it, then the same command continues")
+        raise JobError(f"the cached file {path} is damaged; delete it and run the same command to continue")
 
     def _safe_headers(self) -> dict[str, list[TensorInfo]]:
         """Headers of safetensors files, without the files."""
@@ -289,7 +289,7 @@ class HubSource(Source):
             try:
                 return read_header(cached, file)
             except InputError as error:
-                raise InputError(f"{error} (delete {cached} first)") from None
+                raise InputError(f"{error.sentence.marked} (delete {cached} first)") from None
         with told(InputError, self.repo, self.revision, file):
             raw = self._first_bytes(file)
         return parse_header(raw, file, self._sizes[file])

@@ -79,5 +79,5 @@ def _resolve(model: str, revision: str | None) -> Path | str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
         close = difflib.get_close_matches(model, [*ALIASES, *COMMANDS], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; short names are {', '.join(ALIASES)}"
-        raise InputError(f"there is no folder {model!r} and it is no `owner/name` on the Hub{hint}")
+        raise InputError(f"there is no folder {model!r} and it is not an `owner/name` on the Hub{hint}")
     return repo

@@ -32,7 +32,7 @@ class _Format:
 
 # In this order; all but the first only where there are no weights that transformers would load.
 _FORMATS = (
-    _Format(r"model_index\.json", "a diffusers pipeline, no language model", "give the folder of a language model"),
+    _Format(r"model_index\.json", "a diffusers pipeline, not a language model", "give the folder of a language model"),
     _Format(
         r"zero_to_fp32\.py|global_step\d+/.*|.*_optim_states\.pt",
         "a DeepSpeed ZeRO checkpoint, whose weights are in the parts that its processes had",
@@ -123,7 +123,7 @@ def _adapter(where: object, settings: Mapping[str, Any], *, has_weights: bool) -
     base = settings.get("base_model_name_or_path")
     named = f"of {base}" if isinstance(base, str) and base else "without the name of its base model"
     return (
-        f"{where} is a PEFT adapter {named}, no whole model; merge it into that model (merge_and_unload, then "
+        f"{where} is a PEFT adapter {named}, not a whole model; merge it into that model (merge_and_unload, then "
         "save_pretrained) and give the result, or, where it was trained on a converted model, run "
         f"`svdconvert fold CONVERTED --adapter {where} --out DIR`"
     )

@@ -82,7 +82,7 @@ def refuse_other_model(
     kinds += [(what, remedy, name) for head, what, remedy in _HEADS for name in sorted(names) if name.startswith(head)]
     if kinds:
         what, remedy, by = kinds[0]
-        raise InputError(f"{source.where} is {what} ({by}), no {row.dense_class}; {remedy}")
+        raise InputError(f"{source.where} is {what} ({by}), not a {row.dense_class}; {remedy}")
     if set(expected) - found == {row.head[0]}:
         raise InputError(
             f"{source.where} is a base model without the head that predicts tokens ({row.head[0]}); save the whole "

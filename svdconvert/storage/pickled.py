@@ -52,7 +52,7 @@ def load_pickled(path: Path) -> dict[str, torch.Tensor]:
                 "and give that folder"
             ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is damaged or no weight file ({reason}); fetch it again") from None
+        raise InputError(f"{path} is damaged or not a weight file ({reason}); fetch it again") from None
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     ):
@@ -84,16 +84,21 @@ def _check_archive(path: Path) -> None:
                 return
             parts = zipfile.ZipFile(handle).infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise InputError(f"{path} is damaged or no weight file ({error}); fetch it again") from None
+        raise InputError(f"{path} is damaged or not a weight file ({error}); fetch it again") from None
     for part in parts:
         if part.compress_type != zipfile.ZIP_STORED or part.file_size != part.compress_size:
-            raise InputError(f"{path} is packed at {part.filename}, as torch never does; save the model again")
+            raise InputError(
+                f"{path} is packed at {part.filename}, which torch never does; save the model again with "
+                "save_pretrained"
+            )
         if part.filename.endswith(".pkl") and part.file_size > MAX_HEADER_BYTES:
-            raise InputError(f"{path} has {part.file_size:,} bytes beside its weights; this is no checkpoint")
+            raise InputError(
+                f"{path} has {part.file_size:,} bytes besides its weights, so it is not a checkpoint; fetch it again"
+            )
 
 
 def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Refuse what is no plain array of stored numbers."""
+    """Refuse what is not a plain array of stored numbers."""
     check_name(name, path.name)
     if (
         str(tensor.layout) != "torch.strided"
@@ -101,7 +106,7 @@ def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
         or tensor.is_quantized
         or tensor.dim() > MAX_DIMENSIONS
     ):
-        raise InputError(f"tensor {name} in {path} is no plain array; save the model again with save_pretrained")
+        raise InputError(f"tensor {name} in {path} is not a plain array; save the model again with save_pretrained")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise InputError(
             f"tensor {name} in {path} claims {tensor.numel() * tensor.element_size():,} bytes, but "

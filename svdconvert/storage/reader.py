@@ -140,7 +140,9 @@ def read_errors(file: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise JobError(f"{file} cannot be read ({error.strerror}); the same command goes on once it can") from None
+        raise JobError(
+            f"{file} cannot be read ({error.strerror}); fix that and run the same command to continue"
+        ) from None
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -165,7 +165,7 @@ class LocalSource(Source):
         """Parsed ``config.json``."""
         return read_json(
             self.folder / "config.json",
-            f"{self.folder} has no config.json, so it is no model folder; give the one that holds it",
+            f"{self.folder} has no config.json, so it is not a model folder; give the one that holds it",
         )
 
     def path(self, file: str) -> Path:
@@ -276,8 +276,8 @@ def parse_index(index: Mapping[str, Any], where: object) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or file != Path(file).name or file in ("", ".", ".."):
             raise InputError(
-                f"{where} puts tensor {name} into {file!r}, which is no plain file name in the checkpoint's own "
-                "folder; this checkpoint is not to be trusted"
+                f"{where} puts tensor {name} into {file!r}, which is not a plain file name in the checkpoint's own "
+                "folder; do not trust this checkpoint"
             )
     return weight_map
 
@@ -294,7 +294,9 @@ def merge_headers(headers: Mapping[str, list[TensorInfo]]) -> dict[str, TensorIn
     for file, infos in headers.items():
         for info in infos:
             if info.name in tensors:
-                raise InputError(f"tensor {info.name} is both in {tensors[info.name].file} and in {file}")
+                raise InputError(
+                    f"tensor {info.name} is in both {tensors[info.name].file} and {file}; remove one of them"
+                )
             tensors[info.name] = info
     return tensors
 

@@ -27,7 +27,7 @@ _HEADER = {"__metadata__": record({_DIGESTS: TEXT, _NOTE: TEXT})}
 _TOLD = {"tensors": table(TEXT), _NOTE: TEXT}
 
 # What to do about a file that is not used.
-_REMOVE = "remove it and run the command again that made it, which computes it anew"
+_REMOVE = "remove it and run again the command that wrote it"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: str = "") -> None:
@@ -126,7 +126,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], str
     try:
         handle = open_regular(path)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; run the command again that made it") from None
+        raise InputError(f"{path} is missing; run again the command that wrote it") from None
     with reading(path), handle:
         raw, count = header_bytes(handle), handle.seek(0, 2)
     try:
@@ -144,7 +144,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], str
 
 
 def _damaged(path: Path, advice: str = "") -> InputError:
-    return InputError(f"{path} is damaged: it is not what was written; {advice or _REMOVE}")
+    return InputError(f"{path} is damaged: its content is not what was written; {advice or _REMOVE}")
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -98,9 +98,9 @@ class TestJsonLines:
         ("line", "message"),
         [
             ("{text}", r"a.jsonl, line 3, is not valid JSON \(.*\); correct it"),
-            ('["a"]', r"a.jsonl, line 3, is no JSON object; each line must be one with the field 'text'"),
+            ('["a"]', r"a.jsonl, line 3, is not a JSON object; every line must be one, with the field 'text'"),
             ('{"text": 5}', r"a.jsonl, line 3: the field 'text' is int, not text"),
-            ('{"text": []}', r"the field 'text' is list, not text; name another with --calib-field"),
+            ('{"text": []}', r"the field 'text' is list, not text; name another as calibration.field"),
             ('{"text": "\\ud800"}', r"half a surrogate pair"),
         ],
     )
@@ -157,7 +157,7 @@ class TestParquet:
         assert note == f"1 row has no text (null) and is left out of the calibration: {path}, row 2"
 
     def test_damaged(self, write: Write) -> None:
-        with pytest.raises(InputError, match=r"a.parquet is no readable parquet file"):
+        with pytest.raises(InputError, match=r"a.parquet is not a readable parquet file"):
             read(write("a.parquet", b"PAR1 and nothing more"))
 
     def test_without_pyarrow(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,16 +176,18 @@ class TestPlaces:
         assert read(tmp_path) == ["one", "two", "three"]
 
     def test_folder_without_text(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"has no calibration text; expected files that end in \.txt, \.jsonl"):
+        with pytest.raises(InputError, match=r"has no calibration text; give files that end in \.txt, \.jsonl"):
             read(tmp_path)
 
     @pytest.mark.parametrize("name", ["nothing.txt", "nothing.jsonl", "./nothing", "/nowhere/at/all"])
     def test_missing(self, name: str) -> None:
-        with pytest.raises(InputError, match=f"{name} does not exist; give a text file, a folder or a data set"):
+        with pytest.raises(
+            InputError, match=f"{name} does not exist; give a text file, a folder or the name of a data set"
+        ):
             read(name)
 
     def test_unknown_kind(self, write: Write) -> None:
-        with pytest.raises(InputError, match=r"a.docx is of an unknown kind"):
+        with pytest.raises(InputError, match=r"a.docx has an unknown file type"):
             read(write("a.docx", "a"))
 
     def test_unreadable(self, write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +227,8 @@ class TestDataset:
 
         self.fake(monkeypatch, load)
         message = (
-            "some/set is no file or folder, and the data set of that name cannot be loaded (Couldn't reach the Hub)"
+            "some/set is neither a file nor a folder, and the data set of that name cannot be loaded (Couldn't reach "
+            "the Hub)"
         )
         with pytest.raises(InputError, match=re.escape(message) + "$"):
             read("some/set")
@@ -233,13 +236,15 @@ class TestDataset:
     def test_offline(self) -> None:
         pytest.importorskip("datasets")
         with pytest.raises(
-            InputError, match=r"^some-one/no-such-set is no file or folder, and the data set of that name"
+            InputError, match=r"^some-one/no-such-set is neither a file nor a folder, and the data set of that name"
         ):
             read("some-one/no-such-set")
 
     def test_without_datasets(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)
-        with pytest.raises(InputError, match="some/set is no file or folder, and data sets need the package datasets"):
+        with pytest.raises(
+            InputError, match="some/set is neither a file nor a folder, and data sets need the package datasets"
+        ):
             read("some/set")
 
 
@@ -285,13 +290,13 @@ class TestPacked:
     @pytest.mark.parametrize(("texts", "documents", "count"), [([], 0, 0), (["", ""], 2, 0), (["abc", "d"], 2, 6)])
     def test_too_short(self, tokenizer: Any, texts: list[str], documents: int, count: int) -> None:
         with pytest.raises(
-            InputError, match=f"too short: {documents} documents with {count} tokens, but 7 are needed at least"
+            InputError, match=f"too short: {documents} documents with {count} tokens, but at least 7 are needed"
         ):
             sample_tokens(texts, tokenizer, samples=1, length=7)
 
     @pytest.mark.parametrize(("samples", "length"), [(0, 8), (1, 1)])
     def test_impossible(self, tokenizer: Any, samples: int, length: int) -> None:
-        with pytest.raises(InputError, match=f"{samples} sequences of {length} tokens are not possible"):
+        with pytest.raises(InputError, match=f"samples={samples} and calibration.length={length} are too"):
             sample_tokens(["abc"], tokenizer, samples=samples, length=length)
 
     def test_text_that_tokenizes_to_nothing(self) -> None:

@@ -251,7 +251,7 @@ SHARDED_FAULTS = {
     "tensor in two files": (duplicate_tensor, "both in", FIRST, SECOND),
     "path upwards": (edit_index(lambda m: m.update({EMBEDDING: f"../outside/{FIRST}"})), "../outside", "not to be"),
     "path into a folder": (edit_index(lambda m: m.update({EMBEDDING: f"sub/{FIRST}"})), "sub/", "not to be"),
-    "file is no text": (edit_index(lambda m: m.update({EMBEDDING: 3})), "not to be trusted"),
+    "file is no text": (edit_index(lambda m: m.update({EMBEDDING: 3})), "do not trust"),
     "empty index": (edit_index(lambda m: m.clear()), "weight_map"),
     "index is no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json", "JSON"),
 }
@@ -274,7 +274,7 @@ def test_absolute_path_in_the_index(sharded: Path, run: Run, tmp_path: Path) -> 
     model = tmp_path / "model"
     shutil.copytree(sharded, model)
     edit_index(lambda m: m.update({EMBEDDING: str(sharded / FIRST)}))(model)
-    assert_refused(run(model, "--rank", 16, "--out", tmp_path / "out"), sharded / FIRST, "not to be trusted")
+    assert_refused(run(model, "--rank", 16, "--out", tmp_path / "out"), sharded / FIRST, "do not trust")
 
 
 class Touches:
@@ -523,7 +523,7 @@ def test_disk_is_full_half_way(
     with monkeypatch.context() as patch:
         fill_disk(patch, call, room)
         result = run(*args)
-    assert_refused(result, "no space left", out, "run the same command again", code=1)
+    assert_refused(result, "no space left", out, "run the same command to continue", code=1)
     assert not (out / "config.json").exists()
     if call != "posix_fallocate":
         assert_no_model(out)
@@ -571,7 +571,7 @@ def test_source_cannot_be_read(dense: Path, run: Run, tmp_path: Path, monkeypatc
         (MemoryError(), "out of memory; use fewer --workers"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "fewer --workers"),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "out of memory; use fewer --workers"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on the device; use --device cpu"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory on the device; free some there"),
     ],
 )
 def test_out_of_memory(
@@ -802,7 +802,7 @@ ADAPTER_FAULTS = {
     "pattern that is none": (
         lambda f: edit_json(f / "adapter_config.json", alpha_pattern={"(dense": 2}),
         "alpha_pattern",
-        "no regular expression",
+        "not a regular expression",
     ),
     "no tensors": (edit_adapter(lambda t: t.clear()), "holds no LoRA weights"),
     "integers": (
@@ -1070,7 +1070,7 @@ def test_pipes_and_devices_are_not_waited_for(
     model = fresh()
     (model / "config.json").unlink()
     os.mkfifo(model / "config.json")
-    assert_refused(run("plan", model, "--rank", 16), "config.json", "no regular file")
+    assert_refused(run("plan", model, "--rank", 16), "config.json", "not a regular file")
     (model / "config.json").unlink()
     (model / "config.json").symlink_to("/dev/zero")
     result = run("plan", model, "--rank", 16)

@@ -193,8 +193,8 @@ def test_another_model_text_or_calibration(dense: Path, text: Path, calibration:
     [
         ("either --keep or --rank", []),
         ("either --keep or --rank", ["--keep", "0.5", "--rank", "8"]),
-        ("no list of numbers", ["--keep", "0.5;0.6"]),
-        ("no list of numbers", ["--rank", "8.5"]),
+        ("not a list of numbers", ["--keep", "0.5;0.6"]),
+        ("not a list of numbers", ["--rank", "8.5"]),
         ("must lie between 0 and 1", ["--keep", "0.5,1.5"]),
         ("leaves no rank at all", ["--keep", "0.5,0.001"]),
         ("is larger than", ["--rank", "8,1000"]),

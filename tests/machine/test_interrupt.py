@@ -376,7 +376,7 @@ def test_finished_work_is_not_done_again(
     assert zygote.run(*command(small, out), at=before_config, do="kill before").status == -signal.SIGKILL
     again = zygote.run(*command(small, out, "-v"))
     assert again.status == 0
-    assert "4 matrices were done by an earlier run; going on with 0" in again.out
+    assert "4 matrices were done by an earlier run; continuing with 0" in again.out
     assert not [call for call in again.calls if call.startswith("pwrite")]
 
 
@@ -419,7 +419,7 @@ def test_ctrl_c(zygote: Zygote, small: Path, reference: tuple[Path, list[str]], 
     started = zygote.start(*command(small, out), at=mid_job(calls), do="wait")
     started.reached()
     os.kill(started.pid, signal.SIGINT)
-    started.says("stopping after the matrix in work")
+    started.says("stopping after the current matrix")
     started.go()
     ended = started.wait()
     assert (ended.status, ended.err) == (1, SENTENCE), ended
@@ -438,7 +438,7 @@ def test_second_ctrl_c_does_not_wait_for_the_matrix(
     started = zygote.start(*command(small, out), at=mid_job(calls), do="wait")
     started.reached()
     os.kill(started.pid, signal.SIGINT)
-    started.says("stopping after the matrix in work")
+    started.says("stopping after the current matrix")
     os.kill(started.pid, signal.SIGINT)
     # The writer's thread is never let go: only a process that does not wait for it can end.
     ended_alone = started.has_ended()

@@ -239,7 +239,7 @@ class TestLostProcess:
         assert started[1].returncode == -signal.SIGKILL
         assert started[0].returncode == 1, outputs
         assert sentences(outputs[0][1]) == [
-            "Error: another process of this job has ended; the same command goes on where it stopped"
+            "Error: another process of this job has ended; run the same command to continue"
         ]
         assert "Traceback" not in outputs[0][1]
         convert(model, out, rank=16, device="cpu", check=False)

@@ -112,7 +112,7 @@ def test_only_objects(tmp_path: Path) -> None:
 )
 def test_only_regular_files(read: Any, make: Any, kind: str, tmp_path: Path) -> None:
     make(tmp_path / "file")
-    with pytest.raises(InputError, match=f"file cannot be read: it is {kind}, no regular file; "):
+    with pytest.raises(InputError, match=f"file cannot be read: it is {kind}, not a regular file; "):
         read(tmp_path / "file", "missing")
 
 
@@ -196,10 +196,10 @@ def test_pickles_hold_what_they_claim(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tensor a in .*a\.bin claims 40,000,000,000,000 bytes, but 4 are stored"):
         load_pickled(path)
     path = save(tmp_path / "b.bin", {"a": torch.eye(3).to_sparse()})
-    with pytest.raises(InputError, match=r"tensor a in .* is no plain array"):
+    with pytest.raises(InputError, match=r"tensor a in .* is not a plain array"):
         load_pickled(path)
     path = save(tmp_path / "c.bin", {"a": torch.empty(10**12, device="meta")})
-    with pytest.raises(InputError, match=r"tensor a in .* is no plain array"):
+    with pytest.raises(InputError, match=r"tensor a in .* is not a plain array"):
         load_pickled(path)
     path = save(tmp_path / "d.bin", {"a" * 201: torch.zeros(1)})
     with pytest.raises(InputError, match="name has 201 bytes"):

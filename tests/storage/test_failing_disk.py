@@ -160,7 +160,7 @@ def check(disk: FailingDisk, case: Case, fault: Fault, out: Path) -> None:
         assert failed.err.startswith("Error: "), failed
         assert failed.err.count("\n") == 1, failed
         sentence = failed.err
-        assert "the same command" in sentence or "run the same command again" in sentence, sentence
+        assert "run the same command to continue" in sentence or "the same command" in sentence, sentence
     if "config.json" in there and "config.json" in case.expected:
         assert there.items() >= case.expected.items(), "a model that is not whole"
     again = disk.run([*case.args, out], out)

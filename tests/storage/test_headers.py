@@ -80,7 +80,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (struct.pack("<Q", 2**60) + b"{}", "not a safetensors file"),
         (struct.pack("<Q", 100) + b"{}", "truncated inside its header"),
         (struct.pack("<Q", 4) + b"oops", "not valid JSON"),
-        (struct.pack("<Q", 4) + b"[12]", "no JSON object"),
+        (struct.pack("<Q", 4) + b"[12]", "not a JSON object"),
         (header_of({"a": {"dtype": "F32"}}), "no .shape."),
         (header_of({"a": ENTRY | {"dtype": "F4"}}), "unsupported type F4"),
         (header_of({"a": ENTRY | {"shape": [3]}}), "damaged header at tensor a"),

@@ -371,7 +371,7 @@ def test_index_leads_out_of_the_folder(hub: HubServer, checkpoint: dict[str, byt
     hub.add(REPO, {**checkpoint, INDEX: index_file({"embed_out.weight": file})})
     with pytest.raises(InputError) as caught:
         HubSource(REPO, download_folder=None)
-    message(caught, repr(file), "not to be trusted")
+    message(caught, repr(file), "do not trust")
 
 
 def test_index_and_shards_disagree(hub: HubServer, checkpoint: dict[str, bytes]) -> None:
@@ -629,7 +629,7 @@ def test_download_that_is_not_what_was_planned(hub: HubServer, checkpoint: dict[
     hub.repos[REPO].commits[commit][SHARDS[0]] = bad
     with pytest.raises(JobError) as caught:
         source.path(SHARDS[0])
-    message(caught, SHARDS[0], "fetches it again")
+    message(caught, SHARDS[0], "run the same command to fetch it again")
     assert not (folder / SHARDS[0]).exists()
     hub.repos[REPO].commits[commit][SHARDS[0]] = good
     assert source.path(SHARDS[0]).read_bytes() == good
@@ -854,7 +854,7 @@ def test_push_without_token(hub: HubServer) -> None:
 @pytest.mark.parametrize(
     ("token", "words"),
     [
-        (READ_TOKEN, "may only read"),
+        (READ_TOKEN, "can only read"),
         (STRANGER_TOKEN, "does not permit"),
         ("hf_" + "x" * 20, "does not accept the Hugging Face token"),
     ],

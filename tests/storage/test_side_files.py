@@ -305,7 +305,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str, str]] = {
         (link_outside, "link outside of", "outside of the model's folder"),
         (dangling, "dangling", "does not exist"),
         (device, "device", "outside of the model's folder"),
-        (pipe, "pipe", "is no regular file"),
+        (pipe, "pipe", "is not a regular file"),
         (circle, "circle", "does not exist"),
     )
     for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "LICENSE", "README.md")
