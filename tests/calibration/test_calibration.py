@@ -242,13 +242,8 @@ class TestSampledLabels:
         assert not torch.allclose(first, run(seed=2), rtol=1e-2)
 
     def test_unknown(self, source: LocalSource, tmp_path: Path) -> None:
-<<<<<<< HEAD
-        with pytest.raises(InputError, match="labels 'soft' are unknown; choose empirical or sampled"):
+        with pytest.raises(InputError, match=r"calibration.labels='soft' is unknown; choose empirical or sampled"):
             StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path, labels="soft")
-=======
-        with pytest.raises(InputError, match="calibration.labels='soft' is unknown; choose empirical or sampled"):
-            statistics(source, PACKED, ALL, TARGETS, work=tmp_path, labels="soft")
->>>>>>> bc04b95 (Messages in plainer English)
 
 
 class TestGram:
@@ -470,7 +465,7 @@ class TestBadModel:
             collect(source, PACKED, ALL, tmp_path)
 
     def test_no_batch(self, source: LocalSource, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="calibration.batch_size=0 is too small"):
+        with pytest.raises(InputError, match=r"calibration.batch_size=0 is too small"):
             collect(source, PACKED, ALL, tmp_path, batch_size=0)
 
 

@@ -193,8 +193,8 @@ SINGLE_FILE_FAULTS = {
     "cut header": (cut(lambda size: 100), "model.safetensors", "truncated"),
     "extra data": (cut(lambda size: size + 1), "model.safetensors", "damaged"),
     "other model's config": (edit_config(hidden_size=128), "embed_out.weight", "[160, 64]", "[160, 128]"),
-    "fewer layers than the config": (edit_config(num_hidden_layers=4), "says 4 layers", "are of 3"),
-    "more layers than the config": (edit_config(num_hidden_layers=2), "says 2 layers", "are of 3"),
+    "fewer layers than the config": (edit_config(num_hidden_layers=4), "says 4 layers", "weights of 3"),
+    "more layers than the config": (edit_config(num_hidden_layers=2), "says 2 layers", "weights of 3"),
     "missing tensor": (edit_tensors(lambda t: t.pop(NORM)), "lacks", NORM),
     "NaN in a matrix": (put(DENSE_LAYER, float("nan")), DENSE_LAYER, "NaN"),
     "infinity in a matrix": (put(DENSE_LAYER, float("inf")), DENSE_LAYER, "infinite"),
@@ -248,9 +248,9 @@ def duplicate_tensor(folder: Path) -> None:
 SHARDED_FAULTS = {
     "missing shard": (remove(SECOND), SECOND, "fetch the missing"),
     "index leaves out a file": (edit_index(leave_out(SECOND)), "lacks", "incomplete"),
-    "tensor in two files": (duplicate_tensor, "both in", FIRST, SECOND),
-    "path upwards": (edit_index(lambda m: m.update({EMBEDDING: f"../outside/{FIRST}"})), "../outside", "not to be"),
-    "path into a folder": (edit_index(lambda m: m.update({EMBEDDING: f"sub/{FIRST}"})), "sub/", "not to be"),
+    "tensor in two files": (duplicate_tensor, "in both", FIRST, SECOND),
+    "path upwards": (edit_index(lambda m: m.update({EMBEDDING: f"../outside/{FIRST}"})), "../outside", "do not trust"),
+    "path into a folder": (edit_index(lambda m: m.update({EMBEDDING: f"sub/{FIRST}"})), "sub/", "do not trust"),
     "file is no text": (edit_index(lambda m: m.update({EMBEDDING: 3})), "do not trust"),
     "empty index": (edit_index(lambda m: m.clear()), "weight_map"),
     "index is no JSON": (lambda f: (f / "model.safetensors.index.json").write_text("{"), "index.json", "JSON"),
@@ -431,7 +431,7 @@ def test_float16_cannot_hold_it(name: str, value: float, fresh: Callable[..., Pa
     tensors[name].view(-1)[3] = value
     model, out = fresh(tensors, config={"torch_dtype": "float32"}), tmp_path / "out"
     result = run(model, "--rank", 16, "--device", "cpu", "--dtype", "float16", "--out", out)
-    assert_refused(result, name, "exceed", "--dtype")
+    assert_refused(result, name, "is not finite in float16", "--dtype")
     assert_no_model(out)
     # The same numbers are no problem where they fit.
     assert run(model, "--rank", 16, "--device", "cpu", "--dtype", "bfloat16", "--out", tmp_path / "wide").code == 0
@@ -585,7 +585,7 @@ def test_out_of_memory(
     args = [dense, "--rank", 16, "--device", "cpu", "--out", tmp_path / "out"]
     with monkeypatch.context() as patch:
         patch.setitem(compute.OPERATIONS, "factorize", full)
-        assert_refused(run(*args), words, "the same command goes on", code=1)
+        assert_refused(run(*args), words, "the same command", code=1)
     assert_no_model(tmp_path / "out")
     assert run(*args).code == 0
 
@@ -775,7 +775,7 @@ ADAPTER_FAULTS = {
         "not a safetensors file",
     ),
     "half a pair": (edit_adapter(lambda t: t.pop(f"{LORA}.lora_B.weight")), "lora_A and lora_B", "attention.dense"),
-    "DoRA vector": (edit_adapter(lambda t: t.update({f"{LORA}.lora_magnitude_vector": torch.ones(2)})), "no LoRA"),
+    "DoRA vector": (edit_adapter(lambda t: t.update({f"{LORA}.lora_magnitude_vector": torch.ones(2)})), "not a LoRA"),
     "pair of two ranks": (
         edit_adapter(lambda t: t.update({f"{LORA}.lora_B.weight": torch.ones(HIDDEN, 3)})),
         "do not fit together",
