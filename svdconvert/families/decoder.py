@@ -65,27 +65,31 @@ def decoder_shapes(
     *,
     norms: tuple[str, ...] = NORMS,
     head_norms: tuple[str, ...] = (),
+    norm_biases: bool = False,
 ) -> Callable[[Config], Shapes]:
     """Shapes of a family from those of a block's linear layers.
 
     Args:
         linears: config -> a block's linear layers.
-        norms: RMS norms of a block, over the residual stream.
+        norms: norms of a block, over the residual stream.
         head_norms: RMS norms of a block, over the channels of one head.
+        norm_biases: whether the norms over the residual stream are layer norms, with biases, instead of RMS norms.
     """
+
+    kinds = ("weight", "bias") if norm_biases else ("weight",)
 
     def shapes(config: Config) -> Shapes:
         hidden, vocab = config["hidden_size"], config["vocab_size"]
         found: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
         for layer in range(config["num_hidden_layers"]):
             block = f"model.layers.{layer}."
-            found |= {f"{block}{norm}.weight": (hidden,) for norm in norms}
+            found |= {f"{block}{norm}.{kind}": (hidden,) for norm in norms for kind in kinds}
             found |= {f"{block}{norm}.weight": (head_size(config),) for norm in head_norms}
             for name, (shape, bias) in linears(config).items():
                 found[f"{block}{name}.weight"] = shape
                 if bias:
                     found[f"{block}{name}.bias"] = shape[:1]
-        found["model.norm.weight"] = (hidden,)
+        found |= {f"model.norm.{kind}": (hidden,) for kind in kinds}
         found["lm_head.weight"] = (vocab, hidden)
         return found
 

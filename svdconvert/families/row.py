@@ -126,7 +126,7 @@ class Architecture:
         tiny: settings of a tiny model beyond what all have (``tests/support/families.py``), with which everything that
             is particular shows: windows shorter than its sequences, caps that cap, factors that are not 1. None takes
             a setting away.
-        llama_cpp: what to change in those for llama.cpp's converter; None where it does not know the family.
+        llama_cpp: what to change in those for llama.cpp's converter; None where it is not tried.
     """
 
     model_type: str

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from svdconvert import InputError, convert, densify, evaluate, plan, verify
 from svdconvert.commands.verify import failed
+from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES, dense_architecture
 from svdconvert.models.skeleton import check_stock, skeleton
 from svdconvert.storage.opening import open_source
@@ -211,6 +212,18 @@ def test_wrong_fields_are_one_sentence_before_the_work(field: str, copy: Path, t
         assert not (tmp_path / "out").exists()
         assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000
+
+
+@pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=list(ARCHITECTURES))
+def test_fields_of_one_family(row: Architecture) -> None:
+    """What a row says of its own fields is checked, in that family alone."""
+    config = {"model_type": row.model_type, "vocab_size": 160}
+    assert dense_architecture(config, "it") is row
+    for field, kind in row.fields.items():
+        assert not kind.fits("x")
+        assert dense_architecture({**config, "model_type": "mistral", field: "x"}, "it") is not row
+        with pytest.raises(InputError, match=f"config.json of it cannot be used: its '{field}' is"):
+            dense_architecture({**config, field: "x"}, "it")
 
 
 @pytest.mark.parametrize("value", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn", "paged|sdpa"])

@@ -861,7 +861,8 @@ def test_every_method_reaches_a_size(row: Architecture, dense: Path, tmp_path: P
         report = convert(dense, tmp_path / method, params=size, method=method, stats=stats, device="cpu", check=False)
         tensors = read_weights(tmp_path / method)
         assert sum(tensor.numel() for tensor in tensors.values()) == report.plan.params_after <= size
-        assert report.plan.params_after > 0.97 * size
+        # what is left over does not buy one more rank everywhere
+        assert size - report.plan.params_after < sum(sum(target.shape) for target in report.plan.targets)
         found.append(logits(load(tmp_path / method)))
     assert all(distance(one, other) > 0.01 for n, one in enumerate(found) for other in found[:n])
 

@@ -93,6 +93,7 @@ PUBLISHED = {
         decoder(4096, 12800, 40, 32, 49155, num_key_value_heads=8, tie_word_embeddings=True),
         8_170_848_256,
     ),
+    "starcoder2-3b": ("starcoder2", decoder(3072, 12288, 30, 24, 49152, num_key_value_heads=2), 3_030_371_328),
     "pythia-12b": ("gpt_neox", decoder(5120, 20480, 36, 40, 50688), 11_846_072_320),
 }
 
