@@ -22,9 +22,9 @@ from svdconvert.machine.processes import current
 from svdconvert.methods.statistics import STATISTICS, ModuleStatistics, Needs
 from svdconvert.models.activations import LOSS, Loss
 from svdconvert.names import layer_number
-from svdconvert.storage.differences import difference
+from svdconvert.storage.differences import refuse_other_settings
 from svdconvert.storage.disk import atomic_write, disk_errors
-from svdconvert.storage.documents import read_json
+from svdconvert.storage.documents import in_json_types, read_json
 from svdconvert.storage.source import Source
 from svdconvert.storage.tensor_files import read_tensors, sealed, unseal, write_tensors
 from svdconvert.version import __version__
@@ -60,6 +60,13 @@ _FIELDS: Mapping[str, str] = {
     "text": "another calibration text",
     "tokens": "another calibration text",
     "version": "another version of svdconvert",
+    "length": "another length of sequences",
+    "samples": "another number of sequences",
+    "packed": "another packing",
+    "labels": "other labels",
+    "label_seed": "another seed of the labels",
+    "dtype": "another data type",
+    "needs": "other kinds",
 }
 
 
@@ -118,7 +125,7 @@ class StatisticsFolder:
         """
         self.folder = folder
         path = folder / "stats.json"
-        wanted: dict[str, Any] = json.loads(json.dumps(dict(expected or {})))
+        wanted: dict[str, Any] = in_json_types(dict(expected or {}))
         if create and not path.exists():
             self._state: dict[str, Any] = {"key": wanted, "loss": None, "blocks": {}}
             with disk_errors(folder):
@@ -134,14 +141,13 @@ class StatisticsFolder:
         self._state = unseal(found, path, _AGAIN)
         key = self.key
         require(key, _KEY, path, _AGAIN)
-        differing = difference({field: key.get(field) for field in wanted}, wanted)
-        if differing is not None:
-            field, values = differing
-            what = _FIELDS.get(field, f"another setting of {field.replace('_', ' ')}")
-            raise InputError(
-                f"{folder} holds statistics of {what} ({values}); give another folder, or run `svdconvert calibrate` "
-                "for this model"
-            )
+        refuse_other_settings(
+            {field: key.get(field) for field in wanted},
+            wanted,
+            f"{folder} holds statistics of",
+            "give another folder, or run `svdconvert calibrate` for this model",
+            _FIELDS,
+        )
 
     @property
     def key(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from svdconvert.cli.sentences import told
 from svdconvert.cli.tables import new_table, show_pairs, show_table
+from svdconvert.machine.timing import StageTime
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps
 from svdconvert.solvers.table import done
@@ -165,13 +166,15 @@ def _times(outcome: Outcome) -> list[tuple[str, str]]:
     rows = [("time", f"{outcome.seconds:.1f} s")]
     if outcome.already_done:
         return rows
-    for number, stages in enumerate(processes := outcome.record["timing"]):
+    processes = outcome.record["timing"]
+    for number, stages in enumerate(processes):
+        times = {stage: StageTime.from_json(time) for stage, time in stages.items()}
         texts = [
-            f"{stage} {spent['wall_seconds']:.1f} s"
-            + (f" in {spent['workers']} workers" if spent.get("workers", 1) > 1 else "")
-            + f" (CPU {spent['cpu_seconds']:.1f} s)"
-            for stage, spent in stages.items()
-            if max(spent["wall_seconds"], spent["cpu_seconds"]) >= 0.05
+            f"{stage} {time.wall_seconds:.1f} s"
+            + (f" in {time.workers} workers" if (time.workers or 1) > 1 else "")
+            + f" (CPU {time.cpu_seconds:.1f} s)"
+            for stage, time in times.items()
+            if max(time.wall_seconds, time.cpu_seconds) >= 0.05
         ]
         if texts:
             rows.append(("stages" if len(processes) == 1 else f"stages of process {number}", ", ".join(texts)))

@@ -16,6 +16,7 @@ from svdconvert.methods.table import method_named
 from svdconvert.planning.events import Events
 from svdconvert.planning.targets import choose_targets
 from svdconvert.storage import locks
+from svdconvert.storage.folders import refuse_foreign_files
 from svdconvert.storage.opening import open_source
 
 
@@ -56,11 +57,9 @@ def calibrate(
     if not kinds:
         raise InputError(f"--method {', '.join(row.name for row in rows)} looks at no text; choose another")
     used, group = resolve_device(device), processes.current()
-    if group.leader and folder.is_dir() and not (folder / "stats.json").is_file():
-        # What a run that ended before its first block may have left.
-        ours = {locks.STATISTICS_LOCK, f"{locks.STATISTICS_LOCK}.pid", ".stats.json.tmp", "source"}
-        if any(entry.name not in ours for entry in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and holds no statistics; give another folder")
+    if group.leader:
+        leftovers = {locks.STATISTICS_LOCK, f"{locks.STATISTICS_LOCK}.pid", ".stats.json.tmp", "source"}
+        refuse_foreign_files(folder, known=(folder / "stats.json").is_file(), leftovers=leftovers)
     source = open_source(os.fspath(model), revision, download_folder=group.own(folder / "source"))
     architecture = dense_architecture(source.config, source.where)
     modules = [target.module for target in choose_targets(source.tensors, architecture, ())]

@@ -14,7 +14,7 @@ from svdconvert.errors import InputError
 from svdconvert.factoring.operations import stored_product
 from svdconvert.families.fused import split_layers, split_tensors
 from svdconvert.families.table import Architecture, dense_architecture
-from svdconvert.jobs.output import RECORD, read_record
+from svdconvert.jobs.record import RECORD, read_record
 from svdconvert.layouts.table import layout_of, outer_shape, stored_names
 from svdconvert.linalg.pivot import full_up
 from svdconvert.linalg.residual import relative_error
@@ -174,7 +174,7 @@ def _copied_name(name: str, row: Architecture, factored: Source) -> str:
 def _recorded_errors(folder: Path) -> dict[str, float]:
     if not (folder / RECORD).is_file():
         return {}
-    matrices = read_record(folder).get("matrices") or {}
+    matrices = read_record(folder).results.get("matrices") or {}
     if not isinstance(matrices, dict):
         raise InputError(
             f"{folder / RECORD} is of a model without factors; convert again with {asked('overwrite', True)}"

@@ -21,7 +21,8 @@ from svdconvert.calibration.knowledge import (
 from svdconvert.commands.conversion_job import command_line, conversion_job
 from svdconvert.errors import InputError
 from svdconvert.jobs.job import Job, Outcome, run_job
-from svdconvert.jobs.output import JOB_FOLDER, RECORD, read_record, refuse_foreign
+from svdconvert.jobs.own_files import JOB_FOLDER, refuse_foreign
+from svdconvert.jobs.record import RECORD, read_record
 from svdconvert.layouts.table import DEFAULT, layout_named
 from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
@@ -459,7 +460,7 @@ def push(folder: str | os.PathLike[str], repo: str, *, private: bool = False, re
     if not (path / "config.json").is_file() or not (path / RECORD).is_file():
         raise InputError(f"{path} holds no finished result of svdconvert; convert a model into it first")
     check_push(repo, private=private, revision=revision)
-    name = read_record(path)["source"]["name"]
+    name = read_record(path).source.name
     return push_folder(path, repo, private=private, revision=revision, message=f"Add {name}, factored by svdconvert")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,7 @@ def _refuse_overflow(source: Source, lora: Adapter, steps: Sequence[Step]) -> No
     from svdconvert.storage.reader import WeightReader, torch_dtype
 
     stored = {info.name: torch_dtype(step.outputs[0].dtype) for step in steps for info in step.inputs}
-    with closing(WeightReader(source)) as reader:
+    with WeightReader(source) as reader:
         for module, pair in lora.pairs.items():
             for info in pair:
                 factor = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).float()

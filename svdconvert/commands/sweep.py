@@ -18,7 +18,8 @@ from svdconvert.commands.evaluate import Evaluation, evaluate
 from svdconvert.commands.sweep_book import DENSE, RESULT, Book, Point, Setting, Sweep
 from svdconvert.errors import InputError
 from svdconvert.jobs.model_files import digest
-from svdconvert.jobs.output import JOB_FOLDER, clear_folder
+from svdconvert.jobs.output import clear_folder
+from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.layouts.table import DEFAULT, layout_named
 from svdconvert.machine.devices import resolve_device
 from svdconvert.methods.table import Method, method_named, method_options
@@ -30,6 +31,7 @@ from svdconvert.planning.plan import Plan, make_plan
 from svdconvert.planning.ranks import RankRequest
 from svdconvert.planning.steps import Step
 from svdconvert.storage.disk import atomic_write, disk_errors
+from svdconvert.storage.folders import refuse_foreign_files
 from svdconvert.storage.locks import FolderLock
 from svdconvert.storage.opening import local_folder, open_source
 from svdconvert.storage.source import Source
@@ -115,7 +117,7 @@ def sweep(
         check_parts(row, collected=stats is not None or len(aware) > 1, split_fused=split_fused)
     used = resolve_device(device)
     internal = folder / JOB_FOLDER
-    _refuse_foreign(folder)
+    refuse_foreign_files(folder, known=(folder / RESULT).is_file(), leftovers=_OWN)
     dense_folder = local_folder(os.fspath(model), revision)
     source = open_source(os.fspath(model), revision, download_folder=internal / "source")
     plans = [_plan(source, setting, targets, dtype, split_fused) for setting in chosen]
@@ -283,13 +285,6 @@ def _plan(source: Source, setting: Setting, targets: Sequence[str], dtype: str, 
         layout=setting.layout,
         split_fused=split_fused,
     )
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder with --out")
-    if folder.is_dir() and not (folder / RESULT).is_file() and {entry.name for entry in folder.iterdir()} - _OWN:
-        raise InputError(f"{folder} is not empty and holds no sweep; give another folder")
 
 
 @contextmanager

@@ -13,11 +13,14 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, NUMBER, OBJECT, POSITIVE, TEXT, many, nullable, optional, record, require, table
-from svdconvert.jobs.output import JOB_FOLDER, RECORD, clear_folder
+from svdconvert.jobs.output import clear_folder
+from svdconvert.jobs.own_files import JOB_FOLDER
+from svdconvert.jobs.record import RECORD
 from svdconvert.methods.table import method_named
-from svdconvert.storage.differences import difference
+from svdconvert.sentences import asked
+from svdconvert.storage.differences import refuse_other_settings
 from svdconvert.storage.disk import atomic_write, disk_errors
-from svdconvert.storage.documents import read_json
+from svdconvert.storage.documents import in_json_types, read_json
 
 RESULT = "sweep.json"
 _PAGES = ("sweep.md", "sweep.png")
@@ -176,7 +179,7 @@ class Sweep:
 
 DENSE = Setting("dense", (), "", "")
 
-_ANEW = "give another --out, or --overwrite to start anew"
+_ANEW = f"give another folder as {asked('out')}, or start again with {asked('overwrite', True)}"
 _POINT = {
     "method": TEXT,
     "options": table(NUMBER),
@@ -221,7 +224,7 @@ class Book:
         """
         self._path = folder / RESULT
         self._head: dict[str, Any] = {"model": model, "text": text}
-        self._head |= json.loads(json.dumps({"settings": settings, "calibration": calibration}))
+        self._head |= in_json_types({"settings": settings, "calibration": calibration})
         self.dense: Point | None = None
         self.points: dict[Setting, Point] = {}
         if overwrite:
@@ -258,13 +261,7 @@ class Book:
         if theirs.get("calibration") and self._head["calibration"]:
             ours |= self._head["calibration"]
             other |= theirs["calibration"]
-        differing = difference(other, ours)
-        if differing is not None:
-            field, values = differing
-            raise InputError(
-                f"{self._path} was measured with another {field.replace('_', ' ')} ({values}); give another --out, or "
-                "--overwrite to start anew"
-            )
+        refuse_other_settings(other, ours, f"{self._path} was measured with", _ANEW)
         self._head["calibration"] = self._head["calibration"] or theirs.get("calibration")
         self.dense = Point.from_json(theirs["dense"]) if theirs.get("dense") else None
         for row in theirs.get("points") or []:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from svdconvert.errors import InputError, JobError
 from svdconvert.families.table import Architecture, dense_architecture, factored_architecture
 from svdconvert.foreign import foreign_code
 from svdconvert.jobs.model_files import modeling_source
-from svdconvert.jobs.output import RECORD, read_record
+from svdconvert.jobs.record import RECORD, read_record
 from svdconvert.jobs.shard_writer import new_digest
 from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.models.loading import factored_classes, portable, quiet_transformers
@@ -102,11 +101,11 @@ def _as_written(folder: Path, source: Source) -> list[Check]:
 
     Nothing for a result that has no record of it, of a version before 0.2.0 or saved by another program.
     """
-    told = read_record(folder).get("tensors") if (folder / RECORD).is_file() else None
+    told = read_record(folder).tensors if (folder / RECORD).is_file() else None
     if told is None:
         return []
     changed = []
-    with closing(WeightReader(source)) as reader:
+    with WeightReader(source) as reader:
         for name, info in source.tensors.items():
             digest = new_digest()
             for piece in reader.stream(info):

@@ -27,9 +27,9 @@ from svdconvert.linalg.shared import SharedDecomposition
 from svdconvert.methods.table import Method, unshrink
 from svdconvert.planning.ranks import Target
 from svdconvert.sentences import asked
-from svdconvert.storage.differences import difference
+from svdconvert.storage.differences import refuse_other_settings
 from svdconvert.storage.disk import atomic_write, disk_errors
-from svdconvert.storage.documents import read_json
+from svdconvert.storage.documents import in_json_types, read_json
 from svdconvert.storage.source import Source
 from svdconvert.storage.tensor_files import names_in, read_tensors, write_tensors
 from svdconvert.version import versions
@@ -53,16 +53,11 @@ class Decompositions:
         """
         self.folder = folder
         found = folder / "key.json"
-        wanted = json.loads(json.dumps(key))
+        wanted = in_json_types(key)
         if found.is_file():
             theirs = read_json(found, "", f"give another folder as {asked('work')}, or delete this one")
-            differing = difference(theirs, wanted)
-            if differing is not None:
-                field, values = differing
-                raise InputError(
-                    f"{folder} was computed with another {field.replace('_', ' ')} ({values}); give another folder as "
-                    f"{asked('work')}"
-                )
+            advice = f"give another folder as {asked('work')}"
+            refuse_other_settings(theirs, wanted, f"{folder} was computed with", advice)
             return
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             raise InputError(f"{folder} lacks key.json, which names its model; give another folder as {asked('work')}")

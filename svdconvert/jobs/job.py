@@ -14,21 +14,27 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.jobs import model_files
-from svdconvert.jobs.output import FILES, JOB_FOLDER, OutputFolder, read_record
+from svdconvert.jobs.output import OutputFolder
+from svdconvert.jobs.own_files import FILES, JOB_FOLDER
+from svdconvert.jobs.record import Origin, Record, read_record
 from svdconvert.machine import processes
 from svdconvert.machine.memory import peak_memory_bytes
-from svdconvert.machine.timing import StageTimes
+from svdconvert.machine.timing import StageTime, StageTimes
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, files_here
 from svdconvert.sentences import asked
 from svdconvert.storage.differences import difference
 from svdconvert.storage.disk import refuse_full
-from svdconvert.storage.headers import layout
+from svdconvert.storage.headers import file_layout
 from svdconvert.storage.source import SAFE_INDEX, LocalSource, Source
 from svdconvert.tensors import TensorInfo
 from svdconvert.version import __version__
 
+# Step -> what became of it.
 Reports = Mapping[str, Mapping[str, Any]]
+
+# (folder, content of its future config.json) -> what was found in the result, one sentence each.
+Check = Callable[[Path, Mapping[str, Any]], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def run_job(
     device: str,
     workers: int = 1,
     overwrite: bool = False,
-    check: Callable[[Path, Mapping[str, Any]], Sequence[str]] | None = None,
+    check: Check | None = None,
     events: Events | None = None,
 ) -> Outcome:
     """Do a job, or what is left of it; several processes (``machine/processes.py``) share the work.
@@ -101,17 +107,16 @@ def run_job(
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         workers: matrices in work at the same time.
         overwrite: replace what the folder holds.
-        check: (folder, config.json's content) -> what it found in the result, whose config.json is not written yet.
+        check: looks at the result, whose config.json is not written yet.
         events: receiver of progress.
 
     Raises:
         InputError: the folder or the request cannot be used.
         JobError: it broke off; the same call continues it.
     """
-    events = events or Events()
-    start = time.perf_counter()
+    events, start = events or Events(), time.perf_counter()
     refuse_same_folder(source, folder)
-    identity = {**source.identity(), **source.side_identity()}
+    identity = _identity(source)
     everything = {
         "svdconvert": __version__,
         "command": command,
@@ -119,71 +124,142 @@ def run_job(
         **settings,
         "device": device.split(":")[0],
     }
-    group = processes.current()
-    times = StageTimes()
     with ExitStack() as stack:
-        with group.leader_first():
-            output = OutputFolder(folder, everything, overwrite=overwrite, group=group)
-            if not output.finished:
-                stack.enter_context(output)
-            elif group.leader:
-                # A kill between config.json and the end may have left something.
-                output.tidy()
+        output = _open(folder, everything, stack, overwrite=overwrite)
         if output.finished:
             events.note(f"{folder} already holds this result; nothing to compute")
-            seconds = time.perf_counter() - start
-            return Outcome(folder, read_record(folder), seconds, peak_memory_bytes(), already_done=True)
-
-        import torch
-
-        from svdconvert.jobs.pipeline import Pipeline
-
-        target = torch.device(device)
+            done = read_record(folder).to_json()
+            return Outcome(folder, done, time.perf_counter() - start, peak_memory_bytes(), already_done=True)
+        times = StageTimes()
         with times.measure("prepare", process=True):
             job = prepare()
-        if group.leader:
-            files = _files(job, source)
-            output.promise(files)
-            preflight_disk(folder, job, source)
-        pipeline = Pipeline(
-            source, job.steps, job.shards, output, device=target, workers=workers, events=events, times=times
-        )
-        reports, resumed, digests = pipeline.run(), pipeline.resumed, pipeline.digests
-        del pipeline  # its buffers, so that the check does not come on top of them
-        stages = times.to_json()
-        stages["solve"]["workers"] = workers
-        timing = group.gather(stages)
+        files = _promise(job, source, output)
+        written = _write_weights(job, source, output, device=device, workers=workers, events=events, times=times)
         record: dict[str, Any] = {}
         checks: Sequence[str] = ()
-        if group.leader:
-            tensors = dict(sorted(digests.items()))
-            details = {**job.details(reports), "files": files, "tensors": tensors, "timing": timing}
-            record = model_files.record(command, source, everything, details)
-            model_files.write_model_files(
-                output, source, job.shards, extra=job.extra, card=job.card(reports), job_record=record
-            )
-            if check is not None:
-                events.note("checking the result")
-                events.progress("checking the result", 0, 0)
-                checks = check(folder, job.config)
+        if output.group.leader:
+            record = _write_model_files(command, source, job, output, files, written)
+            checks = _check(check, folder, job, events)
             _refuse_changed(source, identity)
             model_files.write_config(output, job.config)
-        record, checks = group.share((record, checks))
+        record, checks = output.group.share((record, checks))
     return Outcome(
         folder,
         record,
         time.perf_counter() - start,
         peak_memory_bytes(),
-        torch.cuda.max_memory_allocated(target) if target.type == "cuda" else 0,
-        resumed=resumed,
+        _peak_device_bytes(device),
+        resumed=written.resumed,
         checks=checks,
     )
 
 
-def _files(job: Job, source: Source) -> list[str]:
-    """All files that a job writes."""
+@dataclass(frozen=True)
+class _Written:
+    """The weight files of a job, complete.
+
+    Attributes:
+        reports: of its computed steps.
+        resumed: how many of them an earlier run had done.
+        digests: tensor -> digest of its data.
+        timing: stages of each process.
+    """
+
+    reports: Reports
+    resumed: int
+    digests: Mapping[str, str]
+    timing: Sequence[Mapping[str, StageTime]]
+
+
+def _open(folder: Path, settings: Mapping[str, Any], stack: ExitStack, *, overwrite: bool) -> OutputFolder:
+    """The output folder, entered for as long as the stack; one that holds the finished result is left alone."""
+    group = processes.current()
+    with group.leader_first():
+        output = OutputFolder(folder, settings, overwrite=overwrite, group=group)
+        if not output.finished:
+            stack.enter_context(output)
+        elif group.leader:
+            # A kill between config.json and the end may have left something.
+            output.tidy()
+    return output
+
+
+def _promise(job: Job, source: Source, output: OutputFolder) -> list[str]:
+    """Names of all files that a job writes, once they are known to be ours to write and to fit on the disk."""
     index = [SAFE_INDEX] if len(job.shards) > 1 else []
-    return sorted({*job.shards, *index, *source.side_files, *job.extra, *FILES})
+    files = sorted({*job.shards, *index, *source.side_files, *job.extra, *FILES})
+    if output.group.leader:
+        output.promise(files)
+        preflight_disk(output.folder, job, source)
+    return files
+
+
+def _write_weights(
+    job: Job,
+    source: Source,
+    output: OutputFolder,
+    *,
+    device: str,
+    workers: int,
+    events: Events,
+    times: StageTimes,
+) -> _Written:
+    """Do the steps of a job that are left; the buffers for that are given up again."""
+    import torch
+
+    from svdconvert.jobs.pipeline import Pipeline
+
+    pipeline = Pipeline(
+        source,
+        job.steps,
+        job.shards,
+        output,
+        device=torch.device(device),
+        workers=workers,
+        events=events,
+        times=times,
+    )
+    reports = pipeline.run()
+    timing = output.group.gather(times.stages(solve=workers))
+    return _Written(reports, pipeline.resumed, pipeline.digests, timing)
+
+
+def _peak_device_bytes(device: str) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else 0
+
+
+def _write_model_files(
+    command: str, source: Source, job: Job, output: OutputFolder, files: Sequence[str], written: _Written
+) -> dict[str, Any]:
+    """Write all that belongs to the weights but config.json. Returns the record."""
+    record = Record(
+        command=command,
+        source=Origin.of(source),
+        settings=output.settings,
+        results=job.details(written.reports),
+        files=files,
+        tensors=dict(sorted(written.digests.items())),
+        timing=written.timing,
+    ).to_json()
+    card = job.card(written.reports)
+    model_files.write_model_files(output, source, job.shards, extra=job.extra, card=card, record=record)
+    return record
+
+
+def _check(check: Check | None, folder: Path, job: Job, events: Events) -> Sequence[str]:
+    """What the self-check found."""
+    if check is None:
+        return ()
+    events.note("checking the result")
+    events.progress("checking the result", 0, 0)
+    return check(folder, job.config)
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """All of the source that a result depends on."""
+    return {**source.identity(), **source.side_identity()}
 
 
 def _refuse_changed(source: Source, before: Mapping[str, Any]) -> None:
@@ -192,11 +268,11 @@ def _refuse_changed(source: Source, before: Mapping[str, Any]) -> None:
     Raises:
         InputError: it was changed or replaced meanwhile.
     """
-    found = difference(before, {**source.identity(), **source.side_identity()})
-    if found is not None:
+    changed = difference(before, _identity(source))
+    if changed is not None:
         raise InputError(
-            f"{source.where} was changed while it was read ({': '.join(found)}), so the result would mix two models; "
-            f"start again with {asked('overwrite', True)}"
+            f"{source.where} was changed while it was read ({': '.join(changed)}), so the result would mix "
+            f"two models; start again with {asked('overwrite', True)}"
         )
 
 
@@ -213,7 +289,7 @@ def preflight_disk(folder: Path, job: Job, source: Source) -> None:
         InputError: it does not fit.
     """
     needed = sum(
-        layout(infos)[2]
+        file_layout(infos).size
         for name, infos in job.shards.items()
         # What an interrupted run has written or reserved is taken already.
         if not (folder / name).exists() and not (folder / JOB_FOLDER / f"{name}.partial").exists()

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.families.table import Architecture
-from svdconvert.jobs.output import RECORD, OutputFolder
+from svdconvert.jobs.output import OutputFolder
+from svdconvert.jobs.record import RECORD
 from svdconvert.planning.steps import index_json
 from svdconvert.storage.documents import read_bytes
 from svdconvert.storage.side_files import code_classes
 from svdconvert.storage.source import SAFE_INDEX, Source
 from svdconvert.tensors import DTYPES, TensorInfo
-from svdconvert.version import versions
 
 
 def modeling_source(row: Architecture) -> bytes:
@@ -81,28 +81,6 @@ def majority_dtype(infos: Sequence[TensorInfo]) -> str:
     return DTYPES[max(sizes, key=lambda code: sizes[code])][1]
 
 
-def record(command: str, source: Source, settings: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
-    """``svdconvert.json``: how a folder came about.
-
-    The same job always writes the same record, but for ``timing`` (wall and CPU seconds of the stages of the run that
-    finished it, one entry per process) and the ``seconds`` of each matrix.
-
-    Args:
-        command: which of the tool's commands made it.
-        source: the model it was made from.
-        settings: what the result depends on.
-        details: results, by name.
-    """
-    return {
-        "format": 1,
-        "command": command,
-        "versions": versions(),
-        "source": {"name": source.name, "repo": source.repo, "commit": source.commit},
-        "settings": dict(settings),
-        **details,
-    }
-
-
 def write_model_files(
     output: OutputFolder,
     source: Source,
@@ -110,7 +88,7 @@ def write_model_files(
     *,
     extra: Mapping[str, bytes],
     card: str,
-    job_record: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> None:
     """Write everything but the weights and config.json."""
     index = index_json(shards)
@@ -121,7 +99,7 @@ def write_model_files(
     for name, data in extra.items():
         output.write_file(name, data)
     output.write_file("README.md", card.encode())
-    output.write_file(RECORD, _json(job_record))
+    output.write_file(RECORD, _json(record))
 
 
 def write_config(output: OutputFolder, config: Mapping[str, Any]) -> None:

@@ -15,126 +15,27 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from svdconvert.errors import InputError
-from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, either, many, optional, record, require, table
+from svdconvert.fields import OBJECT, require
 from svdconvert.jobs.journal import journals
+from svdconvert.jobs.own_files import JOB_FILE, JOB_FOLDER, refuse_foreign, refuse_in_the_way, written_files
+from svdconvert.jobs.record import RECORD, read_record
 from svdconvert.machine.processes import Group
 from svdconvert.sentences import asked
-from svdconvert.storage.differences import difference
+from svdconvert.storage.differences import refuse_other_settings
 from svdconvert.storage.disk import atomic_write, disk_errors
-from svdconvert.storage.documents import json_or_none, read_json
+from svdconvert.storage.documents import in_json_types, read_json
 from svdconvert.storage.locks import FolderLock
-from svdconvert.storage.other_formats import ADAPTER_CONFIG
-from svdconvert.storage.source import PICKLE_INDEX, SAFE_INDEX
-from svdconvert.words import listing
 
-JOB_FOLDER = ".svdconvert"
-# Folders in it whose content is worth going on with: downloads, statistics, decompositions.
+# Folders in the job's folder whose content is worth going on with: downloads, statistics, decompositions.
 WORK_FOLDERS = ("source", "work")
-RECORD = "svdconvert.json"
-# What every result has, beside weights and what the source has.
-FILES = ("config.json", RECORD, "README.md")
 
-# What would be taken for a part of a model that it lies beside.
-_WEIGHTS = (".safetensors", ".bin")
-_MODEL_FILES = frozenset({SAFE_INDEX, PICKLE_INDEX, "generation_config.json", ADAPTER_CONFIG})
-
-# What to do about a damaged file of ours.
-_ANEW = f"convert again with {asked('overwrite', True)}"
 _ELSEWHERE = "give another folder, or empty this one"
+_START_ANEW = f"or add {asked('overwrite', True)} to start again"
 _JOB_FIELDS = {"settings": OBJECT}
-_MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
-_RECORD_FIELDS = {
-    "command": TEXT,
-    "source": record({"name": TEXT}),
-    "settings": OBJECT,
-    "params": either(COUNT, record({"before": COUNT, "after": COUNT})),
-    "matrices": optional(either(COUNT, table(record(_MATRIX)))),  # a densified model's were multiplied out
-    "tensors": optional(table(TEXT)),  # since 0.2.0
-    "predicted_loss": optional(NUMBER),
-    "dense_loss": optional(NUMBER),
-    "measured_loss": optional(NUMBER),
-    "timing": many(table(record({"wall_seconds": NUMBER, "cpu_seconds": NUMBER}))),
-}
-
-
-def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder with somebody else's files, before anything is read or downloaded for it.
-
-    Raises:
-        InputError: it is a file, or holds files and neither a job nor a result of ours, or, where it is to be
-            overwritten, files that are not ours and in the way.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a folder as {asked('out')}")
-    if not folder.is_dir():
-        return
-    if overwrite:
-        refuse_in_the_way(folder, FILES, _ours(folder))
-    elif not (folder / JOB_FOLDER).is_dir() and not (folder / RECORD).is_file() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds files that svdconvert did not write; give another folder")
-
-
-def refuse_in_the_way(folder: Path, names: Iterable[str], ours: Collection[str]) -> None:
-    """Refuse to write over files that svdconvert has not written, or beside what would be taken for a part of a model.
-
-    Args:
-        folder: where the model goes.
-        names: files that it will have.
-        ours: files that we may replace.
-
-    Raises:
-        InputError: there are such files; they are named and stay.
-    """
-    wanted = set(names)
-    there = [
-        entry.name
-        for entry in folder.iterdir()
-        if entry.name in wanted or entry.name in _MODEL_FILES or entry.name.endswith(_WEIGHTS)
-    ]
-    there += [name for name in sorted(wanted) if "/" in name and (folder / name).exists()]
-    foreign = sorted(set(there) - set(ours))
-    if foreign:
-        raise InputError(
-            f"{folder} holds {listing(foreign)}, which svdconvert did not write and which would be replaced or taken "
-            "for a part of the model; move it away, or give another folder"
-        )
-
-
-def _ours(folder: Path) -> set[str]:
-    """Files that a result's record and a job say they have written or will."""
-    ours: set[str] = set()
-    for path in (folder / RECORD, folder / JOB_FOLDER / "job.json"):
-        found = json_or_none(path)
-        files = found.get("files") if found is not None else None
-        if isinstance(files, list):
-            ours.update(name for name in files if isinstance(name, str) and _is_inside(folder, name))
-    if (folder / RECORD).is_file() or (folder / JOB_FOLDER / "job.json").is_file():
-        ours.update(FILES)
-    return ours
-
-
-def _is_inside(folder: Path, name: str) -> bool:
-    """Whether a name is that of a file in a folder, and no way out of it."""
-    parts = Path(name).parts
-    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name or parts[0] == JOB_FOLDER:
-        return False
-    return not any(folder.joinpath(*parts[:count]).is_symlink() for count in range(1, len(parts)))
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """A finished result's ``svdconvert.json``.
-
-    Raises:
-        InputError: there is none, or it lacks what a record has.
-    """
-    found = read_json(folder / RECORD, f"{folder} has no {RECORD}, so svdconvert did not write it", _ANEW)
-    require(found, _RECORD_FIELDS, folder / RECORD, _ANEW)
-    return found
 
 
 class OutputFolder:
@@ -162,37 +63,28 @@ class OutputFolder:
         overwrite = overwrite and self.group.leader
         self.folder = folder
         self.job = folder / JOB_FOLDER
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._job_file = self.job / JOB_FILE
+        self.settings: dict[str, Any] = in_json_types(settings)
         self.overwrite = overwrite
         self.finished = False
         self._files: list[str] = []
         self._lock = FolderLock(folder, self.job / "lock", f"give another folder as {asked('out')}")
         refuse_foreign(folder, overwrite=overwrite)
-        if overwrite or not folder.is_dir():
-            return
-        self._look()
+        if not overwrite and folder.is_dir():
+            self._find_earlier_run()
 
-    def _look(self) -> None:
-        """Find out what is in the folder, and whether it is of these settings."""
-        job = self.job / "job.json"
-        self._files = sorted(_ours(self.folder))
-        if job.exists():
-            begun = read_json(job, "", _ELSEWHERE)
-            require(begun, _JOB_FIELDS, job, _ELSEWHERE)
-            self._refuse_other(begun["settings"], f"{self.folder} holds an unfinished job", "finish it as it was begun")
+    def _find_earlier_run(self) -> None:
+        """Find a job or a result in the folder, and see that it is of these settings."""
+        self._files = sorted(written_files(self.folder))
+        if self._job_file.exists():
+            begun = read_json(self._job_file, "", _ELSEWHERE)
+            require(begun, _JOB_FIELDS, self._job_file, _ELSEWHERE)
+            what, advice = f"{self.folder} holds an unfinished job with", f"finish it as it was begun, {_START_ANEW}"
+            refuse_other_settings(begun["settings"], self.settings, what, advice)
         elif (self.folder / RECORD).is_file() and (self.folder / "config.json").is_file():
-            done = read_record(self.folder)
-            self._refuse_other(done["settings"], f"{self.folder} holds a converted model", "give another folder")
+            what, advice = f"{self.folder} holds a converted model with", f"give another folder, {_START_ANEW}"
+            refuse_other_settings(read_record(self.folder).settings, self.settings, what, advice)
             self.finished = True
-
-    def _refuse_other(self, theirs: Mapping[str, Any], what: str, advice: str) -> None:
-        found = difference(theirs, self.settings)
-        if found is not None:
-            field, values = found
-            raise InputError(
-                f"{what} with another {field.replace('_', ' ')} ({values}); {advice}, or add "
-                f"{asked('overwrite', True)} to start again"
-            )
 
     def __enter__(self) -> OutputFolder:
         """Take the folder and write down what the job is.
@@ -208,7 +100,7 @@ class OutputFolder:
             with disk_errors(self.folder):
                 if self.overwrite:
                     self._clear()
-                elif not (self.job / "job.json").exists():
+                elif not self._job_file.exists():
                     # Without it, whatever else is there cannot be known to be of this job.
                     clear_folder(self.job)
                 self._write_job()
@@ -220,8 +112,8 @@ class OutputFolder:
         return self
 
     def _write_job(self) -> None:
-        told = {"settings": self.settings, "files": self._files}
-        atomic_write(self.job / "job.json", json.dumps(told, indent=1).encode())
+        job = {"settings": self.settings, "files": self._files}
+        atomic_write(self._job_file, json.dumps(job, indent=1).encode())
 
     def promise(self, names: Iterable[str]) -> None:
         """Say which files the result will have, before the first of them is written.
@@ -274,12 +166,12 @@ class OutputFolder:
         """Remove what only an unfinished job needs; the lock goes with its holder."""
         # job.json first: without it, whatever a kill leaves of the rest is no job any more.
         with contextlib.suppress(OSError):
-            (self.job / "job.json").unlink(missing_ok=True)
+            self._job_file.unlink(missing_ok=True)
             clear_folder(self.job)
 
     def _clear(self) -> None:
         """Remove the result and the job that are here, by their own account."""
-        ours = _ours(self.folder)
+        ours = written_files(self.folder)
         # config.json first: from here on the folder is no model. The record goes last, which says what else is ours.
         for name in ["config.json", *sorted(ours - {"config.json", RECORD})]:
             if name in ours and not (self.folder / name).is_dir():

@@ -15,13 +15,11 @@ writer and count as writing.
 from __future__ import annotations
 
 import queue
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,16 +27,18 @@ from torch import Tensor
 
 from svdconvert.factoring.operations import convert_piece
 from svdconvert.factoring.stacks import Finish, begin, in_units
+from svdconvert.jobs.crew import Crew, Stopped
 from svdconvert.jobs.output import OutputFolder
 from svdconvert.jobs.shard_writer import ShardWriter
+from svdconvert.jobs.source_files import SourceFiles
 from svdconvert.linalg.panels import Workspace
 from svdconvert.machine import interrupts
 from svdconvert.machine.lanes import Transfer, lanes_of
-from svdconvert.machine.threads import Worker, shared_cores, start_and_join
+from svdconvert.machine.threads import shared_cores, start_and_join
 from svdconvert.machine.timing import StageTimes
 from svdconvert.planning.events import Events
 from svdconvert.planning.partition import split_steps
-from svdconvert.planning.steps import Step, files_here
+from svdconvert.planning.steps import Step
 from svdconvert.storage.reader import WeightReader, as_bytes, same_values
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import other_head
@@ -68,10 +68,6 @@ class _Solved:
     step: Step
     outputs: list[Tensor]
     report: dict[str, Any]
-
-
-class _Stopped(Exception):
-    """Another thread failed or the user interrupted: leave quietly."""
 
 
 class Pipeline:
@@ -110,12 +106,8 @@ class Pipeline:
         left = [step for step in steps if not self._writer.is_done(step.key)]
         group = output.group
         self._todo = split_steps(left, group.size, whole_files=source.fetched)[group.rank]
-        self._open = Counter(file for step in self._todo for file in step.files)
-        self._count_lock = threading.Lock()
-        self._files = threading.Semaphore(files_here(self._todo) if source.fetched else max(len(source.files), 2))
-        self._fetched: set[str] = set()
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
+        self._crew = Crew()
+        self._files = SourceFiles(source, self._todo, self._crew, self._times)
         self._units = in_units(self._todo, device)
         staging = max((_staging(unit) for unit in self._units if unit[0].kind != "copy"), default=0)
         self._free: queue.Queue[Tensor] = queue.Queue()
@@ -146,9 +138,9 @@ class Pipeline:
     def _run(self) -> dict[str, dict[str, Any]]:
         self._events.begin([step for step in self._todo if step.kind != "copy"], self.resumed)
         cpu_before = time.process_time()
-        workers = [self._worker(self._read_all, "read")]
-        workers += [self._worker(self._solve_all, f"solve-{i}") for i in range(self._workers)]
-        workers.append(self._worker(self._write_all, "write"))
+        workers = [self._crew.thread(self._read_all, "read")]
+        workers += [self._crew.thread(self._solve_all, f"solve-{i}") for i in range(self._workers)]
+        workers.append(self._crew.thread(self._write_all, "write"))
         try:
             with shared_cores(self._workers):
                 start_and_join(workers, stop=self._interrupt, last=self._end_of_work)
@@ -161,79 +153,41 @@ class Pipeline:
                     self._writer.close()
             spent = time.process_time() - cpu_before
             self._times.add("solve", 0.0, spent - self._times.cpu("read", "write"))
-        if self._error is not None:
-            raise self._error
+        if self._crew.error is not None:
+            raise self._crew.error
         self._shards_done(self._writer.join())
         return {key: report for key, report in self._writer.reports.items() if report}
 
     def _end_of_work(self) -> None:
         """Tell the writer that nothing more will come."""
-        with suppress(_Stopped):
-            self._put(self._to_write, None)
+        with suppress(Stopped):
+            self._crew.put(self._to_write, None)
 
     def _interrupt(self) -> None:
-        self._stop.set()
+        self._crew.stop()
         self._events.note("stopping after the current matrix; press Ctrl-C again to stop at once")
 
-    def _worker(self, work: Callable[[], None], name: str) -> Worker:
-        return Worker(partial(self._guard, work), name)
-
-    def _guard(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except _Stopped:
-            pass
-        except BaseException as error:  # noqa: BLE001 - carried to the main thread, which raises it
-            self._error = self._error or error
-            self._stop.set()
-
-    def _put(self, where: queue.Queue[Any], item: object) -> None:
-        while not self._stop.is_set():
-            try:
-                return where.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-        raise _Stopped
-
-    def _get(self, where: queue.Queue[Any]) -> Any:
-        while not self._stop.is_set():
-            try:
-                return where.get(timeout=0.2)
-            except queue.Empty:
-                continue
-        raise _Stopped
-
     def _read_all(self) -> None:
-        reader = WeightReader(self._source)
-        try:
+        with WeightReader(self._source) as reader:
             for unit in self._units:
                 for step in unit:
-                    self._fetch(step)
+                    self._files.fetch(step)
                 if unit[0].kind == "copy":
-                    self._put(self._to_write, unit[0])
-                    continue
-                buffer = self._get(self._free)
-                inputs, position = [], 0
-                with self._times.measure("read"):
-                    for info in (info for step in unit for info in step.inputs):
-                        inputs.append(reader.read(info, buffer[position:]))
-                        position += _aligned(info)
-                    coming = self._lanes.upload(inputs)
-                self._put(self._to_solve, _Read(unit, coming, buffer))
-        finally:
-            reader.close()
+                    self._crew.put(self._to_write, unit[0])
+                else:
+                    self._crew.put(self._to_solve, self._read(reader, unit))
         for _ in range(self._workers):
-            self._put(self._to_solve, None)
+            self._crew.put(self._to_solve, None)
 
-    def _fetch(self, step: Step) -> None:
-        """Bring the step's files here, but not more at a time than the disk is meant to hold."""
-        for file in sorted(step.files - self._fetched):
-            while not self._files.acquire(timeout=0.2):
-                if self._stop.is_set():
-                    raise _Stopped
-            with self._times.measure("read"):
-                self._source.path(file)
-            self._fetched.add(file)
+    def _read(self, reader: WeightReader, unit: tuple[Step, ...]) -> _Read:
+        """The tensors of a unit, on their way to the device."""
+        buffer = self._crew.get(self._free)
+        inputs, position = [], 0
+        with self._times.measure("read"):
+            for info in (info for step in unit for info in step.inputs):
+                inputs.append(reader.read(info, buffer[position:]))
+                position += _aligned(info)
+            return _Read(unit, self._lanes.upload(inputs), buffer)
 
     def _solve_all(self) -> None:
         workspace = Workspace()
@@ -243,7 +197,7 @@ class Pipeline:
                 # With nothing to go on with, there is nothing to be gained by leaving results where they are.
                 while begun and (len(begun) > self._lanes.ahead or self._to_solve.empty()):
                     self._finish(begun.popleft())
-                item = self._get(self._to_solve)
+                item = self._crew.get(self._to_solve)
                 if item is None:
                     break
                 begun.append(self._begin(item, workspace))
@@ -269,21 +223,18 @@ class Pipeline:
         self._times.add("solve", seconds, 0.0)
         for step, (outputs, report) in zip(begun.unit, results, strict=True):
             report["seconds"] = round(seconds / len(begun.unit), 4)
-            self._put(self._to_write, _Solved(step, outputs, report))
+            self._crew.put(self._to_write, _Solved(step, outputs, report))
 
     def _write_all(self) -> None:
-        reader = WeightReader(self._source)
-        try:
-            while (item := self._get(self._to_write)) is not None:
+        with WeightReader(self._source) as reader:
+            while (item := self._crew.get(self._to_write)) is not None:
                 step = item if isinstance(item, Step) else item.step
                 with self._times.measure("write"):
                     report, finished = self._write(reader, item)
                 if report:
                     self._events.solved(step, report)
                 self._shards_done(finished)
-                self._release(step, reader)
-        finally:
-            reader.close()
+                self._files.release(step, reader)
 
     def _write(self, reader: WeightReader, item: Step | _Solved) -> tuple[dict[str, Any], list[tuple[str, int]]]:
         """Returns the step's report and the weight files that it made complete."""
@@ -306,18 +257,6 @@ class Pipeline:
             data = as_bytes(convert_piece(piece, source, target))
             self._writer.write(target.name, data, position)
             position += len(data)
-
-    def _release(self, step: Step, reader: WeightReader) -> None:
-        """Give up source files that no later step reads."""
-        for file in step.files:
-            with self._count_lock:
-                self._open[file] -= 1
-                last = self._open[file] == 0
-            if last:
-                if self._source.fetched:
-                    reader.close()
-                self._source.release(file)
-                self._files.release()
 
     def _shards_done(self, finished: list[tuple[str, int]]) -> None:
         for name, size in finished:

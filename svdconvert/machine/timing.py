@@ -4,8 +4,35 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """What a stage took.
+
+    Attributes:
+        wall_seconds: without waiting for other stages; those of several workers add up.
+        cpu_seconds: of its threads.
+        workers: how many it had, or None where that is not known.
+    """
+
+    wall_seconds: float
+    cpu_seconds: float
+    workers: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """``wall_seconds`` and ``cpu_seconds`` in milliseconds' precision, and ``workers`` where that is known."""
+        seconds = {"wall_seconds": round(self.wall_seconds, 3), "cpu_seconds": round(max(self.cpu_seconds, 0.0), 3)}
+        return seconds if self.workers is None else {**seconds, "workers": self.workers}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> StageTime:
+        """What :meth:`to_json` gave."""
+        return cls(document["wall_seconds"], document["cpu_seconds"], document.get("workers"))
 
 
 class StageTimes:
@@ -42,9 +69,10 @@ class StageTimes:
         """CPU seconds of some stages together."""
         return sum(self._seconds[stage][1] for stage in stages if stage in self._seconds)
 
-    def to_json(self) -> dict[str, dict[str, float]]:
-        """Stage -> ``wall_seconds`` and ``cpu_seconds``."""
-        return {
-            stage: {"wall_seconds": round(wall, 3), "cpu_seconds": round(max(cpu, 0.0), 3)}
-            for stage, (wall, cpu) in self._seconds.items()
-        }
+    def stages(self, **workers: int) -> dict[str, StageTime]:
+        """What each stage has taken so far.
+
+        Args:
+            workers: stage -> how many it had, of those where that is known.
+        """
+        return {stage: StageTime(wall, cpu, workers.get(stage)) for stage, (wall, cpu) in self._seconds.items()}

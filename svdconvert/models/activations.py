@@ -17,7 +17,7 @@ from torch import Tensor
 from svdconvert.errors import JobError
 from svdconvert.fields import NUMBER, OBJECT, POSITIVE, optional, problem, record
 from svdconvert.storage.disk import atomic_write, create, disk_errors, refuse_full, sync, sync_folder, write_all
-from svdconvert.storage.documents import fill, json_or_none, open_regular
+from svdconvert.storage.documents import fill, in_json_types, json_or_none, open_regular
 from svdconvert.storage.reader import as_bytes, read_errors
 
 
@@ -59,7 +59,7 @@ class ActivationStore:
         self.folder, self._shape, self._dtype = folder, shape, dtype
         self._row_bytes = math.prod(shape[1:]) * dtype.itemsize
         self._size = shape[0] * self._row_bytes
-        self._key = json.loads(json.dumps(key))
+        self._key = in_json_types(key)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             state = json_or_none(folder / "state.json")

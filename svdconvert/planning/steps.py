@@ -8,7 +8,7 @@ from typing import Any
 
 from svdconvert.families.table import Architecture
 from svdconvert.names import natural
-from svdconvert.storage.headers import layout
+from svdconvert.storage.headers import file_layout
 from svdconvert.tensors import TensorInfo
 
 
@@ -89,7 +89,7 @@ def index_json(shards: Mapping[str, Sequence[TensorInfo]]) -> dict[str, Any] | N
 
 def files_bytes(shards: Mapping[str, Sequence[TensorInfo]]) -> int:
     """Bytes of all weight files, headers included."""
-    return sum(layout(infos)[2] for infos in shards.values())
+    return sum(file_layout(infos).size for infos in shards.values())
 
 
 def with_copies(step: Step, copies: Sequence[TensorInfo], row: Architecture) -> Step:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
+
+from svdconvert.errors import InputError
 
 # As much of a value as a sentence can take.
 _LONGEST = 60
@@ -24,6 +27,32 @@ def difference(theirs: Mapping[str, object], ours: Mapping[str, object]) -> tupl
         if _text(old) != _text(new):
             return field, _within(old, new)
     return None
+
+
+def refuse_other_settings(
+    theirs: Mapping[str, object],
+    ours: Mapping[str, object],
+    begun: str,
+    advice: str,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Refuse to continue or to use something that was made under other settings.
+
+    Args:
+        theirs: the settings that it was made under, in JSON types.
+        ours: those of now, likewise.
+        begun: the sentence up to the field that differs, ``DIR was computed with``.
+        advice: its end, in the imperative.
+        names: field -> how the sentence calls another one of it; by default ``another rank`` of ``rank``.
+
+    Raises:
+        InputError: a field differs; it is named, with both values.
+    """
+    found = difference(theirs, ours)
+    if found is not None:
+        field, values = found
+        name = names.get(field, f"another {field.replace('_', ' ')}")
+        raise InputError(f"{begun} {name} ({values}); {advice}")
 
 
 def _within(old: object, new: object) -> str:

@@ -149,6 +149,11 @@ def json_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def in_json_types(value: Any) -> Any:
+    """A value as JSON gives it back: tuples as lists, keys as text. For comparing it with what was read."""
+    return json.loads(json.dumps(value))
+
+
 def json_object(data: bytes, where: object, advice: str = "fetch it again") -> dict[str, Any]:
     """:func:`parse_json`, of an object."""
     value = parse_json(data, where, advice)

@@ -1,20 +1,38 @@
-"""The files of a local model folder. None that is read is outside of it, or anything but a regular file."""
+"""Folders of files: a local model, from which nothing is read but regular files in it; and a folder to write into."""
 
 from __future__ import annotations
 
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 from svdconvert.storage.documents import reading
 
 # Folders in folders that are looked into: code and templates of a tokenizer are not deeper.
 _DEPTH = 2
 # The Hub cache's own form: models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
 _CACHED = re.compile(r"models--(?P<repo>[^/]+)")
+
+
+def refuse_foreign_files(folder: Path, *, known: bool, leftovers: Collection[str] = ()) -> None:
+    """Refuse an output folder that holds somebody else's files.
+
+    Args:
+        folder: where a command is about to write; it need not exist.
+        known: whether it holds what such a command writes.
+        leftovers: names of what an interrupted run of that command may have left in a folder that is not known.
+
+    Raises:
+        InputError: it is a file, or not known and holds more than leftovers.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder as {asked('out')}")
+    if not known and folder.is_dir() and any(entry.name not in leftovers for entry in folder.iterdir()):
+        raise InputError(f"{folder} holds files that svdconvert did not write; give another folder")
 
 
 class ModelFolder:

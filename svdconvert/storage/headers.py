@@ -11,6 +11,7 @@ import io
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,16 +118,26 @@ def header_bytes(handle: io.FileIO) -> bytes:
     return raw + handle.read(min(struct.unpack("<Q", raw)[0], MAX_HEADER_BYTES)) if len(raw) == 8 else raw
 
 
-def layout(
-    tensors: Iterable[TensorInfo], metadata: Mapping[str, str] | None = None
-) -> tuple[bytes, dict[str, int], int]:
+@dataclass(frozen=True)
+class FileLayout:
+    """Where everything lies in a file that is to be written.
+
+    Attributes:
+        header: the bytes that begin it.
+        starts: byte position of each tensor, by name.
+        size: bytes of the whole file.
+    """
+
+    header: bytes
+    starts: Mapping[str, int]
+    size: int
+
+
+def file_layout(tensors: Iterable[TensorInfo], metadata: Mapping[str, str] | None = None) -> FileLayout:
     """Lay out one file, with metadata if there are any.
 
     Wider types come first, so that every tensor is aligned to its own element size without gaps, which the format
     forbids.
-
-    Returns:
-        ``(header, starts, size)``: the bytes that begin the file, each tensor's byte position, the file's size.
     """
     ordered: Sequence[TensorInfo] = sorted(tensors, key=lambda info: -DTYPES[info.dtype][0])
     # "format": "pt" is what transformers before 5 insists on.
@@ -144,4 +155,5 @@ def layout(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
-    return struct.pack("<Q", len(text)) + text, {n: data + b for n, b in begins.items()}, data + position
+    starts = {name: data + begin for name, begin in begins.items()}
+    return FileLayout(struct.pack("<Q", len(text)) + text, starts, data + position)

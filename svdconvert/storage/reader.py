@@ -29,13 +29,22 @@ class WeightReader:
     """Reads tensors of a source, fetching its files as they are needed.
 
     Files are read with plain reads into buffers of ours instead of being mapped: mapped pages count as the process's
-    memory and cost a page fault each. One reader serves one thread.
+    memory and cost a page fault each. One reader serves one thread. Use it as a context manager: it keeps the file open
+    that it has read from last.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._file = ""
         self._handle = -1
+
+    def __enter__(self) -> WeightReader:
+        """Nothing is open yet."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close the open file."""
+        self.close()
 
     def read(self, info: TensorInfo, buffer: Tensor) -> Tensor:
         """Read one tensor.
@@ -66,7 +75,7 @@ class WeightReader:
             yield piece
 
     def close(self) -> None:
-        """Close the open file."""
+        """Close the open file; reading opens it again."""
         if self._handle >= 0:
             os.close(self._handle)
         self._file, self._handle = "", -1
@@ -111,22 +120,16 @@ def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:
     if first.shape != second.shape:
         return False
     step = max(1, CHUNK * first.shape[0] // max(first.nbytes, second.nbytes, 1))
-    readers = WeightReader(source), WeightReader(source)
     buffers = [torch.empty(step * info.nbytes // info.shape[0], dtype=torch.uint8) for info in (first, second)]
-    try:
+    with WeightReader(source) as reader, WeightReader(source) as other_reader:
         for begin in range(0, first.shape[0], step):
             end = min(begin + step, first.shape[0])
-            one, other = (
-                reader.read(info.rows(begin, end), buffer)
-                for reader, info, buffer in zip(readers, (first, second), buffers, strict=True)
-            )
+            one = reader.read(first.rows(begin, end), buffers[0])
+            other = other_reader.read(second.rows(begin, end), buffers[1])
             if one.dtype != other.dtype:
                 one, other = one.double(), other.double()
             if not torch.equal(one, other):
                 return False
-    finally:
-        for reader in readers:
-            reader.close()
     return True
 
 

@@ -18,7 +18,7 @@ from svdconvert.errors import InputError
 from svdconvert.fields import TEXT, problem, record, table
 from svdconvert.storage.disk import atomic_pieces, disk_errors
 from svdconvert.storage.documents import fill, open_regular, parse_json, reading
-from svdconvert.storage.headers import header_bytes, layout, parse_header
+from svdconvert.storage.headers import file_layout, header_bytes, parse_header
 from svdconvert.storage.reader import as_bytes, torch_dtype
 from svdconvert.tensors import CODES, TensorInfo
 
@@ -47,11 +47,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: str = "") -> 
     ]
     digests = {info.name: _digest(info, _bytes(tensors[info.name])) for info in infos}
     told = json.dumps({"tensors": digests, _NOTE: _text_digest(note)})
-    header, starts, _ = layout(infos, {_DIGESTS: told, _NOTE: note})
+    layout = file_layout(infos, {_DIGESTS: told, _NOTE: note})
 
     def pieces() -> Iterator[bytes | memoryview]:
-        yield header
-        for name in sorted(tensors, key=starts.__getitem__):
+        yield layout.header
+        for name in sorted(tensors, key=layout.starts.__getitem__):
             yield _bytes(tensors[name])
 
     with disk_errors(path.parent):

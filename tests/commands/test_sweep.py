@@ -219,7 +219,7 @@ def test_foreign_folder_and_missing_out(dense: Path, text: Path, run: Run, tmp_p
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("x")
     result = run("sweep", dense, "--text", text, "--keep", "0.5", "--no-plot", "--out", tmp_path / "theirs")
-    assert (result.code, "holds no sweep" in result.err) == (2, True)
+    assert (result.code, "files that svdconvert did not write" in result.err) == (2, True)
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["thesis.txt"]
     assert "--out is missing" in run("sweep", dense, "--text", text, "--keep", "0.5").err
 

@@ -19,7 +19,7 @@ from support.checkpoints import content, random_tensors, write_checkpoint
 from support.forked import Forked
 
 from svdconvert import convert
-from svdconvert.jobs.output import JOB_FOLDER
+from svdconvert.jobs.own_files import JOB_FOLDER
 
 # How often a job records what it has done: after every step, every few, or as it does by itself.
 BATCHES = (1, 20_000, 32_000_000)

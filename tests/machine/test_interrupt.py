@@ -23,7 +23,7 @@ from support.checkpoints import CONFIG, content, random_tensors, tree, write_che
 
 from svdconvert import convert
 from svdconvert.errors import InputError
-from svdconvert.jobs.output import JOB_FOLDER
+from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.methods import table as metrics
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step

@@ -29,7 +29,8 @@ from svdconvert import JobError, calibrate, convert
 from svdconvert.calibration.knowledge import Calibration
 from svdconvert.errors import InputError
 from svdconvert.jobs.journal import journals, read_journal
-from svdconvert.jobs.output import JOB_FOLDER, OutputFolder
+from svdconvert.jobs.output import OutputFolder
+from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.jobs.shard_writer import ShardWriter
 from svdconvert.machine.processes import Group
 from svdconvert.planning.partition import matrix_cost, split, split_steps, step_cost

@@ -29,11 +29,11 @@ def test_waiting_is_wall_time_and_work_is_both() -> None:
         time.sleep(0.05)
     with times.measure("write"):
         spin(0.05)
-    found = times.to_json()
+    found = times.stages()
     assert list(found) == ["read", "write"]
-    assert found["read"]["wall_seconds"] >= 0.05 > 10 * found["read"]["cpu_seconds"]
-    assert found["write"]["wall_seconds"] >= found["write"]["cpu_seconds"] - 0.002
-    assert found["write"]["cpu_seconds"] >= 0.05
+    assert found["read"].wall_seconds >= 0.05 > 10 * found["read"].cpu_seconds
+    assert found["write"].wall_seconds >= found["write"].cpu_seconds - 0.002
+    assert found["write"].cpu_seconds >= 0.05
     assert times.cpu("read", "write", "none") >= 0.05
 
 
@@ -50,10 +50,10 @@ def test_threads_add_up_and_do_not_count_each_other() -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    found = times.to_json()
-    assert found["solve"]["cpu_seconds"] >= 0.15
-    assert found["all"]["cpu_seconds"] >= 0.15
-    assert found["idle"]["cpu_seconds"] < 0.05
+    found = times.stages()
+    assert found["solve"].cpu_seconds >= 0.15
+    assert found["all"].cpu_seconds >= 0.15
+    assert found["idle"].cpu_seconds < 0.05
 
 
 def test_a_stage_that_fails_is_counted() -> None:

@@ -19,7 +19,7 @@ from support.checkpoints import random_tensors, write_checkpoint
 from support.failing_disk import KINDS, FailingDisk, Fault, compiled
 
 from svdconvert import convert
-from svdconvert.jobs.output import JOB_FOLDER
+from svdconvert.jobs.own_files import JOB_FOLDER
 
 # Kinds of faults by kind of call.
 FAULTS = {

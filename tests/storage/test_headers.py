@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from svdconvert.errors import InputError
-from svdconvert.storage.headers import layout, parse_header, read_header
+from svdconvert.storage.headers import file_layout, parse_header, read_header
 from svdconvert.tensors import CODES, DTYPES, TensorInfo
 
 TYPES = ["float16", "bfloat16", "float32", "float64", "int64", "uint8", "bool"]
@@ -44,9 +44,9 @@ def test_the_reference_reads_what_we_lay_out(
     content.pop("__metadata__", None)
     path = tmp_path_factory.mktemp("layout") / "file.safetensors"
     infos = [TensorInfo(name, CODES[dtype], shape) for name, (dtype, shape) in content.items()]
-    header, starts, size = layout(infos)
-    data = bytearray(size)
-    data[: len(header)] = header
+    layout = file_layout(infos)
+    data, starts = bytearray(layout.size), layout.starts
+    data[: len(layout.header)] = layout.header
     for i, info in enumerate(infos):
         data[starts[info.name] : starts[info.name] + info.nbytes] = bytes([i % 2]) * info.nbytes
         assert starts[info.name] % DTYPES[info.dtype][0] == 0

@@ -18,7 +18,7 @@ from support.checkpoints import random_tensors, read_config, tree, write_checkpo
 from svdconvert import Calibration, InputError, calibrate, convert
 from svdconvert.jobs import pipeline
 from svdconvert.jobs.journal import read_journal
-from svdconvert.jobs.output import JOB_FOLDER
+from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.storage.differences import difference
 from svdconvert.storage.disk import refuse_full
 from svdconvert.storage.identity import FULL

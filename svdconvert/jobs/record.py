@@ -1,0 +1,131 @@
+"""``svdconvert.json``: how a folder came about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, either, many, optional, record, require, table
+from svdconvert.machine.timing import StageTime
+from svdconvert.sentences import asked
+from svdconvert.storage.documents import read_json
+from svdconvert.storage.source import Source
+from svdconvert.version import versions
+
+RECORD = "svdconvert.json"
+FORMAT = 1
+
+# What to do about a damaged one.
+_ANEW = f"convert again with {asked('overwrite', True)}"
+_MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
+_FIELDS = {
+    "command": TEXT,
+    "source": record({"name": TEXT}),
+    "settings": OBJECT,
+    "params": either(COUNT, record({"before": COUNT, "after": COUNT})),
+    "matrices": optional(either(COUNT, table(record(_MATRIX)))),  # a densified model's were multiplied out
+    "tensors": optional(table(TEXT)),  # since 0.2.0
+    "predicted_loss": optional(NUMBER),
+    "dense_loss": optional(NUMBER),
+    "measured_loss": optional(NUMBER),
+    "timing": many(table(record({"wall_seconds": NUMBER, "cpu_seconds": NUMBER}))),
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model that a result was made from.
+
+    Attributes:
+        name: its folder or repository.
+        repo: repository id on the Hub, or None.
+        commit: commit hash on the Hub, or None.
+    """
+
+    name: str
+    repo: str | None = None
+    commit: str | None = None
+
+    @classmethod
+    def of(cls, source: Source) -> Origin:
+        """That of a source."""
+        return cls(source.name, source.repo, source.commit)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``svdconvert.json`` holds.
+
+    The same job always writes the same record, but for ``timing`` and the ``seconds`` of each matrix.
+
+    Attributes:
+        command: which of the tool's commands made the folder.
+        source: the model it was made from.
+        settings: what the result depends on.
+        results: what that command reports, by name: ``params``, ``matrices``, losses.
+        files: files of the folder, or None in a record of an early version.
+        tensors: tensor -> digest of its data, hexadecimal; None in a record of a version before 0.2.0.
+        timing: stages of the run that finished it, for each of its processes.
+        versions: of svdconvert and the libraries that it stands on.
+    """
+
+    command: str
+    source: Origin
+    settings: Mapping[str, Any]
+    results: Mapping[str, Any]
+    files: Sequence[str] | None
+    tensors: Mapping[str, str] | None
+    timing: Sequence[Mapping[str, StageTime]]
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record in JSON types, as it is written."""
+        last = {"files": self.files, "tensors": self.tensors}
+        return {
+            "format": FORMAT,
+            "command": self.command,
+            "versions": dict(self.versions),
+            "source": asdict(self.source),
+            "settings": dict(self.settings),
+            **self.results,
+            **{name: value for name, value in last.items() if value is not None},
+            "timing": [{stage: time.to_json() for stage, time in stages.items()} for stages in self.timing],
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], where: object) -> Record:
+        """What :meth:`to_json` gave, or a record of an earlier version.
+
+        Args:
+            document: the parsed JSON.
+            where: its file, for messages.
+
+        Raises:
+            InputError: it lacks what a record has; the field is named.
+        """
+        require(document, _FIELDS, where, _ANEW)
+        results = dict(document)
+        own = {name: results.pop(name, None) for name in (*cls.__dataclass_fields__, "format") if name != "results"}
+        return cls(
+            command=own["command"],
+            source=Origin(**{name: own["source"].get(name) for name in Origin.__dataclass_fields__}),
+            settings=own["settings"],
+            results=results,
+            files=own["files"],
+            tensors=own["tensors"],
+            timing=[{stage: StageTime.from_json(time) for stage, time in stages.items()} for stages in own["timing"]],
+            versions=own["versions"] or {},
+        )
+
+
+def read_record(folder: Path) -> Record:
+    """A finished result's record.
+
+    Raises:
+        InputError: there is none, or it lacks what a record has.
+    """
+    path = folder / RECORD
+    missing = f"{folder} has no {RECORD}, so svdconvert did not write it"
+    return Record.from_json(read_json(path, missing, _ANEW), path)
