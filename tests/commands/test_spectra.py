@@ -230,10 +230,10 @@ def test_json_and_per_layer(dense: Path, run: Run) -> None:
         ("must end in .png", ["--plot", "picture.gif"]),
         ("does not exist", ["--plot", "nowhere/picture.png"]),
         ("needs a text", ["--method", "whiten"]),
-        ("unknown; known: svd", ["--method", "nonsense"]),
+        ("--method nonsense is unknown; choose one of svd", ["--method", "nonsense"]),
         ("matches no linear layer", ["--targets", "nonsense"]),
         ("means nothing to --method svd", ["--method", "svd", "--calib", "text.txt"]),
-        ("means nothing to --method svd", ["--alpha", "0.5"]),
+        ("--alpha has no effect on --method svd", ["--alpha", "0.5"]),
     ],
 )
 def test_refusals(words: str, options: list[str], dense: Path, run: Run) -> None:
