@@ -215,7 +215,7 @@ def test_refit_of_a_plain_svd(dense: Path, text: Path, tmp_path: Path, run) -> N
     ("options", "message"),
     [
         (["--refit", "sequential", "--method", "svd"], "--refit sequential needs a text"),
-        (["--refit", "sequential", "--calib", "TEXT", "--calib-samples", "1"], "needs at least 2 calibration sequences"),
+        (["--refit", "sequential", "--calib", "TEXT", "--calib-samples", "1"], "at least 2 calibration sequences"),
         (["--refit", "twice"], "twice"),
     ],
 )
