@@ -1,13 +1,15 @@
-"""README.md: what it shows of the bundled model is what happens."""
+"""README.md and docs/convert.md: the plans that they show are those made, and the bundled model's figures are found."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import CONFIG
 from support.pages import ROOT
 
 from svdconvert.cli.app import main
@@ -54,3 +56,26 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert names["loss"].isfinite()
     run(fold)
     assert (tmp_path / "out" / "folded" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("page", "hidden", "layers", "heads", "rank"),
+    [("README.md", 3072, 32, 24, 768), ("docs/convert.md", 2048, 24, 16, 512)],
+)
+def test_the_plan_is_the_one_made(
+    page: str, hidden: int, layers: int, heads: int, rank: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From config.json alone, but for the disk's free room, and the source's files, whose buffers it does not know."""
+    geometry = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    geometry |= {"num_attention_heads": heads, "vocab_size": 30080, "max_position_embeddings": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(dict(CONFIG) | geometry | {"rotary_pct": 0.5}))
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(tmp_path), "--rank", str(rank)])
+    assert not end.value.code
+    printed = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    text = (ROOT / page).read_text("utf-8")
+    (block,) = re.findall(r"^ {4}target +shape.*\n(?: {4}.*\n)+", text, re.MULTILINE)
+    shown = [" ".join(line.split()) for line in block.splitlines()]
+    compared = [line for line in shown if not re.match(r"(disk|note:|factored layers|weight files)", line)]
+    assert len(compared) > 6
+    assert set(compared) <= printed
