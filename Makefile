@@ -5,8 +5,13 @@ NEWEST := .venv
 OLDEST := .venv-oldest
 # As many processes as cores; the tests of one file stay together, as they share what they convert and train.
 PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# A test or more of most rooms, in one process and seconds: what a slip breaks first.
+QUICK := tests/test_rooms.py tests/test_sentences.py tests/pages tests/families/test_claims.py tests/planning \
+	tests/linalg/test_lapack.py tests/linalg/test_pivoting.py tests/linalg/test_solver.py tests/linalg/test_stacked.py \
+	tests/machine/test_lanes.py tests/machine/test_threads.py tests/storage/test_headers.py \
+	tests/storage/test_documents.py tests/calibration/test_corpus.py tests/cli/test_tables.py tests/benchmarks/test_against.py
 
-.PHONY: demo test test-all lint format modeling bench table1 clean
+.PHONY: demo check test test-all coverage lint format hooks modeling bench table1 clean
 
 demo: $(NEWEST)/.runtime
 	$(NEWEST)/bin/python examples/tiny_polyglot/demo.py
@@ -17,6 +22,16 @@ test: $(NEWEST)/.dev $(OLDEST)/.dev
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(OLDEST)/bin/python) $(NEWEST)/bin/python $(PYTEST) -m "not slow"
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(NEWEST)/bin/python) $(OLDEST)/bin/python $(PYTEST) -m "not slow" \
 		tests/modeling tests/families/test_families.py tests/commands/test_conversion.py tests/commands/test_densify_fold.py tests/commands/test_verify_evaluate.py
+
+# Before every commit: lint, format, types and quick tests.
+check: lint
+	$(NEWEST)/bin/python -m pytest -m "not slow" $(QUICK)
+
+# The suite with the lines that it runs counted, those of child processes aside. Before Python 3.12, which can count
+# cheaply, that makes tests up to half slower; so `make test` does not do it.
+coverage: $(NEWEST)/.dev
+	COVERAGE_CORE=$$($(NEWEST)/bin/python -c "import sys; print('sysmon' if sys.version_info >= (3, 12) else 'ctrace')") \
+		$(NEWEST)/bin/python $(PYTEST) -m "not slow" --cov=svdconvert --cov-report=term:skip-covered
 
 test-all: $(NEWEST)/.dev $(OLDEST)/.dev
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(OLDEST)/bin/python) $(NEWEST)/bin/python $(PYTEST)
@@ -30,6 +45,10 @@ lint: $(NEWEST)/.dev
 format: $(NEWEST)/.dev
 	$(NEWEST)/bin/ruff check --fix .
 	$(NEWEST)/bin/ruff format .
+
+# Runs ruff and mypy at every `git commit`.
+hooks: $(NEWEST)/.dev
+	$(NEWEST)/bin/pre-commit install
 
 # The modeling files of all families, from their templates, and the table of families in docs/families.md.
 modeling: $(NEWEST)/.dev
