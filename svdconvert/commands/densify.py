@@ -207,7 +207,7 @@ def _join_step(name: str, parts: Mapping[str, Step], source: Source, row: Archit
     for part, info in zip(parts, outputs, strict=True):
         if info.shape[axis] != sections[part].outputs:
             raise InputError(
-                f"{info.name} of {source.where} has {info.shape[axis]} outputs, but by config.json there are "
+                f"{info.name} of {source.where} has {info.shape[axis]} outputs, but according to config.json there are "
                 f"{sections[part].outputs}; config and weights are not of one model"
             )
     rows = sum(section.outputs for section in sections.values())

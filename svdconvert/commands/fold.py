@@ -181,7 +181,7 @@ def _steps(source: Source, lora: Adapter) -> tuple[list[Step], dict[str, int]]:
         if rank > min(shape) or (layout.index and rank == shape[0]):
             raise InputError(
                 f"folding would raise {layers[0].module} to rank {rank}, more than a {shape[0]} x {shape[1]} matrix "
-                f"{'with the layers that share with it ' if len(layers) > 1 else ''}has; "
+                f"{'including the layers that share its factor ' if len(layers) > 1 else ''}has; "
                 "run `svdconvert densify` and merge the adapter into the dense model"
             )
         ranks.update({layer.module: rank for layer in layers})

@@ -53,7 +53,7 @@ def dense_architecture(config: Config, where: str) -> Architecture:
         known = ", ".join(sorted(ARCHITECTURES))
         raise InputError(
             f"{where} has model_type {model_type!r}{kind_of(config)}, which is not supported; "
-            f"supported are decoder-only language models of the types {known}"
+            f"give a decoder-only language model of one of the types {known}"
         )
     row = ARCHITECTURES[model_type]
     check_claims(config, row, where)
@@ -73,7 +73,7 @@ def dense_shapes(row: Architecture, config: Config, where: str) -> Shapes:
         raise InputError(f"config.json of {where} lacks {error}, so the model's shape is unknown; add it") from None
     for name, shape in shapes.items():
         if not all(shape):
-            raise InputError(f"by config.json of {where}, {name} would have shape {list(shape)}; correct its sizes")
+            raise InputError(f"config.json of {where} gives {name} the shape {list(shape)}; correct its sizes")
     return shapes
 
 

@@ -83,7 +83,8 @@ class PieceWeights:
             raise InputError(f"{self._source.where} lacks {name}; the checkpoint is incomplete, fetch it again")
         if info.shape != tuple(like.shape):
             raise InputError(
-                f"tensor {name} of {self._source.where} has shape {list(info.shape)}, but by config.json it must be "
+                f"tensor {name} of {self._source.where} has shape {list(info.shape)}, but according to config.json it "
+                "must be "
                 f"{list(like.shape)}; config and weights are not of one model"
             )
         if rows is not None:

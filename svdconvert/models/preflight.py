@@ -55,7 +55,7 @@ def _check_attention(source: Source) -> None:
             named = isinstance(name, str) and ("/" in name or name.removeprefix("paged|") in _ATTENTION)
             if name is not None and not named:
                 raise InputError(
-                    f"config.json of {source.where} says {field} {name!r}, which is none of "
+                    f"config.json of {source.where} says {field} {name!r}, which is not one of "
                     f"{', '.join(_ATTENTION)}; correct or remove it"
                 )
 
@@ -85,8 +85,8 @@ def _check_weights(source: Source, row: Architecture, blocks: ModelBlocks, head:
                 f"of shape {list(shape)}" if shape else "none" for shape in (found.get(key), stored.get(key))
             )
             raise InputError(
-                f"by config.json of {name}, the model that transformers {version} builds has {key} {wanted}, but the "
-                f"files have {there}; correct config.json, or add the fields that it leaves to defaults"
+                f"with config.json of {name}, transformers {version} builds a model with {key} {wanted}, but the files "
+                f"have {there}; correct config.json, or add the fields that it leaves to defaults"
             )
 
 

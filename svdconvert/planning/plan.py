@@ -333,7 +333,8 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
             )
         if info.shape != shape:
             raise InputError(
-                f"tensor {name} of {source.where} has shape {list(info.shape)}, but by config.json it must be "
+                f"tensor {name} of {source.where} has shape {list(info.shape)}, but according to config.json it must "
+                "be "
                 f"{list(shape)}; config and weights are not of one model"
             )
 

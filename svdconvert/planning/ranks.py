@@ -267,7 +267,7 @@ def _fixed(targets: Sequence[Target], request: RankRequest) -> list[Target]:
                 continue
             raise InputError(
                 f"rank {rank} is larger than {target.module} allows, a {target.shape[0]} x {target.shape[1]} matrix"
-                f"{' with the layers that share with it' if target.followers else ''}; "
+                f"{' including the layers that share its factor' if target.followers else ''}; "
                 f"the highest is {min(target.shape)}, and it saves something only below {target.break_even:,.1f}"
             )
         result.append(replace(target, rank=rank))

@@ -88,7 +88,7 @@ class FolderLock:
                 self._tell()
                 return
             self._close()
-        raise InputError(f"{self._file} cannot be locked; remove it if no other svdconvert is at work there")
+        raise InputError(f"{self._file} cannot be locked; remove it if no other svdconvert is running there")
 
     def share(self) -> None:
         """Let the other processes of the same job share it."""

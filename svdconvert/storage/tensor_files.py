@@ -114,7 +114,9 @@ def unseal(found: Mapping[str, Any], path: Path, advice: str = "") -> dict[str, 
         InputError: it is something else, or of a version that wrote no digests.
     """
     if "digest" not in found:
-        raise InputError(f"{path} has no digest, so an earlier version of svdconvert wrote it; {advice or _REMOVE}")
+        raise InputError(
+            f"{path} has no digest, so it comes from an earlier version of svdconvert; {advice or _REMOVE}"
+        )
     state = {name: value for name, value in found.items() if name != "digest"}
     if found.get("digest") != _text_digest(_canonical(state)):
         raise _damaged(path, advice)

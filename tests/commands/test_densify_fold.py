@@ -151,7 +151,7 @@ def test_fold_beyond_the_rank_of_a_group(dense: Path, tmp_path: Path) -> None:
         dense, tmp_path / "model", rank=50, share_layers=3, targets=["mlp.dense_h_to_4h"], device="cpu", check=False
     )
     adapter(tmp_path / "model", tmp_path / "adapter", r=8, target_modules=["dense_h_to_4h"])
-    with pytest.raises(InputError, match="to rank 74, more than a 768 x 64 matrix with the layers that share"):
+    with pytest.raises(InputError, match="to rank 74, more than a 768 x 64 matrix including the layers that share"):
         fold(tmp_path / "model", tmp_path / "adapter", tmp_path / "out", device="cpu")
 
 

@@ -255,7 +255,7 @@ def test_what_the_class_fills_in_is_not_what_the_files_have(tmp_path: Path) -> N
     """A Mistral that does not say how many heads its keys have, has eight of them."""
     source = write_family(tmp_path / "model", "mistral", num_key_value_heads=4)
     rewrite_config(source, num_key_value_heads=None)
-    with pytest.raises(InputError, match=r"transformers .* builds has .*k_proj.weight of shape \[256, 64\]"):
+    with pytest.raises(InputError, match=r"transformers .* builds a model with .*k_proj.weight of shape \[256, 64\]"):
         convert(source, tmp_path / "out", rank=8, device="cpu")
     assert not (tmp_path / "out").exists()
 

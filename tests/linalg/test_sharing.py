@@ -562,7 +562,7 @@ def test_command_line(dense: Path, run: Run, tmp_path: Path) -> None:
             ["--share-layers", 2, "--rank", "layers.0.*=8"],
             "but not layers.1.attention.query_key_value, and the two share",
         ),
-        (["--share-layers", 3, "--rank", "mlp.dense_4h_to_h=193"], "a 192 x 256 matrix with the layers that share"),
+        (["--share-layers", 3, "--rank", "mlp.dense_4h_to_h=193"], "192 x 256 matrix including the layers that share"),
     ],
 )
 def test_refusals(options: list[object], words: str, dense: Path, run: Run, tmp_path: Path) -> None:
