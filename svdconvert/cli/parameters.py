@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from svdconvert.cli.groups import COUNT, FOLDER, MethodName, Model, Word, option, options
+from svdconvert.layouts import table as layouts
 
-LAYOUTS = click.Choice(["balanced", "pivoted"])
+LAYOUTS = click.Choice(list(layouts.LAYOUTS))
 DTYPES = click.Choice(["keep", "float16", "bfloat16", "float32"])
 
 model_argument = click.argument("model", type=Model())

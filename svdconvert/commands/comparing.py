@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import InputError
-from svdconvert.factoring.operations import stored_product
+from svdconvert.factoring.matrix_report import MatrixReport
 from svdconvert.families.fused import split_layers, split_tensors
 from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.jobs.record import RECORD, read_record
-from svdconvert.layouts.table import layout_of, outer_shape, stored_names
-from svdconvert.linalg.pivot import full_up
+from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.linalg.residual import relative_error
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.probe import PROBE
@@ -56,51 +55,71 @@ def compare(factored: Source, dense: Source, row: Architecture, folder: Path) ->
     """
     if dense_architecture(dense.config, dense.where) is not row:
         raise InputError(f"{dense.where} is a {dense.config.get('model_type')} model, not the source of {folder}")
-    recorded = _recorded_errors(folder)
-    ours, theirs = WeightReader(factored), WeightReader(dense)
-    copied, different, errors, off = 0, [], [], []
-    split = split_layers(row, factored.config["svd_ranks"])
+    return [*compare_tensors(factored, dense, row, folder), _outcome(factored, dense, row)]
+
+
+def compare_tensors(factored: Source, dense: Source, row: Architecture, folder: Path) -> list[Check]:
+    """Every tensor of a factored model against the dense one's: copies bit by bit, products by their errors.
+
+    Args:
+        factored, dense, row, folder: see :func:`compare`.
+
+    Raises:
+        InputError: a matrix has another shape in the dense one.
+    """
+    ranks, copies = factored.config["svd_ranks"], head_copies(row, dense)
+    split = split_layers(row, ranks)
     full_names = row.full_names(dense.tensors, dense.config)
-    copies, embedding = head_copies(row, dense), embedding_of(row, dense)
-    for copy in copies:
-        if embedding is None or not same_values(dense, embedding, copy):
-            different.append(copy.name)
-    for name, info in split_tensors(dense.tensors, row, dense.config, split.__contains__).items():
-        full = full_names.get(name) or row.full_name(name)
-        module = full.removeprefix(row.prefix).removesuffix(".weight")
-        if row.is_dropped(name) or info in copies:
-            continue
-        if module in factored.config["svd_ranks"] and name.endswith(".weight"):
-            stored = [factored.tensors[key] for key in stored_names(factored.config, row.prefix, module)]
-            if outer_shape(stored) != row.matrix_shape(info.shape):
-                raise InputError(f"{name} has another shape in {dense.where} than in {folder}; it is not its source")
-            down, up, *position = (_whole(ours, part) for part in stored)
-            if position:
-                up = full_up(up, position[0])
-            weight = _whole(theirs, info)
-            error = relative_error(weight.T if row.transposed else weight, up, down)
-            errors.append(error)
-            if module in recorded and abs(error - recorded[module]) > _ERROR_TOLERANCE * max(recorded[module], 1e-3):
-                off.append(module)
-            continue
-        target = factored.tensors.get(_copied_name(full, row, factored))
-        if target is None or target.shape != info.shape or not _same(ours, theirs, target, info):
-            different.append(name)
-        copied += 1
-    worst = max(errors, default=0.0)
-    mean = sum(errors) / len(errors) if errors else 0.0
-    return [
-        Check("copied tensors", not different, listing(different) if different else f"{copied} equal to the source's"),
-        Check(
-            "factored matrices",
-            not off,
-            f"not as recorded: {listing(off)}"
-            if off
-            else f"{len(errors)} multiplied out; relative error mean {mean:.4f}, worst {worst:.4f}, "
-            + ("as recorded" if recorded else "with no record of what it should be"),
-        ),
-        _outcome(factored, dense, row),
+    layout, errors = layout_of(factored.config), dict[str, float]()
+    copied, different = 0, _unequal_heads(dense, row, copies)
+    with WeightReader(factored) as ours, WeightReader(dense) as theirs:
+        for name, info in split_tensors(dense.tensors, row, dense.config, split.__contains__).items():
+            if row.is_dropped(name) or info in copies:
+                continue
+            full = full_names.get(name) or row.full_name(name)
+            module = full.removeprefix(row.prefix).removesuffix(".weight")
+            if module in ranks and name.endswith(".weight"):
+                stored = [factored.tensors[key] for key in stored_names(factored.config, row.prefix, module)]
+                if layout.outer_shape(stored) != row.matrix_shape(info.shape):
+                    raise InputError(
+                        f"{name} has another shape in {dense.where} than in {folder}; it is not its source"
+                    )
+                up, down = layout.factors([_whole(ours, part) for part in stored])
+                weight = _whole(theirs, info)
+                errors[module] = relative_error(weight.T if row.transposed else weight, up, down)
+                continue
+            target = factored.tensors.get(_copied_name(full, row, factored))
+            if target is None or target.shape != info.shape or not _same(ours, theirs, target, info):
+                different.append(name)
+            copied += 1
+    return [_copies(copied, different), _products(errors, _recorded_errors(folder))]
+
+
+def _unequal_heads(dense: Source, row: Architecture, copies: Sequence[TensorInfo]) -> list[str]:
+    """Names of the tensors that a tied model must have equal to its embedding, and has not."""
+    embedding = embedding_of(row, dense)
+    return [copy.name for copy in copies if embedding is None or not same_values(dense, embedding, copy)]
+
+
+def _copies(count: int, different: list[str]) -> Check:
+    detail = listing(different) if different else f"{count} equal to the source's"
+    return Check("copied tensors", not different, detail)
+
+
+def _products(errors: Mapping[str, float], recorded: Mapping[str, float]) -> Check:
+    """Whether the relative errors are those of the record, both by module path."""
+    name = "factored matrices"
+    off = [
+        module
+        for module, error in errors.items()
+        if module in recorded and abs(error - recorded[module]) > _ERROR_TOLERANCE * max(recorded[module], 1e-3)
     ]
+    if off:
+        return Check(name, False, f"not as recorded: {listing(off)}")
+    worst = max(errors.values(), default=0.0)
+    mean = sum(errors.values()) / len(errors) if errors else 0.0
+    figures = f"{len(errors)} multiplied out; relative error mean {mean:.4f}, worst {worst:.4f}"
+    return Check(name, True, f"{figures}, {'as recorded' if recorded else 'with no record of what it should be'}")
 
 
 def _outcome(factored: Source, dense: Source, row: Architecture) -> Check:
@@ -138,7 +157,7 @@ def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator
 
     def product(module: str) -> Tensor:
         names = stored_names(factored.config, row.prefix, module)
-        return stored_product([_whole(reader, factored.tensors[name]) for name in names])
+        return layout_of(factored.config).product([_whole(reader, factored.tensors[name]) for name in names])
 
     with torch.no_grad():
         with ours.embeddings(highest), theirs.embeddings(highest):
@@ -179,7 +198,7 @@ def _recorded_errors(folder: Path) -> dict[str, float]:
         raise InputError(
             f"{folder / RECORD} is of a model without factors; convert again with {asked('overwrite', True)}"
         )
-    return {module: matrix["relative_error"] for module, matrix in matrices.items()}
+    return {module: MatrixReport.from_json(matrix).relative_error for module, matrix in matrices.items()}
 
 
 def _whole(reader: WeightReader, info: TensorInfo) -> torch.Tensor:

@@ -229,7 +229,7 @@ def convert(
         split_fused: queries, keys and values that are one matrix (GPT-NeoX, Phi-3, GPT-2) are factored as three, each
             with a rank and a metric of its own; the checkpoint has three layers in the place of one.
         solver: ``exact``, or ``fast``: plain SVD on the CPU, where the rank is so low that it is at least 1.5 times as
-            fast (:func:`svdconvert.solvers.table.acts`), by a filtered subspace whose error is estimated to be at most
+            fast (:class:`svdconvert.solvers.fast.Fast`), by a filtered subspace whose error is estimated to be at most
             0.1 % above the least one (:mod:`svdconvert.linalg.filtered`); all other matrices are solved exactly, and
             those that miss this bound.
         refit: ``sequential`` fits the outer factors to the dense model on the inputs that the compressed layers before
@@ -423,7 +423,7 @@ def _measured(
     dense, compressed = measure_losses(
         source,
         knowledge.text,
-        StoredMatrices([folder / name for name in made.shards], written),
+        StoredMatrices([folder / name for name in made.shards], written, layout_named(made.settings["layout"])),
         work=folder / JOB_FOLDER / "measured",
         device=device,
         batch_size=knowledge.batch_size,

@@ -1,4 +1,4 @@
-"""Exact merge of a LoRA adapter into a factored model_files.
+"""Exact merge of a LoRA adapter into a factored checkpoint.
 
 An adapter beside a factored layer, h = B(A x) + s LB(LA x), is itself a product of rank q; so the sum is a product of
 rank r + q, [B, s LB] [A; LA], and nothing is lost. On a layer that stayed dense the usual W + s LB LA applies. Layers
@@ -8,28 +8,24 @@ that share A go on sharing it: it gets the rows LA of all their adapters, and ea
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from svdconvert.commands import card
 from svdconvert.commands.adapter import ADAPTER_WEIGHTS, Adapter
-from svdconvert.commands.densify import Layer, copy_step, factored_steps
+from svdconvert.commands.rewriting import Layer, Rewriting, copy_step, factored_steps, rewrite
 from svdconvert.errors import InputError
-from svdconvert.families.table import factored_architecture
+from svdconvert.families.table import Architecture, factored_architecture
 from svdconvert.jobs import model_files
-from svdconvert.jobs.job import Job, Outcome, Reports, run_job
-from svdconvert.layouts.table import layout_of, outer_shape
-from svdconvert.machine.devices import resolve_device
-from svdconvert.models.positions import refuse_misplaced
+from svdconvert.jobs.job import Outcome
+from svdconvert.layouts.table import layout_of
 from svdconvert.names import suffix
 from svdconvert.planning.events import Events
-from svdconvert.planning.steps import Step, shard
+from svdconvert.planning.steps import Step
 from svdconvert.sentences import asked
-from svdconvert.settings.options import short_command
 from svdconvert.storage.source import LocalSource, Source
-from svdconvert.tensors import TensorInfo, parameters
+from svdconvert.tensors import TensorInfo
 from svdconvert.words import listing, parse_size
 
 
@@ -61,7 +57,7 @@ def fold(
     """Merge a LoRA adapter into a factored checkpoint; the ranks grow by the adapter's.
 
     Args:
-        model: folder of a factored model_files.
+        model: folder of a factored checkpoint.
         adapter: folder that peft's ``save_pretrained`` wrote.
         out: folder to write.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -74,7 +70,6 @@ def fold(
         InputError: one of both cannot be used, or they do not fit each other.
         JobError: it broke off; the same call continues it.
     """
-    from svdconvert.commands.verify import self_check
     from svdconvert.models.preflight import check_model
 
     folder, adapter_folder = Path(model).expanduser(), Path(adapter).expanduser()
@@ -87,46 +82,34 @@ def fold(
     source = _WithAdapter(folder, lora)
     row = factored_architecture(source.config, source.where)
     limit = parse_size(max_shard_size)
-    steps, ranks = _steps(source, lora)
-    outputs = [info for step in steps for info in step.outputs]
+    folding = _Folding(source, row, lora)
+    steps = folding.steps()
     check_model(source)
     for first, second in lora.pairs.values():
         # The reader asks the source where a tensor lies.
         source.tensors[first.name], source.tensors[second.name] = first, second
-
-    def model_card(reports: Reports) -> str:
-        text = f"{source.name} with a LoRA adapter folded into its factors, whose ranks grew by the adapter's. Made by"
-        command = short_command("fold MODEL --adapter ADAPTER", limit)
-        return card.plain_card(source, f"{source.name}, adapter folded in", text, command, ["low-rank", "svd"])
-
-    def details(reports: Reports) -> Mapping[str, Any]:
-        return {"params": parameters(outputs), "folded": sorted(lora.pairs)}
-
-    def prepare() -> Job:
-        refuse_misplaced(source, row)
-        _refuse_overflow(source, lora, steps)
-        return job
-
-    job = Job(
+    work = Rewriting(
+        command="fold",
+        arguments="fold MODEL --adapter ADAPTER",
+        source=source,
+        row=row,
         steps=steps,
-        shards=shard(outputs, limit),
-        config=dict(source.config) | {"svd_ranks": ranks},
+        config=dict(source.config) | {"svd_ranks": folding.ranks},
         extra={f"{row.modeling}.py": model_files.modeling_source(row)},
-        card=model_card,
-        details=details,
+        title="adapter folded in",
+        text=f"{source.name} with a LoRA adapter folded into its factors, whose ranks grew by the adapter's. Made by",
+        details={"folded": sorted(lora.pairs)},
+        tags=("low-rank", "svd"),
     )
-    for note in source.notes:
-        (events or Events()).note(note)
-    return run_job(
-        "fold",
-        source,
-        {"max_shard_bytes": limit},
-        prepare,
-        Path(out).expanduser(),
-        device=resolve_device(device),
+    return rewrite(
+        work,
+        out,
+        device=device,
+        max_shard_bytes=limit,
         overwrite=overwrite,
-        check=self_check if check else None,
+        check=check,
         events=events,
+        before=lambda: _refuse_overflow(source, lora, steps),
     )
 
 
@@ -147,70 +130,86 @@ def _refuse_overflow(source: Source, lora: Adapter, steps: Sequence[Step]) -> No
                 refuse_overflow(scaled.to(stored[info.name]), what, "it is damaged, or its lora_alpha too large")
 
 
-def _steps(source: Source, lora: Adapter) -> tuple[list[Step], dict[str, int]]:
-    """The job, and the new ranks.
+class _Folding:
+    """The steps that fold an adapter in.
 
-    Raises:
-        InputError: the adapter names a layer that the model does not have, or one of another shape.
+    Attributes:
+        ranks: module path -> rank; those of the result once :meth:`steps` has been called.
     """
-    row = factored_architecture(source.config, source.where)
-    if lora.config.get("fan_in_fan_out") and not row.transposed:
-        raise InputError(
-            f"{lora.folder} cannot be folded: its fan_in_fan_out is True, but {source.where} has no Conv1D"
-        )
-    ranks = dict(source.config["svd_ranks"])
-    left = dict(lora.pairs)
-    layout = layout_of(source.config)
 
-    def check(module: str, shape: tuple[int, int], pair: tuple[TensorInfo, TensorInfo]) -> None:
-        if (pair[1].shape[0], pair[0].shape[1]) != shape:
-            raise InputError(f"the adapter's weights for {module} do not fit a {shape[0]} x {shape[1]} layer")
+    def __init__(self, source: Source, row: Architecture, lora: Adapter) -> None:
+        if lora.config.get("fan_in_fan_out") and not row.transposed:
+            raise InputError(
+                f"{lora.folder} cannot be folded: its fan_in_fan_out is True, but {source.where} has no Conv1D"
+            )
+        self._source, self._row, self._lora = source, row, lora
+        self._layout = layout_of(source.config)
+        self._left = dict(lora.pairs)
+        self.ranks: dict[str, int] = dict(source.config["svd_ranks"])
 
-    def extend(layers: Sequence[Layer]) -> list[Step]:
-        pairs = {i: left.pop(f"{row.prefix}{layer.module}", None) for i, layer in enumerate(layers)}
+    def steps(self) -> list[Step]:
+        """All steps of the job.
+
+        Raises:
+            InputError: the adapter names a layer that the model does not have, or one of another shape.
+        """
+        steps = [
+            self._merged(step) for step in factored_steps(self._source, self._row, self._extended, lambda name: name)
+        ]
+        if self._left:
+            raise InputError(
+                f"the adapter changes {listing(sorted(self._left))}, which {self._source.where} does not have as "
+                "layers of its own; it was trained on another model"
+            )
+        return steps
+
+    def _extended(self, layers: Sequence[Layer]) -> list[Step]:
+        """Layers that share an input-side factor, or a single one, with the ranks of their adapters."""
+        row, lora = self._row, self._lora
+        pairs = {i: self._left.pop(f"{row.prefix}{layer.module}", None) for i, layer in enumerate(layers)}
         adapted = {i: pair for i, pair in pairs.items() if pair is not None}
         # the first tensor is that of all of them
         stored = (*layers[0].stored, *(info for layer in layers[1:] for info in layer.stored[1:]))
         if not adapted:
             return [copy_step(info, info.name) for info in stored]
-        shapes = [outer_shape(layer.stored) for layer in layers]
+        shapes = [self._layout.outer_shape(layer.stored) for layer in layers]
         for i, pair in adapted.items():
-            check(layers[i].module, shapes[i], pair)
+            _check_shape(layers[i].module, shapes[i], pair)
         shape = (sum(rows for rows, _ in shapes), shapes[0][1])
         rank = stored[0].shape[0] + sum(pair[0].shape[0] for pair in adapted.values())
-        if rank > min(shape) or (layout.index and rank == shape[0]):
+        if rank > self._layout.rank_limit(shape):
             raise InputError(
                 f"folding would raise {layers[0].module} to rank {rank}, more than a {shape[0]} x {shape[1]} matrix "
                 f"{'including the layers that share its factor ' if len(layers) > 1 else ''}has; "
                 "run `svdconvert densify` and merge the adapter into the dense model"
             )
-        ranks.update({layer.module: rank for layer in layers})
+        self.ranks.update({layer.module: rank for layer in layers})
         weight, scales = layers[0].weight, {i: lora.scales[f"{row.prefix}{layers[i].module}"] for i in adapted}
         inputs = (*stored, *(info for pair in adapted.values() for info in pair))
         if len(layers) == 1:
-            outputs = layout.tensors(weight, rank, shape, stored[0].dtype)
-            return [Step("extend", weight, inputs, outputs, {"scale": scales[0]})]
+            outputs = self._layout.tensors(weight, rank, shape, stored[0].dtype)
+            return [Step("extend", weight, inputs, outputs, {"layout": self._layout.name, "scale": scales[0]})]
         wider = [replace(info, shape=(info.shape[0], rank), file="", start=-1) for info in stored[1:]]
         down = replace(stored[0], shape=(rank, shape[1]), file="", start=-1)
         options = {"layers": len(layers), "scales": list(scales.items())}
         return [Step("extend_shared", weight, inputs, (down, *wider), options)]
 
-    steps = []
-    for step in factored_steps(source, row, extend, lambda name: name):
+    def _merged(self, step: Step) -> Step:
+        """A step that copies the weight of a dense layer, with the adapter's product added to it."""
         module = step.key.removesuffix(".weight")
-        pair = left.pop(module, None) if step.kind == "copy" and step.key.endswith(".weight") else None
+        pair = self._left.pop(module, None) if step.kind == "copy" and step.key.endswith(".weight") else None
         if pair is None:
-            steps.append(step)
-            continue
-        info = step.inputs[0]
+            return step
+        info, row = step.inputs[0], self._row
         # Only the linear layers of blocks are stored the other way round.
         transposed = row.transposed and suffix(module.removeprefix(row.prefix)) in (*row.targets, *row.split().targets)
-        check(module, (info.shape[1], info.shape[0]) if transposed else (info.shape[0], info.shape[1]), pair)
-        options = {"scale": lora.scales[module], "transposed": transposed}
-        steps.append(Step("add", step.key, (info, *pair), step.outputs, options))
-    if left:
-        raise InputError(
-            f"the adapter changes {listing(sorted(left))}, which {source.where} does not have as layers of its own; "
-            "it was trained on another model"
-        )
-    return steps, ranks
+        rows, columns = info.shape[0], info.shape[1]
+        _check_shape(module, (columns, rows) if transposed else (rows, columns), pair)
+        options = {"scale": self._lora.scales[module], "transposed": transposed}
+        return Step("add", step.key, (info, *pair), step.outputs, options)
+
+
+def _check_shape(module: str, shape: tuple[int, int], pair: tuple[TensorInfo, TensorInfo]) -> None:
+    """Refuse an adapter's A and B that are not of a layer's shape, ``(out, in)``."""
+    if (pair[1].shape[0], pair[0].shape[1]) != shape:
+        raise InputError(f"the adapter's weights for {module} do not fit a {shape[0]} x {shape[1]} layer")

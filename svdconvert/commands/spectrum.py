@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdconvert.calibration.knowledge import Calibration, check_knowledge, check_parts, default_method, find_knowledge
-from svdconvert.layouts.table import DEFAULT, Layout, layout_named
+from svdconvert.layouts.row import Layout
+from svdconvert.layouts.table import DEFAULT, layout_named
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.methods.table import method_named, method_options

@@ -17,7 +17,7 @@ from svdconvert.jobs.record import RECORD, read_record
 from svdconvert.jobs.shard_writer import new_digest
 from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.models.loading import factored_classes, portable, quiet_transformers
-from svdconvert.models.positions import misplaced
+from svdconvert.models.positions import unsound
 from svdconvert.models.probe import PROBE, probe
 from svdconvert.storage.documents import read_bytes
 from svdconvert.storage.opening import open_source
@@ -62,16 +62,15 @@ def verify(folder: Path, against: str | None = None, revision: str | None = None
     """
     source = LocalSource(folder)
     row = factored_architecture(source.config, str(folder))
-    checks = [_modeling_file(folder, row), _ranks(source, row)]
-    checks += [_keys_and_shapes(source, source.config), *_as_written(folder, source)]
-    sound = all(check.passed for check in checks[1:] if check.name != "data")
-    if sound and layout_of(source.config).index:
-        checks.append(_positions(source, row))
-        if not checks[-1].passed:
+    ranks, shapes = _ranks(source, row), _keys_and_shapes(source, source.config)
+    checks = [_modeling_file(folder, row), ranks, shapes, *_as_written(folder, source)]
+    if ranks.passed and shapes.passed:
+        positions = _positions(source, row)
+        checks += positions
+        if failed(positions):
             return checks  # nothing can be computed
-    if sound:
         checks.append(_logits(folder, source))
-    if against is not None and checks[1].passed:  # else factors are missing that would be compared
+    if against is not None and ranks.passed:  # else factors are missing that would be compared
         checks += compare(source, open_source(against, revision, download_folder=None), row, folder)
     return checks
 
@@ -117,23 +116,28 @@ def _as_written(folder: Path, source: Source) -> list[Check]:
 
 
 def _ranks(source: Source, row: Architecture) -> Check:
-    ranks = source.config["svd_ranks"]
+    ranks, axes = source.config["svd_ranks"], layout_of(source.config).rank_axes
     for module, rank in ranks.items():
-        down, up, *position = stored_names(source.config, row.prefix, module)
-        if position and position[0] not in source.tensors:
-            return Check("ranks", False, f"{position[0]} is missing, so the order of the outputs is unknown")
-        for name, axis in ((down, 0), (up, 1)):
-            info = source.tensors.get(name)
-            if info is None or info.shape[axis] != rank:
-                found = "missing" if info is None else f"of rank {info.shape[axis]}"
-                return Check("ranks", False, f"config.json says rank {rank} for {module}, but {name} is {found}")
+        names = stored_names(source.config, row.prefix, module)
+        said = f"config.json says rank {rank} for {module}"
+        missing = next((name for name in names if name not in source.tensors), None)
+        if missing is not None:
+            return Check("ranks", False, f"{said}, but {missing} is missing")
+        for place, axis in axes:
+            found = source.tensors[names[place]].shape[axis]
+            if found != rank:
+                return Check("ranks", False, f"{said}, but {names[place]} is of rank {found}")
     return Check("ranks", True, f"{len(ranks)} matrices as config.json says")
 
 
-def _positions(source: Source, row: Architecture) -> Check:
-    name = misplaced(source, row)
-    detail = "permutations" if name is None else f"{name} is not a permutation of its layer's outputs; it was changed"
-    return Check("positions", name is None, detail)
+def _positions(source: Source, row: Architecture) -> list[Check]:
+    """Whether the index tensors are sound; nothing for a layout without any."""
+    layout = layout_of(source.config)
+    if not layout.indices((2, 2)):
+        return []
+    name = unsound(source, row)
+    detail = f"each a {layout.index_rule}" if name is None else f"{name} is not a {layout.index_rule}; it was changed"
+    return [Check("positions", name is None, detail)]
 
 
 def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.calibration.text import CalibrationTokens
-from svdconvert.factoring.operations import stored_product
+from svdconvert.layouts.row import Layout
 from svdconvert.models.activations import Loss, check_room, read_into
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.stream import Stream, Weights
@@ -24,14 +24,16 @@ from svdconvert.storage.source import Source
 class StoredMatrices:
     """The products of factors in weight files, a block's at a time."""
 
-    def __init__(self, files: Sequence[Path], factors: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, files: Sequence[Path], factors: Mapping[str, Sequence[str]], layout: Layout) -> None:
         """Find the factors.
 
         Args:
             files: weight files in safetensors format.
             factors: module path -> names of its tensors, in the order of its layout.
+            layout: how they are stored.
         """
         self._infos = {info.name: (path, info) for path in files for info in read_header(path)}
+        self._layout = layout
         self._factors: dict[int, dict[str, Sequence[str]]] = {}
         for module, names in factors.items():
             self._factors.setdefault(layer_number(module), {})[suffix(module)] = names
@@ -39,7 +41,7 @@ class StoredMatrices:
     def __call__(self, index: int) -> Weights:
         """The products of one block, float64."""
         found = self._factors.get(index, {})
-        return {path: stored_product([self._read(name) for name in names]) for path, names in found.items()}
+        return {path: self._layout.product([self._read(name) for name in names]) for path, names in found.items()}
 
     def _read(self, name: str) -> Tensor:
         path, info = self._infos[name]

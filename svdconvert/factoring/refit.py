@@ -38,11 +38,9 @@ from torch import Tensor, nn
 
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
-from svdconvert.factoring.operations import OPERATIONS, stored_product
+from svdconvert.factoring.operations import OPERATIONS
 from svdconvert.factoring.refit_files import Refit, RefitFolder
 from svdconvert.linalg.panels import Workspace
-from svdconvert.linalg.pivot import full_up, pivot
-from svdconvert.linalg.rounding import round_with_feedback
 from svdconvert.models.activations import check_room
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.stream import Stream, Weights
@@ -99,7 +97,7 @@ class _Layer:
 
     @property
     def weight(self) -> Tensor:
-        return stored_product(self.tensors)
+        return self.target.layout.product(self.tensors)
 
 
 def refit_targets(
@@ -248,9 +246,7 @@ class _Run:
         weight, step = self.blocks.matrix(block, suffix(target.module)), self.steps[target.weight]
         stored = weight.T if target.transposed else weight
         tensors, _ = OPERATIONS[step.kind]([stored], step, self.workspace)
-        down, up, *position = tensors
-        if position:
-            up = full_up(up, position[0])
+        up, down = target.layout.factors(tensors)
         return _Layer(target, up.double(), down.double(), down.dtype, tensors)
 
     def order(self, block: nn.Module, index: int) -> list[str]:
@@ -280,7 +276,7 @@ class _Run:
             if error < best:
                 best, damping, up = error, candidate, found
         if damping is not None:
-            layer.tensors = _stored(layer, up, train.gram)
+            layer.tensors = layer.target.layout.refit(layer.tensors, up, train.gram, layer.dtype)
         layer.report = {"damping": damping, "held_out_error": [before**0.5, best**0.5]}
 
     def sums(self, block: nn.Module, index: int, layer: _Layer, done: Weights, part: str) -> _Sums:
@@ -332,14 +328,6 @@ class _Run:
             except _Left:
                 return seen
         raise AssertionError(f"the block does not call {path}")
-
-
-def _stored(layer: _Layer, up: Tensor, gram: Tensor) -> list[Tensor]:
-    """A new outer factor with the inner one it was found for, rounded; gram: second moments of what goes into it."""
-    if layer.target.layout.name == "pivoted":
-        return list(pivot(up, layer.down, layer.dtype))
-    narrow = layer.dtype.itemsize < 4
-    return [layer.tensors[0], round_with_feedback(up, gram, layer.dtype) if narrow else up.to(layer.dtype)]
 
 
 @dataclass

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert.factoring.operations import balanced_report, matrices, run
+from svdconvert.factoring.operations import layout_of_step, matrices, matrix_report, run
 from svdconvert.linalg.panels import Workspace
+from svdconvert.linalg.results import Truncation
 from svdconvert.linalg.stacked import factorize_stack, settle
 from svdconvert.machine.lanes import Lanes
 from svdconvert.planning.steps import Step
@@ -80,7 +81,8 @@ def begin_stack(unit: Sequence[Step], inputs: Sequence[Sequence[Tensor]], worksp
             if factors is None:
                 finished.append(run(unit[i], inputs[i], workspace))
             else:
-                finished.append(([downs[i], ups[i]], balanced_report(unit[i], weights[i], factors)))
+                truncation = Truncation.of_factors(factors, [downs[i], ups[i]])
+                finished.append((truncation.tensors, matrix_report(unit[i], weights[i], truncation).to_json()))
         return finished
 
     return finish
@@ -93,7 +95,7 @@ def is_stacked(step: Step, device: torch.device) -> bool:
 
 def _stack_key(step: Step) -> Hashable | None:
     """Steps of one key can be done as a stack; None for those of other kinds."""
-    if step.kind != "factorize" or step.options["layout"] != "balanced":
+    if step.kind != "factorize" or not layout_of_step(step).two_factors:
         return None
     (info,) = step.inputs
     options = (step.options["rank"], bool(step.options.get("transposed")))

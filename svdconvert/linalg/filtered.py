@@ -3,7 +3,7 @@
 What the exact solver spends on all eigenvectors of a k x k Gram matrix goes into a few products of that matrix with a
 block a little wider than the rank (Zhou, Saad, Tiago and Chelikowsky, 2006, "Self-consistent-field calculations using
 Chebyshev-filtered subspace iteration"). Everything is float32; the Gram matrix, the partner and the balancing are the
-exact solver's own. Where it pays is said in ``solvers/table.py``.
+exact solver's own. Where it pays is said in ``solvers/fast.py``.
 """
 
 from __future__ import annotations

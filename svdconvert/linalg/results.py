@@ -46,6 +46,39 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """A truncation as a layout stores it.
+
+    Attributes:
+        tensors: in the order of the layout's names.
+        relative_error: ||W - product||_F / ||W||_F of the tensors as they are stored.
+        optimal_error, rounding_excess, precision, certificate: see :class:`Factors`.
+        basis: likewise; None for layouts that do not store two factors.
+    """
+
+    tensors: list[Tensor]
+    relative_error: float
+    optimal_error: float
+    rounding_excess: float | None
+    basis: str | None
+    precision: str
+    certificate: float | None
+
+    @classmethod
+    def of_factors(cls, factors: Factors, tensors: list[Tensor]) -> Truncation:
+        """Factors that are stored as they are: ``tensors`` are those, wherever they lie by now."""
+        return cls(
+            tensors,
+            factors.relative_error,
+            factors.optimal_error,
+            factors.rounding_excess,
+            factors.basis,
+            factors.precision,
+            factors.certificate,
+        )
+
+
+@dataclass(frozen=True)
 class Decomposition:
     """What a truncation at any rank needs, computed once.
 

@@ -1,15 +1,15 @@
-"""The output positions of pivoted layers: permutations, whatever has been done to the files since they were written."""
+"""Index tensors of factored layers, whatever has been done to the files since they were written."""
 
 from __future__ import annotations
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture
-from svdconvert.layouts.table import stored_names
+from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.storage.source import Source
 
 
-def misplaced(source: Source, row: Architecture) -> str | None:
-    """The first tensor of positions that is no permutation of a layer's outputs, as a mean of two conversions is none.
+def unsound(source: Source, row: Architecture) -> str | None:
+    """The first index tensor whose values its layout cannot have written, as a mean of two conversions has them.
 
     Args:
         source: a factored checkpoint whose tensors are all there.
@@ -19,24 +19,27 @@ def misplaced(source: Source, row: Architecture) -> str | None:
 
     from svdconvert.storage.reader import WeightReader
 
+    layout = layout_of(source.config)
+    count = len(layout.indices((2, 2)))
+    if not count:
+        return None
     reader = WeightReader(source)
     try:
         for module in source.config["svd_ranks"]:
-            for name in stored_names(source.config, row.prefix, module)[2:]:
+            for name in stored_names(source.config, row.prefix, module)[-count:]:
                 info = source.tensors[name]
-                found = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).flatten()
-                if found.is_floating_point() or not torch.equal(found.long().sort().values, torch.arange(len(found))):
+                if not layout.sound(reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))):
                     return name
     finally:
         reader.close()
     return None
 
 
-def refuse_misplaced(source: Source, row: Architecture) -> None:
-    """InputError that names the first tensor of positions that is no permutation."""
-    name = misplaced(source, row)
+def refuse_unsound(source: Source, row: Architecture) -> None:
+    """InputError that names the first tensor of :func:`unsound`."""
+    name = unsound(source, row)
     if name is not None:
         raise InputError(
-            f"{name} of {source.where} is not a permutation of its layer's outputs: something has changed it (by "
+            f"{name} of {source.where} is not a {layout_of(source.config).index_rule}: something has changed it (by "
             "averaging two conversions, say); convert the model again"
         )

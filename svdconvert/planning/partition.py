@@ -6,27 +6,27 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from svdconvert.planning.steps import Step
+from svdconvert.solvers.table import DEFAULT_SOLVER, SOLVERS
 
 _T = TypeVar("_T")
 
-# Floating-point operations in whose time a byte is copied or multiplied out, and an eigenproblem's in those of a
-# matrix product, each times k^3, by its solver; measured roughly, since a split needs no more.
+# Floating-point operations in whose time a byte is copied or multiplied out; measured roughly, since a split needs no
+# more.
 _PER_BYTE = 100
-_EIGENPROBLEM = {"exact": 10, "fast": 3}
 
 
-def matrix_cost(shape: tuple[int, int], solver: str = "exact") -> float:
+def matrix_cost(shape: tuple[int, int], solver: str = DEFAULT_SOLVER.name) -> float:
     """What decomposing a matrix costs: its Gram matrix and the eigenproblem of the smaller side k."""
     m, n = shape
     k = min(m, n)
-    return float(k) * (m * n + _EIGENPROBLEM[solver] * k * k)
+    return float(k) * (m * n + SOLVERS[solver].eigenproblem * k * k)
 
 
 def step_cost(step: Step) -> float:
     """What a step costs, in the units of :func:`matrix_cost`."""
     if step.kind == "factorize":
         rows, columns = step.inputs[0].shape
-        return matrix_cost((rows, columns), step.options.get("solver", "exact"))
+        return matrix_cost((rows, columns), step.options.get("solver", DEFAULT_SOLVER.name))
     return float(_PER_BYTE * sum(info.nbytes for info in (*step.inputs, *step.outputs)))
 
 

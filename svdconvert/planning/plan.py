@@ -13,7 +13,8 @@ from typing import Any
 from svdconvert.errors import InputError
 from svdconvert.families.fused import split_tensors
 from svdconvert.families.table import Architecture, dense_architecture, dense_shapes
-from svdconvert.layouts.table import DEFAULT, Layout, layout_named
+from svdconvert.layouts.row import Layout
+from svdconvert.layouts.table import DEFAULT, layout_named
 from svdconvert.methods.table import method_named
 from svdconvert.names import layer_number, natural, suffix
 from svdconvert.planning.ranks import RankRequest, Target, assign
@@ -383,7 +384,7 @@ def _steps(
                 options = dict(decompositions.get(target.module, {}))
                 if target.module in refitted:
                     options["refitted"] = refitted[target.module]
-                if solver == "fast" and fast.acts(target.shape, target.rank or 0):
+                if fast.SOLVERS[solver].acts(target.shape, target.rank or 0):
                     options["solver"] = solver
                 steps.append(_factor_step(tensors, target, row, code, layout, options))
             continue

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from svdconvert.errors import InputError
-from svdconvert.layouts.table import DEFAULT, Layout
+from svdconvert.layouts.row import Layout
+from svdconvert.layouts.table import DEFAULT
 from svdconvert.sentences import asked
 
 
@@ -230,7 +231,7 @@ def assign(targets: Sequence[Target], request: RankRequest, untouched_params: in
     else:
         targets = _fixed(targets, request)
     if request.factor_all:
-        return [_dense_if_whole(target) for target in targets]
+        return [_dense_if_too_high(target) for target in targets]
     return [_dense_if_no_saving(target) for target in targets]
 
 
@@ -321,13 +322,14 @@ def _fraction_for(targets: Sequence[Target], request: RankRequest, untouched: in
     return (params - untouched) / dense
 
 
-def _dense_if_whole(target: Target) -> Target:
-    """A target that the layout cannot hold at its rank: of a pivoted one, at least one row must be left to compute."""
-    if target.rank is not None and target.layout.index is not None and target.rank >= target.shape[0]:
+def _dense_if_too_high(target: Target) -> Target:
+    """Leave a target dense that the layout cannot hold at its rank."""
+    limit = target.layout.rank_limit(target.shape)
+    if target.rank is not None and target.rank > limit:
         return replace(
             target,
             rank=None,
-            reason=f"rank {target.rank} is all of their rows ({target.layout.name}: one less at most)",
+            reason=f"rank {target.rank} is above what the {target.layout.name} layout can hold ({limit})",
         )
     return target
 

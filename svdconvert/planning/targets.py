@@ -84,7 +84,7 @@ def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorIn
         raise InputError(f"{asked('share_layers', layers)} is too small; the least is 1, which shares nothing")
     if layers == 1:
         return list(targets)
-    if any(target.layout.index for target in targets):
+    if not all(target.layout.two_factors for target in targets):
         raise InputError(
             f"{asked('share_layers', layers)} does not go with {asked('layout', targets[0].layout.name)}, which keeps "
             f"rows of each single matrix; use {asked('layout', 'balanced')}"

@@ -1,6 +1,7 @@
-"""How a plain truncated SVD is computed: one row per solver.
+"""How a plain truncated SVD is computed: one file per solver, and the table of all.
 
-Where it acts, what it does not go with, what it says of itself.
+A solver is a row (:class:`svdconvert.solvers.row.Solver`): where it acts, what it costs, and the factors, for which it
+imports torch when it is called. To add one, write its file and name it in ``table.py``.
 
 May use: families, linalg, layouts, methods, machine, storage.
 """

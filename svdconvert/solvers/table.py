@@ -1,7 +1,4 @@
-"""The fast solver (``linalg/filtered.py``) as a choice: where it acts, what it does not go with, what it has done.
-
-No torch, since a plan tells of it too.
-"""
+"""The solvers by name, and what became of matrices that one was tried on, in words."""
 
 from __future__ import annotations
 
@@ -10,30 +7,14 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.methods.table import method_named
+from svdconvert.solvers.exact import Exact
+from svdconvert.solvers.fast import Fast
+from svdconvert.solvers.row import Solver
 
-SOLVERS = ("exact", "fast")
-
-# Where the fast solver is at least 1.5 times as fast as the exact one by tests/benchmarks/filtered.py, at hidden sizes
-# of 256 to 3072 (docs/measurements.md, "The fast solver"): ranks up to these shares of the smaller side. The Gram
-# matrix, which both need, is cheapest where the matrix is square.
-LARGEST_SHARE = 1 / 12
-LARGEST_SHARE_SQUARE = 1 / 8
-
-# At 768, a twelfth is only 1.4 times as fast.
-LEAST_SIDE = 1024
+SOLVERS: Mapping[str, Solver] = {row.name: row for row in (Exact(), Fast())}
+DEFAULT_SOLVER = SOLVERS["exact"]
 
 NOT_ON_A_GPU = "the fast solver has not been measured on a GPU, so all matrices are solved exactly"
-
-
-def acts(shape: tuple[int, int], rank: int) -> bool:
-    """Whether the fast solver is tried on a matrix: where it is known to be at least 1.5 times as fast.
-
-    Args:
-        shape: of the matrix.
-        rank: of the product.
-    """
-    k = min(shape)
-    return k >= LEAST_SIDE and rank <= k * (LARGEST_SHARE_SQUARE if shape[0] == shape[1] else LARGEST_SHARE)
 
 
 def check_solver(

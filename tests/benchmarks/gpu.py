@@ -294,8 +294,7 @@ def _compare(device: str, one: str, other: str) -> dict[str, float]:
     import torch
     from safetensors import safe_open
 
-    from svdconvert.factoring.operations import stored_product
-    from svdconvert.layouts.table import stored_names
+    from svdconvert.layouts.table import layout_of, stored_names
 
     folders = [Path(one), Path(other)]
     config = json.loads((folders[0] / "config.json").read_text())
@@ -307,7 +306,7 @@ def _compare(device: str, one: str, other: str) -> dict[str, float]:
     ):
         for module in config["svd_ranks"]:
             names = stored_names(config, "gpt_neox.", module)
-            a, b = (stored_product([file.get_tensor(name) for name in names]) for file in (first, second))
+            a, b = (layout_of(config).product([file.get_tensor(name) for name in names]) for file in (first, second))
             largest = max(largest, float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(a)))
     errors = [abs(records[0][key]["relative_error"] - records[1][key]["relative_error"]) for key in records[0]]
     return {"product": largest, "error": max(errors)}

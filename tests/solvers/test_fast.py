@@ -19,11 +19,12 @@ from svdconvert import Events, InputError, convert, plan
 from svdconvert.planning.partition import step_cost
 from svdconvert.planning.steps import Step
 from svdconvert.solvers import table as fast
+from svdconvert.solvers.fast import LEAST_SIDE
 
 Run = Callable[..., SimpleNamespace]
 
 # The least size at which it acts. At this rank it does so on square matrices only.
-HIDDEN, RANK = fast.LEAST_SIDE, 100
+HIDDEN, RANK = LEAST_SIDE, 100
 SQUARE = ("attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 ACTS = "3 of 4 matrices"
 
@@ -92,7 +93,7 @@ def matrices(folder: Path) -> dict[str, dict[str, Any]]:
     ],
 )
 def test_where_it_acts(shape: tuple[int, int], rank: int, expected: bool) -> None:
-    assert fast.acts(shape, rank) is expected
+    assert fast.SOLVERS["fast"].acts(shape, rank) is expected
 
 
 def test_plan_tells(dense: Path, run: Run) -> None:
