@@ -13,6 +13,7 @@ from support.checkpoints import CONFIG
 from support.pages import ROOT
 
 from svdconvert.cli.app import main
+from svdconvert.families.table import ARCHITECTURES
 
 PAGE = (ROOT / "README.md").read_text("utf-8")
 COMMANDS = [
@@ -79,3 +80,12 @@ def test_the_plan_is_the_one_made(
     compared = [line for line in shown if not re.match(r"(disk|note:|factored layers|weight files)", line)]
     assert len(compared) > 6
     assert set(compared) <= printed
+
+
+@pytest.mark.parametrize(
+    ("page", "title"), [("README.md", "## Supported models"), ("README.ko.md", "## 지원하는 모델")]
+)
+def test_every_family_is_named(page: str, title: str) -> None:
+    text = (ROOT / page).read_text("utf-8").partition(title)[2].partition("\n## ")[0]
+    named = re.sub(r"[^a-z]", "", text.lower())
+    assert [kind for kind in ARCHITECTURES if re.sub(r"[^a-z]", "", kind) not in named] == []
