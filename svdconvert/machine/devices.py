@@ -10,7 +10,7 @@ from svdconvert.sentences import asked
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` and ``cuda`` to a device that is there.
+    """The device that ``auto`` or ``cuda`` stands for on this machine; other names as they are.
 
     Raises:
         InputError: the name is unknown or the device is not there.
@@ -25,7 +25,7 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         device = "cuda" if count else "cpu"
     group = processes.current()
-    if device == "cuda" and count and group.size > 1:  # a GPU for each process of a machine, as far as they go
+    if device == "cuda" and count and group.size > 1:  # one GPU for each process of a machine, while there are enough
         return f"cuda:{group.local_rank % count}"
     if device == "cpu":
         return device

@@ -1,11 +1,11 @@
-"""What Ctrl-C does to the program: it ends with one sentence, wherever it is, and the same command continues.
+"""Ctrl-C ends the program with one sentence, wherever it is, and the same command continues the work.
 
-Python's own way, an exception between any two instructions of the main thread, breaks whatever is there: a thread that
-is just starting, an import, a callback that swallows it. A job may be killed at any moment and continued, so the
-program simply ends at once. Only where finished work would be lost, or a temporary folder left behind, it is asked to
-stop instead (:func:`held`), and a second Ctrl-C ends it.
+Python's own way, an exception between any two instructions of the main thread, can break a thread that is just
+starting or an import, and a callback can swallow it. A job can be killed at any moment and continued, so the program
+simply ends at once. Where finished work would be lost, or a temporary folder left behind, Ctrl-C only requests a stop
+(:func:`held`), and a second one ends the program.
 
-As a library nothing here acts: signals are those of the program that uses it.
+Nothing here acts when svdconvert is used as a library: signals belong to the program that uses it.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class _State:
 
 
 def install() -> None:
-    """Let Ctrl-C do this from here on.
+    """Handle Ctrl-C this way from now on.
 
-    A program that was started with SIGINT ignored, as a script's `&` does with what it puts into the background,
-    keeps ignoring it: somebody else's Ctrl-C is not meant for it.
+    A program that was started with SIGINT ignored, as a script does with `&`, keeps ignoring it: that Ctrl-C is meant
+    for somebody else.
     """
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupted)
@@ -39,7 +39,7 @@ def install() -> None:
 
 
 def settle() -> None:
-    """Take no more notice of Ctrl-C: everything is done, and what is left is to say so."""
+    """Ignore Ctrl-C from now on: the work is done, and only its report is left."""
     if _State.installed:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _State.installed = False
@@ -62,10 +62,10 @@ def check() -> None:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Where Ctrl-C is only noted, for :func:`check`; called in the main thread.
+    """Context in which Ctrl-C is only noted, for :func:`check`; for the main thread.
 
     Raises:
-        KeyboardInterrupt: at the end, if it came meanwhile.
+        KeyboardInterrupt: at the end, if Ctrl-C was pressed meanwhile.
     """
     _State.held += 1
     try:
@@ -77,8 +77,8 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder that is gone at the end, Ctrl-C or not."""
-    import tempfile  # this file is imported before Ctrl-C is taken care of
+    """A folder that is removed at the end, also after Ctrl-C."""
+    import tempfile  # this file is imported before Ctrl-C is handled
 
     with held(), tempfile.TemporaryDirectory(prefix="svdconvert-") as folder:
         yield Path(folder)
@@ -92,10 +92,10 @@ def _interrupted(number: int, frame: FrameType | None) -> None:
 
 
 def end() -> None:
-    """Say the sentence and end the process, whatever its threads are doing."""
+    """Print the sentence and end the process, whatever its threads are doing."""
     if sys.__stdout__ is not None and sys.__stdout__.isatty():
         os.write(1, b"\x1b[?25h\r\n")  # a progress bar has hidden the cursor
     several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
-    if not several or os.environ.get("RANK", "0") in ("", "0"):  # one speaks for all
+    if not several or os.environ.get("RANK", "0") in ("", "0"):  # one process speaks for all
         os.write(2, f"Error: {SENTENCE}\n".encode())
     os._exit(1)

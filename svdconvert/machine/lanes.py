@@ -1,9 +1,9 @@
-"""How tensors come to the device that computes, and back.
+"""How tensors get to the device that computes, and back.
 
-On a GPU three things go on at the same time, each on streams of its own: copies from pinned memory to the device, the
-work of each worker, and copies back into pinned memory. None of it makes the host wait; a stream waits for another one
-by an event, and the host for an event only when it needs the numbers. On any other device a tensor is copied, or is
-there already.
+On a GPU three things run at the same time, each on its own streams: copies from pinned memory to the device, the work
+of each worker, and copies back into pinned memory. None of them blocks the host: a stream waits for another one by an
+event, and the host waits for an event only when it needs the numbers. On any other device a tensor is copied, or is
+already there.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 class Transfer:
-    """Tensors on their way.
+    """Tensors in transfer.
 
-    On a GPU a tensor belongs to the stream that it was made on: another one that uses it has to be put down for it,
-    or its memory may be given away too early.
+    On a GPU a tensor belongs to the stream that created it: another stream that uses it must be recorded, or its memory
+    may be reused too early.
     """
 
     def __init__(self, tensors: Sequence[Tensor], arrived: torch.cuda.Event | None = None) -> None:
@@ -35,17 +35,17 @@ class Transfer:
         return self._tensors
 
     def wait(self) -> list[Tensor]:
-        """The tensors, when the host may read them, and may use again what they were copied from."""
+        """The tensors, once the host may read them and may reuse the memory that they were copied from."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensors
 
 
 class Lanes:
-    """The ways to a device and back; these are for one that the host's threads compute on, or wait for.
+    """The ways to a device and back; this class is for devices on which the host's own threads compute, or wait.
 
     Attributes:
-        ahead: units of work that a worker begins before it asks for the result of the first one.
+        ahead: units of work that a worker starts before it asks for the first one's result.
     """
 
     ahead = 0
@@ -63,15 +63,15 @@ class Lanes:
         return torch.empty(size, dtype=torch.uint8)
 
     def upload(self, tensors: Sequence[Tensor]) -> Transfer:
-        """Begin to bring tensors to the device; what they lie in stays untouched until :meth:`Transfer.wait`."""
+        """Start to copy tensors to the device; their memory must not change until :meth:`Transfer.wait`."""
         return Transfer([tensor.to(self.device) for tensor in tensors])
 
     def worker(self) -> AbstractContextManager[object]:
-        """Where one worker's thread computes; can be entered again and again."""
+        """Context in which one worker's thread computes; can be entered repeatedly."""
         return nullcontext()
 
     def download(self, tensors: Sequence[Tensor]) -> Transfer:
-        """Begin to bring contiguous tensors of the calling thread's stream to the host."""
+        """Start to copy contiguous tensors of the calling thread's stream to the host."""
         return Transfer([tensor.cpu() for tensor in tensors])
 
 
@@ -80,7 +80,7 @@ class _CudaLanes(Lanes):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        # torch loads its library of solvers at their first call, which must not be several threads' at once
+        # torch loads its solver library at the first call, which must not come from several threads at once
         # (pytorch/pytorch#90613)
         torch.linalg.eigh(torch.eye(2, device=device))
         self._arriving, self._leaving = torch.cuda.Stream(device), torch.cuda.Stream(device)
@@ -102,7 +102,7 @@ class _CudaLanes(Lanes):
             self._leaving.wait_event(done)
             here = []
             for tensor in tensors:
-                # torch keeps pinned memory that is given up, so that only the first ones are dear
+                # torch keeps freed pinned memory, so only the first ones are expensive
                 target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 here.append(target.copy_(tensor, non_blocking=True))
                 tensor.record_stream(self._leaving)

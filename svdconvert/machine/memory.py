@@ -9,7 +9,7 @@ import sys
 def peak_memory_bytes() -> int:
     """Highest resident memory of this process so far."""
     try:
-        # What getrusage tells on Linux begins with the peak of the process that started this one.
+        # On Linux the value of getrusage starts with the peak of the parent process.
         with open("/proc/self/status", encoding="ascii") as handle:
             for line in handle:
                 if line.startswith("VmHWM:"):
@@ -23,7 +23,7 @@ def peak_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Host memory that can be had without swapping."""
+    """Host memory that is available without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as handle:
             for line in handle:

@@ -1,9 +1,9 @@
 """One job done by several processes that ``torchrun`` or ``accelerate launch`` has started.
 
-torch.distributed brings them together (the usual environment: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)
-and carries what they tell each other, on gloo, also where GPUs compute: that is a few agreements, and sums of
-statistics, which go to the host anyway. The process of rank 0 leads: it owns the output folder and finishes the job.
-All of them see the same folders, so on several machines those lie on a shared file system.
+torch.distributed connects them (the usual environment: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and
+carries their messages, on gloo even where GPUs compute: a few agreements, and sums of statistics, which go to the host
+anyway. The process of rank 0 leads: it owns the output folder and finishes the job. All of them see the same folders,
+so several machines need a shared file system.
 
 A process that fails ends by itself; the others end where they next wait for it, or by their launcher's signal.
 """
@@ -30,7 +30,7 @@ _PATIENCE = timedelta(days=7)
 
 
 class Group:
-    """The processes of a job; this class is a single one.
+    """The processes of a job; this class is a group of one.
 
     Attributes:
         rank: number of this process.
@@ -42,12 +42,12 @@ class Group:
 
     @property
     def leader(self) -> bool:
-        """Whether this process owns what all of them share."""
+        """Whether this process owns the shared folders."""
         return self.rank == 0
 
     @contextmanager
     def leader_first(self) -> Iterator[None]:
-        """Run the body in the leader, and in the others when it is through there."""
+        """Run the body in the leader first, and in the others once the leader has finished it."""
         if not self.leader:
             self.wait()
         yield
@@ -59,11 +59,11 @@ class Group:
         return path if self.leader else path.with_name(f"{path.name}-{self.rank}")
 
     def portion(self, count: int) -> slice:
-        """This process's part of ``count`` things, in one piece; parts differ by one at most."""
+        """This process's contiguous part of ``count`` things; the sizes of parts differ by at most one."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def wait(self) -> None:
-        """Come back when all processes are here."""
+        """Return when all processes have got here."""
 
     def share(self, value: _T) -> _T:
         """The leader's value, in every process."""
@@ -74,15 +74,15 @@ class Group:
         return [value]
 
     def all(self, value: bool) -> bool:
-        """Whether it holds in every process."""
+        """Whether it is true in every process."""
         return all(self.gather(value))
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of a CPU tensor over all processes, in its place, with the same bits in each."""
+        """The sum of a CPU tensor over all processes, in place, with the same bits in each."""
         return tensor
 
     def claim_error(self) -> bool:
-        """Whether this process is the one to tell what went wrong: the first that asks."""
+        """Whether this process is the one to report the error: the first that asks."""
         return True
 
     def leave(self) -> None:
@@ -145,7 +145,7 @@ class _Launched(Group):
             return self.leader
         try:
             return bool(self._store.add("svdconvert/errors", 1) == 1)
-        except RuntimeError:  # whoever kept the store is gone, and has told why
+        except RuntimeError:  # the process that kept the store has ended, and has said why
             return False
 
     def leave(self) -> None:
@@ -158,7 +158,7 @@ _current = Group()
 
 
 def current() -> Group:
-    """The group that this process works in: itself alone, unless :func:`join` was called."""
+    """The group that this process belongs to: itself alone, unless :func:`join` was called."""
     return _current
 
 
@@ -168,15 +168,15 @@ def launched() -> bool:
 
 
 def launched_rank() -> int:
-    """The rank that the launcher has given this process; 0 without one."""
+    """The rank that the launcher gave this process; 0 without a launcher."""
     return int(os.environ.get("RANK") or 0) if launched() else 0
 
 
 def join() -> Group:
-    """Work together with the other processes of the launcher from here on; alone without one.
+    """Join the launcher's other processes; without a launcher nothing changes.
 
-    The command line does it by itself. A program that uses the library calls it in every process, and :func:`leave`
-    at the end; between the two, all processes must make the same calls.
+    The command line does this by itself. A program that uses the library calls it in every process, and :func:`leave`
+    at the end; in between, all processes must make the same calls.
 
     Raises:
         JobError: the others cannot be reached.
@@ -188,7 +188,7 @@ def join() -> Group:
 
 
 def leave() -> None:
-    """End what :func:`join` began, when all processes are through."""
+    """Undo :func:`join`, once all processes have finished."""
     global _current
     group, _current = _current, Group()
     group.leave()

@@ -1,7 +1,7 @@
 """How many matrices to solve at the same time, and threads that do it.
 
-Solvers of one thread each finish more matrices than one solver of many threads, since an eigen-decomposition gains
-little by threads (docs/measurements.md). On a GPU each has a stream of its own.
+Several solvers with one thread each finish more matrices than one solver with many threads, since an
+eigen-decomposition gains little from threads (docs/measurements.md). On a GPU each has its own stream.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from svdconvert.machine import interrupts
 
 S = TypeVar("S")
 
-# Each takes memory of its own, and more than two were not measured.
+# Each needs its own memory, and more than two were not measured.
 MOST_WORKERS = 8
 
-# On a GPU one decomposes while the other one's matrices are multiplied, and while either waits for the device. Not
+# On a GPU one decomposes while the other multiplies matrices, and while either waits for the device. Not
 # measured yet.
 GPU_WORKERS = 2
 
 
 def usual_workers(device: str, memory: Callable[[int], int], device_memory: Callable[[int], int] | None = None) -> int:
-    """Matrices to solve at the same time: one for each core, or two on a GPU.
+    """Number of matrices to solve at the same time: one per core, or two on a GPU.
 
-    No more than :data:`MOST_WORKERS`, and no more than half of the free memory has room for.
+    At most :data:`MOST_WORKERS`, and at most as many as fit into half of the free memory.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        memory: peak of host memory in bytes, by the number of workers.
-        device_memory: likewise of the GPU's.
+        memory: number of workers -> peak of host memory in bytes.
+        device_memory: the same for the GPU's memory.
     """
     import torch
 
@@ -50,7 +50,7 @@ def usual_workers(device: str, memory: Callable[[int], int], device_memory: Call
 
 @contextmanager
 def shared_cores(workers: int) -> Iterator[None]:
-    """Share the cores out: threads started in here compute with an equal part of the threads of this one."""
+    """Divide the cores: threads started in this context each compute with an equal part of this thread's threads."""
     import torch
 
     from svdconvert.linalg import lapack
@@ -65,10 +65,10 @@ def shared_cores(workers: int) -> Iterator[None]:
 
 
 class Worker(threading.Thread):
-    """A thread that says itself when it has ended: Python's own join, once interrupted, takes it for dead."""
+    """A thread that reports its own end: Python's join, once interrupted, takes a running thread for dead."""
 
     def __init__(self, work: Callable[[], None], name: str | None = None) -> None:
-        # Daemons, so that a second Ctrl-C ends the process while a solver is deep inside LAPACK.
+        # Daemons, so that a second Ctrl-C ends the process even inside LAPACK.
         super().__init__(name=name, daemon=True)
         self._work, self.ended = work, threading.Event()
 
@@ -82,7 +82,7 @@ class Worker(threading.Thread):
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Let Ctrl-C wait until the body is through."""
+    """Delay Ctrl-C until the body has finished."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -94,12 +94,12 @@ def start_and_join(workers: Sequence[Worker], stop: Callable[[], None], last: Ca
     """Start threads and wait for them.
 
     Args:
-        workers: the last one waits for what the others do.
-        stop: tells all of them to end after what they have in hand.
+        workers: the last one waits for the others' results.
+        stop: asks all of them to end after their current job.
         last: called when all but the last one have ended.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C came; the threads have been stopped and have ended.
+        KeyboardInterrupt: on Ctrl-C, after the threads have ended.
     """
     try:
         with _interrupts_blocked():
@@ -118,15 +118,15 @@ def start_and_join(workers: Sequence[Worker], stop: Callable[[], None], last: Ca
 
 
 def in_threads(jobs: Iterable[Callable[[S], None]], states: Sequence[S]) -> None:
-    """Do jobs in as many threads as there are states; with one state, in the calling thread.
+    """Run jobs in one thread per state; with a single state, in the calling thread.
 
     Args:
-        jobs: each is called once, with a state that no other job has meanwhile.
-        states: what threads need for themselves: buffers, open files.
+        jobs: each is called once, with a state that no other job uses at the same time.
+        states: each thread's own resources: buffers, open files.
 
     Raises:
-        BaseException: what the first failing job raised; jobs not yet begun are then left out, those in work finish.
-        KeyboardInterrupt: likewise; another one does not wait for jobs in work.
+        BaseException: the error of the first job that failed; running jobs finish, the others are not started.
+        KeyboardInterrupt: on Ctrl-C, likewise; a second Ctrl-C does not wait for running jobs.
     """
     waiting = iter(jobs)
     with interrupts.held():

@@ -12,12 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StageTime:
-    """What a stage took.
+    """The time that a stage took.
 
     Attributes:
-        wall_seconds: without waiting for other stages; those of several workers add up.
-        cpu_seconds: of its threads.
-        workers: how many it had, or None where that is not known.
+        wall_seconds: time spent working, without waiting for other stages, summed over workers.
+        cpu_seconds: CPU time of its threads.
+        workers: number of its workers, or None where it is unknown.
     """
 
     wall_seconds: float
@@ -36,7 +36,7 @@ class StageTime:
 
 
 class StageTimes:
-    """Seconds of work by stage, added up over threads; what a thread waits for another one does not count."""
+    """Seconds of work by stage, summed over threads; time spent waiting for another thread does not count."""
 
     def __init__(self) -> None:
         """Begin with nothing."""
@@ -45,11 +45,11 @@ class StageTimes:
 
     @contextmanager
     def measure(self, stage: str, *, process: bool = False) -> Iterator[None]:
-        """Count what is done inside.
+        """Measure the body.
 
         Args:
             stage: its name.
-            process: count the CPU time of all threads of the process and not only of the calling one.
+            process: measure the CPU time of all threads of the process, not only of the calling one.
         """
         clock = time.process_time if process else time.thread_time
         wall, cpu = time.perf_counter(), clock()
@@ -66,13 +66,13 @@ class StageTimes:
             total[1] += cpu
 
     def cpu(self, *stages: str) -> float:
-        """CPU seconds of some stages together."""
+        """CPU seconds of some stages, summed."""
         return sum(self._seconds[stage][1] for stage in stages if stage in self._seconds)
 
     def stages(self, **workers: int) -> dict[str, StageTime]:
         """What each stage has taken so far.
 
         Args:
-            workers: stage -> how many it had, of those where that is known.
+            workers: stage -> number of its workers, where it is known.
         """
         return {stage: StageTime(wall, cpu, workers.get(stage)) for stage, (wall, cpu) in self._seconds.items()}
