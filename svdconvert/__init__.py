@@ -29,8 +29,8 @@ _EXPORTS = {
     "ablate": "commands.ablate",
     "calibrate": "commands.calibrate",
     "spectrum": "commands.spectrum",
-    "MatrixSpectrum": "commands.spectrum",
-    "Spectra": "commands.spectrum",
+    "MatrixSpectrum": "commands.spectra",
+    "Spectra": "commands.spectra",
     "sweep": "commands.sweep",
     "Sweep": "commands.sweep_book",
     "Plan": "planning.plan",
@@ -77,7 +77,8 @@ if TYPE_CHECKING:
     from svdconvert.commands.densify import densify
     from svdconvert.commands.evaluate import Evaluation, evaluate
     from svdconvert.commands.fold import fold
-    from svdconvert.commands.spectrum import MatrixSpectrum, Spectra, spectrum
+    from svdconvert.commands.spectra import MatrixSpectrum, Spectra
+    from svdconvert.commands.spectrum import spectrum
     from svdconvert.commands.sweep import sweep
     from svdconvert.commands.sweep_book import Sweep
     from svdconvert.commands.verify import verify

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.comparing import Check
     from svdconvert.commands.convert import Report
     from svdconvert.commands.evaluate import Evaluation
-    from svdconvert.commands.spectrum import MatrixSpectrum, Spectra
+    from svdconvert.commands.spectra import MatrixSpectrum, Spectra
     from svdconvert.commands.sweep_book import Sweep
     from svdconvert.jobs.job import Outcome
     from svdconvert.models.divergence import Divergence

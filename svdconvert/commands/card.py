@@ -52,17 +52,37 @@ def factored_card(
         matrices: what svdconvert.json tells about every factored matrix, by module path.
         losses: what it tells of the loss on the calibration text.
     """
+    lines = [
+        *_overview(source, plan, settings, matrices),
+        *_sizes(plan),
+        *_quality(matrices, losses),
+        *_use(source, plan, row),
+        *_made_by(command),
+    ]
+    return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+
+
+def _overview(
+    source: Source, plan: Plan, settings: Mapping[str, Any], matrices: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Title, and what the model is."""
     method = METHODS[plan.method]
     solver = f" Fast solver: {done(list(matrices.values()))}." if settings["solver"] == "fast" else ""
-    looked = f" Calibrated on {calibrated(method, settings)}." if "tokens" in settings else ""
-    lines = [
+    text = f" Calibrated on {calibrated(method, settings)}." if "tokens" in settings else ""
+    return [
         f"# {source.name.split('/')[-1]}, factored",
         "",
         f"[{source.name}]{_link(source)} with its linear layers replaced by products of low rank, made by svdconvert.",
         "",
-        f"Method `{plan.method}`: {method.summary}.{looked} Layout `{plan.settings['layout']}`.{solver}",
+        f"Method `{plan.method}`: {method.summary}.{text} Layout `{plan.settings['layout']}`.{solver}",
         "",
         *(_SHARED if plan.shared else ()),
+    ]
+
+
+def _sizes(plan: Plan) -> list[str]:
+    """Tables of parameters and of ranks."""
+    return [
         "| | parameters | bytes |",
         "|---|---|---|",
         f"| dense | {plan.params_before:,} | {plan.bytes_before:,} |",
@@ -76,15 +96,19 @@ def factored_card(
         ),
         "",
     ]
-    if matrices:
-        lines += [
-            *_losses(matrices),
-            "",
-            *_measured(losses),
-            "Truncation costs quality; measure it, and fine-tune before use.",
-            "",
-        ]
-    lines += [
+
+
+def _quality(matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, float]) -> list[str]:
+    """What was lost, where anything was factored."""
+    if not matrices:
+        return []
+    advice = "Truncation costs quality; measure it, and fine-tune before use."
+    return [*_losses(matrices), "", *_measured(losses), advice, ""]
+
+
+def _use(source: Source, plan: Plan, row: Architecture) -> list[str]:
+    """How the model is loaded and fine-tuned."""
+    return [
         "## Use",
         "",
         "```python",
@@ -106,6 +130,12 @@ def factored_card(
         "To merge such an adapter use `svdconvert fold`; `svdconvert densify` gives a stock "
         f"{row.dense_class} for engines without remote code.",
         "",
+    ]
+
+
+def _made_by(command: str) -> list[str]:
+    """How the model can be made again."""
+    return [
         "## Made by",
         "",
         "```",
@@ -114,7 +144,6 @@ def factored_card(
         "",
         "`svdconvert.json` holds versions, settings, and the rank and errors of every matrix.",
     ]
-    return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
 
 
 def _adaptable(plan: Plan, row: Architecture) -> list[str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from svdconvert.commands.spectrum import MatrixSpectrum, Spectra
+    from svdconvert.commands.spectra import MatrixSpectrum, Spectra
     from svdconvert.commands.sweep_book import Sweep
 
 # Told apart by people of any colour vision (Okabe and Ito, 2008).

@@ -5,70 +5,29 @@ Nothing here reads tensor data or imports torch, so a plan takes seconds whateve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.families.fused import split_tensors
-from svdconvert.families.table import Architecture, dense_architecture, dense_shapes
-from svdconvert.layouts.row import Layout
+from svdconvert.families.table import dense_architecture
 from svdconvert.layouts.table import DEFAULT, layout_named
 from svdconvert.methods.table import method_named
-from svdconvert.names import layer_number, natural, suffix
+from svdconvert.planning import memory
+from svdconvert.planning.checks import check_tensors
+from svdconvert.planning.conversion_steps import conversion_steps
+from svdconvert.planning.kinds import TargetKind, kinds_of
+from svdconvert.planning.notes import fast_solver_note, plan_notes
 from svdconvert.planning.ranks import RankRequest, Target, assign
 from svdconvert.planning.steps import Step, files_bytes, in_order, shard, with_copies
 from svdconvert.planning.targets import choose_targets, in_parts, share
 from svdconvert.sentences import asked
 from svdconvert.solvers import table as fast
-from svdconvert.storage.other_models import quantised_part, refuse_other_model
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import head_copies
-from svdconvert.tensors import CODES, DTYPES, FLOATS, TensorInfo, parameters
-from svdconvert.words import listing
-
-# fp32 weight, gradient and the two moments of AdamW; activations come on top of it.
-TRAINING_BYTES_PER_PARAMETER = 16
-
-# A Python process with torch loaded and buffers for copying, measured (docs/measurements.md).
-BASE_BYTES = 400_000_000
-
-
-@dataclass(frozen=True)
-class Group:
-    """Targets of one kind, as one line of the plan: same suffix and shape.
-
-    Attributes:
-        name: suffix of the module paths.
-        shape: ``(out, in)`` of each.
-        count: number of matrices.
-        ranks: lowest and highest rank among those that are factored, or None where none is.
-        dense: how many stay dense.
-        break_even: the rank from which on nothing is saved; where layers share, in the largest group.
-        dense_params, params: parameters of all of them, before and after.
-        shared: layers that share one input-side factor.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    count: int
-    ranks: tuple[int, int] | None
-    dense: int
-    break_even: float
-    dense_params: int
-    params: int
-    shared: int = 1
-
-    @property
-    def rank(self) -> str:
-        """The ranks in words: ``48``, ``42-49``, ``dense``, ``42-49, 1 dense``."""
-        if self.ranks is None:
-            return "dense"
-        lowest, highest = self.ranks
-        return (str(lowest) if lowest == highest else f"{lowest}-{highest}") + (
-            f", {self.dense} dense" if self.dense else ""
-        )
+from svdconvert.tensors import CODES, FLOATS, TensorInfo, parameters
 
 
 @dataclass(frozen=True)
@@ -114,37 +73,14 @@ class Plan:
         return {part.module: t.module for t in self.targets if t.rank is not None for part in t.followers}
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[TargetKind]:
         """The targets, summed up by kind."""
-
-        kinds: dict[tuple[str, tuple[int, int]], list[Target]] = {}
-        for target in self.targets:
-            kinds.setdefault((suffix(target.module), (target.parts[0].rows, target.shape[1])), []).append(target)
-        groups = []
-        for (name, shape), same in kinds.items():
-            ranks = [t.rank for t in same if t.rank is not None]
-            groups.append(
-                Group(
-                    name=name,
-                    shape=shape,
-                    count=sum(len(t.parts) for t in same),
-                    ranks=(min(ranks), max(ranks)) if ranks else None,
-                    dense=sum(len(t.parts) for t in same if t.rank is None),
-                    break_even=max(t.break_even for t in same),
-                    dense_params=sum(t.dense_params for t in same),
-                    params=sum(t.params for t in same),
-                    shared=max(len(t.parts) for t in same),
-                )
-            )
-        return groups
+        return kinds_of(self.targets)
 
     @property
     def training_bytes(self) -> tuple[int, int]:
         """Memory of weights, gradients and optimiser for full fine-tuning, before and after; no activations."""
-        return (
-            self.params_before * TRAINING_BYTES_PER_PARAMETER,
-            self.params_after * TRAINING_BYTES_PER_PARAMETER,
-        )
+        return memory.training_bytes(self.params_before), memory.training_bytes(self.params_after)
 
     def peak_bytes(self, workers: int = 1) -> int:
         """Estimated peak of host memory when solving on the CPU.
@@ -152,17 +88,7 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        work = 0
-        for target, raw, stored in self._solved():
-            k = min(target.shape)
-            # The next matrix is read ahead, and up to two results wait to be written.
-            waiting = raw + 2 * stored
-            # Three k x k arrays in float32, the Gram matrix and LAPACK's workspace, and the smaller factor with its
-            # inverse. The matrices of a group are stacked in a copy.
-            own = (2 if target.followers else 1) * raw + stored
-            own += 3 * 4 * k * k + 4 * 4 * k * (target.rank or 0)
-            work = max(work, waiting + workers * own)
-        return BASE_BYTES + work
+        return memory.host_bytes(self._solved(), workers)
 
     def device_bytes(self, workers: int = 1) -> int:
         """Estimated peak of a GPU's memory when solving on one.
@@ -170,21 +96,16 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        work = 0
-        for target, raw, stored in self._solved():
-            k = min(target.shape)
-            # Each worker has one matrix in work and begun with another; one more is on its way. Gram matrix,
-            # eigenvectors and the eigensolver's workspace are in float64 where float32 is not enough.
-            work = max(work, raw + workers * (3 * raw + 2 * stored + 5 * 8 * k * k))
-        return work
+        return memory.device_bytes(self._solved(), workers)
 
-    def _solved(self) -> Iterator[tuple[Target, int, int]]:
-        """The targets that get a rank, with the bytes that their steps read and write."""
+    def _solved(self) -> Iterator[memory.SolvedMatrix]:
+        """The targets that get a rank."""
         ranked = {target.weight: target for target in self.targets if target.rank}
         for step in self.steps:
             if step.key in ranked:
-                raw, stored = (sum(info.nbytes for info in infos) for infos in (step.inputs, step.outputs))
-                yield ranked[step.key], raw, stored
+                target = ranked[step.key]
+                read, written = (sum(info.nbytes for info in infos) for infos in (step.inputs, step.outputs))
+                yield memory.SolvedMatrix(min(target.shape), target.rank or 0, read, written, bool(target.followers))
 
     def to_json(self) -> dict[str, Any]:
         """The plan in JSON types, for ``--json``."""
@@ -267,12 +188,14 @@ def make_plan(
     # a projection of which every part stays dense stays whole
     split = {part.fused for target in ranked if target.rank is not None for part in target.parts}
     cut = split_tensors(kept, row, source.config, split.__contains__)
-    steps = _steps(cut, ranked, row, source.config, dtype, decompositions or {}, refitted or {}, stored, solver)
+    steps = conversion_steps(
+        cut, ranked, row, source.config, dtype, decompositions or {}, refitted or {}, stored, solver
+    )
     if copies:
         steps = in_order(with_copies(step, copies, row) for step in steps)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, max_shard_bytes)
-    notes = _notes(source, dropped, copies, ranked, request, untouched, share_layers)
+    notes = plan_notes(source, dropped, copies, ranked, request, untouched, share_layers)
     return Plan(
         source=source.name,
         commit=source.commit,
@@ -285,7 +208,7 @@ def make_plan(
         params_after=parameters(outputs),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
-        notes=(*notes, planned(steps)) if solver == "fast" else tuple(notes),
+        notes=(*notes, fast_solver_note(steps)) if solver == "fast" else tuple(notes),
         settings={
             "method": method,
             "targets": list(targets),
@@ -298,165 +221,3 @@ def make_plan(
             "max_shard_bytes": max_shard_bytes,
         },
     )
-
-
-def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: Source) -> None:
-    """Compare the headers with what a model of this config must have.
-
-    Raises:
-        InputError: the checkpoint is quantised, or a tensor is missing, has another shape, or is none the architecture
-            knows.
-    """
-    check_layers(tensors, source)
-    expected = dense_shapes(row, source.config, source.where)
-    full = row.full_names(tensors, source.config)
-    found = {full[name]: info for name, info in tensors.items()}
-    for name, info in tensors.items():
-        by = quantised_part(name)
-        if by is not None or (full[name] in expected and info.dtype not in FLOATS):
-            raise InputError(
-                f"tensor {name} of {source.where} ({DTYPES[info.dtype][1]}) belongs to a quantised checkpoint"
-                f"{by or ''}; convert the unquantised model and quantise the result"
-            )
-    refuse_other_model(tensors, full, expected, row, source)
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise InputError(f"{source.where} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
-    if len(found) < len(tensors):
-        twice = next(name for name in tensors if row.prefix + name in tensors)
-        raise InputError(f"{source.where} has both {twice} and {row.prefix}{twice}; remove one of them")
-    for name, info in tensors.items():
-        shape = expected.get(full[name])
-        if shape is None:
-            raise InputError(
-                f"{source.where} has the tensor {name} ({info.file}), which {row.dense_class} does not know; "
-                "remove it from the checkpoint or correct config.json"
-            )
-        if info.shape != shape:
-            raise InputError(
-                f"tensor {name} of {source.where} has shape {list(info.shape)}, but according to config.json it must "
-                "be "
-                f"{list(shape)}; config and weights are not of one model"
-            )
-
-
-def check_layers(tensors: Mapping[str, TensorInfo], source: Source) -> None:
-    """Compare the number of blocks, before anything is made for each of as many as config.json says.
-
-    Raises:
-        InputError: there are others.
-    """
-    said = source.config.get("n_layer") or source.config.get("num_hidden_layers")
-    there = 1 + max((layer_number(name) for name in tensors), default=-1)
-    if said and there and said != there:
-        raise InputError(
-            f"config.json of {source.where} says {said} layers, but there are weights of {there}; "
-            "the checkpoint is incomplete, or config and weights are not of one model"
-        )
-
-
-def _steps(
-    tensors: Mapping[str, TensorInfo],
-    targets: Sequence[Target],
-    row: Architecture,
-    config: Mapping[str, Any],
-    dtype: str,
-    decompositions: Mapping[str, Mapping[str, Any]],
-    refitted: Mapping[str, str],
-    layout: Layout,
-    solver: str,
-) -> list[Step]:
-    """One step per source tensor or group, in the order of the source's files, so that each file is needed once.
-
-    A group's step comes where its last tensor is read.
-    """
-    owners = {part.weight: target for target in targets if target.rank is not None for part in target.parts}
-    factored_biases = {weight.removesuffix("weight") + "bias" for weight in owners}
-    unread = {target.weight: len(target.parts) for target in owners.values()}
-    steps = []
-    full = row.full_names(tensors, config)
-    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start, natural(item[0]))):
-        code = info.dtype if dtype == "keep" else CODES[dtype]
-        if name in owners:
-            target = owners[name]
-            unread[target.weight] -= 1
-            if not unread[target.weight]:
-                options = dict(decompositions.get(target.module, {}))
-                if target.module in refitted:
-                    options["refitted"] = refitted[target.module]
-                if fast.SOLVERS[solver].acts(target.shape, target.rank or 0):
-                    options["solver"] = solver
-                steps.append(_factor_step(tensors, target, row, code, layout, options))
-            continue
-        renamed = layout.bias_name(full[name]) if name in factored_biases else row.factored_name(full[name])
-        copied = replace(info, name=renamed, dtype=code, file="", start=-1, cut=None)
-        steps.append(Step("copy", name, (info,), (copied,)))
-    return steps
-
-
-def _factor_step(
-    tensors: Mapping[str, TensorInfo],
-    target: Target,
-    row: Architecture,
-    code: str,
-    layout: Layout,
-    options: Mapping[str, Any],
-) -> Step:
-    """Weights of a target -> the tensors of its layout; of a group, the shared one first, then one for each layer."""
-    rank = target.rank
-    assert rank is not None
-    inputs = tuple(tensors[part.weight] for part in target.parts)
-    # all but the first tensor of a layout belong to the layer itself
-    names = [f"{row.prefix}{part.module}.weight" for part in target.parts]
-    shapes = [(part.rows, target.shape[1]) for part in target.parts]
-    outputs = [layout.tensors(name, rank, shape, code) for name, shape in zip(names, shapes, strict=True)]
-    stored = (*outputs[0], *(info for infos in outputs[1:] for info in infos[1:]))
-    kind = "refit" if "refitted" in options else "truncate" if "decomposition" in options else "factorize"
-    kind += "_shared" if target.followers else ""
-    settings = {"rank": rank, "layout": layout.name, **({"transposed": True} if target.transposed else {})}
-    return Step(kind, target.weight, inputs, stored, {**settings, **options})
-
-
-def _notes(
-    source: Source,
-    dropped: Sequence[str],
-    copies: Sequence[TensorInfo],
-    targets: Sequence[Target],
-    request: RankRequest,
-    untouched: int,
-    share_layers: int,
-) -> list[str]:
-    notes = list(source.notes)
-    smaller = [target for target in targets if len(target.parts) < share_layers]
-    if smaller:
-        sizes = dict.fromkeys(f"{len(t.parts)} from layer {layer_number(t.module)} on" for t in smaller)
-        notes.append(f"groups of fewer than {share_layers} layers: {listing(list(sizes))}")
-    if source.config_only:
-        notes.append(f"{source.where} has no weights here; the plan was made from config.json alone")
-    if dropped:
-        kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
-        notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
-    if copies:
-        notes.append(f"{copies[0].name} is dropped: it must be a copy of the embedding, which is stored once")
-    budget = request.budget(targets, untouched)
-    if request.multiple > 1 and budget is not None:
-        left = budget - sum(target.params for target in targets)
-        notes.append(
-            f"ranks are multiples of {request.multiple}, which leaves {left:,} parameters of the budget unused "
-            f"({left / budget:.1%})"
-        )
-    dense = [target for target in targets if target.rank is None]
-    for reason in dict.fromkeys(target.reason for target in dense):
-        modules = [part.module for target in dense if target.reason == reason for part in target.parts]
-        notes.append(f"{len(modules)} targets stay dense, {reason}: {listing(modules)}")
-    return notes
-
-
-def planned(steps: Iterable[Step]) -> str:
-    """How many matrices of a job the fast solver is tried on, as a note."""
-    factored = [step for step in steps if step.kind == "factorize"]
-    count = sum(step.options.get("solver") == "fast" for step in factored)
-    if count == len(factored):
-        return f"fast solver (on the CPU): all {count} matrices"
-    others = "the others are too small, or their ranks too high, for it to pay"
-    return f"fast solver (on the CPU): {count} of {len(factored)} matrices; {others}"

@@ -19,7 +19,7 @@ from svdconvert.sentences import asked
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TargetLayer:
     """One linear layer of a target.
 
     Attributes:
@@ -60,7 +60,7 @@ class Target:
         layout: how its product is stored.
         transposed: whether the source stores it as [in, out].
         followers: the other layers of the group.
-        fused: see :class:`Part`; the weight is then a name for some of what the source stores together.
+        fused: see :class:`TargetLayer`; the weight is then a name for some of what the source stores together.
     """
 
     module: str
@@ -70,14 +70,14 @@ class Target:
     reason: str = ""
     layout: Layout = DEFAULT
     transposed: bool = False
-    followers: tuple[Part, ...] = ()
+    followers: tuple[TargetLayer, ...] = ()
     fused: str | None = None
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[TargetLayer, ...]:
         """Its layers, the first one included."""
         rows = self.shape[0] - sum(part.rows for part in self.followers)
-        return (Part(self.module, self.weight, rows, self.fused), *self.followers)
+        return (TargetLayer(self.module, self.weight, rows, self.fused), *self.followers)
 
     @property
     def dense_params(self) -> int:

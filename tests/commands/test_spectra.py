@@ -20,7 +20,7 @@ from support.checkpoints import LINEARS, TARGETS, read_weights
 from support.methods import gradients
 
 from svdconvert import Calibration, InputError, calibrate, convert, spectrum
-from svdconvert.commands.spectrum import MatrixSpectrum
+from svdconvert.commands.spectra import MatrixSpectrum
 from svdconvert.factoring import decompose as decomposing
 from svdconvert.layouts.table import LAYOUTS
 from svdconvert.linalg.results import Decomposition

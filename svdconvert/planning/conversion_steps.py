@@ -1,0 +1,88 @@
+"""The steps of a conversion: one per tensor of the source, or per group of layers that share a factor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from svdconvert.families.table import Architecture
+from svdconvert.layouts.row import Layout
+from svdconvert.names import natural
+from svdconvert.planning.ranks import Target
+from svdconvert.planning.steps import Step
+from svdconvert.solvers.table import SOLVERS
+from svdconvert.tensors import CODES, TensorInfo
+
+
+def conversion_steps(
+    tensors: Mapping[str, TensorInfo],
+    targets: Sequence[Target],
+    row: Architecture,
+    config: Mapping[str, Any],
+    dtype: str,
+    decompositions: Mapping[str, Mapping[str, Any]],
+    refitted: Mapping[str, str],
+    layout: Layout,
+    solver: str,
+) -> list[Step]:
+    """Steps in the order of the source's files, so that each file is needed once.
+
+    A group's step comes where its last tensor is read.
+
+    Args:
+        tensors: of the source, fused projections in parts where they are split.
+        targets: all targets, with their ranks.
+        row: the source's architecture.
+        config: the source's config.json.
+        dtype: ``keep`` or the torch name of the type that every tensor of the result gets.
+        decompositions: module path -> options of the step that truncates its decomposition, where there is one.
+        refitted: module path -> file with its refitted factors, where there is one.
+        layout: how products are stored.
+        solver: row of :data:`svdconvert.solvers.table.SOLVERS`.
+    """
+    owners = {part.weight: target for target in targets if target.rank is not None for part in target.parts}
+    factored_biases = {weight.removesuffix("weight") + "bias" for weight in owners}
+    unread = {target.weight: len(target.parts) for target in owners.values()}
+    steps = []
+    full = row.full_names(tensors, config)
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start, natural(item[0]))):
+        code = info.dtype if dtype == "keep" else CODES[dtype]
+        if name in owners:
+            target = owners[name]
+            unread[target.weight] -= 1
+            if not unread[target.weight]:
+                options = dict(decompositions.get(target.module, {}))
+                if target.module in refitted:
+                    options["refitted"] = refitted[target.module]
+                if SOLVERS[solver].acts(target.shape, target.rank or 0):
+                    options["solver"] = solver
+                steps.append(_factor_step(tensors, target, row, code, layout, options))
+            continue
+        renamed = layout.bias_name(full[name]) if name in factored_biases else row.factored_name(full[name])
+        copied = replace(info, name=renamed, dtype=code, file="", start=-1, cut=None)
+        steps.append(Step("copy", name, (info,), (copied,)))
+    return steps
+
+
+def _factor_step(
+    tensors: Mapping[str, TensorInfo],
+    target: Target,
+    row: Architecture,
+    code: str,
+    layout: Layout,
+    options: Mapping[str, Any],
+) -> Step:
+    """Weights of a target -> the tensors of its layout; of a group, the shared one first, then one for each layer."""
+    rank = target.rank
+    assert rank is not None
+    inputs = tuple(tensors[part.weight] for part in target.parts)
+    # all but the first tensor of a layout belong to the layer itself
+    names = [f"{row.prefix}{part.module}.weight" for part in target.parts]
+    shapes = [(part.rows, target.shape[1]) for part in target.parts]
+    outputs = [layout.tensors(name, rank, shape, code) for name, shape in zip(names, shapes, strict=True)]
+    stored = (*outputs[0], *(info for infos in outputs[1:] for info in infos[1:]))
+    kind = "refit" if "refitted" in options else "truncate" if "decomposition" in options else "factorize"
+    kind += "_shared" if target.followers else ""
+    settings = {"rank": rank, "layout": layout.name, **({"transposed": True} if target.transposed else {})}
+    return Step(kind, target.weight, inputs, stored, {**settings, **options})

@@ -1,0 +1,68 @@
+"""Targets summed up by kind, as a plan shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from svdconvert.names import suffix
+from svdconvert.planning.ranks import Target
+
+
+@dataclass(frozen=True)
+class TargetKind:
+    """Targets of the same suffix and shape, one line of a plan.
+
+    Attributes:
+        name: suffix of the module paths.
+        shape: ``(out, in)`` of each.
+        count: number of matrices.
+        ranks: lowest and highest rank among those that are factored, or None where none is.
+        dense: how many stay dense.
+        break_even: the rank from which on nothing is saved; where layers share, in the largest group.
+        dense_params, params: parameters of all of them, before and after.
+        shared: layers that share one input-side factor.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    count: int
+    ranks: tuple[int, int] | None
+    dense: int
+    break_even: float
+    dense_params: int
+    params: int
+    shared: int = 1
+
+    @property
+    def rank(self) -> str:
+        """The ranks in words: ``48``, ``42-49``, ``dense``, ``42-49, 1 dense``."""
+        if self.ranks is None:
+            return "dense"
+        lowest, highest = self.ranks
+        return (str(lowest) if lowest == highest else f"{lowest}-{highest}") + (
+            f", {self.dense} dense" if self.dense else ""
+        )
+
+
+def kinds_of(targets: Iterable[Target]) -> list[TargetKind]:
+    """Targets summed up by kind, in the order in which the kinds come."""
+    kinds: dict[tuple[str, tuple[int, int]], list[Target]] = {}
+    for target in targets:
+        kinds.setdefault((suffix(target.module), (target.parts[0].rows, target.shape[1])), []).append(target)
+    return [_sum(name, shape, same) for (name, shape), same in kinds.items()]
+
+
+def _sum(name: str, shape: tuple[int, int], same: list[Target]) -> TargetKind:
+    ranks = [target.rank for target in same if target.rank is not None]
+    return TargetKind(
+        name=name,
+        shape=shape,
+        count=sum(len(target.parts) for target in same),
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        dense=sum(len(target.parts) for target in same if target.rank is None),
+        break_even=max(target.break_even for target in same),
+        dense_params=sum(target.dense_params for target in same),
+        params=sum(target.params for target in same),
+        shared=max(len(target.parts) for target in same),
+    )

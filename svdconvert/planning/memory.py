@@ -1,0 +1,99 @@
+"""How much memory a conversion and a fine-tuning take, estimated from shapes alone.
+
+The counts of arrays below follow the code that makes them (``linalg/exact.py``, ``jobs/pipeline.py``); what they leave
+out, a process with torch in it, was measured (docs/measurements.md, which also compares the estimate with the peak).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+FLOAT32, FLOAT64 = 4, 8  # bytes
+
+# A Python process with torch loaded and buffers for copying, measured.
+BASE_BYTES = 400_000_000
+
+# Full fine-tuning with AdamW: weight, gradient and two moments in float32; activations come on top of it.
+TRAINING_BYTES_PER_PARAMETER = 4 * FLOAT32
+
+# On the CPU, [k, k] in float32 for a smaller side k: the Gram matrix, its eigenvectors and LAPACK's workspace.
+SQUARES = 3
+# On the CPU, [k, r] in float32: the smaller factor and its inverse, each with a copy.
+FACTORS = 4
+# Results that wait to be written, beside the matrix that is read ahead: the queue of `jobs/pipeline.py`.
+WAITING_RESULTS = 2
+# The matrices of a group that shares a factor are stacked in a copy.
+STACKED_COPIES = 2
+
+# On a GPU each worker has one matrix in work and has begun with another: copies of the source's matrix, of results,
+# and [k, k] in float64, which is used where float32 is not enough: Gram matrix, eigenvectors and workspace.
+GPU_MATRICES, GPU_RESULTS, GPU_SQUARES = 3, 2, 5
+
+# A decomposition keeps copies of the larger Gram matrix in float64; on a GPU, torch's solver has a workspace of its
+# own, and so have products of metrics.
+DECOMPOSITION_SQUARES, GPU_DECOMPOSITION_SQUARES = 3, 9
+
+
+@dataclass(frozen=True)
+class SolvedMatrix:
+    """A matrix that is to be factored, or a group of them that is solved as one.
+
+    Attributes:
+        side: the smaller side k.
+        rank: rank r.
+        read: bytes of the source's tensors.
+        written: bytes of the result's.
+        stacked: whether it is a group.
+    """
+
+    side: int
+    rank: int
+    read: int
+    written: int
+    stacked: bool = False
+
+
+def host_bytes(matrices: Iterable[SolvedMatrix], workers: int) -> int:
+    """Estimated peak of host memory when solving on the CPU.
+
+    Args:
+        matrices: all of a job.
+        workers: how many are in work at the same time.
+    """
+    return BASE_BYTES + max((_on_host(matrix, workers) for matrix in matrices), default=0)
+
+
+def device_bytes(matrices: Iterable[SolvedMatrix], workers: int) -> int:
+    """Estimated peak of a GPU's memory when solving on one. Arguments as of :func:`host_bytes`."""
+    return max((_on_device(matrix, workers) for matrix in matrices), default=0)
+
+
+def decomposition_bytes(sides: Iterable[int], workers: int, *, on_gpu: bool = False) -> int:
+    """Estimated memory of decompositions, on the host or a GPU.
+
+    Args:
+        sides: of each matrix, the larger side if it has metrics, else the smaller one.
+        workers: how many are in work at the same time.
+        on_gpu: whether a GPU's memory is meant.
+    """
+    squares = GPU_DECOMPOSITION_SQUARES if on_gpu else DECOMPOSITION_SQUARES
+    return workers * squares * FLOAT64 * max(sides) ** 2
+
+
+def training_bytes(parameters: int) -> int:
+    """Memory of weights, gradients and optimiser for full fine-tuning; no activations."""
+    return parameters * TRAINING_BYTES_PER_PARAMETER
+
+
+def _on_host(matrix: SolvedMatrix, workers: int) -> int:
+    k, r = matrix.side, matrix.rank
+    waiting = matrix.read + WAITING_RESULTS * matrix.written
+    solved = (STACKED_COPIES if matrix.stacked else 1) * matrix.read + matrix.written
+    solved += SQUARES * FLOAT32 * k * k + FACTORS * FLOAT32 * k * r
+    return waiting + workers * solved
+
+
+def _on_device(matrix: SolvedMatrix, workers: int) -> int:
+    squares = GPU_SQUARES * FLOAT64 * matrix.side**2
+    return matrix.read + workers * (GPU_MATRICES * matrix.read + GPU_RESULTS * matrix.written + squares)

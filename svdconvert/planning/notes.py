@@ -1,0 +1,68 @@
+"""What a user should know about a plan, in one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from svdconvert.names import layer_number, suffix
+from svdconvert.planning.ranks import RankRequest, Target
+from svdconvert.planning.steps import Step
+from svdconvert.storage.source import Source
+from svdconvert.tensors import TensorInfo
+from svdconvert.words import listing
+
+
+def plan_notes(
+    source: Source,
+    dropped: Sequence[str],
+    copies: Sequence[TensorInfo],
+    targets: Sequence[Target],
+    request: RankRequest,
+    untouched: int,
+    share_layers: int,
+) -> list[str]:
+    """Notes about a plan.
+
+    Args:
+        source: the dense model.
+        dropped: names of its tensors that no current model reads.
+        copies: heads that must be copies of the embedding.
+        targets: all targets, with their ranks.
+        request: what the user asked for.
+        untouched: parameters of the model outside the target weights.
+        share_layers: consecutive layers that share a factor.
+    """
+    notes = list(source.notes)
+    smaller = [target for target in targets if len(target.parts) < share_layers]
+    if smaller:
+        sizes = dict.fromkeys(f"{len(t.parts)} from layer {layer_number(t.module)} on" for t in smaller)
+        notes.append(f"groups of fewer than {share_layers} layers: {listing(list(sizes))}")
+    if source.config_only:
+        notes.append(f"{source.where} has no weights here; the plan was made from config.json alone")
+    if dropped:
+        kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
+        notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
+    if copies:
+        notes.append(f"{copies[0].name} is dropped: it must be a copy of the embedding, which is stored once")
+    budget = request.budget(targets, untouched)
+    if request.multiple > 1 and budget is not None:
+        left = budget - sum(target.params for target in targets)
+        notes.append(
+            f"ranks are multiples of {request.multiple}, which leaves {left:,} parameters of the budget unused "
+            f"({left / budget:.1%})"
+        )
+    dense = [target for target in targets if target.rank is None]
+    for reason in dict.fromkeys(target.reason for target in dense):
+        modules = [part.module for target in dense if target.reason == reason for part in target.parts]
+        notes.append(f"{len(modules)} targets stay dense, {reason}: {listing(modules)}")
+    return notes
+
+
+def fast_solver_note(steps: Iterable[Step]) -> str:
+    """How many matrices of a job the fast solver is tried on, as a note."""
+    factored = [step for step in steps if step.kind == "factorize"]
+    count = sum(step.options.get("solver") == "fast" for step in factored)
+    if count == len(factored):
+        return f"fast solver (on the CPU): all {count} matrices"
+    others = "the others are too small, or their ranks too high, for it to pay"
+    return f"fast solver (on the CPU): {count} of {len(factored)} matrices; {others}"
