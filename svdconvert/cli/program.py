@@ -78,7 +78,7 @@ class DefaultGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         # OpenMP's threads wait for each other by spinning; where other processes hold a core, an eigen-decomposition
-        # then takes up to ten times as long (docs/measurements.md). It is read when torch is loaded.
+        # then takes up to ten times as long (docs/measurements-threads.md). It is read when torch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if processes.launched_rank() > 0:
             # One process speaks for all.

@@ -2,8 +2,8 @@
 
 torch.linalg.eigh computes all eigenvectors and transforms all of them back. Done in its three steps (tridiagonal
 form, its eigenvectors by divide and conquer, back transformation of the wanted ones), the problem at a quarter of the
-vectors takes half the time (docs/measurements.md). SciPy carries a whole LAPACK (OpenBLAS) and exports it for use from
-compiled code, by address; calls go through ctypes, which lets other threads of Python run meanwhile.
+vectors takes half the time (docs/measurements-solver.md). SciPy carries a whole LAPACK (OpenBLAS) and exports it for
+use from compiled code, by address; calls go through ctypes, which lets other threads of Python run meanwhile.
 
 Fortran's matrices are stored by columns: a row-major tensor is its own transpose there.
 """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from svdconvert.linalg.results import Factors
 
 # Where it is at least 1.5 times as fast as the exact one by tests/benchmarks/filtered.py, at hidden sizes of 256 to
-# 3072 (docs/measurements.md, "The fast solver"): ranks up to these shares of the smaller side. The Gram matrix, which
+# 3072 (docs/measurements-solver.md): ranks up to these shares of the smaller side. The Gram matrix, which
 # both need, is cheapest where the matrix is square.
 LARGEST_SHARE = 1 / 12
 LARGEST_SHARE_SQUARE = 1 / 8

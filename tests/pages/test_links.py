@@ -76,3 +76,14 @@ def test_pages_begin_with_a_title(page: Path) -> None:
     assert title.startswith("# ")
     assert not empty
     assert re.match(r"[\w`*\[]", first), "what the page is for"
+
+
+def test_pages_that_the_code_names_are_there() -> None:
+    named = {
+        name
+        for folder in ("svdconvert", "modeling", "tests", "examples")
+        for file in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r"\bdocs/[\w/-]+\.md\b", file.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 8
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
