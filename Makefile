@@ -21,7 +21,7 @@ demo: $(NEWEST)/.runtime
 test: $(NEWEST)/.dev $(OLDEST)/.dev
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(OLDEST)/bin/python) $(NEWEST)/bin/python $(PYTEST) -m "not slow"
 	SVDCONVERT_OTHER_PYTHON=$(abspath $(NEWEST)/bin/python) $(OLDEST)/bin/python $(PYTEST) -m "not slow" \
-		tests/modeling tests/families/test_families.py tests/commands/test_conversion.py tests/commands/test_densify_fold.py tests/commands/test_verify_evaluate.py
+		tests/modeling tests/families/test_families_*.py tests/commands/test_conversion.py tests/commands/test_densify_fold.py tests/commands/test_verify_evaluate.py
 
 # Before every commit: lint, format, types and quick tests.
 check: lint

@@ -260,13 +260,13 @@ def test_what_the_class_fills_in_is_not_what_the_files_have(tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_errors_of_the_program_are_not_hidden(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_program_are_not_hidden(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> None:
         raise AttributeError("a fault of ours")
 
     monkeypatch.setattr("svdconvert.models.preflight._check_weights", broken)
     with pytest.raises(AttributeError, match="a fault of ours"):
-        convert(dense, tmp_path / "out", rank=8, device="cpu")
+        convert(copy, tmp_path / "out", rank=8, device="cpu")
 
 
 @pytest.mark.parametrize("family", ["phi3", "llama"])

@@ -65,7 +65,7 @@ def test_the_check_says_how_it_was_done(dense: Path, way: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("how", [{"layout": "balanced"}, {"layout": "pivoted"}, {"share_layers": 3}])
 def test_half_precision_on_the_disk(dense: Path, how: dict[str, Any], tmp_path: Path) -> None:
-    """Computed in float32 whatever is stored; tests/families/test_families.py has the other families in float32."""
+    """Computed in float32 whatever is stored; tests/families/test_families_converted.py has the other families."""
     convert(dense, tmp_path / "out", rank=16, device="cpu", **how)
     densify(tmp_path / "out", tmp_path / "densified", device="cpu")
     for folder in (tmp_path / "out", tmp_path / "densified"):

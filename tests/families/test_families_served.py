@@ -1,0 +1,189 @@
+"""Every family as serving engines take it: without weights at first, layers replaced, in parallel."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import read_weights
+from support.families import (
+    FAMILIES,
+    VERSION,
+    full_ranks,
+    stock_config,
+    write_family,
+)
+from support.running import IDS, distance, load, logits
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+)
+
+from svdconvert import convert
+from svdconvert.families.row import Architecture
+from svdconvert.families.table import ARCHITECTURES
+
+
+def linears(module: nn.Module, prefix: str = "") -> list[str]:
+    """What an engine replaces: every nn.Linear, without looking inside; anything else is searched."""
+    found = []
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            found.append(prefix + name)
+        else:
+            found += linears(child, f"{prefix}{name}.")
+    return found
+
+
+class Served(nn.Module):
+    """Stands for the linear layers of a serving engine, which have no weights before they are loaded."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(linear.weight))
+        self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_engine_that_replaces_every_linear_layer(row: Architecture, pair: SimpleNamespace) -> None:
+    """As vLLM and SGLang do: the base model is built on meta, its nn.Linear are replaced, then come the weights."""
+    config = AutoConfig.from_pretrained(pair.factored, trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=True)
+    replaced = linears(model)
+    for path in replaced:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Served(model.get_submodule(path)))
+    factors = {f"{path}.{side}" for path in config.svd_ranks for side in ("down", "up")}
+    assert factors <= set(replaced)
+    assert not set(config.svd_ranks) & set(replaced)
+    stock = AutoModel.from_pretrained(pair.densified).eval()
+    weights = {name.removeprefix(row.prefix): tensor for name, tensor in read_weights(pair.factored).items()}
+    weights.pop("lm_head.weight", None)
+    model.load_state_dict(weights, assign=True, strict=False)
+    buffers = dict(stock.named_buffers())
+    for name, _ in list(model.named_buffers()):
+        if name not in weights:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, buffers[name].clone())
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    with torch.no_grad():
+        hidden = model.eval()(IDS, use_cache=False).last_hidden_state
+        assert distance(hidden, stock(IDS, use_cache=False).last_hidden_state) < 1e-4
+
+
+def test_tensor_parallel_plan(row: Architecture, pair: SimpleNamespace) -> None:
+    """Each rule of the stock plan goes on to `up` or `down`, by whether it splits outputs or inputs."""
+    config = AutoConfig.from_pretrained(pair.factored, trust_remote_code=True)
+    stock = getattr(stock_config(row.model_type), "base_model_tp_plan", None) or {}
+    config.svd_ranks = {}
+    if not stock and config.base_model_tp_plan:
+        pytest.skip("a plan of our own where this version of transformers has none")
+    blocks = {path.rpartition(".")[0] for path in stock}
+    every = dict.fromkeys(full_ranks(row, pair.densified), 4)
+    attention = {module: rank for module, rank in every.items() if ".mlp." not in module}
+    first = dict(list(every.items())[:1])
+    assert config.base_model_tp_plan == stock
+    for ranks in (every, attention, first):
+        config.svd_ranks = ranks
+        plan = config.base_model_tp_plan
+        # whole blocks alone, and none of which a part is factored in some layers only
+        kept = {rule.removesuffix(".up").removesuffix(".down").rpartition(".")[0] for rule in plan}
+        broken = {block for block in blocks if any(block[9:] in path for path in ranks)}
+        unsharded = broken if config.svd_layout == "pivoted" or ranks is first else set()
+        assert kept == blocks - unsharded
+        for rule, style in plan.items():
+            path, _, side = rule.rpartition(".")
+            if side in ("up", "down"):
+                assert any(module.endswith(path.partition("*")[2]) for module in ranks)
+                assert side == ("up" if style.startswith("colwise") else "down")
+                assert stock[path] == style
+            else:
+                assert stock[rule] == style
+                assert not any(module.endswith(rule.partition("*")[2]) for module in ranks)
+    assert "base_model_tp_plan" not in config.to_dict()
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist
+from transformers import AutoModelForCausalLM
+dist.init_process_group("gloo")
+ids = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder + "/made", trust_remote_code=True, tp_plan="auto").eval()
+    with torch.no_grad():
+        found = model(ids).logits
+    plan = model.config.base_model_tp_plan
+    ends = tuple(rule.partition("*")[2] + ".weight" for rule, style in plan.items() if style[:3] in ("col", "row"))
+    for name, parameter in model.named_parameters():
+        if name.endswith(ends):
+            assert parameter.to_local().numel() * 2 == parameter.numel(), name
+    if dist.get_rank() == 0:
+        torch.save(found, folder + "/parallel.pt")
+    dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(VERSION < (5,), reason="native tensor parallelism on CPU is measured for transformers 5")
+def test_tensor_parallel(tmp_path: Path) -> None:
+    """All families that have a plan in one run of two processes: with shared factors, and with projections in parts."""
+    torch.save(IDS, tmp_path / "ids.pt")
+    expected = {}
+    fused = [name for name in FAMILIES if ARCHITECTURES[name].fused]
+    for name, split in [*((name, False) for name in FAMILIES), *((name, True) for name in fused)]:
+        folder = tmp_path / f"{name}{'-split' if split else ''}"
+        options: dict[str, Any] = {"share_layers": 2 if name == "mistral" else 1, "split_fused": split}
+        convert(write_family(folder / "dense", name), folder / "made", keep=0.6, device="cpu", **options)
+        model = load(folder / "made")
+        if model.config.base_model_tp_plan:
+            expected[folder] = logits(model)
+    # of GPT-2 and OPT there is no plan
+    assert len(expected) == len(FAMILIES) - 2 + len(fused) - 1
+    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command += [str(path) for path in (tmp_path / "run.py", tmp_path / "ids.pt", *expected)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for folder, alone in expected.items():
+        assert distance(torch.load(folder / "parallel.pt"), alone) < 1e-4, folder.name
+
+
+def test_engine_that_brings_its_own_attention(row: Architecture, pairs: Any) -> None:
+    stock_class = type(AutoModel.from_config(stock_config(row.model_type)))
+    if not getattr(stock_class, "_supports_attention_backend", False):
+        pytest.skip("the stock model of this version has no exchangeable attention")
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    calls = []
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+        calls.append((module.layer_idx, options["engine"]))
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return out.transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS["engine"] = attention
+    try:
+        config = AutoConfig.from_pretrained(pairs["balanced"].factored, trust_remote_code=True)
+        config._attn_implementation = "engine"
+        model = AutoModel.from_pretrained(pairs["balanced"].factored, config=config, trust_remote_code=True)
+        with torch.no_grad():
+            model(IDS, use_cache=False, engine="yes")
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["engine"]
+    assert calls == [(layer, "yes") for layer in range(3)]
