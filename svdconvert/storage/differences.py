@@ -1,4 +1,4 @@
-"""What differs between the settings under which something was begun and those of now, in words."""
+"""The difference between the settings of earlier work and the present ones, in words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from svdconvert.errors import InputError
 
-# As much of a value as a sentence can take.
+# Longest value, in characters, that a sentence shows.
 _LONGEST = 60
 
 
@@ -36,11 +36,11 @@ def refuse_other_settings(
     advice: str,
     names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Refuse to continue or to use something that was made under other settings.
+    """Refuse to continue or use something made with other settings.
 
     Args:
-        theirs: the settings that it was made under, in JSON types.
-        ours: those of now, likewise.
+        theirs: the settings it was made with, in JSON types.
+        ours: the present settings, likewise.
         begun: the sentence up to the field that differs, ``DIR was computed with``.
         advice: its end, in the imperative.
         names: field -> how the sentence calls another one of it; by default ``another rank`` of ``rank``.
@@ -66,7 +66,7 @@ def _within(old: object, new: object) -> str:
         if one != other:
             break
         same += 1
-    # so that what is shown of long ones is where they differ
+    # so that long values are shown where they differ
     start = 0 if max(len(first), len(second)) <= _LONGEST else max(same - _LONGEST // 3, 0)
     return f"{_cut(first, start)}, now {_cut(second, start)}"
 

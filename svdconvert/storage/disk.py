@@ -1,8 +1,7 @@
-"""Writing to a disk: every byte is written or an error is raised, on whatever file system there is.
+"""Writing to a disk: every byte is written or an error is raised, on any file system.
 
-Network and FUSE file systems lack one thing or another: syncing of folders, reserving of room, renaming or removing
-of a file that is open. What only guards against a power failure is left out where it cannot be had; nothing that is
-open is renamed or removed.
+Network and FUSE file systems may lack syncing of folders, reserving of space, or renaming and removing of open files.
+Guards against a power failure are left out where the file system has none; open files are never renamed or removed.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from pathlib import Path
 from svdconvert.errors import InputError, JobError
 from svdconvert.words import size
 
-# What a file system says that does not know a call.
+# Errors of a file system that does not support a call.
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
 
-# What says that the folder is the wrong one, and not that the disk fails.
+# Errors that mean a wrong folder, not a failing disk.
 NOT_ALLOWED = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 )
 
 
 def free_bytes(folder: Path) -> int:
-    """Free room where a folder is or would be."""
+    """Bytes free where a folder is or would be."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
 def refuse_full(folder: Path, needed: int, what: str, advice: str) -> None:
-    """Compare what will be written into a folder with what is free.
+    """Refuse to write more into a folder than its disk has free.
 
     Args:
         folder: where to.
@@ -54,10 +53,10 @@ def refuse_full(folder: Path, needed: int, what: str, advice: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the operating system says about a disk into one sentence.
+    """Turn an operating system's error about a disk into one sentence.
 
     Raises:
-        JobError: writing failed; what is finished stays, and the same command goes on from there.
+        JobError: writing failed; finished work stays, and the same command continues from there.
     """
     try:
         yield
@@ -73,7 +72,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path, advice: str) -> None:
-    """Create a folder, with those it lies in.
+    """Create a folder and its parents.
 
     Raises:
         InputError: it may not be created; the sentence ends in the advice.
@@ -94,7 +93,7 @@ def create(path: Path, flags: int = 0) -> int:
 
 
 def write_all(handle: int, data: bytes | memoryview) -> None:
-    """Write all bytes at the file's end or place; the system may take them in parts."""
+    """Write all bytes at the file's position; the system may take them in parts."""
     view = memoryview(data)
     while view:
         view = view[_taken(os.write(handle, view)) :]
@@ -109,7 +108,7 @@ def pwrite_all(handle: int, data: bytes | memoryview, position: int) -> None:
 
 
 def _taken(count: int) -> int:
-    if count == 0:  # or it would be tried for ever
+    if count == 0:  # else this would loop for ever
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     return count
 
@@ -142,23 +141,23 @@ def sync_folder(folder: Path) -> None:
 
 
 def reserve(handle: int, count: int) -> None:
-    """Give a file its size and claim the room for it, so that a full disk shows before the work and not after it."""
+    """Give a file its size and reserve the space, so that a full disk shows before the work and not after it."""
     try:
         os.posix_fallocate(handle, 0, count)
     except OSError as error:
-        # Some file systems cannot reserve; that one has no room is for the caller.
+        # Some file systems cannot reserve; a full one is for the caller to report.
         if error.errno not in UNSUPPORTED:
             raise
     os.ftruncate(handle, count)
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that its name never shows half of it."""
+    """Write a file so that its name never stands for half of it."""
     atomic_pieces(path, [data])
 
 
 def atomic_pieces(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """:func:`atomic_write` for what does not come in one piece."""
+    """:func:`atomic_write` for data in several pieces."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         handle = create(temporary, os.O_WRONLY | os.O_TRUNC)

@@ -1,8 +1,8 @@
-"""Files that somebody else may have written, read within bounds: regular files, their bytes, and JSON.
+"""Bounded reading of files that somebody else may have written: regular files, their bytes, and JSON.
 
-Every document that a command reads goes through here (weights: ``storage/headers.py``, ``storage/pickled.py``). Nothing
-is opened that could block or has no end, nothing is parsed that could exhaust the stack or the memory, and whatever is
-wrong with a file is one sentence.
+Every document that a command reads goes through here (weights: ``storage/headers.py``, ``storage/pickled.py``). Files
+that could block or never end are not opened, text that could exhaust the stack or the memory is not parsed, and every
+fault of a file becomes one sentence.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from typing import Any
 
 from svdconvert.errors import InputError
 
-# An index of a million tensors, or a tokenizer of a million entries, has less than this; a config a thousandth.
+# An index of a million tensors, or a tokenizer of a million entries, is smaller; a config is a thousandth of it.
 MAX_JSON_BYTES = 256_000_000
-# Far more than any file of a model has; Python's own parser gives up at about a thousand.
+# Far deeper than any file of a model; Python's own parser gives up at about a thousand.
 MAX_JSON_DEPTH = 64
 # Each value takes up to about 100 bytes of memory.
 MAX_JSON_VALUES = 10_000_000
 # Texts and side files.
 MAX_FILE_BYTES = 4_000_000_000
-# Texts are read more than once, so that a pipe will not do.
+# Texts are read more than once, so a pipe will not do.
 TEXT_ADVICE = "write the text to a file and give that"
 
-# Never fails once it has begun, so that it takes linear time: an unfinished string goes on to the end.
+# Never fails once it has begun, so it takes linear time: an unfinished string extends to the end.
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _NO_BRACKET = re.compile(r"[^\[\]{}]+")
 _STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
@@ -39,19 +39,19 @@ _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_regular(path: Path, limit: int | None = None, *, advice: str = "give a regular file") -> io.FileIO:
-    """Open a regular file, unbuffered; a pipe or a device is refused and not waited for.
+    """Open a regular file, unbuffered; a pipe or a device is refused without waiting.
 
     Args:
         path: the file.
-        limit: most bytes that it may have.
-        advice: what to do about a file that is no regular one, or too large.
+        limit: largest size allowed, in bytes.
+        advice: what to do about a file that is not regular or too large.
 
     Raises:
-        FileNotFoundError: there is none.
-        InputError: it cannot be read, is no regular file, or is larger.
+        FileNotFoundError: it does not exist.
+        InputError: it cannot be read, is not a regular file, or is too large.
     """
     try:
-        # O_NONBLOCK: else a pipe would be waited for until somebody writes to it.
+        # O_NONBLOCK: otherwise opening a pipe waits until somebody writes to it.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
@@ -71,7 +71,7 @@ def open_regular(path: Path, limit: int | None = None, *, advice: str = "give a 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a file or folder that is read into one sentence.
+    """Turn an operating system's error while reading into one sentence.
 
     Raises:
         InputError: it cannot be read.
@@ -83,7 +83,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def fill(handle: io.FileIO, view: memoryview) -> bool:
-    """Read as many bytes as there is room for; False where the file ends before."""
+    """Fill a buffer from a file; False where the file ends too early."""
     while view:
         count = handle.readinto(view)
         if not count:
@@ -100,11 +100,11 @@ def read_bytes(
     Args:
         path: the file.
         missing: the message if it does not exist.
-        limit: most bytes that it may have.
-        advice: what to do about what is no regular file, or too large.
+        limit: largest size allowed, in bytes.
+        advice: what to do about a file that is not regular or too large.
 
     Raises:
-        InputError: it is missing, cannot be read, is no regular file, or is larger.
+        InputError: it is missing, cannot be read, is not a regular file, or is too large.
     """
     try:
         handle = open_regular(path, limit, advice=advice)
@@ -114,7 +114,7 @@ def read_bytes(
     with reading(path), handle:
         while len(data) <= limit and (piece := handle.read(min(1 << 24, limit + 1 - len(data)))):
             data += piece
-    if len(data) > limit:  # it grows while it is read
+    if len(data) > limit:  # it grew while it was read
         raise InputError(f"{path} has more than the {limit:,} bytes that such a file may have")
     return bytes(data)
 
@@ -133,16 +133,16 @@ def read_json(path: Path, missing: str, advice: str = "fetch it again") -> dict[
     Args:
         path: the file.
         missing: the message if it does not exist.
-        advice: what to do about a file that is damaged.
+        advice: what to do about a damaged file.
 
     Raises:
-        InputError: the file is missing, unreadable, no regular file, too large, or no JSON object.
+        InputError: the file is missing, unreadable, not a regular file, too large, or not a JSON object.
     """
     return json_object(read_bytes(path, missing, MAX_JSON_BYTES), path, advice)
 
 
 def json_or_none(path: Path) -> dict[str, Any] | None:
-    """A JSON object of our own; None where there is none, or one that is damaged and is made anew."""
+    """A JSON object that svdconvert wrote; None where it is missing or damaged, and will be written again."""
     try:
         return read_json(path, "")
     except InputError:
@@ -169,10 +169,10 @@ def parse_json(data: bytes | str, where: object, advice: str = "fetch it again",
         data: the text, in UTF-8.
         where: what to call it.
         advice: what to do if it is damaged.
-        unique: refuse a key that stands twice in an object; else the last one counts, as everywhere.
+        unique: refuse a key that occurs twice in an object; otherwise the last one counts, as usual.
 
     Raises:
-        InputError: it is no JSON, nested deeper than :data:`MAX_JSON_DEPTH`, has more than :data:`MAX_JSON_VALUES`
+        InputError: it is not JSON, nested deeper than :data:`MAX_JSON_DEPTH`, has more than :data:`MAX_JSON_VALUES`
             values, or text that cannot be written.
     """
     try:

@@ -1,4 +1,4 @@
-"""Folders of files: a local model, from which nothing is read but regular files in it; and a folder to write into."""
+"""Folders: a local model, of which only regular files inside it are read, and a folder to write into."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from svdconvert.errors import InputError
 from svdconvert.sentences import asked
 from svdconvert.storage.documents import reading
 
-# Folders in folders that are looked into: code and templates of a tokenizer are not deeper.
+# Depth of folders that is searched: code and templates of a tokenizer are not deeper.
 _DEPTH = 2
 # The Hub cache's own form: models--owner--name/snapshots/<commit>/file -> ../../blobs/<hash>
 _CACHED = re.compile(r"models--(?P<repo>[^/]+)")
@@ -23,8 +23,8 @@ def refuse_foreign_files(folder: Path, *, known: bool, leftovers: Collection[str
 
     Args:
         folder: where a command is about to write; it need not exist.
-        known: whether it holds what such a command writes.
-        leftovers: names of what an interrupted run of that command may have left in a folder that is not known.
+        known: whether it holds a result or job of such a command.
+        leftovers: names that an interrupted run of that command may have left in a folder that is not known.
 
     Raises:
         InputError: it is a file, or not known and holds more than leftovers.
@@ -39,11 +39,11 @@ class ModelFolder:
     """A folder's files.
 
     Attributes:
-        sizes: path in the folder -> bytes, of all files, wrong ones too.
+        sizes: path in the folder -> bytes, of all files, unusable ones included.
     """
 
     def __init__(self, folder: Path) -> None:
-        """List them; hidden folders are not looked into.
+        """List the files; hidden folders are skipped.
 
         Raises:
             InputError: the folder cannot be read.
@@ -58,10 +58,10 @@ class ModelFolder:
             self._list(folder, "", _DEPTH)
 
     def check(self, names: Iterable[str]) -> None:
-        """See that files can be read: regular ones, in the folder, links in the Hub cache aside.
+        """Check that files are regular ones inside the folder; links in the Hub cache are allowed.
 
         Raises:
-            InputError: one is none; it is named.
+            InputError: one of them is not; it is named.
         """
         for name in names:
             for part in (name, name.partition("/")[0]):
@@ -81,7 +81,7 @@ class ModelFolder:
                 self._wrong[name] = wrong
 
     def _look(self, path: Path, *, linked: bool) -> tuple[str, int]:
-        """What is wrong with a file, and its size."""
+        """What is wrong with a file (empty if nothing), and its size."""
         to = f"{path} is a link to {os.readlink(path)}" if linked else str(path)
         try:
             status, target = path.stat(), path.resolve()

@@ -1,8 +1,8 @@
 """The safetensors container: reading and laying out headers without touching the data.
 
 Format: 8 bytes little-endian header length N, N bytes of JSON, then the tensors back to back
-(https://huggingface.co/docs/safetensors). Headers alone carry everything a plan needs, locally or over HTTP, and a
-header that is laid out first lets the data be written in any order with bounded memory.
+(https://huggingface.co/docs/safetensors). Headers alone hold everything a plan needs, locally or over HTTP, and laying
+out the header first lets the data be written in any order with bounded memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from svdconvert.fields import COUNT, TEXT, Kind, few, problem, table
 from svdconvert.storage.documents import open_regular, parse_json, reading
 from svdconvert.tensors import DTYPES, TensorInfo
 
-# The reference implementation refuses larger headers, so a length beyond it means that this is no safetensors file.
+# The reference implementation refuses larger headers, so a greater length means that this is not a safetensors file.
 MAX_HEADER_BYTES = 100_000_000
-# Names become file names of decompositions and refits, with a suffix; file systems take 255 bytes.
+# Names become file names of decompositions and refits, with a suffix; file systems allow 255 bytes.
 MAX_NAME = 200
-# torch takes no more.
+# torch supports no more.
 MAX_DIMENSIONS = 64
 
 _ENTRY: Mapping[str, Kind] = {
@@ -78,7 +78,7 @@ def parse_header(raw: bytes, file: str, file_size: int | None = None) -> list[Te
 
 
 def check_name(name: str, file: str) -> None:
-    """Refuse a tensor's name that is longer than a file system takes.
+    """Refuse a tensor name that is too long for a file system.
 
     Raises:
         InputError: naming the file.
@@ -113,17 +113,17 @@ def read_header(path: Path, file: str | None = None) -> list[TensorInfo]:
 
 
 def header_bytes(handle: io.FileIO) -> bytes:
-    """The length of a header and the header itself, or as much of them as a file has; not parsed yet."""
+    """The length of a header and the header itself, or as much as the file has; not parsed yet."""
     raw = handle.read(8)
     return raw + handle.read(min(struct.unpack("<Q", raw)[0], MAX_HEADER_BYTES)) if len(raw) == 8 else raw
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where everything lies in a file that is to be written.
+    """The layout of a file to be written.
 
     Attributes:
-        header: the bytes that begin it.
+        header: the first bytes of the file.
         starts: byte position of each tensor, by name.
         size: bytes of the whole file.
     """
@@ -134,13 +134,13 @@ class FileLayout:
 
 
 def file_layout(tensors: Iterable[TensorInfo], metadata: Mapping[str, str] | None = None) -> FileLayout:
-    """Lay out one file, with metadata if there are any.
+    """Lay out one file, with metadata if given.
 
     Wider types come first, so that every tensor is aligned to its own element size without gaps, which the format
     forbids.
     """
     ordered: Sequence[TensorInfo] = sorted(tensors, key=lambda info: -DTYPES[info.dtype][0])
-    # "format": "pt" is what transformers before 5 insists on.
+    # transformers before 5 insists on "format": "pt".
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     begins = {}

@@ -1,6 +1,6 @@
-"""What the Hub and its client say when something fails, as one sentence each; and what is tried again.
+"""Failures of the Hub and its client as one sentence each, and retries.
 
-Works with huggingface_hub from 0.26 to 2.x, which stand on three different HTTP libraries.
+Works with huggingface_hub from 0.26 to 2.x, which use three different HTTP libraries.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 @dataclass(frozen=True)
 class _Rule:
-    """How one kind of failure is told.
+    """How one kind of failure is reported.
 
     Attributes:
         kinds: exception classes.
         problem: what is wrong, a format string.
         remedy: what to do, a format string in the imperative.
         statuses: HTTP statuses the rule is limited to; None for errors without a response.
-        transient: whether trying again may help.
+        transient: whether a retry may help.
     """
 
     kinds: tuple[type[Exception], ...]
@@ -95,7 +95,7 @@ _RULES: tuple[_Rule, ...] = (
     ),
     _Rule((errors.LocalTokenNotFoundError,), "there is no Hugging Face token on this machine", _LOG_IN),
     _Rule(_if_known("OIDCError", "DeviceCodeError"), "logging in to the Hub failed ({detail})", _LOG_IN),
-    # Raised for want of a connection; also an EntryNotFoundError.
+    # Raised where there is no connection; also an EntryNotFoundError.
     _Rule(
         (errors.LocalEntryNotFoundError,), "the connection to {endpoint} failed", "check the network", transient=True
     ),
@@ -139,7 +139,7 @@ _KNOWN: tuple[type[Exception], ...] = tuple({kind for rule in _RULES for kind in
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error that says what happened, where huggingface_hub wraps it into one that does not."""
+    """The original error, where huggingface_hub wraps it into one that says less."""
     while isinstance(error, (errors.LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -160,7 +160,7 @@ def _rule(error: BaseException) -> _Rule | None:
 
 
 def _detail(error: BaseException) -> str:
-    """First line of an error's text, without anything that gives access (tokens, signed addresses)."""
+    """First line of an error's text, without secrets (tokens, signed addresses)."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if token := os.environ.get("HF_TOKEN"):
         line = line.replace(token, "***")
@@ -173,7 +173,7 @@ def told(kind: type[SvdconvertError], repo: str, revision: str | None = None, fi
     """Turn every failure of huggingface_hub into one sentence.
 
     Args:
-        kind: InputError while nothing has been done yet, JobError during transfers.
+        kind: InputError before any work, JobError during transfers.
         repo: repository id.
         revision: what the user asked for.
         file: what is being transferred.
@@ -205,7 +205,7 @@ def told(kind: type[SvdconvertError], repo: str, revision: str | None = None, fi
 
 
 def retried(call: Callable[[], Result]) -> Result:
-    """Run a transfer, and again if it broke off for a reason that may pass."""
+    """Run a transfer, and repeat it if it failed for a reason that may pass."""
     for attempt in range(1, _ATTEMPTS):
         try:
             return call()
@@ -225,5 +225,5 @@ def endpoint() -> str:
 
 def hub_api() -> HfApi:
     """The Hub, as the user has set it up."""
-    disable_progress_bars()  # they would run into the tool's own
+    disable_progress_bars()  # they would run into the program's own
     return HfApi(endpoint=endpoint(), library_name="svdconvert")

@@ -27,12 +27,12 @@ _NOT_PUSHED = [
     "*.incomplete",
     "*.lock",
 ]
-# What svdconvert and save_pretrained call their weight files; other safetensors in a repository are somebody else's.
+# Names of weight files by svdconvert and save_pretrained; other safetensors in a repository are somebody else's.
 _OWN_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def check_push(repo: str, *, private: bool = False, revision: str | None = None) -> None:
-    """Find out before any work whether the result can be pushed, and create what is missing.
+    """Check before any work that the result can be pushed, and create repository and branch if they are missing.
 
     Args:
         repo: ``owner/name`` to push to; created if it does not exist.
@@ -56,10 +56,10 @@ def check_push(repo: str, *, private: bool = False, revision: str | None = None)
 
 
 def push_folder(folder: Path, repo: str, *, private: bool = False, revision: str | None = None, message: str) -> str:
-    """Upload a finished folder; what is already there is not sent again.
+    """Upload a finished folder; files that are already there are not sent again.
 
     Args:
-        folder: what to upload; its job folder and temporary files stay here.
+        folder: the folder to upload; its job folder and temporary files are left out.
         repo: ``owner/name``.
         private: see :func:`check_push`.
         revision: branch to push to; None for the default branch.
@@ -75,7 +75,7 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, revision: str
     api = hub_api()
     with told(JobError, repo, revision, str(folder)):
         _ensure_repo(api, repo, private=private, revision=revision)
-        # Shards of an earlier upload under other names would be loaded by nobody and downloaded by everybody.
+        # Shards of an earlier upload under other names would be downloaded by everybody and used by nobody.
         stale = [
             name
             for name in api.list_repo_files(repo, revision=revision)
@@ -95,13 +95,13 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, revision: str
 
 
 def _role(account: Mapping[str, Any]) -> str | None:
-    """What a token may do, where the Hub says it: ``read``, ``write`` or ``fineGrained``."""
+    """The rights of a token, where the Hub names them: ``read``, ``write`` or ``fineGrained``."""
     token = (account.get("auth") or {}).get("accessToken") or {}
     return token.get("role")
 
 
 def _ensure_repo(api: HfApi, repo: str, *, private: bool, revision: str | None) -> None:
-    """Create repository and branch if need be, and check that they may be written to.
+    """Create repository and branch if they are missing, and check that they can be written to.
 
     Raises:
         InputError: the repository is public and should not be.
@@ -116,7 +116,7 @@ def _ensure_repo(api: HfApi, repo: str, *, private: bool, revision: str | None) 
         headers=build_hf_headers(token=True, library_name="svdconvert"),
         timeout=TIMEOUT,
     )
-    if answer.status_code != 404:  # the repository exists by now, so 404 is a Hub that does not know the question
+    if answer.status_code != 404:  # the repository exists by now, so 404 means that this Hub lacks the endpoint
         hf_raise_for_status(answer)
     if private and not api.model_info(repo, timeout=TIMEOUT).private:
         raise InputError(

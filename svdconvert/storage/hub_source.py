@@ -1,7 +1,7 @@
 """The Hugging Face Hub: reading a checkpoint shard by shard.
 
-Headers are read with HTTP range requests, so that a plan costs a few hundred kilobytes whatever the size of the
-model, and weight files are fetched when they are asked for and deleted when they are given up.
+Headers are read with HTTP range requests, so a plan costs a few hundred kilobytes whatever the size of the model.
+Weight files are fetched when they are needed and deleted afterwards.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from svdconvert.words import listing, size
 
 logger = logging.getLogger(__name__)
 
-# Headers of language models rarely exceed this, so that one request per file is usually enough.
+# Headers of language models rarely exceed this, so one request per file is usually enough.
 _HEADER_GUESS = 64 * 1024
 _HEADER_THREADS = 8
 
@@ -53,10 +53,10 @@ _BOOKKEEPING = Path(".cache") / "huggingface"
 
 
 class _Checkout:
-    """The files of one commit of a repository, fetched when they are asked for.
+    """The files of one commit of a repository, fetched when they are needed.
 
     Attributes:
-        where: how messages call it.
+        where: its name in messages.
         commit: the commit's hash.
         sizes: bytes of every file, by path.
     """
@@ -71,7 +71,7 @@ class _Checkout:
         self.sizes = self._cached_files() if constants.HF_HUB_OFFLINE else self._listed_files()
 
     def _listed_files(self) -> dict[str, int]:
-        """Pin the commit and ask for its files, name -> bytes."""
+        """Pin the commit and list its files, name -> bytes."""
         with told(InputError, self.repo, self.revision):
             info = self.api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=TIMEOUT)
         if not info.sha:
@@ -119,7 +119,7 @@ class _Checkout:
         return files, pickled, index
 
     def side_files(self, config: Mapping[str, Any], weights: Iterable[str]) -> SideFiles:
-        """What becomes of the files that are no weights."""
+        """Which of the files that are not weights are kept."""
         return choose_side_files(
             self.sizes,
             lambda name: self.json(name, f"{self.where} has no {name}"),
@@ -132,7 +132,7 @@ class _Checkout:
         """Parsed ``config.json``.
 
         Raises:
-            InputError: there is none, or the repository is something else than a model that transformers loads.
+            InputError: there is none, or the repository is not a model that transformers loads.
         """
         refuse_other_format(
             self.where,
@@ -154,12 +154,12 @@ class _Checkout:
         return Path(found) if isinstance(found, str) else None
 
     def fetch(self, file: str, kind: type[SvdconvertError], folder: Path | None = None) -> Path:
-        """Bring a file here.
+        """Download a file.
 
         Args:
             file: its name.
             kind: error to raise.
-            folder: where to put it; None for the Hugging Face cache, where it is taken from in any case.
+            folder: where to put it; None for the Hugging Face cache, which is looked up in any case.
         """
         cached = self.cached(file)
         if cached is not None:
@@ -178,7 +178,7 @@ class HubSource(Source):
     """A checkpoint on the Hub, pinned to one commit.
 
     Attributes:
-        revision: branch, tag or commit that was asked for.
+        revision: the branch, tag or commit requested.
         download_folder: where weight files are put while they are needed.
         download_bytes: size of every weight file that is not in the Hugging Face cache.
     """
@@ -196,7 +196,7 @@ class HubSource(Source):
             download_folder: where weight files are put, one at a time; None if only headers are needed.
 
         Raises:
-            InputError: there is no such checkpoint, no access to it, or it cannot be used.
+            InputError: the checkpoint does not exist, is not accessible, or cannot be used.
             JobError: pickled weights could not be downloaded.
         """
         self._checkout = _Checkout(repo, revision)
@@ -225,7 +225,7 @@ class HubSource(Source):
         Weight files go into the download folder, or into the cache if there is none; other files into the cache.
 
         Raises:
-            JobError: it could not be fetched, or is not what its header on the Hub promised.
+            JobError: it could not be fetched, or does not match its header on the Hub.
         """
         if file not in self._local:
             self._in_flight.add(file)
@@ -247,9 +247,9 @@ class HubSource(Source):
         download = self.download_folder / _BOOKKEEPING / "download"
         for suffix in (".metadata", ".lock"):
             (download / f"{file}{suffix}").unlink(missing_ok=True)
-        # The next file may be on its way in another thread already.
+        # Another thread may be fetching the next file already.
         if not self._in_flight and not any((self.download_folder / other).exists() for other in self.files):
-            # Nothing is under way any more, so what is left are notes and fragments of broken transfers.
+            # No transfer is running any more: only notes and fragments of failed transfers are left.
             shutil.rmtree(self.download_folder / _BOOKKEEPING, ignore_errors=True)
             with suppress(OSError):
                 (self.download_folder / _BOOKKEEPING.parent).rmdir()
@@ -263,7 +263,7 @@ class HubSource(Source):
         return read_bytes(self.path("README.md"), "").decode("utf-8", errors="replace")
 
     def _verify(self, file: str, path: Path) -> None:
-        """Check a local file against the header that was planned with."""
+        """Check a local file against the header that the plan used."""
         try:
             same = read_header(path, file) == self._headers[file]
         except InputError:
@@ -279,7 +279,7 @@ class HubSource(Source):
         raise JobError(f"the cached file {path} is damaged; delete it and run the same command to continue")
 
     def _safe_headers(self) -> dict[str, list[TensorInfo]]:
-        """Headers of safetensors files, without the files."""
+        """Headers of safetensors files, without downloading the files."""
         with ThreadPoolExecutor(_HEADER_THREADS) as pool:
             return dict(zip(self.files, pool.map(self._safe_header, self.files), strict=True))
 
@@ -301,7 +301,7 @@ class HubSource(Source):
         raw = self._range(url, 0, min(size, _HEADER_GUESS))
         if len(raw) >= 8:
             end = 8 + struct.unpack("<Q", raw[:8])[0]
-            # A length beyond the file or the format's limit is refused by whoever parses it.
+            # The parser refuses a length beyond the file or the format's limit.
             if len(raw) < end <= min(size, 8 + MAX_HEADER_BYTES):
                 raw += self._range(url, len(raw), end)
         return raw
@@ -318,10 +318,10 @@ class HubSource(Source):
         return body[start:end] if response.status_code == 200 else body
 
     def _pickled_headers(self) -> dict[str, list[TensorInfo]]:
-        """Headers of pickles, which have to be here as a whole.
+        """Headers of pickles, which have to be downloaded whole.
 
         Raises:
-            InputError: there is no folder to download them into.
+            InputError: there is no folder to download to.
             JobError: they could not be downloaded.
         """
         from svdconvert.storage.pickled import pickled_header
@@ -345,7 +345,7 @@ class HubSource(Source):
         return {file: pickled_header(self.path(file)) for file in self.files}
 
     def _check_room(self) -> None:
-        """Refuse a download that would fill the disk, before it begins.
+        """Refuse a download that does not fit on the disk, before it begins.
 
         Raises:
             InputError: there is not enough space.
@@ -362,7 +362,7 @@ class HubSource(Source):
 
 
 def download_model(repo: str, revision: str | None = None) -> Path:
-    """Download a model into the Hugging Face cache: its weights in one format, and all that belongs to them.
+    """Download a model into the Hugging Face cache: its weights in one format, and its other files.
 
     Args:
         repo: ``owner/name``.

@@ -1,4 +1,4 @@
-"""Identity of files: their content, not when it was written."""
+"""Identity of files: their content, not their time of writing."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from svdconvert.tensors import TensorInfo
 # of each of so many places.
 BLOCK, PLACES = 4096, 64
 
-# Set to anything, every byte counts, which costs as much as reading the model once more.
+# If this is set, every byte counts, which costs as much as reading the model once more.
 FULL = "SVDCONVERT_FULL_DIGEST"
 
 
 def weights_digest(path: Path, tensors: Iterable[TensorInfo]) -> str:
     """Size of a weight file and a digest of its header and of samples of all tensors; of all bytes where asked.
 
-    A pickle of torch has checksums of all that it holds, which are taken instead.
+    A torch pickle has checksums of its content, which are used instead.
 
     Args:
         path: the file.
-        tensors: those in it.
+        tensors: the tensors in it.
 
     Raises:
         InputError: it cannot be read.

@@ -1,7 +1,7 @@
-"""Locks on folders: two commands never write the same one, and nobody reads what another one is writing.
+"""Locks on folders: two commands never write the same one, and none reads a folder while another writes it.
 
-A lock is a file with the holder's process in it, held by flock; it falls with its process. Where the file system has
-no flock, a second file claims the folder: whoever finds it looks whether that process still runs.
+A lock is a file that names the holder's process and is held by flock; it ends with its process. Where the file system
+has no flock, a second file claims the folder, and whoever finds it checks whether that process still runs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from svdconvert.sentences import asked
 from svdconvert.storage.disk import NOT_ALLOWED, UNSUPPORTED, create, disk_errors, make_folder, write_all
 from svdconvert.storage.documents import json_or_none
 
-# What a file system says that has no locks.
+# Errors of a file system without locks.
 _NO_LOCKS = UNSUPPORTED | {errno.ENOLCK}
 _HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 
 # The lock of a folder of statistics.
 STATISTICS_LOCK = ".stats.lock"
 
-# A lock file may be removed between its opening and its locking; more often than so it is no coincidence.
+# A lock file may be removed between opening and locking it; this often it is not a coincidence.
 _TRIES = 100
 
 
@@ -38,26 +38,26 @@ class FolderLock:
     """A lock on a folder."""
 
     def __init__(self, folder: Path, file: Path, advice: str) -> None:
-        """Prepare; nothing is taken yet.
+        """Prepare a lock, without taking it.
 
         Args:
-            folder: what is locked, for messages.
-            file: the lock's file; folders that it lies in are created.
-            advice: what to do where it cannot be created.
+            folder: the locked folder, for messages.
+            file: the lock's file; its parent folders are created.
+            advice: what to do if it cannot be created.
         """
         self._folder, self._file, self._advice = folder, file, advice
         self._claim = file.with_name(f"{file.name}.pid")
         self._handle, self._claimed = -1, False
 
     def acquire(self, *, shared: bool = False, member: bool = False) -> None:
-        """Take it, at once or not at all.
+        """Take the lock, at once or not at all.
 
         Args:
             shared: others may share it.
-            member: another process of the same job holds it, and is the one that others look at.
+            member: another process of the same job holds it and is checked by others.
 
         Raises:
-            InputError: another process has it, which is named; or the file may not be created.
+            InputError: another process holds it, which is named; or the file cannot be created.
             JobError: the disk fails.
         """
         for _ in range(_TRIES):
@@ -65,7 +65,7 @@ class FolderLock:
             with disk_errors(self._folder):
                 try:
                     self._handle = create(self._file, os.O_RDWR)
-                except FileNotFoundError:  # removed by whoever has just ended
+                except FileNotFoundError:  # removed by a process that has just ended
                     continue
                 except OSError as error:
                     if error.errno not in NOT_ALLOWED:
@@ -91,16 +91,16 @@ class FolderLock:
         raise InputError(f"{self._file} cannot be locked; remove it if no other svdconvert is running there")
 
     def share(self) -> None:
-        """Let the other processes of the same job share it."""
+        """Let the other processes of the same job share the lock."""
         if self._handle >= 0:
             with disk_errors(self._folder):
                 fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def release(self, *, remove: bool) -> None:
-        """Let go.
+        """Release the lock.
 
         Args:
-            remove: nobody needs the file any more; of a shared lock it stays until its last holder goes.
+            remove: delete the file too; that of a shared lock stays until its last holder ends.
         """
         if self._claimed:
             self._claimed = False
@@ -112,7 +112,7 @@ class FolderLock:
                     fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 try:
                     self._file.unlink()
-                except OSError:  # where nothing can be removed that is open
+                except OSError:  # where open files cannot be removed
                     self._close()
                     self._file.unlink()
         self._close()
@@ -124,7 +124,7 @@ class FolderLock:
                 os.close(handle)
 
     def _is_current(self) -> bool:
-        """Whether the file that is locked is still the one of that name."""
+        """Whether the locked file still has its name."""
         try:
             named = self._file.stat()
         except OSError:
@@ -133,13 +133,13 @@ class FolderLock:
         return (own.st_dev, own.st_ino) == (named.st_dev, named.st_ino)
 
     def _tell(self) -> None:
-        """Write down who holds it; that is for messages alone."""
+        """Write down the holder, for messages only."""
         with contextlib.suppress(OSError):
             os.ftruncate(self._handle, 0)
             write_all(self._handle, json.dumps(_self()).encode())
 
     def _take_claim(self, shared: bool) -> None:
-        """The lock where there is no flock; one that is shared only looks whether somebody writes."""
+        """Lock without flock; a shared lock only checks that nobody writes."""
         for _ in range(_TRIES):
             found = self._found_claim()
             if found is not None:
@@ -174,7 +174,7 @@ class FolderLock:
         return _read(self._claim)
 
     def _set_aside(self, found: dict[str, Any]) -> None:
-        """Remove the claim of a process that is gone; another one may have done so, and be at work already."""
+        """Remove the claim of a process that has ended; another process may have claimed the folder meanwhile."""
         aside = self._claim.with_name(f"{self._claim.name}.{os.getpid()}")
         with disk_errors(self._folder):
             try:
@@ -196,7 +196,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def working(folder: Path) -> Iterator[None]:
-    """Hold a folder of decompositions; of several processes all do. Arguments and errors as of :func:`writing`."""
+    """Hold a folder of decompositions, in all processes of a job. Errors as of :func:`writing`."""
     with writing(folder, ".work.lock", f"give another folder as {asked('work')}"):
         yield
 
@@ -210,12 +210,12 @@ def collected(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: Path, name: str, advice: str) -> Iterator[None]:
-    """Hold a folder alone.
+    """Hold a folder exclusively.
 
     Args:
         folder: the folder.
-        name: of the lock's file in it, which begins with a dot and is removed at the end.
-        advice: what to do where it cannot be written.
+        name: name of the lock's file in it, which begins with a dot and is removed at the end.
+        advice: what to do if it cannot be written.
 
     Raises:
         As :meth:`FolderLock.acquire`.
@@ -234,7 +234,7 @@ def writing(folder: Path, name: str, advice: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(folder: Path, name: str) -> Iterator[None]:
-    """Keep writers away from a folder; where no lock can be written, nobody else writes either."""
+    """Keep writers away from a folder; where no lock can be written, nobody else can write either."""
     lock = FolderLock(folder, folder / name, "") if os.access(folder, os.W_OK) else None
     if lock is not None:
         lock.acquire(shared=True)
@@ -260,7 +260,7 @@ def _is_owner(owner: dict[str, Any]) -> bool:
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:
-    """Whether the process that claims a folder has ended, as far as can be known from here."""
+    """Whether the process that claims a folder is known to have ended."""
     if not _is_owner(owner) or owner["host"] != socket.gethostname():
         return False
     try:
@@ -273,7 +273,7 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process was started, in ticks of its machine; its number alone may have been given out again."""
+    """Start time of a process in ticks, since its number alone may have been reused."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as handle:
             return int(handle.read().rpartition(")")[2].split()[19])

@@ -1,4 +1,4 @@
-"""From what a user gives as MODEL to its source: a local folder, a repository on the Hub, or a short name."""
+"""From a user's MODEL to its source: a local folder, a repository on the Hub, or a short name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALIASES: Mapping[str, str] = {
 }
 
 
-# The tool's own commands: `svdconvert verfy DIR` asks for a model of that name, and deserves a better answer.
+# The program's own commands: `svdconvert verfy DIR` asks for a model of that name, and deserves a better answer.
 COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold push".split())
 
 
@@ -27,13 +27,13 @@ def open_source(
     need_weights: bool = True,
     download_folder: Path | None = None,
 ) -> Source:
-    """Find out what a user means by MODEL and open it.
+    """Resolve a user's MODEL and open it.
 
     Args:
         model: a local folder, ``owner/name`` on the Hub, or one of :data:`ALIASES`.
         revision: branch, tag or commit on the Hub.
         need_weights: see :class:`LocalSource`.
-        download_folder: where weight files of the Hub are put while they are needed; None if they never are.
+        download_folder: where weight files of the Hub are put while they are needed; None if they are never needed.
 
     Raises:
         InputError: there is no such model, or it cannot be used.
