@@ -183,8 +183,8 @@ def test_positions_that_are_no_permutation(dense: Path, tmp_path: Path, change: 
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     checks = verify(folder, str(dense))
     assert [check.name for check in failed(checks)] == ["data", "positions"]
-    assert checks[-1].detail.startswith(f"{name} is no permutation")
-    with pytest.raises(InputError, match=f"{name} of .* is no permutation"):
+    assert checks[-1].detail.startswith(f"{name} is not a permutation")
+    with pytest.raises(InputError, match=f"{name} of .* is not a permutation"):
         densify(folder, tmp_path / "densified", device="cpu")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -192,7 +192,7 @@ def test_positions_that_are_no_permutation(dense: Path, tmp_path: Path, change: 
     path = "base_model.model.gpt_neox.layers.0.attention.dense.lora_"
     lora = {path + "A.weight": torch.ones(2, position.numel()), path + "B.weight": torch.ones(position.numel(), 2)}
     save_file(lora, adapter / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=f"{name} of .* is no permutation"):
+    with pytest.raises(InputError, match=f"{name} of .* is not a permutation"):
         fold(folder, adapter, tmp_path / "folded", device="cpu")
     assert not (tmp_path / "densified" / "config.json").exists()
 

@@ -6,14 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.metrics import normal
 
 from svdconvert.layouts.table import LAYOUTS
 from svdconvert.linalg.pivot import LARGEST_COEFFICIENT, full_up, pivot, product, refit
 from svdconvert.tensors import TensorInfo
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @settings(max_examples=60, deadline=None)

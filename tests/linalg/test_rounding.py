@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.metrics import normal
 
 from svdconvert.factoring.decompositions import Decompositions, load_decomposition
 from svdconvert.linalg import bases
@@ -20,10 +21,6 @@ from tests.benchmarks.rounding import KINDS, second_moments, spectral
 
 SHAPES = [(160, 80), (80, 160), (96, 96)]
 RANK = 32
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def true_loss(weight: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor, of: torch.Tensor) -> float:

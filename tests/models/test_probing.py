@@ -111,7 +111,7 @@ def test_positions_that_there_are_not(dense: Path, way: str, tmp_path: Path) -> 
     *_, bad = failed(verify(tmp_path / "out"))
     assert bad.name == "positions"
     assert "layers.1.attention.dense" in bad.detail
-    assert "no permutation" in bad.detail
+    assert "not a permutation" in bad.detail
 
 
 def test_one_piece_at_a_time(dense: Path, tmp_path: Path) -> None:

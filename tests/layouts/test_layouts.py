@@ -1,0 +1,106 @@
+"""What every layout has to keep: names, shapes, costs and verbs that agree with each other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.metrics import normal
+
+from svdconvert.errors import InputError
+from svdconvert.layouts.row import Layout
+from svdconvert.layouts.table import LAYOUTS, layout_named, layout_of, stored_names
+from svdconvert.linalg.exact import factorize
+from svdconvert.linalg.residual import relative_error
+
+layouts = st.sampled_from(list(LAYOUTS.values()))
+
+
+def product(m: int, n: int, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return normal(m, rank, seed=seed), normal(rank, n, seed=seed + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts, m=st.integers(2, 30), n=st.integers(1, 30), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_stored_tensors_are_as_planned(layout: Layout, m: int, n: int, share: float, seed: int) -> None:
+    rank = max(1, round(share * layout.rank_limit((m, n))))
+    up, down = product(m, n, rank, seed)
+    stored = layout.store(up, down, torch.float64)
+    planned = layout.tensors("a.weight", rank, (m, n), "F64")
+    assert [tuple(tensor.shape) for tensor in stored] == [info.shape for info in planned]
+    assert [info.name for info in planned] == list(layout.names("a.weight"))
+    assert layout.outer_shape(planned) == (m, n)
+    assert sum(info.size for info in planned if info.dtype == "F64") == layout.cost(rank, (m, n))
+    assert [planned[place].shape[axis] for place, axis in layout.rank_axes] == [rank] * len(layout.rank_axis)
+    weights = len(layout.weights(rank, (m, n)))
+    assert all(tensor.is_floating_point() for tensor in stored[:weights])
+    assert all(layout.sound(tensor) for tensor in stored[weights:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts, m=st.integers(2, 30), n=st.integers(1, 30), share=st.floats(0, 1), seed=st.integers(0, 99))
+def test_verbs_agree(layout: Layout, m: int, n: int, share: float, seed: int) -> None:
+    rank = max(1, round(share * layout.rank_limit((m, n))))
+    up, down = product(m, n, rank, seed)
+    wanted = up @ down
+    stored = layout.store(up, down, torch.float64)
+    close = {"rtol": 1e-9, "atol": 1e-9 * float(wanted.abs().max())}
+    torch.testing.assert_close(layout.product(stored), wanted, **close)
+    torch.testing.assert_close(layout.dense(stored).double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    taller, wider = layout.factors(stored)
+    torch.testing.assert_close(taller.double() @ wider.double(), wanted, **close)
+    # another output-side factor beside the input-side one that is stored
+    other = taller.double() + normal(m, rank, seed=seed + 2)
+    again = layout.refit(stored, other, wider.double() @ wider.double().T, torch.float64)
+    torch.testing.assert_close(layout.product(again), other @ wider.double(), rtol=1e-8, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (35, 35)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_truncations_tell_their_own_error(layout: Layout, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = normal(*shape, seed=3)
+    found = layout.truncate(weight, lambda own: factorize(weight, 12, own), dtype, None, None)
+    assert found.relative_error == pytest.approx(relative_error(weight, *layout.factors(found.tensors)), rel=1e-5)
+    best = float((torch.linalg.svdvals(weight)[12:].square().sum() / weight.square().sum()).sqrt())
+    assert found.optimal_error == pytest.approx(best, rel=1e-5)
+    assert best * (1 - 1e-6) <= found.relative_error < best * 1.01
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts, m=st.integers(2, 60), n=st.integers(1, 60))
+def test_break_even_is_where_nothing_is_saved(layout: Layout, m: int, n: int) -> None:
+    even = layout.break_even((m, n))
+    for rank in range(1, min(m, n) + 1):
+        assert (layout.cost(rank, (m, n)) < m * n) == (rank < even)
+    assert layout.highest_rank((m, n), m * n - 1) == max((r for r in range(1, min(m, n) + 1) if r < even), default=0)
+
+
+def test_names_in_a_checkpoint() -> None:
+    config = {"svd_layout": "pivoted"}
+    assert layout_of(config) is LAYOUTS["pivoted"]
+    assert layout_of({}) is LAYOUTS["balanced"]
+    assert stored_names(config, "m.", "a") == ("m.a.down.weight", "m.a.up.weight", "m.a.position")
+    shared = {"svd_shared": {"b": "a"}}
+    assert stored_names(shared, "m.", "b") == ("m.a.down.weight", "m.b.up.weight")
+    with pytest.raises(InputError, match="choose balanced or pivoted") as caught:
+        layout_named("diagonal")
+    assert caught.value.fields == ("layout",)
+
+
+def test_positions_are_permutations() -> None:
+    pivoted = LAYOUTS["pivoted"]
+    assert pivoted.sound(torch.tensor([2, 0, 1]))
+    assert pivoted.sound(torch.tensor([2, 0, 1], dtype=torch.int32))
+    for wrong in ([0, 0, 1], [1, 2, 3], [-1, 0, 1]):
+        assert not pivoted.sound(torch.tensor(wrong))
+    assert not pivoted.sound(torch.tensor([2.0, 0.0, 1.0]))
+
+
+def test_tables_need_no_torch() -> None:
+    program = "import sys, svdconvert.layouts.table, svdconvert.solvers.table; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
