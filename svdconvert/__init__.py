@@ -16,9 +16,9 @@ from svdconvert.version import __version__ as __version__
 # Imported when they are first used: torch and transformers take seconds.
 _EXPORTS = {
     "convert": "commands.convert",
-    "plan": "commands.convert",
-    "push": "commands.convert",
-    "Report": "commands.convert",
+    "plan": "commands.plan",
+    "push": "commands.push",
+    "Report": "commands.report",
     "densify": "commands.densify",
     "evaluate": "commands.evaluate",
     "Evaluation": "commands.evaluate",
@@ -73,10 +73,13 @@ if TYPE_CHECKING:
     from svdconvert.commands.ablate import ablate
     from svdconvert.commands.calibrate import calibrate
     from svdconvert.commands.comparing import Check
-    from svdconvert.commands.convert import Report, convert, plan, push
+    from svdconvert.commands.convert import convert
     from svdconvert.commands.densify import densify
     from svdconvert.commands.evaluate import Evaluation, evaluate
     from svdconvert.commands.fold import fold
+    from svdconvert.commands.plan import plan
+    from svdconvert.commands.push import push
+    from svdconvert.commands.report import Report
     from svdconvert.commands.spectra import MatrixSpectrum, Spectra
     from svdconvert.commands.spectrum import spectrum
     from svdconvert.commands.sweep import sweep

@@ -19,17 +19,8 @@ PACKAGE = Path(svdconvert.__file__).parent
 OPTIONS = {name for command in main.commands.values() for option in command.params for name in option.opts} | {
     name for option in main.params for name in option.opts
 }
-# Tables of options, from which the command line is built and commands are written.
-TABLES = {
-    "settings/options.py",
-    "calibration/knowledge.py",
-    "commands/calibrate.py",
-    "commands/conversion_job.py",
-    "commands/convert.py",
-    "commands/sweep.py",
-    "commands/sweep_book.py",
-    "solvers/table.py",
-}
+# The fields of a request with their options, from which the command line is built and commands are written.
+TABLES = {f"settings/{name}.py" for name in "conversion hub options output recipe row runtime scope size text".split()}
 # What a message tells a user to run.
 COMMAND = re.compile(r"`[^`]*`|^(svdconvert|fold|hf) .*$", re.DOTALL)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +13,7 @@ from svdconvert.families.table import dense_architecture, longest_input
 from svdconvert.methods.table import Method
 from svdconvert.names import layer_number
 from svdconvert.planning.events import Events
+from svdconvert.settings.text import BATCH_SIZE, Stats, Text
 from svdconvert.storage.source import Source
 from svdconvert.version import __version__
 
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from svdconvert.calibration.run import StatisticsRun
     from svdconvert.calibration.text import CalibrationTokens
     from svdconvert.methods.statistics import ModuleStatistics, Needs
-
-
-# Sequences at a time, unless the user says otherwise.
-BATCH_SIZE = 8
 
 
 class StatisticsProvider(Protocol):
@@ -35,8 +31,7 @@ class StatisticsProvider(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Calibration:
+class Calibration(Text):
     """The text that a data-aware method looks at.
 
     Attributes:
@@ -49,38 +44,32 @@ class Calibration:
         labels: ``empirical``, the next token of the text, or ``sampled`` from the model's own prediction.
     """
 
-    text: str
-    field: str | None = None
-    samples: int = 128
-    length: int | None = None
-    seed: int = 0
-    batch_size: int = BATCH_SIZE
-    labels: str = "empirical"
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--calib-{name.replace('_', '-')} must be at least 1")
-        if self.length is not None and self.length < 2:
-            raise InputError("--calib-length must be at least 2, since every token is predicted from those before it")
-
     def tokens(self, source: Source) -> CalibrationTokens:
         """The text in the model's own tokens.
 
         Raises:
             InputError: the model has no tokenizer, or the text cannot be read or is too short.
         """
-        from svdconvert.calibration.text import EmptyRows, load_texts, sample_tokens
-        from svdconvert.models.loading import load_tokenizer
+        return read_tokens(source, self)
 
-        folder = tokenizer_folder(source)
-        if folder is None:
-            raise InputError(f"{source.where} has no tokenizer, so no text can be read with it")
-        tokenizer = load_tokenizer(folder)
-        length = self.length or min(2048, longest_input(source.config, 2048))
-        empty = EmptyRows()
-        texts = load_texts(self.text, field=self.field, empty=empty)
-        return sample_tokens(texts, tokenizer, samples=self.samples, length=length, seed=self.seed, empty=empty)
+
+def read_tokens(source: Source, text: Text) -> CalibrationTokens:
+    """A text in a model's own tokens.
+
+    Raises:
+        InputError: the model has no tokenizer, or the text cannot be read or is too short.
+    """
+    from svdconvert.calibration.text import EmptyRows, load_texts, sample_tokens
+    from svdconvert.models.loading import load_tokenizer
+
+    folder = tokenizer_folder(source)
+    if folder is None:
+        raise InputError(f"{source.where} has no tokenizer, so no text can be read with it")
+    tokenizer = load_tokenizer(folder)
+    length = text.length or min(2048, longest_input(source.config, 2048))
+    empty = EmptyRows()
+    texts = load_texts(text.text, field=text.field, empty=empty)
+    return sample_tokens(texts, tokenizer, samples=text.samples, length=length, seed=text.seed, empty=empty)
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,7 @@ class Knowledge:
         key: what they depend on beside the model, in JSON types.
         text: the text itself, in the model's tokens.
         batch_size: sequences at a time.
-        options: options of the command line that lead to the same, with stand-ins for names of files.
+        again: asks for the same, with the numbers as they turned out and stand-ins for names of files.
         collect: (method, modules, device, work folder, events) -> their provider.
     """
 
@@ -100,74 +89,31 @@ class Knowledge:
     key: Mapping[str, Any]
     text: CalibrationTokens
     batch_size: int
-    options: Mapping[str, Any]
+    again: Text | Stats
     collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
 
 
-def default_method(asked: str | None, calibration: Calibration | None, stats: str | os.PathLike[str] | None) -> str:
-    """The method asked for; else kfac where there is a text to look at, and svd where there is none."""
-    return asked or ("svd" if calibration is None and stats is None else "kfac")
-
-
-def check_knowledge(
-    method: Method, calibration: Calibration | None, stats: str | os.PathLike[str] | None, *, refit: str = "none"
-) -> None:
-    """See that a method, and a refit, are given what they look at, and no more.
-
-    Raises:
-        InputError: both a text and statistics, neither where one is needed, or one where none is.
-    """
-    if calibration is not None and stats is not None:
-        raise InputError("give either --calib, a text, or --stats, what was collected from one")
-    if method.statistics and calibration is None and stats is None:
-        raise InputError(f"--method {method.name} needs a text to look at: --calib FILE")
-    if refit != "none" and calibration is None and stats is None:
-        raise InputError(f"--refit {refit} needs a text to look at: --calib FILE")
-    if not method.statistics and refit == "none" and (calibration is not None or stats is not None):
-        raise InputError(f"--calib means nothing to --method {method.name}, which looks at the weights alone")
-
-
-def check_parts(method: Method, *, collected: bool, split_fused: bool) -> None:
-    """See that what a method looks at can be had for the parts of fused projections.
-
-    Args:
-        method: the method.
-        collected: whether its statistics are those that :func:`calibrate` has written.
-        split_fused: whether there are parts.
-
-    Raises:
-        InputError: it cannot, since a Fisher vector is a sum over all outputs of a layer.
-    """
-    if split_fused and collected and "fisher" in method.statistics:
-        raise InputError(
-            f"--method {method.name} with --split-fused needs the text itself, --calib FILE, and no other method "
-            "beside it: collected statistics have the Fisher information of whole layers only"
-        )
-
-
-def find_knowledge(
-    source: Source, calibration: Calibration | None, stats: str | os.PathLike[str] | None, events: Events
-) -> Knowledge | None:
+def find_knowledge(source: Source, calibration: Text | Stats | None, events: Events) -> Knowledge | None:
     """Statistics from a text or from the folder that :func:`calibrate` has written; None without either.
 
     Raises:
         InputError: the text or the folder cannot be used.
     """
-    if calibration is not None:
+    if isinstance(calibration, Text):
         found = from_text(source, calibration)
         for note in found.text.notes:
             events.note(note)
         return found
-    return None if stats is None else from_folder(source, Path(stats).expanduser())
+    return None if calibration is None else from_folder(source, calibration.folder)
 
 
-def from_text(source: Source, calibration: Calibration) -> Knowledge:
+def from_text(source: Source, calibration: Text) -> Knowledge:
     """Statistics to be computed from a text, as far as the method needs them.
 
     Raises:
         InputError: the text cannot be used.
     """
-    tokens = calibration.tokens(source)
+    tokens = read_tokens(source, calibration)
     samples, length = tokens.ids.shape
 
     def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
@@ -186,16 +132,8 @@ def from_text(source: Source, calibration: Calibration) -> Knowledge:
         "labels": calibration.labels,
         "seed": calibration.seed,
     }
-    options = {
-        "--calib": "TEXT",
-        "--calib-field": calibration.field,
-        "--calib-samples": samples,
-        "--calib-length": length,
-        "--calib-batch-size": calibration.batch_size,
-        "--labels": calibration.labels,
-        "--seed": calibration.seed,
-    }
-    return Knowledge(calibration.text, key, tokens, calibration.batch_size, options, collect)
+    again = replace(calibration, text="TEXT", samples=samples, length=length)
+    return Knowledge(calibration.text, key, tokens, calibration.batch_size, again, collect)
 
 
 def from_folder(source: Source, folder: Path) -> Knowledge:
@@ -238,7 +176,7 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
 
     settings = {name: key[name] for name in ("samples", "length", "labels", "seed")}
     settings = {"calibration": text.digest, "tokens": text.tokens, **settings}
-    return Knowledge(str(folder), settings, text, BATCH_SIZE, {"--stats": "STATS"}, collect)
+    return Knowledge(str(folder), settings, text, BATCH_SIZE, Stats(Path("STATS")), collect)
 
 
 def tokenizer_folder(source: Source) -> Path | None:
@@ -257,7 +195,7 @@ def needs_of(kinds: Collection[str]) -> Needs:
 def run_statistics(
     source: Source,
     tokens: CalibrationTokens,
-    calibration: Calibration,
+    calibration: Text,
     kinds: Collection[str],
     modules: Sequence[str],
     device: str,

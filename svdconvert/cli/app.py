@@ -1,6 +1,31 @@
 """The whole command line: the program, with the commands that register themselves in it."""
 
-from svdconvert.cli import converting, measuring, results
+from svdconvert.cli import (
+    ablate,
+    calibrate,
+    convert,
+    densify,
+    evaluate,
+    fold,
+    plan,
+    push,
+    spectrum,
+    sweep,
+    verify,
+)
 from svdconvert.cli.program import main
 
-__all__ = ["converting", "main", "measuring", "results"]
+__all__ = [
+    "ablate",
+    "calibrate",
+    "convert",
+    "densify",
+    "evaluate",
+    "fold",
+    "main",
+    "plan",
+    "push",
+    "spectrum",
+    "sweep",
+    "verify",
+]

@@ -21,8 +21,8 @@ from svdconvert.words import size
 if TYPE_CHECKING:
     from svdconvert.commands.ablate import GroupResult
     from svdconvert.commands.comparing import Check
-    from svdconvert.commands.convert import Report
     from svdconvert.commands.evaluate import Evaluation
+    from svdconvert.commands.report import Report
     from svdconvert.commands.spectra import MatrixSpectrum, Spectra
     from svdconvert.commands.sweep_book import Sweep
     from svdconvert.jobs.job import Outcome

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,19 @@ def _told(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_told(one) for one in value]
     return told(value) if isinstance(value, str) else value
+
+
+@contextmanager
+def job_events(options: dict[str, Any]) -> Iterator[Any]:
+    """Progress of a job; takes ``verbose`` out of the options of its command."""
+    from svdconvert.cli.progress import TerminalEvents
+
+    with TerminalEvents(console_for(False), verbose=options.pop("verbose")) as events:
+        yield events
+
+
+def print_outcome(outcome: Any) -> None:
+    """Say how a job ended."""
+    from svdconvert.cli.report import show_outcome
+
+    show_outcome(console_for(False), outcome)

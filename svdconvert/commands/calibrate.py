@@ -15,6 +15,7 @@ from svdconvert.machine.devices import resolve_device
 from svdconvert.methods.table import method_named
 from svdconvert.planning.events import Events
 from svdconvert.planning.targets import choose_targets
+from svdconvert.sentences import asked
 from svdconvert.storage import locks
 from svdconvert.storage.folders import refuse_foreign_files
 from svdconvert.storage.opening import open_source
@@ -55,7 +56,7 @@ def calibrate(
     rows = [method_named(name) for name in methods]
     kinds = sorted({kind for row in rows for kind in row.statistics})
     if not kinds:
-        raise InputError(f"--method {', '.join(row.name for row in rows)} looks at no text; choose another")
+        raise InputError(f"{asked('methods', [row.name for row in rows])} looks at no text; choose another")
     used, group = resolve_device(device), processes.current()
     if group.leader:
         leftovers = {locks.STATISTICS_LOCK, f"{locks.STATISTICS_LOCK}.pid", ".stats.json.tmp", "source"}
@@ -68,7 +69,7 @@ def calibrate(
     for note in (*source.notes, *tokens.notes):
         events.note(note)
     key = statistics_key(source, tokens, needs_of(kinds), labels=calibration.labels, seed=calibration.seed)
-    with locks.writing(folder, locks.STATISTICS_LOCK, "give another --out"):
+    with locks.writing(folder, locks.STATISTICS_LOCK, f"give another {asked('out')}"):
         with group.leader_first():
             store = StatisticsFolder(folder, key, create=True)
         work = folder / "work"

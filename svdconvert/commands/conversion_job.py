@@ -2,94 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from svdconvert.calibration.knowledge import Knowledge, default_method
 from svdconvert.commands import card
+from svdconvert.commands.stages import Prepared, Work, measure
 from svdconvert.families.table import dense_architecture
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Reports
-from svdconvert.methods.table import Method, method_named
-from svdconvert.planning.allocation import chosen_allocation
 from svdconvert.planning.plan import Plan
-from svdconvert.planning.ranks import RankRequest, Target
-from svdconvert.settings.options import BY_NAME, repeating_command
-from svdconvert.storage.source import Source
+from svdconvert.planning.ranks import Target
+from svdconvert.settings.conversion import Conversion
 
 
-def conversion_job(
-    source: Source,
-    made: Plan,
-    settings: Mapping[str, Any],
-    method: Method,
-    command: str,
-    told: Mapping[str, Any],
-    measure: Callable[[], Mapping[str, float]] | None,
-) -> Job:
+def conversion_job(work: Work, prepared: Prepared, settings: Mapping[str, Any]) -> Job:
     """The job of a planned conversion.
 
     Args:
-        source: the dense model.
-        made: the plan.
+        work: the conversion.
+        prepared: its final plan.
         settings: all that the result depends on.
-        method: how the matrices are factored.
-        command: makes the result again.
-        told: what the record says besides.
-        measure: gives the losses on the text, once the weights are written; None if they are not measured.
     """
+    source, plan = work.source, prepared.plan
     row = dense_architecture(source.config, source.where)
     config = model_files.factored_config(
-        source.config, row, made.ranks, made.settings["dtype"], made.settings["layout"], made.shared
+        source.config, row, plan.ranks, work.request.output.dtype, work.request.recipe.layout, plan.shared
     )
-    config.setdefault("torch_dtype", model_files.majority_dtype([step.outputs[0] for step in made.steps]))
+    config.setdefault("torch_dtype", model_files.majority_dtype([step.outputs[0] for step in plan.steps]))
+    told = _Told(work, prepared, settings)
+    return Job(
+        steps=plan.steps,
+        shards=plan.shards,
+        config=config,
+        extra={f"{row.modeling}.py": model_files.modeling_source(row)},
+        card=told.card,
+        details=told.details,
+    )
 
-    def matrices(reports: Reports) -> dict[str, dict[str, Any]]:
+
+@dataclass(frozen=True)
+class _Told:
+    """What the record and the card say."""
+
+    work: Work
+    prepared: Prepared
+    settings: Mapping[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        return self.prepared.plan
+
+    @cached_property
+    def losses(self) -> Mapping[str, float]:
+        """On the text, measured once the weights are written."""
+        return measure(self.work, self.plan)
+
+    def matrices(self, reports: Reports) -> dict[str, dict[str, Any]]:
+        """Module path -> what is known of its matrix."""
         found = {
             module: dict(report)
-            for target in made.targets
+            for target in self.plan.targets
             if target.rank is not None
             for module, report in _by_layer(target, reports[target.weight]).items()
         }
-        if method.in_loss:  # half of what the second-order estimate sums up to
-            found = {name: {**told, "predicted_loss": told["lost"] / 2} for name, told in found.items()}
+        if self.work.request.method.in_loss:  # half of what the second-order estimate sums up to
+            found = {name: {**matrix, "predicted_loss": matrix["lost"] / 2} for name, matrix in found.items()}
         return found
 
-    @cache
-    def losses() -> Mapping[str, float]:
-        return {} if measure is None else measure()
+    def predicted(self, reports: Reports) -> dict[str, float]:
+        """Loss added by the truncation, in nats per token."""
+        if not self.work.request.method.in_loss:
+            return {}
+        return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in self.matrices(reports).values())}
 
-    def details(reports: Reports) -> dict[str, Any]:
+    def details(self, reports: Reports) -> dict[str, Any]:
+        """Fields of svdconvert.json."""
+        plan, refit = self.plan, self.prepared.refit
         return {
-            "params": {"before": made.params_before, "after": made.params_after},
-            "bytes": {"before": made.bytes_before, "after": made.bytes_after},
-            "dense_targets": {part.module: t.reason for t in made.targets if t.rank is None for part in t.parts},
-            "notes": list(made.notes),
-            "matrices": matrices(reports),
-            **predicted(reports),
-            **losses(),
-            **told,
+            "params": {"before": plan.params_before, "after": plan.params_after},
+            "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+            "dense_targets": {part.module: t.reason for t in plan.targets if t.rank is None for part in t.parts},
+            "notes": list(plan.notes),
+            "matrices": self.matrices(reports),
+            **self.predicted(reports),
+            **self.losses,
+            **({} if refit is None else {"refit": asdict(refit)}),
         }
 
-    def predicted(reports: Reports) -> dict[str, float]:
-        """Loss added by the truncation, in nats per token."""
-        if not method.in_loss:
-            return {}
-        return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in matrices(reports).values())}
-
-    def model_card(reports: Reports) -> str:
-        lost = {**predicted(reports), **losses()}
-        return card.factored_card(source, made, row, command, settings, matrices(reports), lost)
-
-    return Job(
-        steps=made.steps,
-        shards=made.shards,
-        config=config,
-        extra={f"{row.modeling}.py": model_files.modeling_source(row)},
-        card=model_card,
-        details=details,
-    )
+    def card(self, reports: Reports) -> str:
+        """The model card."""
+        source = self.work.source
+        row = dense_architecture(source.config, source.where)
+        command = again(self.work).command(source.repo or source.name)
+        lost = {**self.predicted(reports), **self.losses}
+        return card.factored_card(source, self.plan, row, command, self.settings, self.matrices(reports), lost)
 
 
 def _by_layer(target: Target, report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -105,33 +114,21 @@ def _by_layer(target: Target, report: Mapping[str, Any]) -> dict[str, Mapping[st
     }
 
 
-def command_line(
-    source: Source,
-    made: Plan,
-    settings: Mapping[str, Any],
-    request: RankRequest,
-    knowledge: Knowledge | None,
-    *,
-    keeps: bool,
-) -> str:
-    """The command that makes this result again, see :func:`svdconvert.settings.options.repeating_command`."""
-    row = method_named(made.method)
-    usual = chosen_allocation(row, None, request)
-    ranks = [] if request.rank is None else [str(request.rank)]
-    values: dict[str, Any] = {
-        "--revision": source.commit,
-        "--rank": (*ranks, *(f"{pattern}={rank}" for pattern, rank in (request.patterns or {}).items())),
-        "--targets": tuple(settings["targets"]),
-        # Named wherever there is a text, whatever the usual one may be some day.
-        "--method": None if knowledge is None and made.method == default_method(None, None, None) else made.method,
-        "--allocation": None if settings["allocation"] == usual == "uniform" else settings["allocation"],
-        "--max-shard-size": settings["max_shard_bytes"],
-        **{f"--{name}": settings.get(name) for name in ("alpha", "shrinkage")},
-        **{name: BY_NAME[name].default for name in BY_NAME if BY_NAME[name].keyword.startswith("calibration.")},
-        "--stats": None,
-        "--work": "WORK" if keeps else None,
-        **(knowledge.options if knowledge else {}),
-    }
-    same = ("keep", "params", "rank_multiple", "factor_all", "split_fused", "share_layers", "refit", "layout", "solver")
-    values |= {f"--{name.replace('_', '-')}": settings[name] for name in (*same, "dtype")}
-    return repeating_command(source.repo or source.name, values)
+def again(work: Work) -> Conversion:
+    """The request by which somebody else makes the same result.
+
+    Names of files are stand-ins, numbers are as they turned out, and what was left to be chosen is named, except where
+    that is svd without a text and a budget spread evenly as usual.
+    """
+    request, recipe = work.request, work.request.recipe
+    usual = replace(request, recipe=replace(recipe, allocation=None)).allocation
+    method = None if work.knowledge is None and recipe.method == "svd" else recipe.method
+    allocation = None if recipe.allocation == usual == "uniform" else recipe.allocation
+    keeps = work.kept is not None and not work.must_decompose
+    return replace(
+        request,
+        recipe=replace(recipe, method=method, allocation=allocation),
+        calibration=None if work.knowledge is None else work.knowledge.again,
+        runtime=replace(request.runtime, work=Path("WORK") if keeps else None),
+        hub=replace(request.hub, revision=work.source.commit),
+    )

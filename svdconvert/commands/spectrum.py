@@ -14,15 +14,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdconvert.calibration.knowledge import Calibration, check_knowledge, check_parts, default_method, find_knowledge
+from svdconvert.calibration.knowledge import Calibration, find_knowledge
 from svdconvert.commands.spectra import Array, MatrixSpectrum, Spectra
 from svdconvert.layouts.table import DEFAULT, layout_named
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.interrupts import temporary_folder
-from svdconvert.methods.table import method_named, method_options
 from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import find_targets
+from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.text import Stats
 from svdconvert.storage import locks
 from svdconvert.storage.opening import open_source
 
@@ -68,11 +69,17 @@ def spectrum(
     from svdconvert.models.preflight import check_model
 
     events = events or Events()
-    method = default_method(method, calibration, stats)
-    row, stored = method_named(method), layout_named(layout)
-    options = method_options(row, {"alpha": alpha, "shrinkage": shrinkage})
-    check_knowledge(row, calibration, stats)
-    check_parts(row, collected=stats is not None, split_fused=split_fused)
+    request = Conversion.of(
+        method=method,
+        layout=layout,
+        alpha=alpha,
+        shrinkage=shrinkage,
+        calibration=calibration,
+        stats=stats,
+        split_fused=split_fused,
+    )
+    request.check_method()
+    row, options, stored = request.method, request.options, layout_named(layout)
     used = resolve_device(device)
     with ExitStack() as stack:
         place = stack.enter_context(temporary_folder()) if work is None else Path(work).expanduser()
@@ -81,10 +88,10 @@ def spectrum(
         check_model(source)
         if work is not None:
             stack.enter_context(locks.working(place))
-        if stats is not None:
-            stack.enter_context(locks.collected(Path(stats).expanduser()))
-        knowledge = find_knowledge(source, calibration, stats, events)
-        if method != row.name:
+        if isinstance(request.calibration, Stats):
+            stack.enter_context(locks.collected(request.calibration.folder))
+        knowledge = find_knowledge(source, request.calibration, events)
+        if method not in (None, row.name):
             events.note(f"{method} has the same optimum as {row.name}, which computes it")
         values = _Values()
         if work is None:

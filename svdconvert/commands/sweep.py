@@ -11,25 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from svdconvert.calibration.knowledge import Calibration, check_knowledge, check_parts, default_method, find_knowledge
-from svdconvert.commands.calibrate import calibrate
-from svdconvert.commands.convert import Report, convert
-from svdconvert.commands.evaluate import Evaluation, evaluate
+from svdconvert.calibration.knowledge import Calibration, find_knowledge
+from svdconvert.commands.convert import run_conversion
+from svdconvert.commands.evaluate import evaluate
 from svdconvert.commands.sweep_book import DENSE, RESULT, Book, Point, Setting, Sweep
-from svdconvert.errors import InputError
+from svdconvert.commands.sweep_grid import make_grid
 from svdconvert.jobs.model_files import digest
 from svdconvert.jobs.output import clear_folder
 from svdconvert.jobs.own_files import JOB_FOLDER
-from svdconvert.layouts.table import DEFAULT, layout_named
+from svdconvert.layouts.table import DEFAULT
 from svdconvert.machine.devices import resolve_device
-from svdconvert.methods.table import Method, method_named, method_options
 from svdconvert.models.passages import Passage, read_passage, read_text
 from svdconvert.models.preflight import check_model
-from svdconvert.planning.allocation import chosen_allocation
 from svdconvert.planning.events import Events
-from svdconvert.planning.plan import Plan, make_plan
-from svdconvert.planning.ranks import RankRequest
+from svdconvert.planning.make import make_plan
+from svdconvert.planning.plan import Plan
 from svdconvert.planning.steps import Step
+from svdconvert.sentences import asked
+from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.disk import atomic_write, disk_errors
 from svdconvert.storage.folders import refuse_foreign_files
 from svdconvert.storage.locks import FolderLock
@@ -79,8 +78,7 @@ def sweep(
 
     Args:
         model, allocation, stats, alpha, shrinkage, refit, targets, split_fused, dtype, workers, device,
-            events: see
-            :func:`svdconvert.convert`. An option counts for the methods that read it.
+            events: see :func:`svdconvert.convert`. An option counts for the methods that read it.
         text: UTF-8 text file to measure perplexity on; it should not be the calibration's.
         out: folder to write.
         keep: fractions of the target parameters to keep.
@@ -107,99 +105,129 @@ def sweep(
         need_matplotlib()
     events = events or Events()
     folder = Path(out).expanduser()
-    methods = methods or [default_method(None, calibration, stats)]
-    rows = list({method_named(name).name: method_named(name) for name in methods}.values())
-    given = {"alpha": alpha, "shrinkage": shrinkage}
-    chosen = _settings(rows, layouts, allocation, given, keep, rank, refit)
-    aware = [row for row in rows if row.statistics]
-    check_knowledge((aware or rows)[0], calibration, stats, refit=refit)
-    for row in aware:  # several have their statistics collected first
-        check_parts(row, collected=stats is not None or len(aware) > 1, split_fused=split_fused)
-    used = resolve_device(device)
     internal = folder / JOB_FOLDER
+    used = resolve_device(device)
+    common = {
+        "allocation": allocation,
+        "alpha": alpha,
+        "shrinkage": shrinkage,
+        "refit": refit,
+        "targets": targets,
+        "split_fused": split_fused,
+        "dtype": dtype,
+        "workers": workers,
+        "revision": revision,
+        "device": used,
+        "check": keep_models,
+    }
+    place = internal / "work" if work is None else Path(work).expanduser()
+    grid = make_grid(
+        common, keep=keep, rank=rank, methods=methods, layouts=layouts, calibration=calibration, stats=stats, work=place
+    )
     refuse_foreign_files(folder, known=(folder / RESULT).is_file(), leftovers=_OWN)
     dense_folder = local_folder(os.fspath(model), revision)
     source = open_source(os.fspath(model), revision, download_folder=internal / "source")
-    plans = [_plan(source, setting, targets, dtype, split_fused) for setting in chosen]
+    plans = [make_plan(source, request) for request in grid.requests]  # what cannot be met is refused now
     check_model(source)
-    measuring: dict[str, Any] = {"batch_size": batch_size, "device": used}
-    measuring["progress"] = partial(events.progress, "tokens")
     passage = read_passage(dense_folder, source.config, Path(text).expanduser(), window, stride)
-    measuring |= {"window": passage.window, "stride": passage.stride}
-    knowledge = find_knowledge(source, calibration, stats, events)
-    settings = {
-        **_conditions(source, Path(text).expanduser(), passage, targets, dtype, used),
-        **({"split_fused": True} if split_fused else {}),
-    }
+    measuring = {"batch_size": batch_size, "device": used, "window": passage.window, "stride": passage.stride}
+    knowledge = find_knowledge(source, grid.looks_at, events)
+    settings = _conditions(source, passage, Path(text).expanduser(), grid.requests[0])
     with _held(folder, internal):
         book = Book(folder, source.name, str(text), settings, None if knowledge is None else knowledge.key, overwrite)
+        bench = _Bench(model, source, dense_folder, text, measuring, (folder if keep_models else internal), events)
         if book.dense is None:
             events.note("measuring the dense model")
-            found = evaluate(dense_folder, text, **measuring)
-            sizes = (plans[0].params_before, plans[0].bytes_before)
-            book.dense = Point(DENSE, *sizes, found.perplexity, found.bits_per_character, 0.0, None, found.seconds, 0.0)
+            book.dense = bench.dense(plans[0])
             book.write()
-        dense = book.dense
-
-        def model_folder(setting: Setting) -> Path:
-            return (folder if keep_models else internal) / "models" / setting.folder
-
         missing = [
-            setting
-            for setting in chosen
-            if setting not in book.points or (keep_models and not (model_folder(setting) / "config.json").is_file())
+            request
+            for request in grid.requests
+            if Setting.of(request) not in book.points or (keep_models and not bench.is_there(Setting.of(request)))
         ]
-        if len(missing) < len(chosen):
-            events.note(f"{len(chosen) - len(missing)} of {len(chosen)} points were measured by an earlier run")
-        place = internal / "work" if work is None else Path(work).expanduser()
-        if calibration is not None and len(aware) > 1 and missing:
-            stats = place / f"statistics-{'-'.join(sorted(row.name for row in aware))}"
-            names = [row.name for row in aware]
-            calibrate(model, calibration, stats, methods=names, revision=revision, device=used, events=events)
-            calibration = None
-        quiet = _Quiet(events)
-        for setting in missing:
-            start = time.perf_counter()
-            row, target = method_named(setting.method), model_folder(setting)
-            report = convert(
-                model,
-                target,
-                keep=setting.keep,
-                rank=setting.rank,
-                targets=targets,
-                split_fused=split_fused,
-                method=row.name,
-                dtype=dtype,
-                device=used,
-                revision=revision,
-                calibration=calibration if row.statistics or refit != "none" else None,
-                stats=stats if row.statistics or refit != "none" else None,
-                refit=refit,
-                allocation=setting.allocation,
-                layout=setting.layout,
-                work=place if len(rows) == 1 else place / row.name,
-                workers=workers,
-                check=keep_models,
-                events=quiet,
-                alpha=dict(setting.options).get("alpha"),
-                shrinkage=dict(setting.options).get("shrinkage"),
-            )
-            found = evaluate(target, text, **measuring, against=dense_folder)
+        if len(missing) < len(grid.requests):
+            done = len(grid.requests) - len(missing)
+            events.note(f"{done} of {len(grid.requests)} points were measured by an earlier run")
+        if missing:
+            grid.collect(model, revision, used, events)
+        for request in missing:
+            point = bench.point(request)
             source.refuse_changed()
-            book.points[setting] = point = _point(setting, report, found, time.perf_counter() - start)
+            book.points[point.setting] = point
             book.write()
             if not keep_models:
-                shutil.rmtree(target, ignore_errors=True)
-            events.note(f"{setting.line}, {setting.budget}: perplexity {point.perplexity:.2f} ({point.added:+.4f})")
-        result = Sweep(source.name, str(text), dense, list(book.points.values()), folder)
+                shutil.rmtree(bench.folder(point.setting), ignore_errors=True)
+            events.note(
+                f"{point.setting.line}, {point.setting.budget}: perplexity {point.perplexity:.2f} ({point.added:+.4f})"
+            )
+        result = Sweep(source.name, str(text), book.dense, list(book.points.values()), folder)
         _write_pages(result, plot=plot)
         clear_folder(internal, ignore_errors=True)
     return result
 
 
-def _conditions(
-    source: Source, text: Path, passage: Passage, targets: Sequence[str], dtype: str, device: str
-) -> dict[str, Any]:
+class _Bench:
+    """Converts and measures, one model after the other."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        source: Source,
+        dense_folder: Path,
+        text: str | os.PathLike[str],
+        measuring: Mapping[str, Any],
+        place: Path,
+        events: Events,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            model: as the user names it.
+            source: the same, opened.
+            dense_folder: the same, whole on this disk.
+            text: what perplexity is measured on.
+            measuring: options of :func:`svdconvert.evaluate`.
+            place: holds the folder ``models``.
+            events: receiver of progress.
+        """
+        self._model, self._source, self._dense, self._text = model, source, dense_folder, text
+        self._measuring: dict[str, Any] = {**measuring, "progress": partial(events.progress, "tokens")}
+        self._place, self._events = place / "models", _Quiet(events)
+
+    def folder(self, setting: Setting) -> Path:
+        """Where the model of a setting is."""
+        return self._place / setting.folder
+
+    def is_there(self, setting: Setting) -> bool:
+        """Whether that model is finished."""
+        return (self.folder(setting) / "config.json").is_file()
+
+    def dense(self, plan: Plan) -> Point:
+        """The untouched model's row of the book."""
+        found = evaluate(self._dense, self._text, **self._measuring)
+        sizes = (plan.params_before, plan.bytes_before)
+        return Point(DENSE, *sizes, found.perplexity, found.bits_per_character, 0.0, None, found.seconds, 0.0)
+
+    def point(self, request: Conversion) -> Point:
+        """The row of a conversion, which is done now and measured against the dense model."""
+        start, setting = time.perf_counter(), Setting.of(request)
+        report = run_conversion(self._model, self.folder(setting), request, self._events)
+        found = evaluate(self.folder(setting), self._text, **self._measuring, against=self._dense)
+        assert found.divergence is not None
+        return Point(
+            setting,
+            report.plan.params_after,
+            report.plan.bytes_after,
+            found.perplexity,
+            found.bits_per_character,
+            found.divergence.added,
+            report.outcome.record.get("predicted_loss"),
+            time.perf_counter() - start,
+            found.divergence.kl,
+        )
+
+
+def _conditions(source: Source, passage: Passage, text: Path, request: Conversion) -> dict[str, Any]:
     """What all points of a sweep have in common, for its book."""
     return {
         "svdconvert": versions()["svdconvert"],
@@ -208,26 +236,11 @@ def _conditions(
         "text": digest(read_text(text).encode()),
         "window": passage.window,
         "stride": passage.stride,
-        "targets": list(targets),
-        "dtype": dtype,
-        "device": device.split(":")[0],
+        "targets": list(request.scope.targets),
+        "dtype": request.output.dtype,
+        "device": request.runtime.device.split(":")[0],
+        **({"split_fused": True} if request.scope.split_fused else {}),
     }
-
-
-def _point(setting: Setting, report: Report, found: Evaluation, seconds: float) -> Point:
-    """A row of the book, from a conversion and what was measured of its result against the dense model."""
-    assert found.divergence is not None
-    return Point(
-        setting,
-        report.plan.params_after,
-        report.plan.bytes_after,
-        found.perplexity,
-        found.bits_per_character,
-        found.divergence.added,
-        report.outcome.record.get("predicted_loss"),
-        seconds,
-        found.divergence.kl,
-    )
 
 
 def _write_pages(result: Sweep, *, plot: bool) -> None:
@@ -244,49 +257,6 @@ def _write_pages(result: Sweep, *, plot: bool) -> None:
         save_figure(sweep_figure(result), result.folder / "sweep.png")
 
 
-def _settings(
-    methods: Sequence[Method],
-    layouts: Sequence[str],
-    allocation: str | None,
-    given: Mapping[str, float | None],
-    keep: Sequence[float],
-    rank: Sequence[int],
-    refit: str,
-) -> list[Setting]:
-    """All combinations, line after line, the largest budget first."""
-    if bool(keep) == bool(rank):
-        raise InputError("give either --keep or --rank, the budgets to measure")
-    if not methods or not layouts:
-        raise InputError("give at least one --method and one --layout")
-    for name, value in given.items():
-        if value is not None and not any(name in row.options for row in methods):
-            method_options(methods[0], {name: value})  # refuses it
-    budgets: list[dict[str, Any]] = [{"keep": share} for share in sorted(set(keep), reverse=True)]
-    budgets += [{"rank": number} for number in sorted(set(rank), reverse=True)]
-    found = []
-    for row in methods:
-        options = method_options(row, {name: value for name, value in given.items() if name in row.options})
-        for layout in dict.fromkeys(layout_named(name).name for name in layouts):
-            for budget in budgets:
-                spread = chosen_allocation(row, allocation, RankRequest(**budget))
-                found.append(Setting(row.name, tuple(options.items()), layout, spread, **budget, refit=refit))
-    return found
-
-
-def _plan(source: Source, setting: Setting, targets: Sequence[str], dtype: str, split_fused: bool) -> Plan:
-    """Refuses what cannot be met before anything is computed."""
-    request = RankRequest(rank=setting.rank, keep=setting.keep)
-    return make_plan(
-        source,
-        request,
-        method=setting.method,
-        targets=targets,
-        dtype=dtype,
-        layout=setting.layout,
-        split_fused=split_fused,
-    )
-
-
 @contextmanager
 def _held(folder: Path, internal: Path) -> Iterator[None]:
     """Keep other sweeps out of a folder.
@@ -294,7 +264,7 @@ def _held(folder: Path, internal: Path) -> Iterator[None]:
     Raises:
         InputError: one is at work in it.
     """
-    lock = FolderLock(folder, internal / "lock", "give another --out")
+    lock = FolderLock(folder, internal / "lock", f"give another {asked('out')}")
     lock.acquire()
     try:
         yield

@@ -18,6 +18,7 @@ from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.jobs.record import RECORD
 from svdconvert.methods.table import method_named
 from svdconvert.sentences import asked
+from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.differences import refuse_other_settings
 from svdconvert.storage.disk import atomic_write, disk_errors
 from svdconvert.storage.documents import in_json_types, read_json
@@ -47,6 +48,13 @@ class Setting:
     keep: float | None = None
     rank: int | None = None
     refit: str = "none"
+
+    @classmethod
+    def of(cls, request: Conversion) -> Setting:
+        """What tells a conversion from the others of its sweep."""
+        recipe, size = request.recipe, request.size
+        options = tuple(request.options.items())
+        return cls(request.method.name, options, recipe.layout, request.allocation, size.keep, size.rank, recipe.refit)
 
     @property
     def line(self) -> str:

@@ -17,9 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdconvert.errors import InputError
-from svdconvert.methods.table import Method
-from svdconvert.planning.ranks import RankRequest, Target
-from svdconvert.sentences import asked
+from svdconvert.planning.ranks import Target
 
 
 @dataclass(frozen=True)
@@ -33,25 +31,6 @@ class _Choices:
     def best(self, price: float) -> int:
         """The option of least loss + price * cost."""
         return int(np.argmin(self.loss + price * self.cost))
-
-
-def chosen_allocation(method: Method, allocation: str | None, request: RankRequest) -> str:
-    """How a budget is spread, ``uniform`` or ``global``: as asked, or as suits the method.
-
-    Raises:
-        InputError: there is no such way, or the request leaves no choice.
-    """
-    if allocation not in (None, "uniform", "global"):
-        raise InputError(f"{asked('allocation', allocation)} is unknown; choose uniform or global")
-    if allocation is None:
-        # Ranks that the user has chosen stay as they are.
-        return method.allocation if request.rank is None and not request.patterns else "uniform"
-    if allocation == "global" and request.patterns:
-        raise InputError(
-            f"{asked('allocation', 'global')} chooses the ranks itself; give {asked('keep')}, {asked('params')}, or a "
-            f"{asked('rank')} without patterns"
-        )
-    return allocation
 
 
 def allocate(

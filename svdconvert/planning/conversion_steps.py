@@ -8,9 +8,11 @@ from typing import Any
 
 from svdconvert.families.table import Architecture
 from svdconvert.layouts.row import Layout
+from svdconvert.layouts.table import layout_named
 from svdconvert.names import natural
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
+from svdconvert.settings.conversion import Conversion
 from svdconvert.solvers.table import SOLVERS
 from svdconvert.tensors import CODES, TensorInfo
 
@@ -20,11 +22,8 @@ def conversion_steps(
     targets: Sequence[Target],
     row: Architecture,
     config: Mapping[str, Any],
-    dtype: str,
-    decompositions: Mapping[str, Mapping[str, Any]],
-    refitted: Mapping[str, str],
-    layout: Layout,
-    solver: str,
+    request: Conversion,
+    files: Mapping[str, Mapping[str, Any]],
 ) -> list[Step]:
     """Steps in the order of the source's files, so that each file is needed once.
 
@@ -35,12 +34,12 @@ def conversion_steps(
         targets: all targets, with their ranks.
         row: the source's architecture.
         config: the source's config.json.
-        dtype: ``keep`` or the torch name of the type that every tensor of the result gets.
-        decompositions: module path -> options of the step that truncates its decomposition, where there is one.
-        refitted: module path -> file with its refitted factors, where there is one.
-        layout: how products are stored.
-        solver: row of :data:`svdconvert.solvers.table.SOLVERS`.
+        request: what is asked for.
+        files: module path -> further options of its step: the files of its decomposition or of its refitted factors,
+            where there are such.
     """
+    dtype, layout = request.output.dtype, layout_named(request.recipe.layout)
+    solver = SOLVERS[request.recipe.solver]
     owners = {part.weight: target for target in targets if target.rank is not None for part in target.parts}
     factored_biases = {weight.removesuffix("weight") + "bias" for weight in owners}
     unread = {target.weight: len(target.parts) for target in owners.values()}
@@ -52,11 +51,9 @@ def conversion_steps(
             target = owners[name]
             unread[target.weight] -= 1
             if not unread[target.weight]:
-                options = dict(decompositions.get(target.module, {}))
-                if target.module in refitted:
-                    options["refitted"] = refitted[target.module]
-                if SOLVERS[solver].acts(target.shape, target.rank or 0):
-                    options["solver"] = solver
+                options = dict(files.get(target.module, {}))
+                if solver.acts(target.shape, target.rank or 0):
+                    options["solver"] = solver.name
                 steps.append(_factor_step(tensors, target, row, code, layout, options))
             continue
         renamed = layout.bias_name(full[name]) if name in factored_biases else row.factored_name(full[name])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from svdconvert.names import layer_number, suffix
-from svdconvert.planning.ranks import RankRequest, Target
+from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
+from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
 from svdconvert.words import listing
@@ -17,9 +18,8 @@ def plan_notes(
     dropped: Sequence[str],
     copies: Sequence[TensorInfo],
     targets: Sequence[Target],
-    request: RankRequest,
-    untouched: int,
-    share_layers: int,
+    request: Conversion,
+    budget: int | None,
 ) -> list[str]:
     """Notes about a plan.
 
@@ -28,11 +28,10 @@ def plan_notes(
         dropped: names of its tensors that no current model reads.
         copies: heads that must be copies of the embedding.
         targets: all targets, with their ranks.
-        request: what the user asked for.
-        untouched: parameters of the model outside the target weights.
-        share_layers: consecutive layers that share a factor.
+        request: what is asked for.
+        budget: parameters that the target weights may have together; None where ranks were asked for.
     """
-    notes = list(source.notes)
+    notes, share_layers, multiple = list(source.notes), request.scope.share_layers, request.size.multiple
     smaller = [target for target in targets if len(target.parts) < share_layers]
     if smaller:
         sizes = dict.fromkeys(f"{len(t.parts)} from layer {layer_number(t.module)} on" for t in smaller)
@@ -44,11 +43,10 @@ def plan_notes(
         notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
     if copies:
         notes.append(f"{copies[0].name} is dropped: it must be a copy of the embedding, which is stored once")
-    budget = request.budget(targets, untouched)
-    if request.multiple > 1 and budget is not None:
+    if multiple > 1 and budget is not None:
         left = budget - sum(target.params for target in targets)
         notes.append(
-            f"ranks are multiples of {request.multiple}, which leaves {left:,} parameters of the budget unused "
+            f"ranks are multiples of {multiple}, which leaves {left:,} parameters of the budget unused "
             f"({left / budget:.1%})"
         )
     dense = [target for target in targets if target.rank is None]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from svdconvert.errors import InputError
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import DEFAULT
 from svdconvert.sentences import asked
+from svdconvert.settings.size import Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,73 +99,6 @@ class Target:
         return self.layout.cost(rank, self.shape) / self.dense_params
 
 
-@dataclass(frozen=True)
-class RankRequest:
-    """What the user asked for: exactly one of a rank (with exceptions), a kept fraction or a model size.
-
-    Attributes:
-        rank: rank of every target that no pattern names.
-        patterns: pattern -> rank, later ones win.
-        keep: fraction of the target parameters to keep, 0 < keep < 1.
-        params: parameters that the whole converted model may have.
-        factor_all: factor also where that saves nothing.
-        multiple: every rank is a multiple of it; a budget's ranks are rounded down.
-    """
-
-    rank: int | None = None
-    patterns: Mapping[str, int] | None = None
-    keep: float | None = None
-    params: int | None = None
-    factor_all: bool = False
-    multiple: int = 1
-
-    def __post_init__(self) -> None:
-        sizes = [self.rank is not None or bool(self.patterns), self.keep is not None, self.params is not None]
-        if sum(sizes) != 1:
-            raise InputError(f"give exactly one of {asked('rank')}, {asked('keep')} and {asked('params')}")
-        if self.multiple < 1:
-            raise InputError(f"{asked('rank_multiple', self.multiple)} is too small; the least is 1")
-        for name, rank in {"": self.rank, **(self.patterns or {})}.items():
-            if rank is None:
-                continue
-            given = asked("rank", {name: rank} if name else rank)
-            if rank < 1:
-                raise InputError(f"{given} is too small; the least is 1")
-            if rank % self.multiple:
-                below = rank - rank % self.multiple
-                raise InputError(
-                    f"{given} does not go with {asked('rank_multiple', self.multiple)}; give a multiple, "
-                    + (f"{below} or {below + self.multiple}" if below else f"{self.multiple}")
-                )
-        if self.keep is not None and not 0 < self.keep < 1:
-            fraction = "the fraction of target parameters kept"
-            raise InputError(f"{asked('keep', self.keep)} must lie between 0 and 1 ({fraction})")
-
-    def settings(self) -> dict[str, object]:
-        """The request in JSON types, for the record and for comparing an interrupted job with its continuation."""
-        return {
-            "rank": self.rank,
-            "rank_patterns": dict(self.patterns or {}),
-            "keep": self.keep,
-            "params": self.params,
-            "factor_all": self.factor_all,
-            "rank_multiple": self.multiple,
-        }
-
-    def budget(self, targets: Sequence[Target], untouched_params: int) -> int | None:
-        """Parameters that the target weights may have together; None where ranks were asked for.
-
-        Args:
-            targets: all targets.
-            untouched_params: parameters of the model outside the target weights.
-        """
-        if self.params is not None:
-            return self.params - untouched_params
-        if self.keep is not None:
-            return int(self.keep * sum(target.dense_params for target in targets))
-        return None
-
-
 def matches(module: str, pattern: str) -> bool:
     """Whether a pattern names a module: the whole path or its end at a dot, with shell wildcards.
 
@@ -179,41 +112,12 @@ def matches(module: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(module, pattern) or fnmatch.fnmatchcase(module, f"*.{pattern}")
 
 
-def parse_rank_options(options: Sequence[str]) -> tuple[int | None, dict[str, int]]:
-    """``--rank 768 --rank attention.dense=512`` -> ``(768, {"attention.dense": 512})``.
-
-    Raises:
-        InputError: an option is neither N nor PATTERN=N, or there are two plain ranks.
-    """
-    default: int | None = None
-    patterns: dict[str, int] = {}
-    for option in options:
-        pattern, equals, value = option.rpartition("=")
-        if not re.fullmatch(r"-?\d+", value) or (equals and not pattern):
-            raise InputError(f"{asked('rank', option)} is neither a whole number nor PATTERN=NUMBER")
-        if pattern:
-            patterns[pattern] = int(value)
-        elif default is not None:
-            raise InputError(f"{asked('rank')} is given twice without a pattern ({default} and {value}); give it once")
-        else:
-            default = int(value)
-    return default, patterns
-
-
-def parse_count(text: str) -> int:
-    """A number of parameters: ``526503936``, ``500M``, ``1.4B``."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().replace("_", "").replace(",", ""), re.IGNORECASE)
-    if not match:
-        raise InputError(f"{asked('params', text)} is not a number of parameters; write 1400000000, 1400M or 1.4B")
-    return round(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2].upper()])
-
-
-def assign(targets: Sequence[Target], request: RankRequest, untouched_params: int) -> list[Target]:
+def assign(targets: Sequence[Target], size: Size, untouched_params: int) -> list[Target]:
     """Give every target its rank.
 
     Args:
         targets: all targets, without ranks.
-        request: what the user asked for.
+        size: what the user asked for.
         untouched_params: parameters of the model outside the target weights.
 
     Returns:
@@ -222,15 +126,15 @@ def assign(targets: Sequence[Target], request: RankRequest, untouched_params: in
     Raises:
         InputError: a rank exceeds its matrix, a pattern matches nothing, or the size asked for cannot be met.
     """
-    if request.multiple > 1 and (request.params is not None or request.keep is not None):
-        _check_multiple(targets, request.multiple)
-    if request.params is not None:
-        targets = _uniform(targets, _fraction_for(targets, request, untouched_params), request.multiple)
-    elif request.keep is not None:
-        targets = _uniform(targets, request.keep, request.multiple)
+    if size.multiple > 1 and (size.params is not None or size.keep is not None):
+        _check_multiple(targets, size.multiple)
+    if size.params is not None:
+        targets = _uniform(targets, _fraction_for(targets, size, untouched_params), size.multiple)
+    elif size.keep is not None:
+        targets = _uniform(targets, size.keep, size.multiple)
     else:
-        targets = _fixed(targets, request)
-    if request.factor_all:
+        targets = _fixed(targets, size)
+    if size.factor_all:
         return [_dense_if_too_high(target) for target in targets]
     return [_dense_if_no_saving(target) for target in targets]
 
@@ -245,8 +149,8 @@ def _check_multiple(targets: Sequence[Target], multiple: int) -> None:
             )
 
 
-def _fixed(targets: Sequence[Target], request: RankRequest) -> list[Target]:
-    patterns = request.patterns or {}
+def _fixed(targets: Sequence[Target], size: Size) -> list[Target]:
+    patterns = size.patterns
     for pattern in patterns:
         if not any(_names(pattern, target) for target in targets):
             raise InputError(
@@ -256,7 +160,7 @@ def _fixed(targets: Sequence[Target], request: RankRequest) -> list[Target]:
     result = []
     for target in targets:
         chosen = [rank for pattern, rank in patterns.items() if _names(pattern, target)]
-        rank = chosen[-1] if chosen else request.rank
+        rank = chosen[-1] if chosen else size.rank
         if rank is None:
             result.append(replace(target, reason="no rank is given for them"))
             continue
@@ -308,8 +212,8 @@ def _uniform(targets: Sequence[Target], keep: float, multiple: int) -> list[Targ
     return result
 
 
-def _fraction_for(targets: Sequence[Target], request: RankRequest, untouched: int) -> float:
-    params, least_rank = request.params or 0, request.multiple
+def _fraction_for(targets: Sequence[Target], size: Size, untouched: int) -> float:
+    params, least_rank = size.params or 0, size.multiple
     dense = sum(target.dense_params for target in targets)
     # A uniform fraction is as small as it can be when the matrix that suffers most is left with the least rank.
     share = max(target.least_share(least_rank) for target in targets)

@@ -76,19 +76,9 @@ def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorIn
         targets: single ones, by layer.
         layers: how many; 1 leaves everything as it is.
         tensors: of the source.
-
-    Raises:
-        InputError: the number, or the layout, does not allow it.
     """
-    if layers < 1:
-        raise InputError(f"{asked('share_layers', layers)} is too small; the least is 1, which shares nothing")
     if layers == 1:
         return list(targets)
-    if not all(target.layout.two_factors for target in targets):
-        raise InputError(
-            f"{asked('share_layers', layers)} does not go with {asked('layout', targets[0].layout.name)}, which keeps "
-            f"rows of each single matrix; use {asked('layout', 'balanced')}"
-        )
     groups: list[list[Target]] = []
     growing: dict[tuple[str, int, str], list[Target]] = {}
     for target in targets:

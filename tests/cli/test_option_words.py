@@ -18,7 +18,7 @@ from svdconvert.cli.progress import TerminalEvents
 from svdconvert.cli.screen import print_json
 from svdconvert.cli.sentences import in_options, told
 from svdconvert.sentences import Sentence, asked
-from svdconvert.settings.options import OPTIONS, option_name
+from svdconvert.settings.options import BY_KEYWORD, option_name
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_words(field: str, value: Any, text: str) -> None:
 
 def test_every_keyword_is_an_option() -> None:
     known = {name for parameter in main.commands["convert"].params for name in parameter.opts}
-    for option in OPTIONS:
-        assert option.name in known
-        assert not option.keyword or option_name(option.keyword) == option.name
+    for keyword, setting in BY_KEYWORD.items():
+        assert setting.option.flag in known
+        assert option_name(keyword) == setting.option.flag
 
 
 def test_other_texts_stay() -> None:

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 from support.checkpoints import random_tensors, write_checkpoint
 
-from svdconvert import Calibration, InputError, convert, evaluate, sweep
+from svdconvert import Calibration, Events, InputError, convert, evaluate, sweep
 from svdconvert.commands import sweep as sweeping
 from svdconvert.commands.sweep_book import Point, Setting
 from svdconvert.factoring import decompose as decomposing
+from svdconvert.settings.conversion import Conversion
 
 Run = Callable[..., SimpleNamespace]
 MEASURED = {"window": 48, "device": "cpu", "plot": False}
@@ -85,15 +86,15 @@ def test_finished_points_are_not_redone(
     dense: Path, text: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "sweep"
-    real, calls = sweeping.convert, []
+    real, calls = sweeping.run_conversion, []
 
-    def counted(*args: object, **kwargs: object) -> object:
-        calls.append(kwargs["keep"])
+    def counted(model: Path, out: Path, request: Conversion, events: Events) -> object:
+        calls.append(request.size.keep)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return real(model, out, request, events)
 
-    monkeypatch.setattr(sweeping, "convert", counted)
+    monkeypatch.setattr(sweeping, "run_conversion", counted)
     arguments = {"methods": ["whiten"], "calibration": calibration, **MEASURED}
     with pytest.raises(KeyboardInterrupt):
         sweep(dense, text, out, keep=[0.3, 0.5, 0.7], **arguments)
@@ -200,7 +201,7 @@ def test_another_model_text_or_calibration(dense: Path, text: Path, calibration:
         ("is larger than", ["--rank", "8,1000"]),
         ("needs a text", ["--keep", "0.5", "--method", "svd", "--method", "kfac"]),
         ("--alpha has no effect on --method svd", ["--keep", "0.5", "--alpha", "0.3"]),
-        ("means nothing to --method svd", ["--keep", "0.5", "--method", "svd", "--calib", "somewhere.txt"]),
+        ("has no effect on --method svd", ["--keep", "0.5", "--method", "svd", "--calib", "somewhere.txt"]),
         ("--method nonsense is unknown; choose one of", ["--keep", "0.5", "--method", "nonsense"]),
         ("--window 1000 is not possible", ["--keep", "0.5", "--window", "1000"]),
     ],

@@ -12,7 +12,7 @@ from support.results import files, products
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from svdconvert import Calibration, JobError, calibrate, convert
-from svdconvert.commands.convert import LOSSES
+from svdconvert.commands.report import LOSSES
 from svdconvert.factoring import refit as refitting
 from svdconvert.factoring.refit import HELD_OUT
 from svdconvert.factoring.refit_files import Refit

@@ -35,9 +35,10 @@ from svdconvert.linalg.shared import (
     plain_shared,
     truncate_shared,
 )
-from svdconvert.planning.ranks import RankRequest, Target, assign
+from svdconvert.planning.ranks import Target, assign
 from svdconvert.planning.steps import Step, files_here
 from svdconvert.planning.targets import share
+from svdconvert.settings.size import Size
 from svdconvert.tensors import TensorInfo
 
 Run = Callable[..., SimpleNamespace]
@@ -259,11 +260,11 @@ def test_only_what_belongs_together_shares() -> None:
 def test_a_group_costs_its_factor_once() -> None:
     targets = [single(n) for n in range(3)]
     tensors = {target.weight: TensorInfo(target.weight, "F32", target.shape) for target in targets}
-    (together,) = assign(share(targets, 3, tensors), RankRequest(rank=2), 0)
+    (together,) = assign(share(targets, 3, tensors), Size(rank=2), 0)
     assert together.params == 2 * (4 + 3 * 8)
     assert together.dense_params == 3 * 4 * 8
     assert together.break_even == pytest.approx(24 * 4 / 28)
-    (dense,) = assign(share(targets, 3, tensors), RankRequest(rank=4), 0)
+    (dense,) = assign(share(targets, 3, tensors), Size(rank=4), 0)
     assert dense.rank is None
 
 

@@ -271,7 +271,7 @@ def test_refusals(arguments: dict[str, object], words: str, dense: Path, tmp_pat
 
 
 def test_text_for_a_method_that_needs_none(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="means nothing to --method svd"):
+    with pytest.raises(InputError, match="has no effect on method='svd'"):
         convert(dense, tmp_path / "out", keep=0.5, method="svd", calibration=calibration)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from svdconvert.errors import InputError
 from svdconvert.layouts.table import LAYOUTS
-from svdconvert.planning.ranks import RankRequest, Target, assign, matches, parse_count, parse_rank_options
+from svdconvert.planning.ranks import Target, assign, matches
+from svdconvert.settings.size import Size, parse_count, parse_rank_options
 
 SQUARE, TALL, WIDE = (
     Target(f"layers.0.{name}", f"layers.0.{name}.weight", shape)
@@ -23,12 +24,12 @@ def ranks(targets: list[Target]) -> list[int | None]:
 
 
 def test_later_patterns_win() -> None:
-    request = RankRequest(16, {"square": 8, "layers.0.*": 4, "tall": 12})
+    request = Size(16, {"square": 8, "layers.0.*": 4, "tall": 12})
     assert ranks(assign([SQUARE, TALL, WIDE], request, 0)) == [4, 12, 4]
 
 
 def test_without_a_default_the_rest_stays_dense() -> None:
-    targets = assign([SQUARE, TALL], RankRequest(None, {"tall": 12}), 0)
+    targets = assign([SQUARE, TALL], Size(None, {"tall": 12}), 0)
     assert ranks(targets) == [None, 12]
     assert "no rank is given" in targets[0].reason
 
@@ -38,22 +39,22 @@ def test_without_a_default_the_rest_stays_dense() -> None:
 )
 def test_break_even(rank: int, expected: list[int | None]) -> None:
     """64 x 64 saves below 32, 256 x 64 below 51.2."""
-    assert ranks(assign([SQUARE, TALL, WIDE], RankRequest(rank), 0)) == expected
-    assert ranks(assign([SQUARE, TALL, WIDE], RankRequest(rank, factor_all=True), 0)) == [rank] * 3
+    assert ranks(assign([SQUARE, TALL, WIDE], Size(rank), 0)) == expected
+    assert ranks(assign([SQUARE, TALL, WIDE], Size(rank, factor_all=True), 0)) == [rank] * 3
 
 
 def test_a_pivoted_layer_keeps_a_row_to_compute() -> None:
     """Even where all is to be factored: at rank 64 of 64 rows `up` would have no outputs."""
     pivoted = [replace(target, layout=LAYOUTS["pivoted"]) for target in (SQUARE, TALL, WIDE)]
-    targets = assign(pivoted, RankRequest(64, factor_all=True), 0)
+    targets = assign(pivoted, Size(64, factor_all=True), 0)
     assert ranks(targets) == [None, 64, None]
     assert "above what the pivoted layout can hold" in targets[0].reason
-    assert ranks(assign(pivoted, RankRequest(63, factor_all=True), 0)) == [63, 63, 63]
+    assert ranks(assign(pivoted, Size(63, factor_all=True), 0)) == [63, 63, 63]
 
 
 @given(st.floats(0.05, 0.99))
 def test_keep_is_never_exceeded(keep: float) -> None:
-    targets = assign([SQUARE, TALL, WIDE], RankRequest(keep=keep), 0)
+    targets = assign([SQUARE, TALL, WIDE], Size(keep=keep), 0)
     for target in targets:
         assert target.rank is not None
         assert target.params <= keep * target.dense_params + 1e-6 * target.dense_params
@@ -64,38 +65,38 @@ def test_keep_is_never_exceeded(keep: float) -> None:
 def test_multiples_round_down(keep: float, multiple: int, layout: str) -> None:
     """The highest multiple that the fraction allows."""
     targets = [replace(target, layout=LAYOUTS[layout]) for target in (SQUARE, TALL, WIDE)]
-    exact = assign(targets, RankRequest(keep=keep), 0)
-    for target, free in zip(assign(targets, RankRequest(keep=keep, multiple=multiple), 0), exact, strict=True):
+    exact = assign(targets, Size(keep=keep), 0)
+    for target, free in zip(assign(targets, Size(keep=keep, multiple=multiple), 0), exact, strict=True):
         assert target.rank == (free.rank or 0) // multiple * multiple
 
 
 def test_multiples_of_given_ranks() -> None:
-    request = RankRequest(16, {"tall": 24}, multiple=8)
+    request = Size(16, {"tall": 24}, multiple=8)
     assert ranks(assign([SQUARE, TALL], request, 0)) == [16, 24]
     with pytest.raises(InputError, match=r"rank=20 does not go with rank_multiple=8; .* 16 or 24$"):
-        RankRequest(20, multiple=8)
+        Size(20, multiple=8).check()
     with pytest.raises(InputError, match=r"rank={'tall': 7} does not go with rank_multiple=8; give a multiple, 8$"):
-        RankRequest(16, {"tall": 7}, multiple=8)
+        Size(16, {"tall": 7}, multiple=8).check()
 
 
 def test_multiple_beyond_a_matrix() -> None:
     with pytest.raises(InputError, match=r"rank_multiple=32 leaves no rank .* layers.0.square, a 64 x 64"):
-        assign([SQUARE, TALL], RankRequest(keep=0.9, multiple=32), 0)
-    assert ranks(assign([TALL], RankRequest(keep=0.9, multiple=32), 0)) == [32]
+        assign([SQUARE, TALL], Size(keep=0.9, multiple=32), 0)
+    assert ranks(assign([TALL], Size(keep=0.9, multiple=32), 0)) == [32]
     with pytest.raises(InputError, match=r"a rank of 5 at most, below the multiple 8; keep at least 0.157"):
-        assign([TALL], RankRequest(keep=0.1, multiple=8), 0)
+        assign([TALL], Size(keep=0.1, multiple=8), 0)
     # 8 (256 + 64) / (256 x 64) = 0.15625, and what the message says is enough
-    assert ranks(assign([TALL], RankRequest(keep=0.157, multiple=8), 0)) == [8]
+    assert ranks(assign([TALL], Size(keep=0.157, multiple=8), 0)) == [8]
     with pytest.raises(
         InputError, match=r"params=2559 cannot be met; give a number from 2,560 \(no matrix below rank 8\)"
     ):
-        assign([TALL], RankRequest(params=2559, multiple=8), 0)
-    assert ranks(assign([TALL], RankRequest(params=2560, multiple=8), 0)) == [8]
+        assign([TALL], Size(params=2559, multiple=8), 0)
+    assert ranks(assign([TALL], Size(params=2560, multiple=8), 0)) == [8]
 
 
 @given(st.integers(1000 + 36_864 // 32, 1000 + 64 * 64 + 2 * 64 * 256 - 1))
 def test_params_is_met_from_below(params: int) -> None:
-    targets = assign([SQUARE, TALL, WIDE], RankRequest(params=params), 1000)
+    targets = assign([SQUARE, TALL, WIDE], Size(params=params), 1000)
     total = 1000 + sum(target.params for target in targets)
     assert total <= params
     assert total > params - sum(sum(target.shape) for target in targets)
@@ -104,7 +105,7 @@ def test_params_is_met_from_below(params: int) -> None:
 @pytest.mark.parametrize("params", [100, 1000 + 36_864 // 32 - 1, 1000 + 64 * 64 + 2 * 64 * 256])
 def test_impossible_params(params: int) -> None:
     with pytest.raises(InputError, match="cannot be met"):
-        assign([SQUARE, TALL, WIDE], RankRequest(params=params), 1000)
+        assign([SQUARE, TALL, WIDE], Size(params=params), 1000)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The table of options: the program and the library have its defaults, and a card's command makes the same again."""
+"""The command line and the library have the same options and defaults, and a card's command makes the same again."""
 
 from __future__ import annotations
 
@@ -18,104 +18,50 @@ from support.checkpoints import read_weights
 import svdconvert
 from svdconvert import Calibration
 from svdconvert.cli.app import main
-from svdconvert.settings.options import BY_NAME, OPTIONS, repeating_command
+from svdconvert.cli.fields import parameter_name
+from svdconvert.settings.options import BY_KEYWORD, SETTINGS, option_name
 from svdconvert.words import parse_size, size_text
 
 COMMAND = main.commands["convert"]
+SIGNATURE = inspect.signature(svdconvert.convert).parameters
 
 
-def parsed(line: str) -> dict[str, Any]:
-    """What click makes of a command line that begins with `svdconvert MODEL`."""
-    program, *words = shlex.split(line)
-    assert program == "svdconvert"
-    return COMMAND.make_context("convert", words).params
+def test_every_option_is_a_field_or_the_programs_own() -> None:
+    flags = {parameter.opts[-1] for parameter in COMMAND.params if isinstance(parameter, click.Option)}
+    assert flags - {one.option.flag for one in SETTINGS} == {"--out", "--dry-run", "--json", "--verbose"}
+    assert flags >= {one.option.flag for one in SETTINGS}
 
 
-def click_options() -> dict[str, click.Option]:
-    return {opt.opts[-1]: opt for opt in COMMAND.params if isinstance(opt, click.Option)}
-
-
-def another_value(option: click.Option) -> Any:
-    """A value that is not the default."""
-    if option.is_flag:
-        return True
-    if isinstance(option.type, click.Choice):
-        return next(choice for choice in option.type.choices if choice != option.default)
-    if option.multiple:
-        return ("one", "two words=3", "layers.0.*=7")
-    if option.name == "max_shard_size":
-        return 12_345_678
-    kinds = {click.types.IntParamType: 77, click.types.IntRange: 77, click.types.FloatParamType: 0.1 + 0.2}
-    return kinds.get(type(option.type), f"some {option.name}")
-
-
-def test_the_table_is_complete() -> None:
-    assert [option.name for option in OPTIONS] == list(BY_NAME)
-    assert set(click_options()) == set(BY_NAME)
-
-
-@pytest.mark.parametrize("name", BY_NAME)
-def test_every_option_is_in_the_command_or_said_to_be_left_out(name: str) -> None:
-    """Each by itself at a value that is not its default: told, and read back as it was; or with a reason not told."""
-    option = click_options()[name]
-    plain = {
-        row.name: 5_000_000_000 if row.name == "--max-shard-size" else row.default
-        for row in OPTIONS
-        if not row.why_untold
-    }
-    defaults = parsed(repeating_command("MODEL", plain))
-    assert repeating_command("MODEL", plain) == "svdconvert MODEL --out DIR"
-    if BY_NAME[name].why_untold:
-        with pytest.raises(AssertionError):
-            repeating_command("MODEL", plain | {name: another_value(option)})
-        return
-    value = another_value(option)
-    line = repeating_command("MODEL", plain | {name: value})
-    assert name in shlex.split(line)
-    again = parsed(line)
-    changed = {key for key in again if again[key] != defaults[key]}
-    assert changed == {option.name}
-    read = again[option.name]
-    if name == "--max-shard-size":
-        assert parse_size(read) == value
-    else:
-        assert (str(read) if isinstance(read, Path) else read) == value
-
-
-def test_all_options_at_once() -> None:
-    values = {row.name: another_value(click_options()[row.name]) for row in OPTIONS if not row.why_untold}
-    again = parsed(repeating_command("owner/name", values))
-    for name, value in values.items():
-        read = again[click_options()[name].name]
-        assert (
-            parse_size(read) if name == "--max-shard-size" else str(read) if isinstance(read, Path) else read
-        ) == value
-
-
-def test_a_forgotten_option_is_an_error() -> None:
-    with pytest.raises(AssertionError, match="--labels"):
-        repeating_command("MODEL", {row.name: None for row in OPTIONS if not row.why_untold and row.name != "--labels"})
-
-
-@pytest.mark.parametrize("name", BY_NAME)
-def test_defaults_are_those_of_the_library(name: str) -> None:
-    row = BY_NAME[name]
-    assert parsed("svdconvert MODEL")[click_options()[name].name] == row.default
-    if row.keyword.startswith("calibration."):
-        (field,) = (field for field in fields(Calibration) if field.name == row.keyword.partition(".")[2])
-        assert field.name == "text" or field.default == row.default
-    elif row.keyword and row.keyword != "out":
-        default = inspect.signature(svdconvert.convert).parameters[row.keyword].default
-        expected = {"--rank": None, "--no-check": True}.get(name, row.default)
-        assert default == expected
-
-
-def test_every_keyword_is_in_the_table() -> None:
-    keywords = set(inspect.signature(svdconvert.convert).parameters) - {"model", "events", "calibration"}
-    assert keywords == {row.keyword for row in OPTIONS if row.keyword and "." not in row.keyword}
+def test_every_keyword_is_a_field() -> None:
+    keywords = set(SIGNATURE) - {"model", "out", "events", "calibration"}
+    assert keywords == {keyword for keyword in BY_KEYWORD if "." not in keyword}
     assert {f"calibration.{field.name}" for field in fields(Calibration)} == {
-        row.keyword for row in OPTIONS if "." in row.keyword
+        keyword for keyword in BY_KEYWORD if "." in keyword
     }
+
+
+@pytest.mark.parametrize("keyword", BY_KEYWORD)
+def test_defaults_are_those_of_the_library(keyword: str) -> None:
+    setting = BY_KEYWORD[keyword]
+    default = setting.option.default
+    if "." in keyword:
+        (field,) = (field for field in fields(Calibration) if field.name == setting.field)
+        assert keyword == "calibration.text" or field.default == default
+    else:
+        assert setting.option.read(SIGNATURE[keyword].default) == default
+    given = COMMAND.make_context("convert", ["MODEL"]).params[parameter_name(setting.option)]
+    if default is True:
+        assert given is False, "a flag that turns it off is not given"
+    else:
+        assert setting.option.read(given) == (() if setting.option.repeatable else default)
+
+
+def test_names_of_options() -> None:
+    assert option_name("share_layers") == "--share-layers"
+    assert option_name("calibration") == option_name("calibration.text") == "--calib"
+    assert option_name("max_shard_size") == "--max-shard-size"
+    assert option_name("methods") == "--method"
+    assert option_name("window") == "--window"
 
 
 def test_cards_of_other_jobs_tell_the_size_of_files(
@@ -133,7 +79,6 @@ def test_cards_of_other_jobs_tell_the_size_of_files(
 
 
 # What the library calls otherwise, or leaves to the program.
-RENAMED = {"ranks": "rank"}
 OPPOSITE = {"no_plot": "plot"}
 
 
@@ -145,7 +90,7 @@ def test_commands_and_functions_have_the_same_defaults(command: str) -> None:
     given = own.make_context(command, needed).params
     compared = 0
     for parameter in own.params:
-        name = OPPOSITE.get(parameter.name, RENAMED.get(parameter.name, parameter.name))
+        name = OPPOSITE.get(parameter.name, parameter.name)
         if name not in function or function[name].default is inspect.Parameter.empty:
             continue
         ours, theirs = given[parameter.name], function[name].default

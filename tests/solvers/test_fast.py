@@ -225,9 +225,9 @@ def test_refused(
 
 def test_unknown(dense: Path, run: Run, tmp_path: Path) -> None:
     assert run(dense, "--rank", 8, "--solver", "quick", "--out", tmp_path / "out").code == 2
-    with pytest.raises(InputError, match="--solver 'quick' is unknown; choose exact or fast"):
+    with pytest.raises(InputError, match="solver='quick' is unknown; choose exact or fast"):
         convert(dense, tmp_path / "out", rank=8, solver="quick")
-    with pytest.raises(InputError, match="--solver 'quick' is unknown"):
+    with pytest.raises(InputError, match="solver='quick' is unknown"):
         plan(dense, rank=8, solver="quick")
 
 

@@ -1,0 +1,67 @@
+"""What a conversion would do, from config and headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from svdconvert.layouts.table import DEFAULT
+from svdconvert.planning.make import make_plan
+from svdconvert.planning.plan import Plan
+from svdconvert.settings.conversion import Conversion
+from svdconvert.storage.opening import open_source
+
+
+def plan(
+    model: str | os.PathLike[str],
+    *,
+    rank: int | Mapping[str, int] | None = None,
+    keep: float | None = None,
+    params: int | None = None,
+    targets: Sequence[str] = (),
+    method: str | None = None,
+    dtype: str = "keep",
+    max_shard_size: str | int = "5GB",
+    revision: str | None = None,
+    factor_all: bool = False,
+    rank_multiple: int = 1,
+    layout: str = DEFAULT.name,
+    share_layers: int = 1,
+    split_fused: bool = False,
+    solver: str = "exact",
+) -> Plan:
+    """What :func:`convert` would do, from config and headers alone.
+
+    Args:
+        model: local folder, ``owner/name`` on the Hub, or a short name such as ``polyglot-ko-3.8b``.
+        rank: rank of every target, or pattern -> rank; the pattern ``*`` stands for all that no other names.
+        keep: instead, the fraction of the target parameters to keep.
+        params: instead, the parameters of the whole converted model.
+        targets: patterns that choose among the linear layers; empty means all of them.
+        method: row of :data:`svdconvert.methods.table.METHODS`, by default svd.
+        dtype: ``keep``, ``float16``, ``bfloat16`` or ``float32``.
+        max_shard_size: limit of a weight file, in bytes or as ``5GB``.
+        revision: branch, tag or commit on the Hub.
+        factor_all: factor also where that saves nothing.
+        rank_multiple: every rank is a multiple of it, 8 or 64 say, as matrix kernels like them; ranks of a budget are
+            rounded down, and a rank that is none is refused.
+        layout: how the products are stored, see :func:`convert`.
+        share_layers: consecutive layers that share the input-side factor of each kind of matrix, see :func:`convert`.
+        split_fused: factor queries, keys and values that are one matrix as three, see :func:`convert`.
+        solver: ``exact`` or ``fast``, see :func:`convert`.
+
+    Raises:
+        InputError: the model or the request cannot be used; the message says why.
+    """
+    keywords = dict(locals())
+    return plan_conversion(keywords.pop("model"), Conversion.of(**keywords))
+
+
+def plan_conversion(model: str | os.PathLike[str], request: Conversion) -> Plan:
+    """:func:`plan` of a typed request.
+
+    Raises:
+        InputError: the model or the request cannot be used; the message says why.
+    """
+    request.check_planned()
+    return make_plan(open_source(os.fspath(model), request.hub.revision, need_weights=False), request)

@@ -1,0 +1,124 @@
+"""From a request to its plan, by config and headers alone.
+
+Nothing here reads tensor data or imports torch, so a plan takes seconds whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from svdconvert.families.fused import split_tensors
+from svdconvert.families.table import Architecture, dense_architecture
+from svdconvert.layouts.table import layout_named
+from svdconvert.planning.checks import check_tensors
+from svdconvert.planning.conversion_steps import conversion_steps
+from svdconvert.planning.notes import fast_solver_note, plan_notes
+from svdconvert.planning.plan import Plan
+from svdconvert.planning.ranks import Target, assign
+from svdconvert.planning.steps import files_bytes, in_order, shard, with_copies
+from svdconvert.planning.targets import choose_targets, in_parts, share
+from svdconvert.settings.conversion import Conversion
+from svdconvert.storage.source import Source
+from svdconvert.storage.tying import head_copies
+from svdconvert.tensors import TensorInfo, parameters
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """The tensors of a source.
+
+    Attributes:
+        row: their architecture.
+        kept: those that the result has, too.
+        dropped: names of legacy buffers.
+        copies: of the embedding, which is stored once.
+    """
+
+    row: Architecture
+    kept: Mapping[str, TensorInfo]
+    dropped: Sequence[str]
+    copies: Sequence[TensorInfo]
+
+    @classmethod
+    def of(cls, source: Source) -> _Parameters:
+        """Sort the tensors of a source."""
+        row = dense_architecture(source.config, source.where)
+        dropped = [name for name in source.tensors if row.is_dropped(name)]
+        copies = head_copies(row, source)
+        left_out = {*dropped, *(copy.name for copy in copies)}
+        kept = {name: info for name, info in source.tensors.items() if name not in left_out}
+        return cls(row, kept, dropped, copies)
+
+    @property
+    def count(self) -> int:
+        """Parameters of the whole model."""
+        return sum(info.size for info in self.kept.values())
+
+    def beside(self, targets: Iterable[Target]) -> int:
+        """Parameters outside the target weights."""
+        return self.count - sum(target.dense_params for target in targets)
+
+
+def make_plan(source: Source, request: Conversion) -> Plan:
+    """Plan a conversion; a budget is spread evenly.
+
+    Args:
+        source: the dense model.
+        request: what is asked for, see :meth:`Conversion.check_planned`.
+
+    Raises:
+        InputError: the source is not supported, lacks tensors, or cannot meet the request.
+    """
+    model = _Parameters.of(source)
+    check_tensors(model.kept, model.row, source)
+    layout, scope = layout_named(request.recipe.layout), request.scope
+    cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
+    targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
+    targets = share(targets, scope.share_layers, cut)
+    return plan_for(source, request, assign(targets, request.size, model.beside(targets)))
+
+
+def plan_for(
+    source: Source,
+    request: Conversion,
+    targets: Sequence[Target],
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Plan:
+    """The plan of given ranks.
+
+    Args:
+        source: the dense model.
+        request: what is asked for.
+        targets: the matrices, with a rank or a reason to stay dense.
+        files: module path -> further options of its step: the files of a decomposition that was computed beforehand,
+            or of refitted factors.
+    """
+    model = _Parameters.of(source)
+    row = model.row
+    # A projection of which every part stays dense stays whole.
+    split = {part.fused for target in targets if target.rank is not None for part in target.parts}
+    cut = split_tensors(model.kept, row, source.config, split.__contains__)
+    steps = conversion_steps(cut, targets, row, source.config, request, files or {})
+    if model.copies:
+        steps = in_order(with_copies(step, model.copies, row) for step in steps)
+    outputs = [info for step in steps for info in step.outputs]
+    shards = shard(outputs, request.output.max_shard_bytes)
+    budget = request.size.budget(sum(target.dense_params for target in targets), model.beside(targets))
+    notes = plan_notes(source, model.dropped, model.copies, targets, request, budget)
+    return Plan(
+        source=source.name,
+        commit=source.commit,
+        architecture=row.model_type,
+        method=request.method.name,
+        targets=tuple(targets),
+        steps=tuple(steps),
+        shards=shards,
+        params_before=model.count,
+        params_after=parameters(outputs),
+        bytes_before=sum(info.nbytes for info in source.tensors.values()),
+        bytes_after=files_bytes(shards),
+        notes=(*notes, fast_solver_note(steps)) if request.recipe.solver == "fast" else tuple(notes),
+        settings=request.planned(),
+    )

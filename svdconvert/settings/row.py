@@ -1,0 +1,93 @@
+"""How a field of a request is asked for: its option on the command line, its help, and its words in a command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
+
+Kind = Literal["flag", "text", "whole", "count", "number", "folder", "path", "choice", "word", "method"]
+
+# Why a field is left out of the command that makes a result again.
+SPEED = "where and how fast it is computed"
+PLACE = "where things are kept"
+HUB = "what becomes of the finished result"
+
+
+# In the place of a default: the object cannot be made without the field.
+REQUIRED = MISSING
+
+
+def one_word(value: Any) -> list[str]:
+    """A value as the command line has it; numbers are read back as they were."""
+    return [repr(value) if isinstance(value, float) else str(value)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Option:
+    """The option of a field.
+
+    Attributes:
+        flag: on the command line.
+        keyword: of :func:`svdconvert.convert`; ``calibration.`` and a field of :class:`svdconvert.Calibration`.
+        group: heading in the help.
+        help: what it does.
+        kind: of its value: ``count`` is a whole number from 1 on, ``choice`` one of the known words, ``word`` a text
+            for which the known words are examples, ``method`` a row of :data:`svdconvert.methods.table.METHODS`.
+        metavar: stands for the value in the help; by default the kind's.
+        words: known values.
+        usual: the default in words, where it depends on something.
+        repeatable: whether it may be given more than once.
+        default: of the field.
+        read: value as a caller gives it -> value of the field.
+        write: value of the field -> one word for each time that the option is given.
+        part_of: of a field whose value is given by another one's option, that field.
+        why_untold: empty for a field that the result depends on. Otherwise why the command that makes a result again
+            leaves it out.
+    """
+
+    flag: str
+    keyword: str
+    group: str
+    help: str
+    kind: Kind = "text"
+    metavar: str = ""
+    words: tuple[str, ...] = ()
+    usual: str = ""
+    repeatable: bool = False
+    default: Any = None
+    read: Callable[[Any], Any] = lambda value: value
+    write: Callable[[Any], Sequence[str]] = one_word
+    part_of: str = ""
+    why_untold: str = ""
+
+    def command(self, value: Any) -> list[str]:
+        """Words of a command line that give a value; none for the default."""
+        if value == self.default:
+            return []
+        if self.kind == "flag":
+            return [self.flag]
+        return [word for one in self.write(value) for word in (self.flag, one)]
+
+
+def option(default: Any, flag: str, help: str = "", *, keyword: str, group: str, **more: Any) -> Any:
+    """A field of a settings object, with what the command line says about it.
+
+    Args:
+        default: of the field; :data:`REQUIRED` for none.
+        flag, help, keyword, group, more: see :class:`Option`.
+    """
+    shown = None if default is REQUIRED else default
+    row = Option(flag=flag, help=help, keyword=keyword, group=group, default=shown, **more)
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"option": row})
+    return field(metadata={"option": row}) if default is REQUIRED else field(default=default, metadata={"option": row})
+
+
+def options_of(section: Any) -> Mapping[str, Option]:
+    """Field -> option, in the order of the fields.
+
+    Args:
+        section: a settings class, or an object of one.
+    """
+    return {one.name: one.metadata["option"] for one in fields(section) if "option" in one.metadata}

@@ -1,0 +1,172 @@
+"""What a request must fulfil, whatever the model: each rule once, in the order in which they are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from svdconvert.errors import InputError
+from svdconvert.layouts.table import layout_named
+from svdconvert.methods.table import Method
+from svdconvert.sentences import asked
+from svdconvert.settings.output import DTYPES, Output
+from svdconvert.settings.recipe import ALLOCATIONS, REFITS, Recipe
+from svdconvert.settings.runtime import Runtime
+from svdconvert.settings.scope import Scope
+from svdconvert.settings.size import Size
+from svdconvert.settings.text import Stats, Text
+from svdconvert.solvers.table import SOLVERS
+
+
+class Request(Protocol):
+    """What the rules read of a :class:`svdconvert.settings.conversion.Conversion`."""
+
+    @property
+    def size(self) -> Size: ...
+    @property
+    def scope(self) -> Scope: ...
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def calibration(self) -> Text | Stats | None: ...
+    @property
+    def output(self) -> Output: ...
+    @property
+    def runtime(self) -> Runtime: ...
+    @property
+    def method(self) -> Method: ...
+    @property
+    def options(self) -> Mapping[str, float]: ...
+    @property
+    def allocation(self) -> str: ...
+
+
+Rule = Callable[[Request], None]
+
+
+def size(request: Request) -> None:
+    """A size is given, and only one."""
+    request.size.check()
+
+
+def method(request: Request) -> None:
+    """The method is known, and so are the settings that are given for it."""
+    _ = request.options
+
+
+def allocation(request: Request) -> None:
+    """A budget is spread in a way that there is, and has a choice."""
+    chosen = request.recipe.allocation
+    if chosen is not None:
+        _known("allocation", chosen, ALLOCATIONS)
+    if chosen == "global" and request.size.patterns:
+        raise InputError(
+            f"{asked('allocation', 'global')} chooses the ranks itself; give {asked('keep')}, {asked('params')}, or a "
+            f"{asked('rank')} without patterns"
+        )
+
+
+def refit(request: Request) -> None:
+    """The refit is known, and goes with single matrices only."""
+    chosen = request.recipe.refit
+    _known("refit", chosen, REFITS)
+    if chosen != "none" and request.scope.share_layers != 1:
+        raise InputError(f"{asked('refit', chosen)} does not go with {asked('share_layers')}; leave one of them out")
+
+
+def text(request: Request) -> None:
+    """A text is given where one is needed, and nowhere else."""
+    row, chosen = request.method, request.recipe.refit
+    given = request.calibration is not None
+    for words, needs in ((asked("method", row.name), bool(row.statistics)), (asked("refit", chosen), chosen != "none")):
+        if needs and not given:
+            raise InputError(f"{words} needs a text to look at; give one with {asked('calibration')}")
+    if given and not row.statistics and chosen == "none":
+        word = "stats" if isinstance(request.calibration, Stats) else "calibration"
+        raise InputError(
+            f"{asked(word)} has no effect on {asked('method', row.name)}, which uses the weights alone; leave it out"
+        )
+
+
+def parts(request: Request) -> None:
+    """What a method looks at can be had for parts of fused projections: a Fisher vector sums over all outputs."""
+    row = request.method
+    if request.scope.split_fused and isinstance(request.calibration, Stats) and "fisher" in row.statistics:
+        raise InputError(
+            f"{asked('method', row.name)} with {asked('split_fused')} needs the text itself, {asked('calibration')}, "
+            "and no other method beside it: collected statistics have the Fisher information of whole layers only"
+        )
+
+
+def solver(request: Request) -> None:
+    """The solver is known, and the fast one is asked for plain truncations only."""
+    chosen = request.recipe.solver
+    _known("solver", chosen, tuple(SOLVERS))
+    if not SOLVERS[chosen].single_plain_only:
+        return
+    others = (
+        (bool(request.method.statistics), asked("method", request.method.name)),
+        (request.scope.share_layers != 1, asked("share_layers", request.scope.share_layers)),
+        (request.allocation == "global", asked("allocation", "global")),
+        (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
+        (request.runtime.keeps, f"{asked('work')} or {asked('keep_work')}"),
+    )
+    other = next((words for given, words in others if given), None)
+    if other:
+        raise InputError(
+            f"{asked('solver', chosen)} is for plain SVD of single matrices and does not go with {other}; leave one "
+            "of them out"
+        )
+
+
+def work(request: Request) -> None:
+    """Decompositions are kept in one place."""
+    if request.runtime.keep_work and request.runtime.work is not None:
+        raise InputError(
+            f"give either {asked('keep_work')}, which keeps decompositions beside the result, or {asked('work')}"
+        )
+
+
+def dtype(request: Request) -> None:
+    """The type is one that models are stored in."""
+    _known("dtype", request.output.dtype, DTYPES)
+
+
+def layout(request: Request) -> None:
+    """The layout is known."""
+    layout_named(request.recipe.layout)
+
+
+def sharing(request: Request) -> None:
+    """So many layers can share, in this layout."""
+    layers, stored = request.scope.share_layers, layout_named(request.recipe.layout)
+    if layers < 1:
+        raise InputError(f"{asked('share_layers', layers)} is too small; the least is 1, which shares nothing")
+    if layers > 1 and not stored.two_factors:
+        raise InputError(
+            f"{asked('share_layers', layers)} does not go with {asked('layout', stored.name)}, which keeps rows of "
+            f"each single matrix; use {asked('layout', 'balanced')}"
+        )
+
+
+# Those of a plan: the rest matters to the conversion itself.
+PLANNED: Sequence[Rule] = (size, method, allocation, refit, solver, dtype, layout, sharing)
+# Those of a look at singular values.
+METHOD: Sequence[Rule] = (method, layout, text, parts)
+ALL: Sequence[Rule] = (size, method, allocation, refit, text, parts, solver, work, dtype, layout, sharing)
+
+
+def check(request: Request, rules: Sequence[Rule]) -> None:
+    """Hold a request against rules.
+
+    Raises:
+        InputError: it breaks one; of several, the first.
+    """
+    for rule in rules:
+        rule(request)
+
+
+def _known(field: str, value: Any, words: Sequence[str]) -> None:
+    if value not in words:
+        *others, last = words
+        raise InputError(f"{asked(field, value)} is unknown; choose {', '.join(others)} or {last}")

@@ -1,0 +1,48 @@
+"""Which matrices are factored, and in what units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from svdconvert.settings.row import option
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The targets.
+
+    Attributes:
+        targets: patterns that choose among the architecture's linear layers; empty chooses all of them.
+        split_fused: whether queries, keys and values that are one matrix are factored as three.
+        share_layers: consecutive layers that share the input-side factor of each kind of matrix.
+    """
+
+    targets: Sequence[str] = option(
+        (),
+        "--targets",
+        "Factor only linear layers that match (repeatable).",
+        keyword="targets",
+        group="What to factor",
+        metavar="PATTERN",
+        usual="the linear layers of every block",
+        repeatable=True,
+        read=tuple,
+        write=list,
+    )
+    split_fused: bool = option(
+        False,
+        "--split-fused",
+        "Factor queries, keys and values that are one matrix as three.",
+        keyword="split_fused",
+        group="What to factor",
+        kind="flag",
+    )
+    share_layers: int = option(
+        1,
+        "--share-layers",
+        "Consecutive layers that share the input-side factor of each kind of matrix, stored once.",
+        keyword="share_layers",
+        group="What to factor",
+        kind="whole",
+    )

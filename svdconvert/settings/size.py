@@ -1,0 +1,170 @@
+"""How small a model becomes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from svdconvert.errors import InputError
+from svdconvert.sentences import asked
+from svdconvert.settings.row import option
+
+
+def parse_rank_options(options: Sequence[str]) -> tuple[int | None, dict[str, int]]:
+    """``--rank 768 --rank attention.dense=512`` -> ``(768, {"attention.dense": 512})``.
+
+    Raises:
+        InputError: an option is neither N nor PATTERN=N, or there are two plain ranks.
+    """
+    default: int | None = None
+    patterns: dict[str, int] = {}
+    for text in options:
+        pattern, equals, value = text.rpartition("=")
+        if not re.fullmatch(r"-?\d+", value) or (equals and not pattern):
+            raise InputError(f"{asked('rank', text)} is neither a whole number nor PATTERN=NUMBER")
+        if pattern:
+            patterns[pattern] = int(value)
+        elif default is not None:
+            raise InputError(f"{asked('rank')} is given twice without a pattern ({default} and {value}); give it once")
+        else:
+            default = int(value)
+    return default, patterns
+
+
+def parse_count(text: str | int | None) -> int | None:
+    """A number of parameters: ``526503936``, ``500M``, ``1.4B``; what is no text is taken as it is.
+
+    Raises:
+        InputError: it is not a number of parameters.
+    """
+    if not isinstance(text, str):
+        return text
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().replace("_", "").replace(",", ""), re.IGNORECASE)
+    if not match:
+        raise InputError(f"{asked('params', text)} is not a number of parameters; write 1400000000, 1400M or 1.4B")
+    return round(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2].upper()])
+
+
+def default_and_patterns(rank: int | Mapping[str, int] | None) -> tuple[int | None, dict[str, int]]:
+    """The rank of all targets, and those of patterns, as :func:`svdconvert.convert` takes both in one."""
+    if not isinstance(rank, Mapping):
+        return rank, {}
+    patterns = dict(rank)
+    return patterns.pop("*", None), patterns
+
+
+@dataclass(frozen=True)
+class Size:
+    """Exactly one of a rank (with exceptions), a kept fraction, or the size of the model.
+
+    Attributes:
+        rank: rank of every target that no pattern names.
+        patterns: pattern -> rank; the last match wins.
+        keep: fraction of the target parameters to keep, 0 < keep < 1.
+        params: parameters that the whole converted model may have.
+        multiple: every rank is a multiple of it; the ranks of a budget are rounded down.
+        factor_all: factor also where that saves nothing.
+    """
+
+    rank: int | None = option(
+        None,
+        "--rank",
+        "Rank of every target, or of those a pattern names (repeatable; the last match wins): --rank 768 --rank "
+        "attention.dense=512 --rank 'layers.0.*=1024'.",
+        keyword="rank",
+        group="Size",
+        metavar="N|PATTERN=N",
+        repeatable=True,
+    )
+    patterns: Mapping[str, int] = option(
+        {},
+        "--rank",
+        keyword="rank",
+        group="Size",
+        part_of="rank",
+        write=lambda patterns: [f"{pattern}={rank}" for pattern, rank in patterns.items()],
+    )
+    keep: float | None = option(
+        None,
+        "--keep",
+        "Instead: fraction of the target parameters to keep.",
+        keyword="keep",
+        group="Size",
+        kind="number",
+        metavar="FRACTION",
+    )
+    params: int | None = option(
+        None,
+        "--params",
+        "Instead: parameters of the whole result, for example 1.4B.",
+        keyword="params",
+        group="Size",
+        metavar="COUNT",
+        read=parse_count,
+    )
+    multiple: int = option(
+        1,
+        "--rank-multiple",
+        "Every rank a multiple of N, 8 or 64 say, as matrix kernels like them; budgets are rounded down.",
+        keyword="rank_multiple",
+        group="Size",
+        kind="whole",
+    )
+    factor_all: bool = option(
+        False,
+        "--factor-all",
+        "Factor also where the rank saves nothing.",
+        keyword="factor_all",
+        group="Size",
+        kind="flag",
+    )
+
+    def check(self) -> None:
+        """Refuse sizes that no model can have.
+
+        Raises:
+            InputError: not exactly one is given, or a number is impossible.
+        """
+        sizes = [self.rank is not None or bool(self.patterns), self.keep is not None, self.params is not None]
+        if sum(sizes) != 1:
+            raise InputError(f"give exactly one of {asked('rank')}, {asked('keep')} and {asked('params')}")
+        if self.multiple < 1:
+            raise InputError(f"{asked('rank_multiple', self.multiple)} is too small; the least is 1")
+        for name, rank in {"": self.rank, **self.patterns}.items():
+            if rank is None:
+                continue
+            given = asked("rank", {name: rank} if name else rank)
+            if rank < 1:
+                raise InputError(f"{given} is too small; the least is 1")
+            if rank % self.multiple:
+                below = rank - rank % self.multiple
+                raise InputError(
+                    f"{given} does not go with {asked('rank_multiple', self.multiple)}; give a multiple, "
+                    + (f"{below} or {below + self.multiple}" if below else f"{self.multiple}")
+                )
+        if self.keep is not None and not 0 < self.keep < 1:
+            fraction = "the fraction of target parameters kept"
+            raise InputError(f"{asked('keep', self.keep)} must lie between 0 and 1 ({fraction})")
+
+    def key(self) -> dict[str, object]:
+        """The size in JSON types, for the record and for comparing an interrupted job with its continuation."""
+        return {
+            "rank": self.rank,
+            "rank_patterns": dict(self.patterns),
+            "keep": self.keep,
+            "params": self.params,
+            "factor_all": self.factor_all,
+            "rank_multiple": self.multiple,
+        }
+
+    def budget(self, target_params: int, other_params: int) -> int | None:
+        """Parameters that the target weights may have together; None where ranks were asked for.
+
+        Args:
+            target_params: parameters of all targets.
+            other_params: those of the rest of the model.
+        """
+        if self.params is not None:
+            return self.params - other_params
+        return None if self.keep is None else int(self.keep * target_params)

@@ -1,0 +1,116 @@
+"""What a data-aware method looks at: a text, or the statistics that were collected from one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdconvert.errors import InputError
+from svdconvert.sentences import asked
+from svdconvert.settings.row import REQUIRED, option
+
+# Sequences at a time, unless the user says otherwise.
+BATCH_SIZE = 8
+LABELS = ("empirical", "sampled")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, and how much of it is read.
+
+    Attributes:
+        text: a .txt, .jsonl or .parquet file, a folder of such files, or the name of a dataset.
+        field: the field of a record that holds its text.
+        samples: sequences to read.
+        length: tokens in each; None takes the model's longest context, at most 2048.
+        seed: chooses the sequences.
+        batch_size: sequences at a time.
+        labels: ``empirical``, the next token of the text, or ``sampled`` from the model's own prediction.
+    """
+
+    text: str = option(
+        REQUIRED,
+        "--calib",
+        "Text for data-aware methods: .txt, .jsonl or .parquet, a folder of them, or a dataset's name.",
+        keyword="calibration.text",
+        group="Calibration",
+        kind="path",
+        metavar="TEXT",
+    )
+    field: str | None = option(
+        None,
+        "--calib-field",
+        "Field of a record that holds its text.",
+        keyword="calibration.field",
+        group="Calibration",
+        metavar="NAME",
+    )
+    samples: int = option(
+        128,
+        "--calib-samples",
+        "Sequences to read.",
+        keyword="calibration.samples",
+        group="Calibration",
+        kind="whole",
+    )
+    length: int | None = option(
+        None,
+        "--calib-length",
+        "Tokens in each.",
+        keyword="calibration.length",
+        group="Calibration",
+        kind="whole",
+        usual="the model's longest, at most 2048",
+    )
+    seed: int = option(
+        0,
+        "--seed",
+        "Chooses the sequences.",
+        keyword="calibration.seed",
+        group="Calibration",
+        kind="whole",
+    )
+    batch_size: int = option(
+        BATCH_SIZE,
+        "--calib-batch-size",
+        "Sequences at a time.",
+        keyword="calibration.batch_size",
+        group="Calibration",
+        kind="whole",
+    )
+    labels: str = option(
+        "empirical",
+        "--labels",
+        "Gradients for the text's next token, or for one that the model itself predicts.",
+        keyword="calibration.labels",
+        group="Calibration",
+        kind="choice",
+        words=LABELS,
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{asked(f'calibration.{name}')} must be at least 1")
+        if self.length is not None and self.length < 2:
+            raise InputError(
+                f"{asked('calibration.length')} must be at least 2, since every token is predicted from those before it"
+            )
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Statistics that :func:`svdconvert.calibrate` has written.
+
+    Attributes:
+        folder: where they are.
+    """
+
+    folder: Path = option(
+        REQUIRED,
+        "--stats",
+        "Instead of a text: folder that `svdconvert calibrate` wrote.",
+        keyword="stats",
+        group="Calibration",
+        kind="folder",
+    )

@@ -1,0 +1,144 @@
+"""What a request must fulfil: every rule refuses what it is there for, in one sentence, and a plan looks at its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svdconvert import Calibration, InputError
+from svdconvert.settings import rules
+from svdconvert.settings.conversion import Conversion
+
+TEXT = Calibration("text.txt")
+
+# Rule -> keywords that break it, and what is said.
+BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "size": [
+        ({}, "give exactly one of rank, keep and params"),
+        ({"rank": 8, "keep": 0.5}, "give exactly one of"),
+        ({"rank": {"a": 8}, "params": 100}, "give exactly one of"),
+        ({"rank": 8, "rank_multiple": 0}, "rank_multiple=0 is too small; the least is 1"),
+        ({"rank": 0}, "rank=0 is too small; the least is 1"),
+        ({"rank": {"a": -1}}, "rank={'a': -1} is too small"),
+        ({"rank": 9, "rank_multiple": 8}, "rank=9 does not go with rank_multiple=8; give a multiple, 8 or 16"),
+        ({"rank": 7, "rank_multiple": 8}, "give a multiple, 8"),
+        ({"keep": 0.0}, "keep=0.0 must lie between 0 and 1"),
+        ({"keep": 1.0}, "keep=1.0 must lie between 0 and 1"),
+        ({"keep": float("nan")}, "keep=nan must lie between 0 and 1"),
+    ],
+    "method": [
+        ({"keep": 0.5, "method": "magic"}, "method='magic' is unknown; choose one of svd"),
+        ({"keep": 0.5, "alpha": 0.5}, "alpha has no effect on method='svd'"),
+        ({"keep": 0.5, "method": "asvd", "calibration": TEXT, "alpha": 1.5}, "alpha=1.5 must lie between 0 and 1"),
+        ({"keep": 0.5, "calibration": TEXT, "shrinkage": -0.1}, "shrinkage=-0.1 must lie between 0 and 1"),
+    ],
+    "allocation": [
+        ({"keep": 0.5, "allocation": "even"}, "allocation='even' is unknown; choose uniform or global"),
+        ({"rank": {"a": 8}, "allocation": "global"}, "allocation='global' chooses the ranks itself"),
+    ],
+    "refit": [
+        ({"keep": 0.5, "refit": "twice"}, "refit='twice' is unknown; choose none or sequential"),
+        (
+            {"keep": 0.5, "refit": "sequential", "calibration": TEXT, "share_layers": 2},
+            "refit='sequential' does not go with share_layers",
+        ),
+    ],
+    "text": [
+        ({"keep": 0.5, "method": "kfac"}, "method='kfac' needs a text"),
+        ({"keep": 0.5, "refit": "sequential"}, "refit='sequential' needs a text"),
+        ({"keep": 0.5, "method": "svd", "calibration": TEXT}, "calibration has no effect on method='svd'"),
+        ({"keep": 0.5, "method": "svd", "stats": "s"}, "stats has no effect on method='svd'"),
+    ],
+    "parts": [
+        (
+            {"keep": 0.5, "method": "fwsvd", "stats": "s", "split_fused": True},
+            "method='fwsvd' with split_fused needs the text itself",
+        )
+    ],
+    "solver": [
+        ({"keep": 0.5, "solver": "quick"}, "solver='quick' is unknown; choose exact or fast"),
+        ({"keep": 0.5, "solver": "fast", "calibration": TEXT}, "does not go with method='kfac'; leave one"),
+        ({"keep": 0.5, "solver": "fast", "share_layers": 2}, "does not go with share_layers=2; leave one"),
+        ({"keep": 0.5, "solver": "fast", "allocation": "global"}, "does not go with allocation='global'; leave one"),
+        (
+            {"keep": 0.5, "solver": "fast", "method": "svd", "refit": "sequential", "calibration": TEXT},
+            "does not go with refit='sequential'; leave one",
+        ),
+        ({"keep": 0.5, "solver": "fast", "work": "w"}, "does not go with work or keep_work; leave one"),
+        ({"keep": 0.5, "solver": "fast", "keep_work": True}, "does not go with work or keep_work; leave one"),
+    ],
+    "work": [({"keep": 0.5, "work": "w", "keep_work": True}, "give either keep_work")],
+    "dtype": [({"keep": 0.5, "dtype": "int8"}, "dtype='int8' is unknown; choose keep, float16, bfloat16 or float32")],
+    "layout": [({"keep": 0.5, "layout": "flat"}, "layout='flat' is unknown; choose balanced or pivoted")],
+    "sharing": [
+        ({"keep": 0.5, "share_layers": 0}, "share_layers=0 is too small; the least is 1"),
+        ({"keep": 0.5, "share_layers": 2, "layout": "pivoted"}, "share_layers=2 does not go with layout='pivoted'"),
+    ],
+}
+NAMES = {rule.__name__: rule for rule in rules.ALL}
+CASES = [(name, keywords, words) for name, cases in BROKEN.items() for keywords, words in cases]
+
+
+def test_every_rule_has_a_case() -> None:
+    assert set(BROKEN) == set(NAMES)
+    assert len(NAMES) == len(rules.ALL)
+
+
+@pytest.mark.parametrize(("name", "keywords", "words"), CASES, ids=[f"{case[0]}: {case[2][:40]}" for case in CASES])
+def test_rules(name: str, keywords: dict[str, Any], words: str) -> None:
+    request = Conversion.of(**keywords)
+    with pytest.raises(InputError) as alone:
+        NAMES[name](request)
+    assert words in str(alone.value)
+    assert "\n" not in str(alone.value)
+    with pytest.raises(InputError) as together:
+        request.check()
+    assert str(together.value) == str(alone.value), "no other rule is broken before it"
+
+
+@pytest.mark.parametrize(("name", "keywords", "words"), CASES, ids=[f"{case[0]}: {case[2][:40]}" for case in CASES])
+def test_a_plan_needs_no_text(name: str, keywords: dict[str, Any], words: str) -> None:
+    request = Conversion.of(**keywords)
+    if name in ("text", "parts", "work"):
+        request.check_planned()
+    else:
+        with pytest.raises(InputError):
+            request.check_planned()
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"rank": 8},
+        {"rank": {"a": 8, "*": 16}, "rank_multiple": 8, "factor_all": True},
+        {"params": 1000, "dtype": "bfloat16", "layout": "pivoted"},
+        {"keep": 0.5, "solver": "fast"},
+        {"keep": 0.5, "share_layers": 3},
+        {"keep": 0.5, "allocation": "global"},
+        {"keep": 0.5, "calibration": TEXT},
+        {"keep": 0.5, "calibration": TEXT, "method": "drone", "shrinkage": 0.1, "split_fused": True},
+        {"keep": 0.5, "calibration": TEXT, "method": "fwsvd", "split_fused": True},
+        {"keep": 0.5, "stats": "s", "method": "asvd", "alpha": 0.0, "keep_work": True},
+        {"keep": 0.5, "calibration": TEXT, "method": "svd", "refit": "sequential", "work": "w"},
+    ],
+)
+def test_good_requests(keywords: dict[str, Any]) -> None:
+    request = Conversion.of(**keywords)
+    request.check()
+    request.check_planned()
+    request.settled().check()
+    request.check_method()
+
+
+def test_a_look_at_a_method_needs_no_size() -> None:
+    Conversion.of(method="whiten", calibration=TEXT).check_method()
+    for keywords in ({"method": "whiten"}, {"layout": "flat"}, {"method": "svd", "stats": Path("s")}):
+        with pytest.raises(InputError):
+            Conversion.of(**keywords).check_method()
+
+
+def test_a_text_and_statistics() -> None:
+    with pytest.raises(InputError, match="give either calibration, a text, or stats"):
+        Conversion.of(keep=0.5, calibration=TEXT, stats="s")
