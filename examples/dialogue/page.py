@@ -242,8 +242,8 @@ def _blocks(experiment: Experiment, results: Results, folder: Path, command: str
 
 
 _SPEECH_IS = (
-    "Perplexity of the start point is that of a few reference answers before the first step, under the start model as "
-    "it is loaded. Distinct-n, repetition and empty answers are rates of the generated answers, times 100."
+    "Start perplexity: of a few reference answers under the start model as loaded, before the first step. Distinct-n, "
+    "repetition and empty answers are rates of the generated answers, times 100."
 )
 _FULL_SIZE_IS = (
     "Weights, gradients and AdamW state, without activations, counted from the real geometry; nothing was run. "
@@ -272,8 +272,8 @@ def _made_with(experiment: Experiment, run: Mapping[str, Any], done: Sequence[Ma
 def _costs_are(result: Mapping[str, Any]) -> str:
     return (
         "Weights asked: of the model that answers, as it lies in memory. Standing: weights, gradients and optimiser "
-        f"state of the training. Peaks are what was {result['run']['memory']['peak_is']}. Answers per second include "
-        "nothing but generation. Times are of a shared machine."
+        f"state in training. Peaks: {result['run']['memory']['peak_is']}. Answers per second count only generation. "
+        "Times are of a shared machine."
     )
 
 
