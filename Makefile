@@ -11,7 +11,7 @@ QUICK := tests/test_rooms.py tests/test_sentences.py tests/pages tests/families/
 	tests/machine/test_lanes.py tests/machine/test_threads.py tests/storage/test_headers.py \
 	tests/storage/test_documents.py tests/calibration/test_corpus.py tests/cli/test_tables.py tests/benchmarks/test_against.py
 
-.PHONY: demo check test test-all coverage lint format hooks modeling bench table1 clean
+.PHONY: demo check test test-all coverage lint format hooks modeling pages bench table1 clean
 
 demo: $(NEWEST)/.runtime
 	$(NEWEST)/bin/python examples/tiny_polyglot/demo.py
@@ -53,6 +53,11 @@ hooks: $(NEWEST)/.dev
 # The modeling files of all families, from their templates, and the table of families in docs/families.md.
 modeling: $(NEWEST)/.dev
 	$(NEWEST)/bin/python modeling/templates/render.py
+
+# docs/api.md and docs/options.md, from docstrings and the fields of a request.
+pages: $(NEWEST)/.dev
+	$(NEWEST)/bin/python docs/make_api.py
+	$(NEWEST)/bin/python docs/make_options.py
 
 bench: $(NEWEST)/.dev
 	$(NEWEST)/bin/python -m tests.benchmarks

@@ -1,19 +1,20 @@
-"""docs/api.md is what the docstrings say."""
+"""docs/api.md is what the docstrings say, docs/options.md what the fields of a request say."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from pathlib import Path
 from types import ModuleType
 
+import pytest
+from support.pages import ROOT
+
 import svdconvert
+from svdconvert.cli.app import main
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "make_api.py"
 
-
-def script() -> ModuleType:
-    found = importlib.util.spec_from_file_location("make_api", SCRIPT)
+def script(name: str = "make_api") -> ModuleType:
+    found = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
@@ -21,9 +22,17 @@ def script() -> ModuleType:
     return module
 
 
-def test_it_is_current() -> None:
-    made = script()
-    assert made.page() == made.PAGE.read_text(encoding="utf-8"), "run `python docs/make_api.py`"
+@pytest.mark.parametrize("name", ["make_api", "make_options"])
+def test_it_is_current(name: str) -> None:
+    made = script(name)
+    assert made.page() == made.PAGE.read_text(encoding="utf-8"), "run `make pages`"
+
+
+def test_every_option_of_the_command_has_a_row() -> None:
+    shown = set(re.findall(r"^\| `(--[\w-]+)", script("make_options").page(), re.MULTILINE))
+    options = {name for parameter in main.commands["convert"].params for name in parameter.opts if name[:2] == "--"}
+    assert options - shown == {"--dry-run", "--json", "--out", "--verbose"}
+    assert shown <= options
 
 
 def test_everything_exported_has_an_entry() -> None:
