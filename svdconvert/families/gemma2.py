@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from svdconvert.families.decoder import NORMS, PIECES, biased_by_config, decoder, decoder_shapes
+from svdconvert.families.values import DIVISOR
+from svdconvert.fields import TEXT, optional
 
 ROW = decoder(
     "gemma2",
@@ -13,6 +15,10 @@ ROW = decoder(
     # a norm comes between a block's layers and the sum
     pieces=replace(PIECES, writers=(), logits="soft-capped"),
     tied=True,
+    fields={
+        **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"), DIVISOR),
+        "hidden_activation": optional(TEXT),
+    },
     title="Gemma 2",
     models="Gemma 2",
     remarks="soft caps, alternating windows, tied head",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from svdconvert.families.row import Architecture, Config, Fused, Pieces, Shapes
+from svdconvert.families.values import BLOCKS, EPSILON, SIZE, SIZE_OR_DEFAULT
+from svdconvert.fields import TEXT, optional
 
 
 def _shapes(config: Config) -> Shapes:
@@ -45,6 +47,13 @@ ROW = Architecture(
     labels="classifier",
     causal="LMHeadModel",
     fused={"attn.c_attn": Fused(lambda config: (config["n_embd"],) * 3)},
+    fields={
+        **dict.fromkeys(("n_embd", "n_head", "n_positions"), SIZE),
+        "n_layer": BLOCKS,
+        "n_inner": SIZE_OR_DEFAULT,
+        "layer_norm_epsilon": EPSILON,
+        "activation_function": optional(TEXT),
+    },
     title="GPT-2",
     models="GPT-2 and its fine-tuned forms",
     remarks="weights stored as [in, out]",

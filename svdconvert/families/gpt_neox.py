@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from svdconvert.families import rotary
 from svdconvert.families.row import Architecture, Config, Fused, Pieces, Shapes
+from svdconvert.families.values import DIVISOR, FACTOR, SWITCH
 
 
 def _shapes(config: Config) -> Shapes:
@@ -44,6 +45,7 @@ ROW = Architecture(
     labels="classifier",
     dropped=("*.attention.bias", "*.attention.masked_bias", "*.attention.rotary_emb.inv_freq"),
     fused={"attention.query_key_value": Fused(lambda config: (config["hidden_size"],) * 3, by_head=True)},
+    fields={"rotary_pct": FACTOR, "rotary_emb_base": DIVISOR, "use_parallel_residual": SWITCH},
     template="gpt_neox",
     title="GPT-NeoX (Polyglot-Ko)",
     models="Polyglot-Ko, Pythia, GPT-NeoX-20B",

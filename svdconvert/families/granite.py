@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from svdconvert.families.decoder import PIECES, biased_by_config, decoder, decoder_shapes
+from svdconvert.families.values import DIVISOR, FACTOR
 
 ROW = decoder(
     "granite",
@@ -14,6 +15,10 @@ ROW = decoder(
     pieces=replace(PIECES, writers=(), logits="divided"),
     classifies=False,
     labels="",
+    fields={
+        **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier"), FACTOR),
+        "logits_scaling": DIVISOR,
+    },
     models="Granite 3 (dense)",
     remarks="scaled embeddings, residuals and logits",
     tiny={

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from svdconvert.families.row import Architecture, Config, Pieces, Shapes
+from svdconvert.families.values import SIZE, SIZE_OR_DEFAULT, SWITCH
+from svdconvert.fields import TEXT, optional
 
 
 def _shapes(config: Config) -> Shapes:
@@ -55,6 +57,15 @@ ROW = Architecture(
     dropped=("*decoder.version",),
     tied=True,
     labels="",
+    fields={
+        "ffn_dim": SIZE,
+        "word_embed_proj_dim": SIZE_OR_DEFAULT,
+        "enable_bias": SWITCH,
+        "layer_norm_elementwise_affine": SWITCH,
+        "do_layer_norm_before": SWITCH,
+        "_remove_final_layer_norm": SWITCH,
+        "activation_function": optional(TEXT),
+    },
     head_width="word_embed_proj_dim",
     models="OPT",
     remarks="learned positions, projected embeddings (350m)",

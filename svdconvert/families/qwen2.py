@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from svdconvert.families.decoder import decoder, decoder_shapes, separate
+from svdconvert.families.values import SIZE_OR_DEFAULT, SWITCH
 
 ROW = decoder(
     "qwen2",
     "Qwen2",
     decoder_shapes(lambda config: separate(config, qkv_bias=True)),
+    fields={"use_sliding_window": SWITCH, "max_window_layers": SIZE_OR_DEFAULT},
     models="Qwen 1.5, 2, 2.5",
     remarks="biases on q, k, v; tied head in small ones",
     tiny={"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},

@@ -115,7 +115,7 @@ class Architecture:
         labels: name of the head in its token classifier; empty where transformers has none.
         causal: what the name of the stock causal class ends with.
         fused: suffixes of the targets that may be split before they are factored, and their parts.
-        fields: what config.json's fields may hold that no other family has; ``claims.py`` has the rest.
+        fields: what the fields of its config.json may hold; ``claims.py`` has those that families have in common.
         since: the first version of transformers that has the family, of those that are supported.
         template: of its modeling file, in ``modeling/templates/``.
         title: what its modeling file calls it; the name of its classes if empty.

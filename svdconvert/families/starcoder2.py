@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from svdconvert.families.decoder import PIECES, Linears, decoder, decoder_shapes, widths
 from svdconvert.families.row import Config
-from svdconvert.fields import FLAG, NUMBER, optional
+from svdconvert.families.values import EPSILON, SWITCH
 
 
 def _linears(config: Config) -> Linears:
@@ -29,7 +29,7 @@ ROW = decoder(
     targets=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"),
     pieces=replace(PIECES, writers=("self_attn.o_proj", "mlp.c_proj")),
     tied=True,
-    fields={"use_bias": optional(FLAG), "norm_epsilon": optional(NUMBER)},
+    fields={"use_bias": SWITCH, "norm_epsilon": EPSILON},
     title="StarCoder 2",
     models="StarCoder 2",
     remarks="layer norms, no gate, biases, sliding window, tied head",
