@@ -18,7 +18,7 @@ PAGE = Path(__file__).with_name("api.md")
 
 _HEAD = """# Python API
 
-Everything that `svdconvert` exports, made from the docstrings by `python docs/make_api.py`. Examples:
+Everything that `svdconvert` exports, made from the docstrings by `make pages`. Examples:
 [From Python](python.md).
 """
 _SECTIONS = ("Args", "Attributes", "Returns", "Raises")
@@ -55,7 +55,7 @@ def entry(name: str, thing: Any) -> str:
     if inspect.isclass(thing):
         members = list(_members(thing))
         if members:
-            lines.append("\n".join(members) + "\n")
+            lines.append("Properties and methods:\n\n" + "\n".join(members) + "\n")
     return "\n".join(lines)
 
 
@@ -107,8 +107,10 @@ def _listed(text: str) -> str:
 
 
 def _members(cls: type) -> Iterator[str]:
+    """Those that have a docstring of their own: the others are among the attributes."""
     for name, member in vars(cls).items():
-        if name.startswith("_") or not (inspect.isfunction(member) or isinstance(member, property)):
+        public = not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property))
+        if not public or not member.__doc__:
             continue
         shown = name if isinstance(member, property) else call(name, member).replace("self, ", "").replace("self", "")
         doc = re.split(r"\n\n(?:Args|Returns|Raises):", inspect.getdoc(member) or "")[0]
