@@ -1,4 +1,4 @@
-"""What a folder or repository is that is no checkpoint of a model, and the command that makes one of it."""
+"""Folders and repositories that are not model checkpoints, and the command that turns each into one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MODEL = re.compile(r"([^/]+)/config\.json")
 
 @dataclass(frozen=True)
 class _Format:
-    """One way in which models are kept.
+    """One way to store a model.
 
     Attributes:
-        files: what one of the paths in it is, from its beginning to its end.
-        is_: what it is called, a format string over WHERE and FILE, the first such path.
+        files: pattern of a whole path in it.
+        is_: its name, a format string over WHERE and FILE, the first such path.
         remedy: what to do, in the imperative.
     """
 
@@ -30,7 +30,7 @@ class _Format:
     remedy: str
 
 
-# In this order; all but the first only where there are no weights that transformers would load.
+# In this order; all but the first only where transformers finds no weights to load.
 _FORMATS = (
     _Format(r"model_index\.json", "a diffusers pipeline, not a language model", "give the folder of a language model"),
     _Format(
@@ -92,16 +92,16 @@ _FORMATS = (
 def refuse_other_format(
     where: object, files: Collection[str], read: Callable[[str], Mapping[str, Any]], *, has_weights: bool
 ) -> None:
-    """Name what is no checkpoint that transformers would load as a model.
+    """Refuse a folder that transformers would not load as a model, and name what it is.
 
     Args:
         where: what to call it.
         files: paths in it.
         read: reads a JSON file of it.
-        has_weights: whether there are weights under a name that is looked for.
+        has_weights: whether there are weights under a name that transformers loads.
 
     Raises:
-        InputError: it is something else, and that is known.
+        InputError: it is one of the known other things.
     """
     if ADAPTER_CONFIG in files:
         raise InputError(_adapter(where, read(ADAPTER_CONFIG), has_weights="config.json" in files and has_weights))
@@ -130,7 +130,7 @@ def _adapter(where: object, settings: Mapping[str, Any], *, has_weights: bool) -
 
 
 def _inner(files: Collection[str]) -> tuple[str, str] | None:
-    """What a folder of models is, and which of them to give."""
+    """What a folder of several models is, and which of them to give."""
     steps = {int(found[2]): found[1] for file in files if (found := _CHECKPOINT.match(file))}
     if steps:
         return "a folder of training checkpoints", f"one of them, the newest is {{where}}/{steps[max(steps)]}"

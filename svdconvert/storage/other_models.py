@@ -1,4 +1,4 @@
-"""Checkpoints of a known type that are not of the language model of that type: other heads, adapters, quantisers."""
+"""Checkpoints of a known type that are not its language model: other heads, adapters, quantised weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from svdconvert.words import listing
 _LANGUAGE_MODEL = "convert the language model that it was trained from"
 _VALUES = "save its pretrained_model with save_pretrained and give that"
 _MARKS = "a model that answers questions by marking them in a text"
-# What the class in config.json ends with, what such a model is, and what to do.
+# End of the class name in config.json, what such a model is, and what to do.
 _CLASSES = (
     ("ForSequenceClassification", "a sequence classifier", _LANGUAGE_MODEL),
     ("ForTokenClassification", "a classifier of tokens", _LANGUAGE_MODEL),
     ("ForQuestionAnswering", _MARKS, _LANGUAGE_MODEL),
     ("WithValueHead", "a language model with the value head of trl", _VALUES),
 )
-# The same by what the names of its head's tensors begin with.
+# The same by the beginning of its head's tensor names.
 _HEADS = (
     (("score.", "classifier.", "classification_head."), "a classifier", _LANGUAGE_MODEL),
     (("qa_outputs.",), _MARKS, _LANGUAGE_MODEL),
@@ -29,7 +29,7 @@ _HEADS = (
 )
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|original_module)\.")
 
-# Tensors that quantisers, and writers of 8-bit floats, put beside or in the place of a weight.
+# Tensors that quantisers, and writers of 8-bit floats, put beside a weight or in its place.
 _QUANTISED = (
     (r"(qweight|qzeros|g_idx|weight_packed|weight_scale(_inv)?)", ""),
     (r"(SCB|weight\.(absmax|quant_map|quant_state\..*))", " of bitsandbytes"),
@@ -39,7 +39,7 @@ _QUANTISED = (
 
 
 def quantised_part(name: str) -> str | None:
-    """By what a tensor is part of a quantised weight: `` of quanto``, empty where several do it; None if it is none.
+    """Which quantiser a tensor belongs to: `` of quanto``, empty where several use the name; None if to none.
 
     >>> quantised_part("model.layers.0.mlp.up_proj.weight._data")
     ' of quanto'
@@ -54,14 +54,14 @@ def quantised_part(name: str) -> str | None:
 def refuse_other_model(
     names: Collection[str], full: Mapping[str, str], expected: Collection[str], row: Architecture, source: Source
 ) -> None:
-    """Say what a checkpoint is, if it is not of the type's causal language model.
+    """Refuse a checkpoint that is not the type's causal language model, and say what it is.
 
     Args:
         names: its tensors.
-        full: the same -> their names in the causal model.
-        expected: what those should be.
-        row: what its config says that it is.
-        source: where they are from.
+        full: their names -> those in the causal model.
+        expected: the causal model's names.
+        row: the architecture in its config.
+        source: the checkpoint.
 
     Raises:
         InputError: it is something else.
@@ -95,7 +95,7 @@ def refuse_other_model(
 def _refuse_wrapped(
     names: Collection[str], wrappers: Mapping[str, str], expected: set[str], row: Architecture, source: Source
 ) -> None:
-    """Say that tensors have the names of a wrapper, and why it does not help to leave those out."""
+    """Refuse tensors with the names of a wrapper, and say why leaving the wrapper out does not help."""
     own = {row.full_name(unwrapped(name, row)) for name in names}
     missing = sorted(expected - own)
     others = sorted(name for name in own - expected if not row.is_dropped(name) and name != row.head[0])

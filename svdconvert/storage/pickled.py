@@ -1,4 +1,4 @@
-"""Legacy ``pytorch_model*.bin`` files, read without ever executing what a pickle may contain."""
+"""Legacy ``pytorch_model*.bin`` files, read without ever executing code in a pickle."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from svdconvert.tensors import CODES, TensorInfo
 if TYPE_CHECKING:
     import torch
 
-# Whose classes are in pickles of quantised weights.
+# Quantisers whose classes occur in pickles of quantised weights.
 _QUANTISERS = ("torchao", "quanto", "bitsandbytes", "hqq", "auto_round", "neural_compressor")
 
 
 @lru_cache(maxsize=2)
 def load_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """Map a pickled state dict: tensors are views of the file, read only when they are touched.
+    """Map a pickled state dict: tensors are views of the file, read when they are first used.
 
     Raises:
         InputError: the file is damaged, older than torch 1.6's zip format, or holds anything but named tensors.
@@ -74,9 +74,9 @@ def pickled_header(path: Path) -> list[TensorInfo]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive whose parts are packed: they would be unpacked into memory, to whatever size they have.
+    """Refuse an archive with compressed parts: unpacking could fill the memory.
 
-    What is no archive is left to torch, which knows older formats by name.
+    Files that are not archives are left to torch, which knows older formats by name.
     """
     try:
         with reading(path), open_regular(path, advice="put the weight file in its place") as handle:
@@ -98,7 +98,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_tensor(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Refuse what is not a plain array of stored numbers."""
+    """Refuse a tensor that is not a plain array of stored numbers."""
     check_name(name, path.name)
     if (
         str(tensor.layout) != "torch.strided"

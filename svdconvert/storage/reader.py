@@ -28,9 +28,8 @@ def torch_dtype(code: str) -> torch.dtype:
 class WeightReader:
     """Reads tensors of a source, fetching its files as they are needed.
 
-    Files are read with plain reads into buffers of ours instead of being mapped: mapped pages count as the process's
-    memory and cost a page fault each. One reader serves one thread. Use it as a context manager: it keeps the file open
-    that it has read from last.
+    Files are read into buffers instead of being mapped: mapped pages count as the process's memory and cost a page
+    fault each. One reader serves one thread. Use it as a context manager: it keeps the file that it read last open.
     """
 
     def __init__(self, source: Source) -> None:
@@ -39,7 +38,7 @@ class WeightReader:
         self._handle = -1
 
     def __enter__(self) -> WeightReader:
-        """Nothing is open yet."""
+        """No file is open yet."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -50,11 +49,11 @@ class WeightReader:
         """Read one tensor.
 
         Args:
-            info: what to read.
-            buffer: flat uint8 tensor of at least ``info.nbytes``; the result is a view of it.
+            info: the tensor to read.
+            buffer: [at least ``info.nbytes``], uint8; the result is a view of it.
 
         Returns:
-            The tensor, in its own type and shape.
+            The tensor in its stored type and shape.
         """
         target = buffer[: info.nbytes]
         if self._source.pickled:
@@ -87,7 +86,7 @@ class WeightReader:
             with read_errors(info.file):
                 self._handle = os.open(path, os.O_RDONLY)
             self._file = info.file
-        # A Hub file's positions are known for certain only now that it is here.
+        # The positions in a Hub file are certain only once it is here.
         start = self._source.tensors[info.cut.tensor if info.cut else info.name].start
         begin = 0
         for place, length in info.cut.runs(offset, len(view)) if info.cut else [(offset, len(view))]:
@@ -112,7 +111,7 @@ class WeightReader:
 
 
 def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:
-    """Whether two matrices of a source hold the same numbers, each in whatever type; read a piece at a time.
+    """Whether two matrices of a source hold the same numbers, in any types; read piece by piece.
 
     Raises:
         JobError: a file cannot be read.
@@ -135,7 +134,7 @@ def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:
 
 @contextmanager
 def read_errors(file: object) -> Iterator[None]:
-    """Turn what the operating system says about a file that a job reads into one sentence.
+    """Turn an operating system's error about a file that a job reads into one sentence.
 
     Raises:
         JobError: it cannot be read now.

@@ -1,11 +1,11 @@
-"""Which files of a model go along into what is made of it: its tokenizer, chat templates, settings, licence.
+"""Which files of a model are copied into a result: its tokenizer, chat templates, settings, licence.
 
-No list names all files of all tokenizers, so the rule is the other way round. Every file at the top goes along unless
-it is known to be something else: weights of any format, training state, an adapter, code, or what is written anew. Of
-folders there is one that ``save_pretrained`` writes, ``additional_chat_templates``. Two kinds of files go along because
-they are named: code that a tokenizer's or processor's settings name (``auto_map``) with what that code imports from
-beside it, and files whose names are in those settings or in that code, whatever they are called. Code is copied, never
-run; code of the model is replaced by a file of ours. What stays behind, or is named and not there, is told.
+No list names all files of all tokenizers, so the rule is the other way round. Every file at the top is copied unless it
+is known to be something else: weights of any format, training state, an adapter, code, or a file that is written again.
+The only folder copied is ``additional_chat_templates``, which ``save_pretrained`` writes. Two kinds of files are copied
+because they are named: code in the settings of a tokenizer or processor (``auto_map``) with the files that it imports,
+and files whose names occur in those settings or that code. Code is copied, never run; the model's code is replaced by
+svdconvert's modeling file. Notes tell which files are left out, and which are named but missing.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _OTHER_SUFFIXES = tuple(
     ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .ggml .npz .npy .tflite .ot .mlmodel .distcp "
     ".nemo .pkl .pickle .index.json .py .pyc .lock .tmp .partial".split()
 )
-# Vocabularies that would be taken for weights by their ending (TransfoXL).
+# Vocabularies whose ending looks like weights (TransfoXL).
 _VOCABULARIES = frozenset({"vocab.pkl", "vocab.bin"})
-# What is written anew, and says nothing of what is left out.
+# Files that are written again, or whose absence needs no note.
 _WRITTEN = frozenset({"config.json", "README.md", "svdconvert.json"})
 _OTHER_NAMES = _WRITTEN | {"trainer_state.json", ADAPTER_CONFIG, "model_index.json", "latest"}
 _EVENTS = "events.out.tfevents."
 
-# No file of a tokenizer is larger; settings and code are far smaller.
+# No tokenizer file is larger; settings and code are far smaller.
 MAX_BYTES, MAX_CODE_BYTES = 500_000_000, 2_000_000
 
-# Settings that may name code, and which of their classes are not the model's.
+# Settings that may name code, and those of their classes that are not the model's.
 _SETTINGS = (
     "tokenizer_config.json",
     "processor_config.json",
@@ -44,19 +44,19 @@ _SETTINGS = (
 )
 CODE_CLASSES = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
 
-# As transformers looks for the files that a file of code needs: `from .name import`, `import .name`.
+# As transformers finds the files that code needs: `from .name import`, `import .name`.
 _IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.([A-Za-z_][\w.]*)", re.MULTILINE)
 _LITERAL = re.compile(r"""["']([\w./-]{1,200})["']""")
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """What becomes of the files of a model that are no weights.
+    """Which files of a model, weights aside, are copied.
 
     Attributes:
-        taken: paths of those that go along.
-        left_out: names of files and folders that stay behind, code first.
-        absent: file that is named and not there -> the file that names it.
+        taken: paths of the files to copy.
+        left_out: names of files and folders that are not copied, code first.
+        absent: missing file -> the file that names it.
     """
 
     taken: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class SideFiles:
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a file goes along whatever names it: anything at the top that is not known to be something else.
+    """Whether a file is copied without being named: any file at the top that is not known to be something else.
 
     >>> [is_side_file(name) for name in ("qwen.tiktoken", "optimizer.pt", "additional_chat_templates/tool_use.jinja")]
     [True, False, True]
@@ -91,7 +91,7 @@ def choose_side_files(
         settings: reads a JSON file.
         code: reads a file of code as text.
         config: parsed ``config.json``.
-        weights: the weight files that are read, and their index.
+        weights: the weight files, and their index.
     """
     replaced = {f"{row.modeling}.py" for kind, row in FACTORED.items() if kind == config.get("model_type")}
     by_rule = {name for name, size in sizes.items() if is_side_file(name) and size <= MAX_BYTES}
@@ -124,13 +124,13 @@ def choose_side_files(
 
 
 def code_classes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config's ``auto_map`` that is not about the model."""
+    """The classes in a config's ``auto_map`` that are not the model's."""
     found = config.get("auto_map")
     return {key: found[key] for key in CODE_CLASSES if key in found} if isinstance(found, Mapping) else {}
 
 
 def side_notes(found: SideFiles, listing: Callable[[list[str]], str]) -> list[str]:
-    """What a user should know, a sentence each."""
+    """Notes for the user, one sentence each."""
     notes = []
     if found.left_out:
         notes.append(f"files that are left out: {listing(list(found.left_out))}")
@@ -142,7 +142,7 @@ def side_notes(found: SideFiles, listing: Callable[[list[str]], str]) -> list[st
 
 
 def _modules(settings: Mapping[str, Any]) -> Iterator[str]:
-    """The files of code that settings name; those in another repository, `owner/name--module.Class`, stay there."""
+    """Code files that settings name; those in another repository, `owner/name--module.Class`, are left there."""
     for value in code_classes(settings).values():
         for reference in value if isinstance(value, list) else [value]:
             if isinstance(reference, str) and "--" not in reference and "." in reference:
@@ -156,7 +156,7 @@ def _file_of(module: str) -> str:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a path stays in the folder and shows itself there."""
+    """Whether a path stays inside the folder and is not hidden."""
     return "\\" not in name and not any(part == "" or part.startswith(".") for part in name.split("/"))
 
 
@@ -170,7 +170,7 @@ def _texts(value: Any, depth: int = 4) -> Iterator[str]:
 
 
 def _left(sizes: Mapping[str, int], kept: Collection[str]) -> list[str]:
-    """Names of what is not kept, folders as one, hidden ones not at all; code first, then what is not weights."""
+    """Names of files that are not copied, a folder as one, without hidden ones; code first, weights last."""
     left = {name.partition("/")[0] + ("/" if "/" in name else "") for name in sizes if name not in kept}
     order = {".py": 0, "/": 1}
     return sorted(

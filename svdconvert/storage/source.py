@@ -1,8 +1,8 @@
 """Where a model comes from: a local folder, or a repository on the Hub (``storage/hub_source.py``).
 
-A source knows its config and the header of every tensor from the start; weight files are brought to the machine one
-by one through :meth:`Source.path` and given up through :meth:`Source.release`. Nothing in a source is executed, and
-no file outside its folder is read.
+A source knows its config and the header of every tensor from the start; weight files are fetched one by one with
+:meth:`Source.path` and given up with :meth:`Source.release`. Nothing in a source is executed, and no file outside its
+folder is read.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from svdconvert.words import listing
 SAFE_SINGLE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_SINGLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-# What is read of any model that is loaded, beside its side files.
+# Files that are read of any model, besides its side files.
 _READ = ("config.json", "README.md", ADAPTER_CONFIG, SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX)
 _SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
@@ -38,11 +38,11 @@ class Source(ABC):
     """A checkpoint to read from.
 
     Attributes:
-        name: what to call it, and what a model card names as base model.
-        where: what a command takes for it, as messages name it: the folder, or the repository id.
-        repo: repository id on the Hub, or None for a local folder that is not of the Hub cache.
+        name: its name, also as the base model in a model card.
+        where: its name in messages, as a command takes it: the folder, or the repository id.
+        repo: repository id on the Hub, or None for a local folder outside the Hub cache.
         commit: commit hash on the Hub, or None.
-        fetched: whether weight files come to the machine one by one, and go.
+        fetched: whether weight files are downloaded one by one and deleted after use.
         config: parsed ``config.json``.
         tensors: header of every tensor, by name.
         files: weight files in the order of their names.
@@ -50,8 +50,8 @@ class Source(ABC):
         pickled: whether the weight files are ``torch.save`` pickles.
         config_only: whether there are no weights and ``tensors`` was deduced from the config.
         download_bytes: size of the weight files that have to be downloaded, by name.
-        stored: tensor -> its name in the file, where that is another one (``storage/wrappers.py``).
-        notes: what a user should know of how it was read.
+        stored: tensor -> its name in the file, where the two differ (``storage/wrappers.py``).
+        notes: for the user, about how it was read.
     """
 
     name: str
@@ -79,21 +79,21 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What must be the same when an interrupted job goes on: the model's weights and config now, in JSON types."""
+        """What must be the same when an interrupted job continues: weights and config, in JSON types."""
 
     def side_identity(self) -> dict[str, Any]:
-        """Likewise, the other files that a result has its content from."""
+        """Likewise for the other files that go into a result."""
         return {}
 
     def refuse_changed(self) -> None:  # noqa: B027 - a commit on the Hub never changes
-        """See that the source still is what it was when its identity was first asked for; cheap.
+        """Check, cheaply, that the source is unchanged since its identity was first computed.
 
         Raises:
-            InputError: it was changed meanwhile.
+            InputError: it has changed.
         """
 
-    def release(self, file: str) -> None:  # noqa: B027 - a local folder has nothing to give up
-        """Say that a weight file is not needed any more."""
+    def release(self, file: str) -> None:  # noqa: B027 - a local folder has nothing to delete
+        """Give up a weight file that is no longer needed."""
 
     def card(self) -> str | None:
         """The source's model card (README.md), if it has one."""
@@ -108,10 +108,10 @@ class LocalSource(Source):
 
         Args:
             folder: the checkpoint folder.
-            need_weights: False lets a folder with nothing but a config pass (planning).
+            need_weights: False accepts a folder with only a config (planning).
 
         Raises:
-            InputError: anything is missing, damaged or disagrees.
+            InputError: something is missing, damaged or inconsistent.
         """
         self.folder = folder
         self.name = folder.resolve().name
@@ -194,7 +194,7 @@ class LocalSource(Source):
         self._known["times"] = times
 
     def _times(self) -> list[tuple[int, int, int]]:
-        """What changes with any of the files, but may change without them."""
+        """Inodes, sizes and times, which change with any of the files but may also change alone."""
         paths = [self.path(file) for file in [*self.files, "config.json"]]
         found = [path.stat() if path.is_file() else None for path in paths]
         return [(s.st_ino, s.st_size, s.st_mtime_ns) if s else (0, 0, 0) for s in found]
@@ -208,8 +208,7 @@ def survey(folder: Path) -> ModelFolder:
     """The files of a local model folder.
 
     Raises:
-        InputError: it is something else than a model in the form that transformers loads, or what makes it a model is
-            outside of it.
+        InputError: it is not a model in the form that transformers loads, or needed files are outside of it.
     """
     listed = ModelFolder(folder)
     listed.check(read_names(listed.sizes))
@@ -223,12 +222,12 @@ def survey(folder: Path) -> ModelFolder:
 
 
 def read_names(names: Iterable[str]) -> list[str]:
-    """Those of a model's files that are read or copied of any model."""
+    """The files that are read or copied of any model."""
     return [name for name in names if name in _READ or _SHARD.fullmatch(name) or is_side_file(name)]
 
 
 def check_type(config: Mapping[str, Any], where: str) -> None:
-    """See that a model is of a type that is known, before anything is said about its weights.
+    """Check that a model's type is known, before anything is said about its weights.
 
     Raises:
         InputError: it is not, or it is quantised.
@@ -239,19 +238,19 @@ def check_type(config: Mapping[str, Any], where: str) -> None:
 
 
 def stock_weights(names: Iterable[str]) -> set[str]:
-    """The files among those of a checkpoint that transformers would load, or their index."""
+    """The weight files of a checkpoint that transformers would load, or their index."""
     return {SAFE_SINGLE, SAFE_INDEX, PICKLE_SINGLE, PICKLE_INDEX}.intersection(names)
 
 
 def weight_files(names: Iterable[str], where: object) -> tuple[str | None, list[str], bool]:
-    """Choose the weights among the files of a checkpoint, in the order in which transformers looks for them.
+    """Choose the weight files of a checkpoint, in the order in which transformers looks for them.
 
     Returns:
         ``(index, files, pickled)``: the index file or None, the weight files known without it, and whether they are
         pickles. All empty where there are no weights.
 
     Raises:
-        InputError: there are weight files, but none under a name that is looked for.
+        InputError: there are weight files, but none under a name that transformers loads.
     """
     present = set(names)
     for single, index, pickled in ((SAFE_SINGLE, SAFE_INDEX, False), (PICKLE_SINGLE, PICKLE_INDEX, True)):
@@ -285,7 +284,7 @@ def parse_index(index: Mapping[str, Any], where: object) -> dict[str, str]:
 def merge_headers(headers: Mapping[str, list[TensorInfo]]) -> dict[str, TensorInfo]:
     """Join the headers of all files.
 
-    An index only says which files there are: transformers loads all that they hold, whatever it says of each tensor.
+    An index only lists the files: transformers loads all tensors in them, whatever the index says of each.
 
     Raises:
         InputError: a tensor is in two files.
@@ -302,10 +301,10 @@ def merge_headers(headers: Mapping[str, list[TensorInfo]]) -> dict[str, TensorIn
 
 
 def tensors_from_config(config: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:
-    """The tensors that a model of this config must have; empty for an architecture that is not known.
+    """The tensors that a model of this config must have; empty for an unknown architecture.
 
     Raises:
-        InputError: its config does not say it.
+        InputError: the config lacks a size.
     """
     row = ARCHITECTURES.get(str(config.get("model_type")))
     if row is None:

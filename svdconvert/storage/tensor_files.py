@@ -1,6 +1,6 @@
-"""Safetensors files of our own, with a digest of every tensor: what has changed since it was written is not used.
+"""Safetensors files that svdconvert writes for itself, with a digest of every tensor: changed data is never used.
 
-The digests are in the header's metadata, so that the files are readable by everything that reads safetensors.
+The digests are in the header's metadata, so any reader of safetensors can open the files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DIGESTS, _NOTE = "digests", "note"
 _HEADER = {"__metadata__": record({_DIGESTS: TEXT, _NOTE: TEXT})}
 _TOLD = {"tensors": table(TEXT), _NOTE: TEXT}
 
-# What to do about a file that is not used.
+# What to do about a file that is refused.
 _REMOVE = "remove it and run again the command that wrote it"
 
 
@@ -35,8 +35,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: str = "") -> 
 
     Args:
         path: where to.
-        tensors: by name; one is on the host at a time.
-        note: a text to go with them.
+        tensors: by name; brought to the host one at a time.
+        note: a text stored with them.
 
     Raises:
         JobError: it could not be written.
@@ -59,12 +59,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: str = "") -> 
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None, *, optional: Collection[str] = ()) -> dict[str, Any]:
-    """Read tensors of a file, and see that they are what was written.
+    """Read tensors of a file, and check that they are what was written.
 
     Args:
         path: the file.
-        names: which ones; None for all.
-        optional: further ones, which may be missing.
+        names: the tensors to read; None for all.
+        optional: further tensors, which may be missing.
 
     Raises:
         InputError: there is no such file, it lacks a tensor, or it is damaged.
@@ -88,7 +88,7 @@ def read_tensors(path: Path, names: Collection[str] | None = None, *, optional: 
 
 
 def read_note(path: Path) -> str:
-    """The text that went with the tensors. Raises as :func:`read_tensors`."""
+    """The text stored with the tensors. Raises as :func:`read_tensors`."""
     return _read_header(path)[2]
 
 
@@ -103,15 +103,15 @@ def sealed(state: Mapping[str, Any]) -> bytes:
 
 
 def unseal(found: Mapping[str, Any], path: Path, advice: str = "") -> dict[str, Any]:
-    """What :func:`sealed` was given.
+    """The document that :func:`sealed` was given.
 
     Args:
         found: the parsed JSON.
         path: its file.
-        advice: what to do where it is damaged; by default to remove it.
+        advice: what to do if it is damaged; by default, remove it.
 
     Raises:
-        InputError: it is something else, or of a version that wrote no digests.
+        InputError: it was changed, or comes from a version that wrote no digests.
     """
     if "digest" not in found:
         raise InputError(

@@ -1,8 +1,8 @@
-"""Output heads that are the embedding's other use: what a config says of them, and what the files hold.
+"""Output heads tied to the embedding: what the config says of them, and what the files hold.
 
-A config that ties the head to the embedding may come with a head in the files all the same. It is left out of the
-result where it holds the embedding's values. Where it does not, transformers 5 uses it and transformers 4 does not, so
-there is no saying what the model computes, and it is refused.
+A config that ties the head to the embedding may still come with a head in the files. If that has the embedding's values
+it is left out of the result. If not, transformers 5 uses it and transformers 4 does not, so the model is ambiguous and
+is refused.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from svdconvert.tensors import TensorInfo
 
 
 def head_copies(row: Architecture, source: Source) -> list[TensorInfo]:
-    """The head of a checkpoint, where by its config it must be a copy of the embedding, which is there as well.
+    """The head of a checkpoint that also has the embedding which, by its config, the head must be a copy of.
 
     Args:
-        row: its architecture.
-        source: dense or factored.
+        row: the architecture.
+        source: the checkpoint, dense or factored.
 
     Raises:
         InputError: it has another shape than the embedding.
@@ -35,13 +35,13 @@ def head_copies(row: Architecture, source: Source) -> list[TensorInfo]:
 
 
 def embedding_of(row: Architecture, source: Source) -> TensorInfo | None:
-    """The embedding of a checkpoint, whatever its name there; None where it is missing."""
+    """The embedding of a checkpoint, under any of its names; None where it is missing."""
     full = row.full_names(source.tensors, source.config)
     return next((source.tensors[name] for name, own in full.items() if own == row.embedding), None)
 
 
 def other_head(source: Source, head: str, embedding: str) -> InputError:
-    """The error for a head that is no copy."""
+    """The error for a head that is not a copy."""
     return InputError(
         f"{source.where} ties {head} to {embedding} by its config.json, but they differ, and versions of transformers "
         "disagree on which of them counts; set tie_word_embeddings to false to keep both, or remove the head"

@@ -1,4 +1,4 @@
-"""Tensors under the names that a wrapper gave them, because what was saved is the wrapper's state_dict."""
+"""Tensors under a wrapper's names, because the wrapper's state_dict was saved instead of the model's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from svdconvert.families.table import ARCHITECTURES, FACTORED, Architecture
 from svdconvert.layouts.table import stored_names
 from svdconvert.tensors import TensorInfo
 
-# What stands in a name, and who put it there.
+# Part of a name, and the wrapper that put it there.
 _WRAPPERS: Mapping[str, str] = {
     "module.": "DataParallel, DDP or DeepSpeed",
     "_orig_mod.": "torch.compile",
@@ -28,15 +28,15 @@ _ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 def unwrap(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
 ) -> tuple[dict[str, TensorInfo], dict[str, str], str | None]:
-    """Take the names of wrappers out of the names of tensors, where that gives what the model's class expects.
+    """Remove wrappers' parts from tensor names, where that gives the names that the model's class expects.
 
     Args:
         tensors: of a checkpoint, by name.
         config: its config.json.
 
     Returns:
-        ``(tensors, stored, note)``: by their own names; own name -> name in the file, of those that differ; and what
-        was done, None if nothing.
+        ``(tensors, stored, note)``: the tensors by their own names; own name -> name in the file, where they differ;
+        and a note about it, or None.
     """
     fits = _fits(config)
     if fits is None:
@@ -52,7 +52,7 @@ def unwrap(
 
 
 def wrapped_by(names: Mapping[str, Any]) -> dict[str, str]:
-    """Parts of names that wrappers put there, and which wrappers those are."""
+    """Parts of names that come from wrappers, and those wrappers."""
     return {
         part: who
         for part, who in _WRAPPERS.items()
@@ -61,7 +61,7 @@ def wrapped_by(names: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unwrapped(name: str, row: Architecture) -> str:
-    """A tensor's name without what wrappers put there.
+    """A tensor's name without the parts that come from wrappers.
 
     >>> from svdconvert.families.table import GPT_NEOX
     >>> unwrapped("module._orig_mod.gpt_neox.layers.0.attention.dense.base_layer.weight", GPT_NEOX)
@@ -77,7 +77,7 @@ def unwrapped(name: str, row: Architecture) -> str:
 
 
 def _fits(config: Mapping[str, Any]) -> tuple[Architecture, Callable[[set[str]], bool]] | None:
-    """The architecture, and whether names are all of one of its checkpoints; None if that cannot be told."""
+    """The architecture, and whether all names belong to a checkpoint of it; None if that cannot be known."""
     kind = config.get("model_type")
     if not isinstance(kind, str):
         return None
@@ -96,7 +96,7 @@ def _fits(config: Mapping[str, Any]) -> tuple[Architecture, Callable[[set[str]],
     try:
         expected = set(row.parameters(config))
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None  # said by whoever needs the shapes
+        return None  # reported by the code that needs the shapes
 
     def whole(names: set[str]) -> bool:
         copies = set(row.head) if row.is_tied(config) else set()
