@@ -14,7 +14,7 @@ import pytest
 from support.checkpoints import random_tensors, write_checkpoint
 
 from svdconvert import Calibration, Events, InputError, convert, evaluate, sweep
-from svdconvert.commands import sweep as sweeping
+from svdconvert.commands import sweep_bench
 from svdconvert.commands.sweep_book import Point, Setting
 from svdconvert.factoring import decompose as decomposing
 from svdconvert.settings.conversion import Conversion
@@ -86,7 +86,7 @@ def test_finished_points_are_not_redone(
     dense: Path, text: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "sweep"
-    real, calls = sweeping.run_conversion, []
+    real, calls = sweep_bench.run_conversion, []
 
     def counted(model: Path, out: Path, request: Conversion, events: Events) -> object:
         calls.append(request.size.keep)
@@ -94,7 +94,7 @@ def test_finished_points_are_not_redone(
             raise KeyboardInterrupt
         return real(model, out, request, events)
 
-    monkeypatch.setattr(sweeping, "run_conversion", counted)
+    monkeypatch.setattr(sweep_bench, "run_conversion", counted)
     arguments = {"methods": ["whiten"], "calibration": calibration, **MEASURED}
     with pytest.raises(KeyboardInterrupt):
         sweep(dense, text, out, keep=[0.3, 0.5, 0.7], **arguments)
