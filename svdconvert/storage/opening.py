@@ -16,10 +16,6 @@ ALIASES: Mapping[str, str] = {
 }
 
 
-# The program's own commands: `svdconvert verfy DIR` asks for a model of that name, and deserves a better answer.
-COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold push".split())
-
-
 def open_source(
     model: str,
     revision: str | None = None,
@@ -77,7 +73,7 @@ def _resolve(model: str, revision: str | None) -> Path | str:
         raise InputError(f"{model} is a file; give the folder that holds config.json and the weights")
     repo = ALIASES.get(model, model)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", repo):
-        close = difflib.get_close_matches(model, [*ALIASES, *COMMANDS], n=1)
+        close = difflib.get_close_matches(model, ALIASES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; short names are {', '.join(ALIASES)}"
         raise InputError(f"there is no folder {model!r} and it is not an `owner/name` on the Hub{hint}")
     return repo
