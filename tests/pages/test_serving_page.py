@@ -15,7 +15,7 @@ from svdconvert.cli.app import main
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-NEEDS = (("onnx", "onnxruntime"), ("onnx", "onnxscript"), ("torchao", "torchao"))
+NEEDS = (("onnx", "onnxruntime"), ("onnx", "onnxscript"))
 COMMANDS = re.findall(r"^    svdconvert (.*)$", PAGE, re.MULTILINE)
 
 
@@ -23,7 +23,7 @@ COMMANDS = re.findall(r"^    svdconvert (.*)$", PAGE, re.MULTILINE)
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="the page is for transformers 5")
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Blocks in order, in one namespace, as a reader would; those whose package is not there are left out."""
-    assert (len(COMMANDS), len(BLOCKS)) == (2, 5)
+    assert (len(COMMANDS), len(BLOCKS)) == (2, 4)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:

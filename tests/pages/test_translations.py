@@ -49,3 +49,17 @@ def test_the_figures_of_the_tables_are_the_same() -> None:
     for one, other in zip(english, korean, strict=True):
         # "3.9 times less" is "3.9분의 1" in Korean: there may be a number more.
         assert one <= other
+
+
+def links(page: Path) -> list[str]:
+    """Pages that it leads to, their translations counted as themselves; not the one to its own other language."""
+    found = re.findall(r"\]\(([^()\s]+)\)", page.read_text(encoding="utf-8"))
+    return sorted({link.replace(".ko.md", ".md") for link in found} - {"README.md"})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_are_the_same(page: str) -> None:
+    # An anchor is a heading of the page that is linked, or of this one in its own language.
+    one, other = ([link for link in links(ROOT / f"{page}{end}") if link[0] != "#"] for end in (".md", ".ko.md"))
+    assert one == other
+    assert len(one) > 3
