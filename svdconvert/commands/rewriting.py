@@ -14,7 +14,7 @@ from svdconvert.families.table import Architecture
 from svdconvert.jobs.job import Job, Outcome, Reports, run_job
 from svdconvert.layouts.table import layout_of, shared_layers, stored_names
 from svdconvert.machine.devices import resolve_device
-from svdconvert.models.positions import refuse_unsound
+from svdconvert.models.index_tensors import refuse_unsound
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, in_order, shard, with_copies
 from svdconvert.settings.options import short_command

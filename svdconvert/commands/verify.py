@@ -16,8 +16,8 @@ from svdconvert.jobs.model_files import modeling_source
 from svdconvert.jobs.record import RECORD, read_record
 from svdconvert.jobs.shard_writer import new_digest
 from svdconvert.layouts.table import layout_of, stored_names
+from svdconvert.models.index_tensors import unsound
 from svdconvert.models.loading import factored_classes, portable, quiet_transformers
-from svdconvert.models.positions import unsound
 from svdconvert.models.probe import PROBE, probe
 from svdconvert.storage.documents import read_bytes
 from svdconvert.storage.opening import open_source

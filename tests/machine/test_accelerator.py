@@ -22,7 +22,7 @@ from svdconvert import Calibration, calibrate, convert, densify
 @pytest.fixture
 def device(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:  # noqa: F811
     """Its name, which the tool takes."""
-    for module in ("commands.convert", "commands.densify", "commands.fold", "commands.calibrate", "commands.spectrum"):
+    for module in ("commands.convert", "commands.rewriting", "commands.calibrate", "commands.spectrum"):
         monkeypatch.setattr(f"svdconvert.{module}.resolve_device", lambda name: name)
     return str(accelerator)
 
