@@ -13,7 +13,7 @@ from svdconvert.sentences import Sentence
 
 
 class SvdconvertError(Exception):
-    """Base of all errors that are reported to the user without a traceback.
+    """Base of all errors that the command line reports without a traceback.
 
     Attributes:
         sentence: what is wrong and what to do.
@@ -36,21 +36,21 @@ class SvdconvertError(Exception):
 
 
 class InputError(SvdconvertError):
-    """What was asked for cannot be done: a wrong path, rank, file or repository (exit code 2)."""
+    """The request cannot be met: a wrong path, rank, file or repository (exit code 2)."""
 
     exit_code = 2
 
 
 class JobError(SvdconvertError):
-    """The work broke off half-way; the same command continues it once the cause is gone (exit code 1)."""
+    """The work was interrupted half-way; the same command continues it once the cause is gone (exit code 1)."""
 
     exit_code = 1
 
 
 def out_of_memory(error: BaseException) -> str:
-    """Where there was not enough memory, if that is what an error says: ``device``, ``host``, or nothing.
+    """Whether an error means that memory ran out: of the ``device``, of the ``host``, or empty for neither.
 
-    By name: torch raises types of its own, and importing it only to name them costs seconds.
+    By name, since torch raises its own types and importing it only to name them costs seconds.
     """
     if type(error).__name__ == "OutOfMemoryError":
         return "device"

@@ -1,4 +1,4 @@
-"""What a document of ours must hold: its fields by name, each of a kind. One table per document, no code.
+"""The fields that a document of svdconvert must hold, each with its kind: one table per document, no code.
 
 >>> problem({"step": "a", "tensors": [1]}, {"step": TEXT, "tensors": many(TEXT)})
 "its 'tensors' is [1], not a list of text"
@@ -21,12 +21,12 @@ from svdconvert.errors import InputError
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be.
+    """A kind of value.
 
     Attributes:
         name: for messages.
-        fits: whether a value is one.
-        needed: whether the field must be there.
+        fits: whether a value is of this kind.
+        needed: whether the field is required.
     """
 
     name: str
@@ -49,12 +49,12 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
 
 def many(kind: Kind) -> Kind:
-    """A list of a kind."""
+    """A list of values of a kind."""
     return Kind(f"a list of {kind.name}", lambda value: isinstance(value, list) and all(map(kind.fits, value)))
 
 
 def few(kind: Kind, least: int, most: int) -> Kind:
-    """A list of a kind and of so many."""
+    """A list of ``least`` to ``most`` values of a kind."""
     size = str(most) if least == most else f"{least} to {most}"
     return Kind(
         f"a list of {size} of {kind.name}", lambda value: many(kind).fits(value) and least <= len(value) <= most
@@ -69,7 +69,7 @@ def table(kind: Kind) -> Kind:
 
 
 def record(fields: Mapping[str, Kind]) -> Kind:
-    """An object with fields of its own."""
+    """An object with given fields."""
     return Kind("an object with the fields it should have", lambda value: problem(value, fields) is None)
 
 
@@ -89,9 +89,9 @@ def optional(kind: Kind) -> Kind:
 
 
 def problem(document: Any, fields: Mapping[str, Kind]) -> str | None:
-    """The first thing that is wrong with a document, to be told after its name; None if all is well.
+    """The first fault of a document, as the end of a sentence about it; None if there is none.
 
-    Fields that are not named are left alone.
+    Other fields are ignored.
     """
     if not isinstance(document, dict):
         return f"it is {short(document)}, not an object"
@@ -108,9 +108,9 @@ def require(document: Any, fields: Mapping[str, Kind], where: object, advice: st
     """Refuse a document that lacks a field or has one of another kind.
 
     Args:
-        document: what was read.
-        fields: what it must hold.
-        where: what to call it.
+        document: the document, parsed.
+        fields: the fields it must hold.
+        where: its name in the message.
         advice: what to do about it.
 
     Raises:
@@ -125,6 +125,6 @@ def short(value: Any, most: int = 60) -> str:
     """A value for a message, in JSON, cut where it is long."""
     try:
         text = json.dumps(value, ensure_ascii=False)
-    except ValueError:  # a number of thousands of digits
+    except ValueError:  # a number with thousands of digits
         text = type(value).__name__
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,4 +1,4 @@
-"""What the names of modules and tensors tell."""
+"""Reading the names of modules and tensors."""
 
 from __future__ import annotations
 

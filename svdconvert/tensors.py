@@ -1,4 +1,4 @@
-"""What a header says of a tensor: its name, type and shape, and where its bytes are. No torch."""
+"""A tensor as a header describes it: name, type, shape, and the place of its bytes. No torch."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where the bytes of a part lie among those of a stored tensor: in equal stretches, as many of each.
+    """The bytes of a stored tensor that make up a part of it: the same piece of each of several equal stretches.
 
     Attributes:
-        tensor: name of the stored one.
-        start: the first byte's place in a stretch.
-        length: bytes in a stretch.
+        tensor: name of the stored tensor.
+        start: position of the piece in a stretch, in bytes.
+        length: size of the piece, in bytes.
         stride: bytes from one stretch to the next.
     """
 
@@ -49,11 +49,11 @@ class Cut:
     stride: int
 
     def runs(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
-        """Where bytes of the part are in the stored tensor: ``(position, length)`` of each run, in order.
+        """The part's bytes in the stored tensor: ``(position, length)`` of each run, in order.
 
         Args:
-            offset: the first one's place in the part.
-            size: how many.
+            offset: position of the first byte in the part.
+            size: number of bytes.
         """
         while size:
             stretch, inside = divmod(offset, self.length)
@@ -72,7 +72,7 @@ class TensorInfo:
         shape: dimensions.
         file: name of the weight file that holds it, relative to the checkpoint folder.
         start: byte position of its data in that file, or -1 where only the file's loader knows (pickled weights).
-        cut: of a part of a stored tensor, which bytes it is; ``start`` is that of the stored one.
+        cut: for a part of a stored tensor, its bytes; ``start`` is then that of the stored tensor.
     """
 
     name: str
@@ -93,7 +93,7 @@ class TensorInfo:
         return self.size * DTYPES[self.dtype][0]
 
     def rows(self, begin: int, end: int) -> TensorInfo:
-        """Some of the rows of a stored tensor, the first dimension's, to be read as a tensor of their own.
+        """Some rows of a stored tensor (its first dimension), to be read as a separate tensor.
 
         >>> TensorInfo("head", "F16", (10, 4)).rows(2, 5).cut
         Cut(tensor='head', start=16, length=24, stride=80)

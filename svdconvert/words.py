@@ -1,4 +1,4 @@
-"""How lists, sizes and shares are written, and sizes read."""
+"""Lists, sizes and shares as text, and sizes from text."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _UNITS = {"": 1, "b": 1} | {
 def parse_size(text: str | int) -> int:
     """Bytes of a size in words: ``5GB`` is 5,000,000,000, ``5GiB`` 5 * 2**30, a plain number counts bytes.
 
-    A number that is no text is taken as it is.
+    An integer is returned unchanged.
 
     Raises:
-        InputError: not a size, or too small to be meant.
+        InputError: it is not a size, or is implausibly small.
     """
     if isinstance(text, int):
         return text
@@ -57,5 +57,5 @@ def size(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of almost everything: ``97.7%``, and ``99.982%`` where the first digits would say nothing."""
+    """A share in per cent: ``97.7%``, or ``99.982%`` where the first digits would all be nines."""
     return f"{share:.1%}" if share < 0.999 else f"{share:.3%}"

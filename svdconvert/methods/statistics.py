@@ -1,4 +1,4 @@
-"""What a method may ask for: statistics of the inputs of a layer and of the gradients of its outputs."""
+"""The statistics that methods use: of a layer's inputs and of the gradients of its outputs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Needs:
 
     @property
     def gradients(self) -> bool:
-        """Whether the loss has to be differentiated."""
+        """Whether gradients of the loss are needed."""
         return self.output_gram or self.fisher
 
 
 @dataclass(frozen=True)
 class ModuleStatistics:
-    """Statistics of one linear layer with ``in`` inputs and ``out`` outputs; None for those that were not asked for.
+    """Statistics of a linear layer with ``in`` inputs and ``out`` outputs; None for those that were not collected.
 
     Attributes:
         input_gram: E[x x^T], [in, in], float64, on the device that collected it, or, of several processes and from
@@ -34,7 +34,7 @@ class ModuleStatistics:
         fisher: [in], float64, CPU.
         tokens: tokens that the means over tokens are over: all that are not padding, the last of a sequence included,
             at which g is zero.
-        samples: sequences that the mean of ``fisher`` is over.
+        samples: number of sequences in the mean of ``fisher``.
     """
 
     input_gram: Tensor | None

@@ -1,4 +1,4 @@
-"""One row per method: what it has to know about the model, and the pair of metrics that it makes of it.
+"""One row per method: the statistics it needs, and the pair of metrics that it computes from them.
 
 Every method is the same problem, min tr(L (W - BA) R (W - BA)^T), in another pair (L, R); see ``linalg/exact.py``.
 """
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     Pair = tuple[Tensor | None, Tensor | None]
 
 
-# What is said beside every predicted loss; docs/prediction.md has the figures.
+# Stands beside every predicted loss; docs/prediction.md has the figures.
 ROUGH_GUESS = "an estimate for comparing ranks; as an absolute loss it may be off by a factor of several either way"
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to measure what a truncation costs.
+    """A way to measure the cost of a truncation.
 
     Attributes:
         name: as on the command line.
         summary: one line for the user.
-        statistics: what has to be collected about the inputs and outputs of every target; empty for none.
+        statistics: the statistics it needs of every target; empty for none.
         metrics: (statistics of a target, options) -> (L, R).
-        allocation: how a budget is spread unless the user says otherwise.
+        allocation: how a budget is spread by default.
         in_loss: whether the squared singular values estimate twice the loss added, in nats per token, so that those
             of different matrices may be compared.
         options: names of the settings that it reads, with their defaults.
@@ -65,7 +65,7 @@ def shrink(gram: Tensor, amount: float) -> Tensor:
 
 
 def unshrink(gram: Tensor, amount: float) -> Tensor:
-    """What :func:`shrink` was given, for an amount below 1."""
+    """Undo :func:`shrink`, for an amount below 1."""
     import torch
 
     return gram if amount == 0 else torch.lerp(gram.diagonal().diag(), gram, 1 / (1 - amount))
@@ -138,7 +138,7 @@ METHODS: Mapping[str, Method] = {
     )
 }
 
-# Other names for a row; what they resolve to is said.
+# Other names of rows; a note tells the user which row is used.
 METHOD_ALIASES: Mapping[str, str] = {"drone": "whiten", "svd-llm": "whiten"}
 
 
@@ -158,7 +158,7 @@ def method_options(row: Method, given: Mapping[str, float | None]) -> dict[str, 
     """A method's options, defaults filled in.
 
     Raises:
-        InputError: an option was given that the method does not read, or a value that makes no sense.
+        InputError: an option that the method does not have, or a value out of range.
     """
     chosen = dict(row.options)
     for name, value in given.items():
@@ -173,11 +173,11 @@ def method_options(row: Method, given: Mapping[str, float | None]) -> dict[str, 
 
 
 def calibrated(row: Method, settings: Mapping[str, Any]) -> str:
-    """What a method has looked at, and its options, in words: ``65,536 tokens, shrinkage 0.1``.
+    """The text that a method used, and its options, in words: ``65,536 tokens, shrinkage 0.1``.
 
     Args:
         row: the method.
-        settings: of a conversion by a text.
+        settings: those of a conversion with a text.
     """
     options = [f"{name} {settings[name]:g}" for name in row.options]
     return ", ".join([f"{settings['tokens']:,} tokens", *options])

@@ -1,4 +1,4 @@
-"""What to do with a plan or a result, in one sentence each: what is known to go wrong, and the next command."""
+"""Advice on a plan or a result, one sentence each: known pitfalls, and the next command."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ WITHOUT_A_TEXT = Sentence(
 
 
 def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sentence:
-    """What to do with a result.
+    """Advice on a result.
 
     Args:
-        method: that it was converted by.
-        settings: of its record.
-        folder: where it is.
+        method: the method it was converted with.
+        settings: those in its record.
+        folder: the result's folder.
     """
     measure = f"svdconvert evaluate {shlex.quote(str(folder))} --text FILE --against MODEL"
     if not method.statistics:

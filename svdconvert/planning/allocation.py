@@ -1,8 +1,8 @@
 """Spending one budget of parameters over all matrices, singular value by singular value.
 
-Keeping rank r of matrix i costs f_i(r) parameters and leaves the loss sum of s_ij^2 over j > r; staying dense costs
-m n and leaves none. With a price p per parameter every matrix chooses for itself the rank of least loss + p f_i(r),
-and the price is set so that the budget is met (Lagrange; Everett, 1963). What is left over by then buys single ranks,
+Keeping rank r of matrix i costs f_i(r) parameters and loses the sum of s_ij^2 over j > r; staying dense costs m n
+and loses nothing. With a price p per parameter every matrix chooses for itself the rank of least loss + p f_i(r),
+and the price is set so that the budget is met (Lagrange; Everett, 1963). The rest of the budget then buys single ranks,
 the best gain per parameter first, until nothing fits.
 
 This holds for any cost that grows with the rank: r (m + n) for two factors, and r (m + n - r) for pivoted ones.
@@ -22,7 +22,7 @@ from svdconvert.planning.ranks import Target
 
 @dataclass(frozen=True)
 class _Choices:
-    """What one matrix may do: option i costs cost[i] and leaves loss[i]; the last one, rank None, is to stay dense."""
+    """The choices of a matrix: option i costs cost[i] and loses loss[i]; the last one, rank None, is staying dense."""
 
     ranks: Sequence[int | None]
     cost: NDArray[np.float64]
@@ -86,14 +86,14 @@ def _choices(
     # The floor's own rank rounded down, so that a coarse multiple does not raise it.
     lowest = max(uniform - uniform % multiple, multiple)
     saving = [r for r in range(lowest, min(m, n) + 1, multiple) if cost(r, target.shape) < target.dense_params]
-    tails = np.concatenate([np.cumsum(spectrum[::-1])[::-1], [0.0]])  # tails[r]: what rank r leaves
+    tails = np.concatenate([np.cumsum(spectrum[::-1])[::-1], [0.0]])  # tails[r]: the loss at rank r
     costs = [cost(r, target.shape) for r in saving] + [target.dense_params]
     losses = [tails[r] for r in saving] + [0.0]
     return _Choices([*saving, None], np.array(costs, dtype=np.float64), np.array(losses))
 
 
 def _priced(choices: Sequence[_Choices], budget: int) -> list[int]:
-    """Every matrix's best option at the lowest price at which all of them fit."""
+    """Each matrix's best option at the lowest price at which all options fit the budget."""
 
     def at(price: float) -> list[int]:
         return [choice.best(price) for choice in choices]
@@ -118,7 +118,7 @@ def _priced(choices: Sequence[_Choices], budget: int) -> list[int]:
 
 
 def _spend_rest(choices: Sequence[_Choices], picked: list[int], budget: int) -> None:
-    """Buy single ranks with what is left, the best gain per parameter first."""
+    """Buy single ranks with the rest of the budget, the best gain per parameter first."""
     rest = budget - int(sum(choice.cost[option] for choice, option in zip(choices, picked, strict=True)))
     while True:
         best, gain = -1, 0.0

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's headers are those of the model that its config describes."""
+"""Checks of a checkpoint's headers against its config."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
     """Compare the headers with what a model of this config must have.
 
     Raises:
-        InputError: the checkpoint is quantised, or a tensor is missing, has another shape, or is none the architecture
-            knows.
+        InputError: the checkpoint is quantised, or a tensor is missing, misshapen or unknown to the architecture.
     """
     check_layers(tensors, source)
     expected = dense_shapes(row, source.config, source.where)
@@ -53,10 +52,10 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
 
 
 def check_layers(tensors: Mapping[str, TensorInfo], source: Source) -> None:
-    """Compare the number of blocks, before anything is made for each of as many as config.json says.
+    """Compare the number of blocks, before anything is allocated for as many as config.json claims.
 
     Raises:
-        InputError: there are others.
+        InputError: the numbers differ.
     """
     said = source.config.get("n_layer") or source.config.get("num_hidden_layers")
     there = 1 + max((layer_number(name) for name in tensors), default=-1)

@@ -1,4 +1,4 @@
-"""What a running job tells. The base class is silent; ``cli/report.py`` shows it on a terminal."""
+"""Progress of a running job. The base class is silent; ``cli/report.py`` shows it on a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Events:
         """A matrix is being worked on."""
 
     def decomposed(self, step: Step) -> None:
-        """The singular values and directions of a matrix are there; ranks come later."""
+        """The singular values and vectors of a matrix are computed; ranks are chosen later."""
 
     def solved(self, step: Step, report: Mapping[str, Any]) -> None:
         """A matrix is done and written."""
@@ -33,7 +33,7 @@ class Events:
         """A weight file is complete; size in bytes."""
 
     def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
-        """So much of a long phase is done.
+        """Progress within a long phase.
 
         ``embedding``, ``forward``, ``head`` and ``backward`` of a calibration in batches, ``refit`` and ``measuring``
         in blocks, ``tokens`` of a perplexity; a total of 0 is not known. ``detail`` says where in it the work is.

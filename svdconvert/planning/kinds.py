@@ -17,9 +17,9 @@ class TargetKind:
         name: suffix of the module paths.
         shape: ``(out, in)`` of each.
         count: number of matrices.
-        ranks: lowest and highest rank among those that are factored, or None where none is.
-        dense: how many stay dense.
-        break_even: the rank from which on nothing is saved; where layers share, in the largest group.
+        ranks: lowest and highest rank of the factored ones, or None if there are none.
+        dense: number of matrices that stay dense.
+        break_even: lowest rank that saves nothing; where layers share, that of the largest group.
         dense_params, params: parameters of all of them, before and after.
         shared: layers that share one input-side factor.
     """

@@ -1,4 +1,4 @@
-"""From a request to its plan, by config and headers alone.
+"""From a request to its plan, using config and headers alone.
 
 Nothing here reads tensor data or imports torch, so a plan takes seconds whatever the model's size.
 """
@@ -31,9 +31,9 @@ class _Parameters:
 
     Attributes:
         row: their architecture.
-        kept: those that the result has, too.
+        kept: tensors that the result has as well.
         dropped: names of legacy buffers.
-        copies: of the embedding, which is stored once.
+        copies: copies of the embedding, which is stored once.
     """
 
     row: Architecture

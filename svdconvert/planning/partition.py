@@ -1,4 +1,4 @@
-"""Which process does what: planned work, split by what it costs."""
+"""Dividing planned work among processes by its cost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PER_BYTE = 100
 
 
 def matrix_cost(shape: tuple[int, int], solver: str = DEFAULT_SOLVER.name) -> float:
-    """What decomposing a matrix costs: its Gram matrix and the eigenproblem of the smaller side k."""
+    """Cost of decomposing a matrix: its Gram matrix and the eigenproblem of the smaller side k."""
     m, n = shape
     k = min(m, n)
     return float(k) * (m * n + SOLVERS[solver].eigenproblem * k * k)
 
 
 def step_cost(step: Step) -> float:
-    """What a step costs, in the units of :func:`matrix_cost`."""
+    """Cost of a step, in the units of :func:`matrix_cost`."""
     if step.kind == "factorize":
         rows, columns = step.inputs[0].shape
         return matrix_cost((rows, columns), step.options.get("solver", DEFAULT_SOLVER.name))
@@ -37,9 +37,9 @@ def split(things: Sequence[_T], parts: int, cost: Callable[[_T], float]) -> list
     each, the order is kept.
 
     Args:
-        things: what is to be done.
-        parts: how many.
-        cost: of one of them.
+        things: pieces of work.
+        parts: number of parts.
+        cost: cost of a piece.
     """
     loads = [0.0] * parts
     chosen: list[list[int]] = [[] for _ in range(parts)]
@@ -55,9 +55,9 @@ def split_steps(steps: Sequence[Step], parts: int, *, whole_files: bool = False)
     """Split a job's steps.
 
     Args:
-        steps: what is left of it.
-        parts: how many.
-        whole_files: keep together what reads the same source file, so that no file is fetched twice.
+        steps: the steps that are left.
+        parts: number of parts.
+        whole_files: keep steps together that read the same source file, so that no file is fetched twice.
     """
     if parts == 1:
         return [list(steps)]

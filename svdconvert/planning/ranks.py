@@ -1,4 +1,4 @@
-"""From what the user asked for to one rank per matrix.
+"""From the requested size to one rank per matrix.
 
 A factored m x n matrix of rank r stores r (m + n) numbers, or r (m + n - r) in the pivoted layout; it is smaller only
 while that is below m n. A target whose rank would not make it smaller stays dense.
@@ -36,17 +36,17 @@ class TargetLayer:
 
     @property
     def layer(self) -> str:
-        """Path of the source's layer that it is, or is a part of."""
+        """Path of the layer in the source that this is, or is a part of."""
         return self.fused or self.module
 
     def is_named(self, pattern: str) -> bool:
-        """Whether a pattern names it, or the fused projection that it is a part of."""
+        """Whether a pattern names this layer, or the fused projection that it is a part of."""
         return matches(self.module, pattern) or matches(self.layer, pattern)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One weight matrix that may be factored, or those of several layers that are to share their input-side factor.
+    """A weight matrix that may be factored, or those of several layers that share their input-side factor.
 
     The matrices of a group count as one, stacked: at rank r they hold r n numbers once, and r m for each of them.
 
@@ -75,7 +75,7 @@ class Target:
 
     @property
     def parts(self) -> tuple[TargetLayer, ...]:
-        """Its layers, the first one included."""
+        """All its layers, the first one included."""
         rows = self.shape[0] - sum(part.rows for part in self.followers)
         return (TargetLayer(self.module, self.weight, rows, self.fused), *self.followers)
 
@@ -91,11 +91,11 @@ class Target:
 
     @property
     def break_even(self) -> float:
-        """The rank from which on nothing is saved."""
+        """The lowest rank that saves nothing, as a real number."""
         return self.layout.break_even(self.shape)
 
     def least_share(self, rank: int = 1) -> float:
-        """Fraction of the dense parameters that a rank costs, by default the least."""
+        """Fraction of the dense parameters that a rank costs, by default the lowest rank."""
         return self.layout.cost(rank, self.shape) / self.dense_params
 
 
@@ -117,7 +117,7 @@ def assign(targets: Sequence[Target], size: Size, untouched_params: int) -> list
 
     Args:
         targets: all targets, without ranks.
-        size: what the user asked for.
+        size: the requested size.
         untouched_params: parameters of the model outside the target weights.
 
     Returns:
@@ -183,7 +183,7 @@ def _names(pattern: str, target: Target) -> bool:
     """Whether a pattern names a target.
 
     Raises:
-        InputError: it names some layers of a group and leaves out others.
+        InputError: it names only some layers of a group.
     """
     named = [part.module for part in target.parts if part.is_named(pattern)]
     if named and len(named) < len(target.parts):
@@ -199,7 +199,7 @@ def _uniform(targets: Sequence[Target], keep: float, multiple: int) -> list[Targ
     """The same fraction of every matrix, rounded down to a whole rank, or to a multiple."""
     result = []
     for target in targets:
-        # The allowance is for fractions that came from a number of parameters and are a rounding below it.
+        # The allowance is for fractions that come from a number of parameters and are rounded down.
         highest = target.layout.highest_rank(target.shape, keep * target.dense_params + 1e-6)
         if highest < multiple:
             left = f"a rank of {highest} at most, below the multiple {multiple}" if highest else "no rank at all"

@@ -1,4 +1,4 @@
-"""A job as data: what is read, what becomes of it, and which file it lands in. No torch, no tensor data."""
+"""A job as data: the tensors it reads, the operations, and the files it writes. No torch, no tensor data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from svdconvert.tensors import TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One unit of work, finished or not finished as a whole.
+    """A unit of work that is done as a whole or not at all.
 
     Attributes:
         kind: a row of :data:`svdconvert.factoring.operations.OPERATIONS`, or ``copy``.
@@ -42,9 +42,9 @@ def in_order(steps: Iterable[Step]) -> list[Step]:
 
 
 def files_here(steps: Sequence[Step]) -> int:
-    """How many files of a Hub source may be here at a time, for steps that are done in this order.
+    """Number of files of a Hub source that are needed at a time, for steps in this order.
 
-    The one in work and the one being fetched; more where steps read from several files, none of which can go before.
+    The file in use and the one being fetched; more where steps read several files, which all have to stay until then.
     """
     last = {file: number for number, step in enumerate(steps) for file in step.files}
     needed: set[str] = set()
