@@ -32,7 +32,8 @@ def load_for_generation(folder: Path, device: str, dtype: str, adapter: Path | N
     import torch
 
     from svdconvert.machine.devices import resolve_device
-    from svdconvert.models.loading import load_model, load_tokenizer
+    from svdconvert.models.loading import load_model
+    from svdconvert.models.tokenizer import load_tokenizer
 
     model: Any = load_model(folder, resolve_device(device), getattr(torch, dtype))
     if adapter is not None:

@@ -275,7 +275,7 @@ def load_trained(
     Raises:
         InputError: the run is not finished, or its result cannot be loaded.
     """
-    from svdconvert.models.loading import load_tokenizer
+    from svdconvert.models.tokenizer import load_tokenizer
 
     folder = Path(settings.output)
     try:

@@ -58,7 +58,7 @@ def prepare(
     known = None if documents is None else load_documents(documents)
     counter = None
     if tokenizer is not None:
-        from svdconvert.models.loading import load_tokenizer
+        from svdconvert.models.tokenizer import load_tokenizer
 
         counter = load_tokenizer(tokenizer)
     passage = passage or ("document" if source.suffix == ".jsonl" else "section")

@@ -121,7 +121,7 @@ def _run(settings: Settings, folder: Path, say: Say) -> dict[str, Any]:
     from examples.dialogue.encoding import calibration_text, load_data
     from examples.dialogue.memory import PeakMemory, count_memory
     from examples.dialogue.schedule import schedule
-    from svdconvert.models.loading import load_tokenizer
+    from svdconvert.models.tokenizer import load_tokenizer
 
     clock = time.perf_counter()
     state = _processes(settings)

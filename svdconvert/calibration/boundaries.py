@@ -1,6 +1,6 @@
-"""What is at the boundaries of a model's blocks while statistics are collected, in files: inputs and gradients.
+"""Inputs of a model's blocks, and gradients with respect to them, in files while statistics are collected.
 
-Boundary i is the input of block i; the last one is the head's. A run that was broken off goes on from what is there.
+Boundary i is the input of block i; the last one is the input of the head. An interrupted run continues from them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from svdconvert.models.activations import ActivationStore, Loss, check_room
 
 
 class Boundaries:
-    """Hidden states and gradients, [sequences, length, hidden] each, and the loss that is between them.
+    """Hidden states and gradients, [sequences, length, hidden] each, and the loss.
 
-    Each of several processes has files of its own, for its part of the sequences. A file is there if it is in all of
-    them, since their steps must be the same.
+    Each of several processes has files of its own, for its part of the sequences. A file counts as there if all of them
+    have it, since they must take the same steps.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class Boundaries:
         copies: int,
         group: Group,
     ) -> None:
-        """Open the files, or begin them.
+        """Open the files, or start new ones.
 
         Args:
             folder: where they are.
-            key: what they depend on, in JSON types; files of another key are given up.
+            key: what they depend on, in JSON types; files of another key are removed.
             shape: (sequences, length, hidden) of one file of this process.
             dtype: of the files.
-            device: where they are read to.
-            copies: files that are there at the same time at most.
+            device: that they are read to.
+            copies: the most files that exist at a time.
             group: the processes.
 
         Raises:
@@ -56,11 +56,11 @@ class Boundaries:
 
     @property
     def loss(self) -> Loss | None:
-        """What an earlier run found, if all processes know it."""
+        """The loss that an earlier run measured, if all processes have it."""
         return self._store.loss if self._group.all(self._store.loss is not None) else None
 
     def keep_loss(self, loss: Loss) -> None:
-        """Write the loss down."""
+        """Record the loss."""
         self._store.loss = loss
 
     def has_hidden(self, index: int) -> bool:
@@ -80,21 +80,21 @@ class Boundaries:
         return self._store.read(f"gradient-{index}", batch).to(self._device)
 
     def writing_hidden(self, index: int) -> AbstractContextManager[Callable[[Tensor], None]]:
-        """Write a block's input, batch after batch; the file gets its name at the end."""
+        """Write a block's input, batch by batch; the file gets its name at the end."""
         return self._store.writing(f"hidden-{index}")
 
     def writing_gradient(self, index: int, *, dry: bool) -> AbstractContextManager[Callable[[Tensor], None]]:
-        """Write the gradient with respect to it likewise; ``dry`` writes nothing."""
+        """Likewise the gradient with respect to it; ``dry`` writes nothing."""
         return self._store.writing(f"gradient-{index}", dry=dry)
 
     def drop_hidden(self, index: int) -> None:
-        """Give a block's input up."""
+        """Remove a block's input."""
         self._store.remove(f"hidden-{index}")
 
     def drop_gradient(self, index: int) -> None:
-        """Give the gradient with respect to it up."""
+        """Remove the gradient with respect to it."""
         self._store.remove(f"gradient-{index}")
 
     def clear(self) -> None:
-        """Give all files up; the loss stays."""
+        """Remove all files; the loss stays."""
         self._store.clear()

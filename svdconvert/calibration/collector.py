@@ -49,11 +49,11 @@ class Collector:
         """Prepare.
 
         Args:
-            block: what will be run.
-            modules: name -> path within the block, and which of the outputs count; None for all of them.
+            block: that will be run.
+            modules: name -> path within the block, and which of its outputs count; None for all.
             needs: what to collect; gradients need a backward pass for every forward one.
             device: where the block is.
-            group: processes that collect the same from other sequences.
+            group: processes that collect from other sequences.
         """
         self._block, self._modules, self._needs = block, modules, needs
         self._group = group or Group()
@@ -76,7 +76,7 @@ class Collector:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._seen = {}
@@ -101,7 +101,7 @@ class Collector:
         group = self._group
         counts = group.add(torch.tensor([self._tokens, self._samples]))
         tokens, samples = map(int, counts)
-        # In one order, which every process has: that in which the block calls its layers.
+        # In the order in which the block calls its layers, which is the same in every process.
         grams = {name: gram.mean(tokens, group) for name, gram in self._input_grams.items()}
         absolutes = {name: group.add(total.cpu()) / tokens for name, total in self._abs.items()}
         found = {}
@@ -127,10 +127,10 @@ class Collector:
 
     def _hook(self, name: str, section: Section | None) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            # OPT hands the tokens of all sequences to its MLP in one row.
+            # OPT flattens batch and length before its MLP.
             x = args[0].detach().reshape(*self._mask.shape, -1)
-            # Layers that read one tensor share its statistics. The tensor is kept until the batch is over, so that
-            # no other can take its address; its version tells whether it was changed in between.
+            # Layers that read the same tensor share its statistics. It is kept until the end of the batch, so that no
+            # other tensor gets its address; its version shows whether it was changed in place.
             key = (x.data_ptr(), x.shape, x.stride(), x._version)
             leader, _ = self._seen.setdefault(key, (name, x))
             known = self._leaders.setdefault(name, leader)
@@ -182,10 +182,10 @@ class Collector:
 
 
 def part_statistics(whole: ModuleStatistics, section: Section) -> ModuleStatistics:
-    """What is known of a part of a fused projection from the statistics of the whole.
+    """Statistics of a part of a fused projection, from those of the whole.
 
     Args:
-        whole: of all outputs, without a Fisher vector, which is a sum over them.
+        whole: of all outputs; without a Fisher vector, which is a sum over outputs.
         section: the part's outputs.
     """
     assert whole.fisher is None

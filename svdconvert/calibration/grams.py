@@ -7,26 +7,26 @@ from torch import Tensor
 
 from svdconvert.machine.processes import Group
 
-# Upper triangles of Grams are added up in panels of so many columns, from so many rows at a time.
+# The upper triangle is summed in panels of this many columns, from this many rows at a time.
 PANEL, ROWS = 256, 1024
 
 
 class GramSum:
     """Sum of x x^T over rows, products and sum in float64.
 
-    Products in float32 are not enough, even when they are summed in float64. Where a few tokens have several massive
-    channels (1e3 to 1e4 times the others, as the first token of a sequence has in many models), their rounding
-    drowns the small eigenvalues that a whitening lives on: at 1e4 the smallest come out wrong or negative, and a
-    truncation in that metric may lose several times what it has to. As only the upper triangle is computed, float64
-    takes no longer on a CPU than a plain product in float32.
+    Products in float32 are not exact enough, even if they are summed in float64. If a few tokens have several massive
+    channels (1e3 to 1e4 times the others, as the first token of a sequence in many models), rounding drowns the small
+    eigenvalues that whitening depends on: at 1e4 the smallest come out wrong or negative, and a truncation in that
+    metric may lose several times more than it must. As only the upper triangle is computed, float64 takes no longer on
+    a CPU than a plain product in float32.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        """Begin with zero.
+        """Start at zero.
 
         Args:
             size: length of x.
-            device: where rows come from, and where the sum is kept.
+            device: of the rows and of the sum.
         """
         self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
 
@@ -41,7 +41,7 @@ class GramSum:
     def mean(self, count: int, group: Group | None = None) -> Tensor:
         """The symmetric mean over ``count`` rows; ends the sum.
 
-        It stays on its device, where it is used next, but for that of several processes, which is on the CPU.
+        It stays on its device, where it is used next; the mean of several processes is on the CPU.
         """
         mean = self._sum if group is None or group.size == 1 else group.add(self._sum.cpu())
         del self._sum

@@ -60,7 +60,7 @@ def read_tokens(source: Source, text: Text) -> CalibrationTokens:
         InputError: the model has no tokenizer, or the text cannot be read or is too short.
     """
     from svdconvert.calibration.text import EmptyRows, load_texts, sample_tokens
-    from svdconvert.models.loading import load_tokenizer
+    from svdconvert.models.tokenizer import load_tokenizer
 
     folder = tokenizer_folder(source)
     if folder is None:
@@ -144,7 +144,7 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
     """
     from svdconvert.calibration.folder import StatisticsFolder, model_key
     from svdconvert.calibration.text import tokenizer_digest
-    from svdconvert.models.loading import has_tokenizer, load_tokenizer
+    from svdconvert.models.tokenizer import has_tokenizer, load_tokenizer
 
     expected = {"model": model_key(source), "version": __version__}
     side = tokenizer_folder(source)

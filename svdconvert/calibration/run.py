@@ -1,16 +1,16 @@
 """Statistics of a model's linear layers on calibration text, block by block.
 
-Where gradients are needed, each block's input is kept on disk during one pass forward; then the head gives the
-gradient at the last block's output, and the blocks are run once more, backward, each with the gradient that the one
-above it left. Otherwise one pass forward is enough.
+If gradients are needed, a forward pass keeps each block's input on disk; the head then gives the gradient at the last
+block's output, and the blocks are run again from last to first, each with the gradient of the one above it. Otherwise
+one forward pass is enough.
 
 Memory, with B sequences of T tokens in a batch, N in all, and hidden size h. On the device: the weights of one block,
-or of the embeddings, or of the head, in the type that is computed in; what is collected of one block
-(``collector.py``); and the logits of :mod:`svdconvert.models.loss`, a few times over. On the host: a batch of
-activations, and of several processes with devices of their own the block's Grams once more. On disk: N T h numbers for
-each block where gradients are needed, for two blocks where they are not.
+or of the embeddings, or of the head, in the computing type; the statistics of one block (``collector.py``); and the
+logits of :mod:`svdconvert.models.loss`, a few times over. On the host: a batch of activations and, with several
+processes on devices of their own, the block's Grams once more. On disk: N T h numbers for each block if gradients are
+needed, for two blocks if not.
 
-Of several processes, each has a part of the sequences; what is between blocks is its own.
+Several processes take a part of the sequences each, and each has files of its own.
 """
 
 from __future__ import annotations
@@ -47,16 +47,15 @@ _Blocks = Generator[tuple[int, dict[str, ModuleStatistics]], None, None]
 class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     """An iterator over ``(block, {module: ModuleStatistics})``.
 
-    From the first block to the last, or, where gradients are needed, from the last to the first. A block's files are
-    given up when the next one is asked for; its statistics should be let go of by then, being most of what is in
-    memory.
+    From the first block to the last or, if gradients are needed, from the last to the first. A block's files are
+    removed when the next one is asked for. Release its statistics by then: they are most of the memory.
 
-    What is between blocks lies in a folder, so a run that was broken off goes on from its last finished block with the
-    same bits; files of another model, text or setting there are given up. They are removed when the run is through.
+    Activations between blocks are files in a folder, so an interrupted run continues from its last finished block with
+    the same bits; files of another model, text or setting are removed. At the end all are removed.
 
     Attributes:
-        loss: the model's loss; known with the first block where gradients are needed, otherwise at the end. None where
-            there was nothing left to do.
+        loss: the model's loss; known with the first block if gradients are needed, otherwise at the end. None if there
+            was nothing left to do.
     """
 
     def __init__(
@@ -75,28 +74,28 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         skip_blocks: Collection[int] = (),
         events: Events | None = None,
     ) -> None:
-        """Check everything that can be checked without weights.
+        """Make all checks that need no weights.
 
         Args:
-            source: the dense model. Its files are read twice where gradients are needed, and not released.
-            tokens: what to calibrate with.
-            needs: what to collect.
+            source: the dense model. Its files are read twice if gradients are needed, and not released.
+            tokens: to calibrate with.
+            needs: statistics to collect.
             modules: linear layers, as ``layers.3.attention.dense``, or parts of fused ones (``families/fused.py``),
                 whose outputs are then their own.
             work: folder for activations and gradients.
-            device: where blocks are run.
+            device: that blocks run on.
             batch_size: sequences at a time; changes results by rounding only.
-            dtype: what blocks compute in; gradients of single tokens are below float16's range.
-            labels: ``empirical`` takes the text's own next tokens; ``sampled`` draws them from the model's distribution
-                (the true Fisher instead of the empirical one), each position by itself.
+            dtype: that blocks compute in; gradients of single tokens underflow in float16.
+            labels: ``empirical`` takes the text's next tokens; ``sampled`` draws them from the model's distribution at
+                each position (the true Fisher instead of the empirical one).
             seed: of the drawing.
             skip_blocks: blocks whose statistics are not needed any more.
-            events: told the loss and the progress.
+            events: receives the loss and the progress.
 
         Raises:
             InputError: a module does not exist, the tokens are not the model's, or the disk is too small. While it
                 runs: something is NaN or infinite.
-            JobError: reading or writing failed; the same run goes on.
+            JobError: reading or writing failed; the same run continues later.
         """
         if labels not in LABELS:
             raise InputError(f"{asked('calibration.labels', labels)} is unknown; choose {' or '.join(LABELS)}")
@@ -137,7 +136,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         self._generator.close()
 
     def _key(self, tokens: str, batch_size: int) -> dict[str, Any]:
-        """What the files between blocks depend on."""
+        """All that the files between blocks depend on."""
         return {
             "model": self._source.identity(),
             "config": dict(self._source.config),
@@ -183,7 +182,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         if not present:
             self._embed()
         for index in range(start, count):
-            # A local name would keep a block's Grams alive while those of the next are collected.
+            # no local name, which would keep a block's Grams alive while those of the next are collected
             if index in self._todo:
                 yield index, self._run_block(index, collect=True)
             else:
@@ -214,7 +213,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         self._files.clear()
 
     def _keep_hidden(self, needed: Sequence[int]) -> None:
-        """Have the inputs of these blocks on disk, computing those that are missing."""
+        """Compute the inputs of these blocks that are not on disk yet."""
         for index in needed:
             if self._files.has_hidden(index):
                 continue
@@ -236,7 +235,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._events.progress("embedding", number, len(self._batches))
 
     def _run_block(self, index: int, *, collect: bool) -> dict[str, ModuleStatistics]:
-        """hidden-i -> hidden-(i+1), and the block's statistics if they are to be collected."""
+        """Input of a block -> input of the next one; with ``collect``, the block's statistics."""
         blocks, masks = self._blocks, self._tokens.mask
         with (
             blocks.block(index) as block,
@@ -253,7 +252,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         return collector.result()
 
     def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics]:
-        """hidden-i, gradient-(i+1) -> gradient-i, and the block's statistics if they are to be collected."""
+        """Gradient at a block's output -> gradient at its input; with ``collect``, the block's statistics."""
         blocks, masks = self._blocks, self._tokens.mask
         with (
             blocks.block(index) as block,
@@ -273,7 +272,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         return collector.result()
 
     def _run_head(self, *, gradient: bool) -> None:
-        """hidden-L -> the loss, and gradient-L."""
+        """Output of the last block -> the loss; with ``gradient``, the gradient at that output."""
         total, count = 0.0, 0
         with (
             self._blocks.head() as head,
@@ -308,7 +307,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         )
 
     def _draws(self, batch: slice) -> Tensor:
-        """A uniform number for each position, the same whatever the batches and processes are."""
+        """A uniform number for each position, whatever the batches and processes are."""
         generator = torch.Generator().manual_seed(self._seed)
         return torch.rand(self._draw_shape, generator=generator, dtype=torch.float64)[self._part][batch]
 
@@ -323,7 +322,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             yield collector
 
     def _check(self, tensor: Tensor, what: str, batch: slice, kind: str = "activations") -> None:
-        """Raise where something that counts is NaN or infinite, by name."""
+        """InputError if a tensor has NaN or infinite entries."""
         if bool(torch.isfinite(tensor).all()):
             return
         type_hint = "" if self._blocks.dtype in (torch.float32, torch.float64) else " in float32"

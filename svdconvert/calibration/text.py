@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import InputError
-from svdconvert.models.loading import opening_token
+from svdconvert.models.tokenizer import opening_token
 from svdconvert.sentences import asked
 from svdconvert.storage.documents import TEXT_ADVICE, open_regular, parse_json
 from svdconvert.words import listing

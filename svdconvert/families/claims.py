@@ -1,7 +1,7 @@
 """What fields of config.json may hold in any family of the table; a family's own are in its row. No torch.
 
-Whatever else a config can get wrong shows when the stock class is built from it (``models/preflight.py``); these have
-to be right before anything is computed from them, and before anything is built that would be as large as they say.
+Other mistakes show when the stock class is built from the config (``models/preflight.py``). These are checked before
+anything is computed from them, or built as large as they say.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FIELDS: Mapping[str, Kind] = {
 
 
 def check_claims(config: Config, row: Architecture, where: str) -> None:
-    """Look at the types and the ranges of what shapes and kinds follow from.
+    """Check types and ranges of the fields that shapes follow from.
 
     Args:
         config: config.json.
@@ -59,7 +59,7 @@ def check_claims(config: Config, row: Architecture, where: str) -> None:
         where: the checkpoint, for messages.
 
     Raises:
-        InputError: one is what no model of the table can have; it is named.
+        InputError: a field, which is named, has a value that no model of the family can have.
     """
     if wrong := problem(config, {**FIELDS, **row.fields}):
         raise InputError(f"config.json of {where} cannot be used: {wrong}; correct it")

@@ -1,6 +1,6 @@
 """What LLaMA and its descendants share: rotary positions, RMS norms, a gated MLP, mostly grouped-query attention.
 
-Their rows are :func:`decoder` with what is their own, each in a file of its own.
+Each has a file of its own, with a row made by :func:`decoder`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,12 @@ def decoder_shapes(
 
 
 def decoder(model_type: str, stock: str, shapes: Callable[[Config], Shapes], **particular: Any) -> Architecture:
-    """The row of a family that is LLaMA but for its shapes and what is said of it; arguments as of the row's fields."""
+    """The row of a relative of LLaMA.
+
+    Args:
+        model_type, stock, shapes: fields of the row.
+        particular: its other fields, where they differ from LLaMA's.
+    """
     usual: dict[str, Any] = {
         "targets": TARGETS,
         "config_overrides": rotary.both_spellings,

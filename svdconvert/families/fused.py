@@ -1,8 +1,8 @@
 """Fused projections in parts: queries, keys and values that are stored in one matrix, as a matrix each. No torch.
 
-The parts are to all that follows what separate linear layers would be: targets with a rank, a metric and a place in the
-budget of their own. Their tensors are names for some bytes of the stored one, so nothing is copied or rewritten before
-it is read. docs/fused.md tells where that helps.
+Everything else treats the parts as separate linear layers: targets with a rank, a metric and a share of the budget of
+their own. Their tensors name byte ranges of the stored one, so nothing is copied or rewritten before it is read.
+docs/fused.md says where splitting helps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from svdconvert.tensors import DTYPES, Cut, TensorInfo
 
 
 def fused_layer(row: Architecture, module: str) -> str | None:
-    """Path of the fused projection that a module is a part of; None for one that stands for itself.
+    """Path of the fused projection that a module is a part of; None if it is not a part of one.
 
     >>> from svdconvert.families.table import GPT_NEOX
     >>> fused_layer(GPT_NEOX, "layers.0.attention.query_key_value.key")
@@ -28,12 +28,12 @@ def fused_layer(row: Architecture, module: str) -> str | None:
 
 
 def split_layers(row: Architecture, modules: Iterable[str]) -> set[str]:
-    """The fused projections of which there are parts among some modules."""
+    """The fused projections that some modules are parts of."""
     return {layer for module in modules if (layer := fused_layer(row, module)) is not None}
 
 
 def section_of(row: Architecture, config: Config, module: str) -> Section | None:
-    """Where the outputs of a part are in its projection's; None for a module that stands for itself."""
+    """Where the outputs of a part are among its projection's; None for a module that is not a part."""
     layer = fused_layer(row, module)
     return None if layer is None else row.fused[suffix(layer)].sections(config)[module.rpartition(".")[2]]
 
@@ -41,7 +41,7 @@ def section_of(row: Architecture, config: Config, module: str) -> Section | None
 def split_tensors(
     tensors: Mapping[str, TensorInfo], row: Architecture, config: Config, chosen: Callable[[str], bool]
 ) -> dict[str, TensorInfo]:
-    """A dense model's tensors with the weights and biases of the parts in the place of those of fused projections.
+    """A dense model's tensors, with those of fused projections replaced by those of their parts.
 
     Args:
         tensors: of the checkpoint, by name.
@@ -66,7 +66,7 @@ def _cut(info: TensorInfo, name: str, section: Section, *, transposed: bool) -> 
     """A section of a stored weight, [out, in] or transposed, or of a bias."""
     axis = len(info.shape) - 1 if transposed else 0
     shape = (*info.shape[:axis], section.outputs, *info.shape[axis + 1 :])
-    # what lies between one output and the next
+    # bytes from one output to the next
     unit = DTYPES[info.dtype][0] * (1 if axis else info.size // info.shape[0])
     stretch = info.shape[axis] // section.stretches
     cut = Cut(info.name, section.start * unit, section.count * unit, stretch * unit)

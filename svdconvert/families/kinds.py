@@ -1,4 +1,4 @@
-"""What a model is that no row of the table is for, as far as its config.json tells."""
+"""The kind of a model that no row of the table covers, as far as its config.json shows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from svdconvert.families.row import Config
 
-# What config.json has in models of other kinds.
+# Fields of config.json in models of other kinds.
 _EXPERTS = (
     "num_experts num_local_experts n_routed_experts num_experts_per_tok moe_intermediate_size moe_num_experts moe_topk"
 ).split()
@@ -17,9 +17,9 @@ _RECURRENT = (
     "mamba_d_state mamba_d_ssm state_size ssm_state_size conv_L_cache lru_width linear_conv_kernel_dim "
     "attention_hidden_size ssm_cfg hybrid_override_pattern"
 ).split()
-# Types whose configs have no field that tells.
+# Types whose configs have no such field.
 _RECURRENT_TYPES = ("rwkv", "xlstm", "retnet", "hyena", "mamba")
-# Lists of what each layer is, and what has no state that goes from token to token in them.
+# Lists of the layers' types, and the types that carry no state from token to token.
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types")
 _STATELESS = re.compile(r"(?!linear_).*attention|global|local|mlp|moe|dense|sparse")
 _ENCODERS = (
@@ -30,7 +30,7 @@ _HEADS = ("ForMaskedLM", "ForPreTraining")
 
 
 def kind_of(config: Config) -> str:
-    """A clause that names the kind, with a comma before it; empty if nothing is known.
+    """A clause that names the kind, after a comma; empty if the kind is unknown.
 
     >>> kind_of({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]})
     ', a model whose layers are not attention alone (conv)'
@@ -55,10 +55,10 @@ def kind_of(config: Config) -> str:
 
 
 def quantisation_of(config: Config) -> str | None:
-    """How a checkpoint is quantised by its config; None if it is not."""
+    """The method of a quantised checkpoint, by its config; None if it is not quantised."""
     fields = ("quantization_config", "compression_config", "quantization")
     settings = next((config[field] for field in fields if config.get(field) is not None), None)
-    if settings is None:  # one that is empty counts, as it does to transformers
+    if settings is None:  # an empty one counts, as in transformers
         return None
     found = settings if isinstance(settings, Mapping) else {}
     if method := found.get("quant_method"):

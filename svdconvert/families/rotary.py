@@ -7,7 +7,7 @@ from typing import Any
 
 Config = Mapping[str, Any]
 
-# Beside these, everything in transformers 5's rope_parameters is transformers 4's rope_scaling.
+# All else in transformers 5's rope_parameters is transformers 4's rope_scaling.
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")
 
 
@@ -24,7 +24,7 @@ def both_spellings(config: Config) -> dict[str, Any]:
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
-    """Those of config.json in either spelling, with a ``rope_type``."""
+    """Rotary settings of config.json in either spelling, with a ``rope_type``."""
     legacy, rope = dict(config.get("rope_scaling") or {}), dict(config.get("rope_parameters") or {})
     kind = rope.get("rope_type", legacy.get("rope_type", legacy.get("type", "default")))
     rope = {**legacy, **rope, "rope_type": kind}
@@ -33,7 +33,7 @@ def rope_parameters(config: Config) -> dict[str, Any]:
 
 
 def gpt_neox(config: Config) -> dict[str, Any]:
-    """The same for GPT-NeoX, whose names in transformers 4 are its own."""
+    """The same for GPT-NeoX, which has names of its own in transformers 4."""
     rope = rope_parameters(config)
     fraction = config.get("rotary_pct", rope.get("partial_rotary_factor", 0.25))
     base = config.get("rotary_emb_base", rope.get("rope_theta", 10000))
@@ -45,9 +45,9 @@ def gpt_neox(config: Config) -> dict[str, Any]:
 
 
 def phi3(config: Config) -> dict[str, Any]:
-    """The same for Phi-3, which in transformers 4 insists on three fields in rope_scaling.
+    """The same for Phi-3, for which transformers 4 insists on three fields in rope_scaling.
 
-    Its first checkpoints call their scaling by other names, which transformers 4 understands and 5 no longer does.
+    Its first checkpoints have other names for their scaling, which transformers 5 no longer understands.
     """
     rope = rope_parameters(config)
     if rope["rope_type"] in ("su", "yarn"):

@@ -1,4 +1,4 @@
-"""What a row of the architecture table says."""
+"""A row of the architecture table: everything that the package knows about a family."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Some outputs of a fused projection: so many from a place on, in each of as many equal stretches of all of them.
+    """Some outputs of a fused projection: ``count`` from ``start`` on, in each of ``stretches`` equal stretches.
 
     Attributes:
-        start: the first one's place in a stretch.
-        count: how many there are in a stretch.
-        stretches: number of stretches; 1 where the outputs lie together.
+        start: position of the first one in a stretch.
+        count: outputs in a stretch.
+        stretches: number of stretches; 1 if the outputs lie together.
     """
 
     start: int
@@ -32,19 +32,19 @@ class Section:
 
     @property
     def outputs(self) -> int:
-        """How many there are in all."""
+        """Number of outputs in all."""
         return self.count * self.stretches
 
     def of(self, fused: Tensor, dim: int = 0) -> Tensor:
-        """The part of a tensor of all outputs: [..., outputs, ...]; a copy where that is no view."""
+        """The part of a tensor of all outputs: [..., outputs, ...]; a copy if it cannot be a view."""
         return self.view(fused, dim).flatten(dim, dim + 1)
 
     def view(self, fused: Tensor, dim: int = 0) -> Tensor:
-        """The same as a view of what it is part of: [..., stretches, count, ...]; ``dim`` is not negative."""
+        """The same as a view of the whole: [..., stretches, count, ...]; ``dim`` is not negative."""
         return fused.unflatten(dim, (self.stretches, -1)).narrow(dim + 1, self.start, self.count)
 
     def put(self, part: Tensor, fused: Tensor, dim: int = 0) -> None:
-        """Inverse of :meth:`of`: write a part to its place."""
+        """Inverse of :meth:`of`: write a part into the whole."""
         self.view(fused, dim).copy_(part.unflatten(dim, (self.stretches, self.count)))
 
 
@@ -54,8 +54,8 @@ class Fused:
 
     Attributes:
         sizes: config -> outputs of each part, in the order in which they come.
-        by_head: whether they come head by head, the parts of one head after the other; then all are of one size.
-        names: what the parts are called.
+        by_head: whether the parts alternate from head to head; then all are of one size.
+        names: of the parts.
     """
 
     sizes: Callable[[Config], tuple[int, ...]]
@@ -74,16 +74,16 @@ class Fused:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where the pieces are within the base model of a family; its head is found by ``get_output_embeddings``.
+    """The pieces of a family's base model; its head is found by ``get_output_embeddings``.
 
     Attributes:
-        embeddings: modules with weights that run before the first block; the first one is what a tied head shares.
-            A module that a model does not have is passed over.
+        embeddings: modules with weights that run before the first block; a tied head shares the first one. Modules
+            that a model lacks are skipped.
         blocks: the list of blocks.
-        final: what runs between the last block and the head; passed over likewise.
-        writers: linear layers of a block whose output is added to the hidden state as it is; none where a norm or a
+        final: modules between the last block and the head; skipped likewise.
+        writers: linear layers of a block whose output is added to the hidden state as it is; none if a norm or a
             factor comes between.
-        logits: what the model does with the numbers that its head gives, by its name in ``models/head.py``.
+        logits: what the model does with the output of its head, by its name in ``models/head.py``.
     """
 
     embeddings: tuple[str, ...]
@@ -95,38 +95,38 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the tool has to know about a family: all of it, in one place.
+    """A family.
 
     Attributes:
         model_type: ``config.json``'s model_type of the dense model.
-        stock: what the names of the family's classes in transformers begin with, for example ``Llama``.
-        factored: the same for the factored classes, ``LlamaSVD``.
+        stock: prefix of the names of the family's classes in transformers, for example ``Llama``.
+        factored: prefix of the names of the factored classes, ``LlamaSVD``.
         svd_model_type: ``config.json``'s model_type of the factored model; its file is modeling_TYPE.py.
         prefix: name of the base model inside the causal one, with the dot.
-        targets: suffixes of the linear layers that are factored unless the user says otherwise.
+        targets: suffixes of the linear layers that are factored by default.
         shapes: config -> every parameter of the dense model and its shape as stored, the head included.
-        config_overrides: config -> fields that a checkpoint's config.json has beyond the source's, dense or factored.
-        pieces: what is run one after the other where a model is not in memory whole.
+        config_overrides: config -> fields that are written into config.json beside the source's, dense or factored.
+        pieces: modules that are run one after the other if the model is not in memory whole.
         head: ``(name in dense checkpoints, name in factored ones)`` of the output head's weight.
-        dropped: patterns of legacy buffers that old checkpoints carry and no current model reads.
-        tied: whether the head is the embedding where config.json does not say.
+        dropped: patterns of buffers that old checkpoints have and no current model reads.
+        tied: whether the head is the embedding if config.json does not say.
         transposed: whether the targets are stored as [in, out] (Conv1D of GPT-2) instead of [out, in].
         classifies: whether transformers has a sequence classifier of the family.
-        labels: name of the head in its token classifier; empty where transformers has none.
-        causal: what the name of the stock causal class ends with.
+        labels: name of the head in its token classifier; empty if transformers has none.
+        causal: ending of the stock causal class's name.
         fused: suffixes of the targets that may be split before they are factored, and their parts.
         fields: what the fields of its config.json may hold; ``claims.py`` has those that families have in common.
-        since: the first version of transformers that has the family, of those that are supported.
+        since: the first supported version of transformers that has the family.
         template: of its modeling file, in ``modeling/templates/``.
-        title: what its modeling file calls it; the name of its classes if empty.
-        head_width: field of the config with the number of inputs of its heads.
-        partial_rotary: whether only a part of the channels may be rotated, which takes settings of its own.
-        models: published ones, for the table of families.
-        remarks: what is particular to it, for the same table.
-        tiny: settings of a tiny model beyond what all have (``tests/support/families.py``), with which everything that
-            is particular shows: windows shorter than its sequences, caps that cap, factors that are not 1. None takes
-            a setting away.
-        llama_cpp: what to change in those for llama.cpp's converter; None where it is not tried.
+        title: its name in the modeling file; ``stock`` if empty.
+        head_width: field of the config with the number of inputs of its head.
+        partial_rotary: whether the modeling file has settings for the rotation of a part of the channels.
+        models: published models, for the table in docs/families.md.
+        remarks: its particulars, for the same table.
+        tiny: settings of the tests' tiny model that make every particular show: windows shorter than its sequences,
+            caps that cap, factors that are not 1. They come on top of the common ones (``tests/support/families.py``);
+            None removes a setting.
+        llama_cpp: changes to ``tiny`` that llama.cpp's converter needs; None if it is not tried.
     """
 
     model_type: str
@@ -164,7 +164,7 @@ class Architecture:
 
     @property
     def dense_class(self) -> str:
-        """Class name of the dense model, as ``architectures`` in config.json has it."""
+        """Class name of the dense model, as in ``architectures`` of config.json."""
         return f"{self.stock}{self.causal}"
 
     @property
@@ -213,11 +213,11 @@ class Architecture:
         return self.tied if tied is None else bool(tied)
 
     def full_name(self, name: str) -> str:
-        """Name in the causal model of a tensor of a checkpoint, which may be one of the base model alone."""
+        """Name in the causal model of a checkpoint's tensor; the checkpoint may be of the base model alone."""
         return name if name.startswith(self.prefix) or name in self.head else self.prefix + name
 
     def full_names(self, names: Iterable[str], config: Config) -> dict[str, str]:
-        """The same of all tensors of a checkpoint; a tied model may have stored its head alone, as its embedding."""
+        """The same of all tensors; a tied model may have stored its head alone, which then is its embedding."""
         full = {name: self.full_name(name) for name in names}
         if self.is_tied(config) and self.embedding not in full.values():
             full |= {name: self.embedding for name in self.head if name in full}
@@ -232,7 +232,7 @@ class Architecture:
         return self.head[0] if name == self.head[1] else name
 
     def split(self) -> Architecture:
-        """The row of the same family with the parts of fused projections as targets in their place."""
+        """The row of the same family with the parts of fused projections as its targets."""
         parts = [
             [f"{target}.{name}" for name in self.fused[target].names] if target in self.fused else [target]
             for target in self.targets

@@ -23,11 +23,11 @@ from svdconvert.storage.reader import as_bytes, read_errors
 
 @dataclass(frozen=True)
 class Loss:
-    """The model's loss on the calibration text, with the text's own labels.
+    """The model's loss on the calibration text, against the text's own tokens.
 
     Attributes:
-        nll: sum of -log p over the tokens that are predicted, in nats.
-        tokens: how many those are: all that are not padding, but the first of each sequence.
+        nll: sum of -log p over the predicted tokens, in nats.
+        tokens: number of predicted tokens: all but padding and the first of each sequence.
     """
 
     nll: float
@@ -44,7 +44,7 @@ class Loss:
         return math.exp(self.mean)
 
 
-# How a loss is kept in a document.
+# A loss in a document.
 LOSS = record({"nll": NUMBER, "tokens": POSITIVE})
 _STATE = {"key": OBJECT, "loss": optional(LOSS)}
 
@@ -52,7 +52,7 @@ _STATE = {"key": OBJECT, "loss": optional(LOSS)}
 class ActivationStore:
     """Activations and gradients at the boundaries of blocks, [N, length, hidden] each, in files.
 
-    Plain bytes, written from front to back and named when they are complete. Files of another key are given up.
+    Plain bytes, written from front to back; a file gets its name when it is complete. Files of another key are removed.
     """
 
     def __init__(self, folder: Path, key: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -71,7 +71,7 @@ class ActivationStore:
 
     @property
     def loss(self) -> Loss | None:
-        """What an earlier run found."""
+        """The loss that an earlier run measured."""
         return None if self._loss is None else Loss(**self._loss)
 
     @loss.setter
@@ -81,7 +81,7 @@ class ActivationStore:
             atomic_write(self.folder / "state.json", json.dumps({"key": self._key, "loss": self._loss}).encode())
 
     def missing_bytes(self, copies: int) -> int:
-        """Room that so many files need beside those that are there."""
+        """Bytes that are still to be written for so many files."""
         return max(copies - len(list(self.folder.glob("*.bin"))), 0) * self._size
 
     def has(self, name: str) -> bool:
@@ -98,7 +98,7 @@ class ActivationStore:
 
     @contextmanager
     def writing(self, name: str, *, dry: bool = False) -> Iterator[Callable[[Tensor], None]]:
-        """Write a file, sequence after sequence; it gets its name at the end. ``dry`` writes nothing."""
+        """Write a file, sequence by sequence; it gets its name at the end. ``dry`` writes nothing."""
         if dry:
             yield lambda rows: None
             return
@@ -125,12 +125,12 @@ class ActivationStore:
             sync_folder(self.folder)
 
     def remove(self, name: str) -> None:
-        """Give a file up."""
+        """Remove a file."""
         with disk_errors(self.folder):
             self._path(name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Give all files up; the loss stays."""
+        """Remove all files; the loss stays."""
         with disk_errors(self.folder):
             self._remove_files()
 
@@ -143,11 +143,11 @@ class ActivationStore:
 
 
 def check_room(stores: Sequence[ActivationStore], copies: int) -> None:
-    """Compare what will be written into folders of one disk with what is free.
+    """Compare the bytes to be written into folders of one disk with its free space.
 
     Args:
         stores: one for each folder.
-        copies: files that each of them holds at the same time.
+        copies: files that each of them holds at a time.
 
     Raises:
         InputError: it does not fit.
@@ -158,10 +158,10 @@ def check_room(stores: Sequence[ActivationStore], copies: int) -> None:
 
 
 def read_into(tensor: Tensor, path: Path, position: int) -> None:
-    """Read a tensor's bytes from a place in a file.
+    """Read a tensor's bytes from a position in a file.
 
     Raises:
-        JobError: it cannot be read, or ends before.
+        JobError: it cannot be read, or is too short.
     """
     with read_errors(path), open_regular(path) as handle:
         handle.seek(position)

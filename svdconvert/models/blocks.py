@@ -1,8 +1,8 @@
 """A causal language model in pieces, each brought to the device alone: embeddings, one transformer block, head.
 
-The class that the checkpoint would be loaded into, transformers' own or that of our modeling file, is built without
-weights; a piece gets its weights from the source's tensors for as long as it is in use (``piece_weights.py``). What a
-block is called with comes from the base model's own forward (``calls.py``).
+The class that would load the checkpoint, the stock one or that of our modeling file, is built without weights; a piece
+has its weights only while it is in use (``piece_weights.py``). The arguments of a block come from the base model's own
+forward (``calls.py``).
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from svdconvert.models.skeleton import is_factored, move_buffers, skeleton
 from svdconvert.names import layer_number, suffix
 from svdconvert.storage.source import Source
 
-# As much of a head is in memory at a time where it is run in parts, in bytes; a vocabulary's whole one may be larger
-# than everything else.
+# Bytes of a head that are in memory at a time if it is run in parts; that of a large vocabulary may be larger than
+# everything else.
 HEAD_BYTES = 2**25
 
-# Where a rehearsal ends, as far as it can go: what follows depends on what tensors hold.
+# These end a rehearsal: what follows depends on the values of tensors.
 _NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
 class ModelBlocks:
     """A model, dense or factored, of which only one piece has weights at a time.
 
-    Weights are read into ``dtype`` on ``device``, whatever type they are stored in; stored integers stay what they are.
-    Gradients of weights are never computed; those of inputs are, where a caller asks for them.
+    Weights are read into ``dtype`` on ``device``, whatever type they are stored in; stored integers stay integers.
+    Gradients of weights are never computed; those of inputs are, if a caller asks for them.
 
     Attributes:
-        shapes: tensors that the class has, by their names in it.
-        tied: whether its head is the embedding's other use.
+        shapes: of the class's tensors, by their names in it.
+        tied: whether the embedding is its head, too.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class ModelBlocks:
         """Build the model without weights.
 
         Args:
-            source: the checkpoint. A factored one can be run, but its matrices can be neither read nor replaced.
-            device: where pieces are put.
-            dtype: what they compute in.
+            source: the checkpoint. A factored one can be run, but its matrices cannot be read or replaced.
+            device: of the piece in use.
+            dtype: that it computes in.
             stored_as: types that some weights are rounded to first, by their full names.
 
         Raises:
@@ -85,7 +85,7 @@ class ModelBlocks:
         self._model = skeleton(source, row)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         self.tied = bool(self._model.config.tie_word_embeddings)
-        # Where norms come after the sums (an OPT of that kind), a block's outputs do not add up.
+        # If norms follow the sums, as in some OPTs, the outputs of a block's layers do not add up.
         self.writers = self._pieces.writers if getattr(self._model.config, "do_layer_norm_before", True) else ()
         self._base: nn.Module = self._model.base_model
         self._layers: list[nn.Module] = list(self._base.get_submodule(self._pieces.blocks))
@@ -96,7 +96,7 @@ class ModelBlocks:
         self.count = len(self._layers)
         self.hidden_size: int = self._model.config.hidden_size
         self.vocabulary: int = self._model.get_output_embeddings().weight.shape[0]
-        # A model without a limit does not have the field.
+        # Models without a limit lack the field.
         self.longest: int | None = getattr(self._model.config, "max_position_embeddings", None)
 
     @contextmanager
@@ -104,7 +104,7 @@ class ModelBlocks:
         """Have the embeddings' weights on the device; :meth:`embed` works inside.
 
         Args:
-            highest: the highest token id that it will be asked for; rows of higher ones are not read.
+            highest: the highest token id that will be embedded; rows of higher ones are not read.
         """
         tokens, *others = self._present(self._pieces.embeddings).items()
         rows = None if highest is None else slice(0, highest + 1)
@@ -159,10 +159,10 @@ class ModelBlocks:
         return output[0] if isinstance(output, tuple) else output
 
     def rehearse(self) -> None:
-        """Go through a block of each kind without weights and without values: types and shapes alone.
+        """Run a block of each kind without weights and values: types and shapes alone.
 
         Raises:
-            InputError: the class does not take what config.json says.
+            InputError: the class rejects config.json.
         """
         mask, kinds = torch.ones(1, 4, dtype=torch.bool), set()
         with foreign_code(f"config.json of {self._source.where} cannot be used"), torch.no_grad():
@@ -214,9 +214,9 @@ class ModelBlocks:
             yield part
 
     def place(self, path: str) -> tuple[str, Section | None]:
-        """The linear layer of a block that a path means, and which of its outputs; None for all of them.
+        """The linear layer of a block that a path names, and which of its outputs; None for all.
 
-        The parts of fused projections have paths too, see ``families/fused.py``.
+        Parts of fused projections have paths, too (``families/fused.py``).
         """
         layer = fused_layer(self._row, path)
         return (path, None) if layer is None else (layer, section_of(self._row, self._source.config, path))
@@ -226,20 +226,20 @@ class ModelBlocks:
         return matrix(block, path, self.place)
 
     def replaced(self, block: nn.Module, matrices: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Have other weights [out, in] in some linear layers of a block, or parts of them, by their paths."""
+        """Context with other weights [out, in] in some linear layers of a block, or parts of them, by path."""
         return replaced(block, matrices, self.place)
 
     def _present(self, names: Sequence[str]) -> dict[str, nn.Module]:
-        """Those of the modules that this model has."""
+        """Those of the modules that exist in this model."""
         modules = dict(self._base.named_modules())
         return {name: modules[name] for name in names if name in modules}
 
     def _part(self, path: str, module: nn.Module) -> Part:
-        """A module of the base model with what is stored of it: its parameters, and buffers that are not computed."""
+        """A module of the base model with its stored tensors: parameters, and buffers that are not computed."""
         return module, {key: f"{self._row.prefix}{path}.{key}" for key in module.state_dict()}
 
     def _head(self) -> Part:
-        """The head, which may be the embedding's other use."""
+        """The head, which may be stored as the embedding."""
         head, own = self._model.get_output_embeddings(), self._head_name
         stored = own
         if self._row.is_tied(self._source.config) or own not in self._tensors:
@@ -247,7 +247,7 @@ class ModelBlocks:
         return head, {key: stored if key == "weight" else own[:-6] + key for key in head.state_dict()}
 
     def _lent(self, index: int) -> Iterator[Part]:
-        """What layers of a block use of layers in other blocks."""
+        """Factors of layers in other blocks that layers of this block use."""
         shared = shared_layers(self._source.config)
         owners = dict.fromkeys(owner for user, owner in shared.items() if layer_number(user) == index)
         for owner in owners:
@@ -256,15 +256,14 @@ class ModelBlocks:
                 yield self._part(f"{self._pieces.blocks}.{other}.{down}", self._layers[other].get_submodule(down))
 
     def _call(self, index: int, hidden: Tensor, mask: Tensor) -> Call:
-        """What a block is called with for this batch."""
+        """The arguments of a block for this batch."""
         return self._calls.of(index, hidden, mask, self._model.get_input_embeddings().weight.shape[1])
 
 
 def _hollow(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Put zeros that take no memory in the place of parameters on the meta device.
+    """Replace parameters on the meta device by zeros that take no memory.
 
-    Blocks are called with what does not depend on embeddings, but a forward that adds positions to what it is given
-    needs some that can be added.
+    The arguments of blocks do not depend on embeddings, but a forward that adds position embeddings needs some to add.
     """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):

@@ -1,8 +1,8 @@
-"""What a model calls each of its blocks with.
+"""The arguments with which a model calls each of its blocks.
 
-Masks, position embeddings and cache positions differ from one version of transformers to the next and, where some
-blocks have a sliding window, from block to block. So they are not written down here: the base model's own forward is
-run with recorders in the place of its blocks.
+Masks, position embeddings and cache positions differ between versions of transformers and, if some blocks have a
+sliding window, between blocks. So they are not built here but recorded: the base model's own forward runs with
+recorders in the place of its blocks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Call:
-    """What the base model hands to one of its blocks.
+    """The arguments of one block.
 
     Attributes:
         hidden: [batch, length, hidden], the block's input; it is the model's own for the first block only.
-        args, kwargs: everything else.
+        args, kwargs: the other arguments.
     """
 
     hidden: Tensor
@@ -31,7 +31,7 @@ class Call:
 
 
 class BlockCalls:
-    """The calls of a base model's blocks, recorded by stand-ins that take their place in it."""
+    """The calls of a base model's blocks, recorded by modules in their place."""
 
     def __init__(self, base: nn.Module, blocks: str, layers: Sequence[nn.Module], device: torch.device) -> None:
         """Put the recorders in.
@@ -51,11 +51,11 @@ class BlockCalls:
         setattr(base.get_submodule(parent), name, nn.ModuleList(recorders))
 
     def of(self, index: int, like: Tensor, mask: Tensor, width: int) -> Call:
-        """What a block is called with for a batch, but for the hidden states, which are zeros.
+        """The call of a block for a batch, except that its hidden states are zeros.
 
         Args:
             index: the block.
-            like: any tensor of the type that is computed in, on the device.
+            like: any tensor of the computing type, on the device.
             mask: [batch, length], bool; False is padding. The call depends on it alone.
             width: channels of an embedding.
         """
@@ -68,7 +68,7 @@ class BlockCalls:
         return self._by_shape[key][index]
 
     def record(self, inputs: Mapping[str, Tensor], mask: Tensor) -> list[Call]:
-        """What each block is called with.
+        """The calls of all blocks.
 
         Args:
             inputs: ``input_ids`` [batch, length] or ``inputs_embeds`` [batch, length, width].
@@ -84,16 +84,16 @@ class BlockCalls:
 
 
 class _Recorded(Exception):
-    """Leaves the base model's forward where its last block would begin."""
+    """Raised where the last block would begin, to leave the base model's forward."""
 
 
 class _Recorder(nn.Module):
-    """Stands in for one block and keeps what it is called with."""
+    """Takes the place of one block and keeps its arguments."""
 
     def __init__(self, layer: nn.Module, calls: list[Call]) -> None:
         super().__init__()
         self._calls = calls
-        # Some versions choose a block's mask by it.
+        # Some versions choose the mask of a block by it.
         self.attention_type = getattr(layer, "attention_type", None)
         self.last = False
 
@@ -101,5 +101,5 @@ class _Recorder(nn.Module):
         self._calls.append(Call(hidden_states, args, kwargs))
         if self.last:
             raise _Recorded
-        # A version that wants a tensor takes the tuple on to the next recorder, which does not look at it.
+        # A version that expects a tensor passes the tuple on to the next recorder, which ignores it.
         return (hidden_states,)

@@ -1,8 +1,8 @@
-"""What a model thinks of a text, and how far that is from what another one thinks of it.
+"""The likelihood of a text under a model, and how far its predictions are from those of another model.
 
-Perplexity alone is no judge of faithfulness: an over-confident model gets better on a text by any smoothing of its
+Perplexity alone does not measure faithfulness: an over-confident model improves on a text by any smoothing of its
 predictions, and a fine-tuned one by learning the domain. The Kullback-Leibler divergence from the dense model's
-distributions to the factored one's is zero for the same predictions alone.
+distributions to the factored model's is zero only where both predict the same.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from svdconvert.errors import InputError
 from svdconvert.foreign import foreign_code
 from svdconvert.models.passages import Passage
 
-# Logits are compared so many positions at a time: with a vocabulary of 256k tokens in float32 half a gigabyte each.
+# Positions whose logits are compared at a time: with a vocabulary of 256k tokens they take half a gigabyte in float32.
 _POSITIONS = 512
 
-# Nats by which a model's cross-entropy may exceed its entropy before it is called over-confident: what smoothing its
-# predictions would win is of that order (the bundled model: 0.45).
+# Nats by which a model's cross-entropy may exceed its entropy before it is called over-confident. Smoothing its
+# predictions would gain about as much (the bundled model: 0.45).
 _OVER_CONFIDENT = 0.1
 
-# Windows at a time by default, and what a model's logits of them may take in float32.
+# Windows at a time by default, and the bytes that their logits may take in float32.
 _BATCH = 8
 _LOGITS_BYTES = 1_000_000_000
 
@@ -36,12 +36,12 @@ class Divergence:
     """Means over all predicted tokens; p is the reference, the dense model as a rule, q the model. In nats.
 
     Attributes:
-        kl: KL(p || q) = sum of p log(p / q) over the vocabulary.
-        agreement: share of the tokens for which both find the same one most likely, 0 to 1.
-        entropy: of p, what the reference believes it does not know.
-        cross_entropy: -log p of the text, what it really does not know. Where that is much larger than its entropy, it
-            is over-confident, and a smoother model has a lower perplexity without being a better copy.
-        added: by how much the model's own -log q of the text is higher; perplexity is exp(added) times as large.
+        kl: KL(p || q), the sum of p log(p / q) over the vocabulary.
+        agreement: share of the tokens for which both have the same most likely one, 0 to 1.
+        entropy: of p, the loss that the reference expects of itself.
+        cross_entropy: -log p of the text, the loss that it really has. If that is much larger than its entropy, it is
+            over-confident, and a smoother model has a lower perplexity without being a better copy.
+        added: -log q of the text less ``cross_entropy``; the model's perplexity is exp(added) times the reference's.
     """
 
     kl: float
@@ -52,7 +52,7 @@ class Divergence:
 
     @property
     def over_confident(self) -> bool:
-        """Whether the reference is so sure of itself that a lower perplexity does not mean a better copy of it."""
+        """Whether the reference is so over-confident that a lower perplexity does not mean a better copy."""
         return self.cross_entropy - self.entropy > _OVER_CONFIDENT
 
 
@@ -86,12 +86,12 @@ def likelihoods(
     progress: Callable[[int, int], None] | None = None,
     reference: torch.nn.Module | None = None,
 ) -> Likelihoods:
-    """Run a passage through a model, and through a reference beside it.
+    """Run a passage through a model, and through a reference if there is one.
 
     Args:
         model: causal language model.
-        passage: the text; each token counts once.
-        batch_size: windows at a time; None: 8, or fewer where their logits would take more than a gigabyte.
+        passage: the text; each token is predicted once.
+        batch_size: windows at a time; None: 8, or fewer if their logits would take more than a gigabyte.
         progress: called with (tokens done, tokens in all).
         reference: causal language model of the same vocabulary, on the same device.
 

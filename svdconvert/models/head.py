@@ -1,4 +1,4 @@
-"""From the last block's output to the logits: what families do with the numbers that their heads give."""
+"""What families do with the output of their heads before it is called logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _divided(config: Any, logits: Tensor) -> Tensor:
     return logits / config.logits_scaling
 
 
-# Name in a family's row -> (config, what the head gives) -> logits, number by number.
+# Name in a family's row -> (config, output of the head) -> logits, element by element.
 LOGITS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "as they are": _as_they_are,
     "soft-capped": _soft_capped,
@@ -31,7 +31,7 @@ LOGITS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 class Logits(nn.Module):
-    """What follows the head of a model: [..., n] -> [..., n]."""
+    """The step after the head of a model: [..., n] -> [..., n]."""
 
     def __init__(self, name: str, config: Any) -> None:
         """Prepare.

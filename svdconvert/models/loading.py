@@ -1,4 +1,4 @@
-"""Loading a model, dense or factored, for looking at it. Code that lies in the model's folder is never run."""
+"""Loading a model, dense or factored, to evaluate it. Code in the model's folder is never run."""
 
 from __future__ import annotations
 
@@ -26,15 +26,11 @@ if TYPE_CHECKING:
     import torch
 
 
-# How a model is computed is the user's choice for his machine; what a look needs is a way that runs on any. LLaMA's
-# `pretraining_tp` has transformers 4 take a layer's weight apart, which is no weight where it is a product, and which
-# no hook sees.
+# How a model is computed is chosen for the machine that it will run on; here it has to run on any. LLaMA's
+# `pretraining_tp` makes transformers 4 slice the weights of layers, which fails where the weight is a product, and
+# which no hook sees.
 _WAYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "pretraining_tp")
 
-# What holds the vocabulary of a tokenizer, of whatever class.
-_VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
-# What else is read together with them; refused by name where it is no JSON, or JSON that would take a parser down.
-_TOKENIZER_DOCUMENTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 _GENERATION = "generation_config.json"
 
@@ -96,18 +92,18 @@ def dtype_option(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of config.json without the way in which the model is to be computed.
+    """A copy of config.json without the settings of how the model is computed.
 
-    Deep, because transformers 5 writes into the rotary settings that it is given, and what we write must not have them.
+    A deep copy, because transformers 5 writes into the rotary settings it receives, and its changes must not be saved.
     """
     return copy.deepcopy({key: value for key, value in config.items() if key not in _WAYS})
 
 
 def _fill(model: Any, source: Source, row: Architecture) -> list[str]:
-    """Give a dense model the tensors that have the names of a wrapper in their files.
+    """Load the tensors whose files have a wrapper's names for them.
 
     Returns:
-        The weights that it still lacks.
+        The weights that are still missing.
     """
     import torch
 
@@ -127,10 +123,10 @@ def _fill(model: Any, source: Source, row: Architecture) -> list[str]:
 
 @contextmanager
 def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder that has the model as it will be, whatever is beside it yet: its config.json and links to its weights.
+    """A folder with nothing but the model as it will be: its config.json, and links to its weights.
 
-    transformers looks into the folder for more than weights: with no usable generation_config.json for config.json
-    itself, whatever config it was given.
+    transformers looks for more than weights in a folder: without a usable generation_config.json it reads config.json,
+    even if it was given a config.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     index, files, pickled = weight_files(names, folder)
@@ -146,39 +142,6 @@ def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
         yield seen
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder has the vocabulary of a tokenizer."""
-    return any(_VOCABULARY.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        InputError: it has none; no other is used in its place.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    # transformers 5 makes up an empty tokenizer where there is none.
-    if not has_tokenizer(folder):
-        raise InputError(f"{folder} has no usable tokenizer (tokenizer.json, tokenizer.model, vocab.json or the like)")
-    for name in _TOKENIZER_DOCUMENTS:
-        if (folder / name).exists():
-            read_json(folder / name, "")
-    file = folder / "config.json"
-    row = FACTORED.get(str(read_json(file, "").get("model_type"))) if file.is_file() else None
-    # Left to itself, transformers 5 reads config.json as one of no particular kind, which some rotary scalings break.
-    options = {"config": AutoConfig.for_model(row.model_type)} if row else {}
-    with foreign_code(f"{folder} has no usable tokenizer"), quiet_transformers():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-
-
-def opening_token(tokenizer: Any) -> int | None:
-    """The token that a tokenizer puts before every text of its own accord, as LLaMA's, Gemma's and OPT's do."""
-    first = getattr(tokenizer, "bos_token_id", None)
-    return int(first) if first is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [first] else None
-
-
 def compute_dtype(config: Mapping[str, Any], device: str) -> torch.dtype:
     """Type to evaluate in: the stored one on a GPU; float32 on the CPU, where half types are slow or missing."""
     import torch
@@ -191,7 +154,7 @@ def compute_dtype(config: Mapping[str, Any], device: str) -> torch.dtype:
 
 
 class quiet_transformers:
-    """Context in which transformers neither draws progress bars nor prints load reports: we report what counts."""
+    """Context in which transformers draws no progress bars and prints no load reports; ours say what matters."""
 
     def __enter__(self) -> None:
         """Silence it."""

@@ -1,4 +1,4 @@
-"""The end of a model's forward pass: from the last block's output to the loss, a piece of the positions at a time."""
+"""The end of a model's forward pass, from the last block's output to the loss, some positions at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# The head is applied to so many positions at a time as give logits of this size.
+# Bytes of the logits that are computed at a time.
 LOGIT_BYTES = 2**26
 
 
@@ -28,15 +28,15 @@ def next_token_loss(
         head: [n, hidden] -> logits [n, vocabulary].
         hidden: [batch, length, hidden], the last block's output.
         ids: [batch, length], int64.
-        mask: [batch, length], bool; False is padding. A position counts if it and the next one are no padding.
+        mask: [batch, length], bool; False is padding. A position counts if neither it nor the next one is padding.
         vocabulary: size of a row of logits.
-        check: called with every piece of logits; raises where they are not finite.
-        draws: [batch, length] uniform numbers; the gradient is then that of labels drawn from the model itself.
+        check: called with every piece of logits; raises if they are not finite.
+        draws: [batch, length] uniform numbers; the gradient is then that of labels drawn from the model.
         gradient: whether to differentiate.
 
     Returns:
         ``(sum of -log p of the text's own tokens in nats, tokens predicted, gradient [batch, length, hidden] of the
-        sum)``; the gradient is zero where nothing is predicted, and everywhere without ``gradient``.
+        sum)``; the gradient is zero where no token is predicted, and everywhere without ``gradient``.
     """
     has_next = torch.zeros_like(mask)
     has_next[:, :-1] = mask[:, :-1] & mask[:, 1:]
@@ -52,7 +52,7 @@ def next_token_loss(
         inputs = flat[rows[part]].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             logits = head(inputs)
-            # Half types have neither the range nor the digits for a softmax over a vocabulary.
+            # Half types lack the range and the digits for a softmax over a vocabulary.
             logits = logits if logits.dtype == torch.float64 else logits.float()
         check(logits)
         with torch.no_grad():
@@ -69,7 +69,7 @@ def next_token_loss(
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """One label per row of [n, vocabulary] logits, by inverting the distribution function at ``uniform`` [n]."""
     cumulative = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
-    # Rounding may leave the sum of all below 1.
+    # Rounding may leave the total below 1.
     return torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)[:, 0].clamp_(
         max=logits.shape[-1] - 1
     )

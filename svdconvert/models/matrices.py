@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from svdconvert.families.row import Section
 
-# path within a block -> the path of its linear layer, and which of its outputs it means; None for all of them
+# path within a block -> the path of its linear layer, and which of its outputs are meant; None for all
 Places = Callable[[str], tuple[str, Section | None]]
 
 
@@ -30,7 +30,7 @@ def matrix(block: nn.Module, path: str, places: Places) -> Tensor:
 
 @contextmanager
 def replaced(block: nn.Module, matrices: Mapping[str, Tensor], places: Places) -> Iterator[None]:
-    """Have other weights [out, in] in some linear layers of a block, or parts of them, by their paths."""
+    """Context with other weights [out, in] in some linear layers of a block, or parts of them, by path."""
     layers = [places(path)[0] for path in matrices]
     dense: dict[str, Any] = {layer: block.get_submodule(layer).weight for layer in layers}
     try:

@@ -1,13 +1,12 @@
-"""A text as a model reads it: one sequence of tokens, and the windows in which each of them is predicted.
+"""A text as a model reads it: one sequence of tokens, and the windows in which they are predicted.
 
-Two protocols, since perplexities of different ones do not compare:
+Perplexities of different protocols cannot be compared. There are two:
 
-sliding: after the token that opens a text, or else the one that ends it, the whole text is predicted, each token once,
-    from between window - stride and window tokens of context (fewer at the start).
-disjoint: what the literature prints for WikiText-2 (GPTQ, arXiv:2210.17323, and SVD-LLM, arXiv:2403.07378, among
-    others). The text is tokenised as the tokenizer does it of its own accord, cut into windows that do not overlap,
-    and each window is predicted but for its first token. What is left of the text after the last whole window is
-    dropped.
+sliding: after the token that opens a text (or, without one, the token that ends it), each token of the text is
+    predicted once, from between window - stride and window tokens of context (fewer at the start).
+disjoint: the protocol of the literature's WikiText-2 figures (GPTQ, arXiv:2210.17323, and SVD-LLM, arXiv:2403.07378,
+    among others). The text is tokenised with the tokenizer's defaults and cut into windows that do not overlap; in each
+    window all tokens but the first are predicted. The rest after the last whole window is dropped.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ import torch
 from svdconvert.errors import InputError
 from svdconvert.families.table import longest_input
 from svdconvert.fields import COUNT, require
-from svdconvert.models.loading import load_tokenizer, opening_token
+from svdconvert.models.tokenizer import load_tokenizer, opening_token
 from svdconvert.sentences import asked
 from svdconvert.storage import documents
 
-# Protocol -> tokens of a window by default, as far as the model reads that many.
+# Protocol -> tokens of a window by default, or as many as the model reads if those are fewer.
 PROTOCOLS: Mapping[str, int] = {"sliding": 1024, "disjoint": 2048}
 
 _CONFIG = {"vocab_size": COUNT}
 
-# No text that anybody measures on is larger, and all of it is in memory.
+# The whole text is in memory; no test set is larger.
 MAX_TEXT_BYTES = 1_000_000_000
 
 
@@ -43,9 +42,9 @@ class Passage:
         ids: [N] int64.
         characters: of the text.
         window: tokens of a window.
-        stride: tokens it moves each time.
+        stride: tokens by which the window moves.
         protocol: row of :data:`PROTOCOLS`.
-        opening: the text of the token that stands before the text, or None.
+        opening: the token before the text, as text, or None.
     """
 
     ids: torch.Tensor
@@ -66,7 +65,7 @@ class Passage:
         return sum(counted for _, counted in self.spans())
 
     def spans(self) -> list[tuple[int, int]]:
-        """``(start, counted)`` of each input, the predictions that count being its last ones."""
+        """``(start, counted)`` of each input; its last ``counted`` predictions count."""
         if self.protocol == "disjoint":
             return [(i * self.window, self.window - 1) for i in range(self.ids.numel() // self.window)]
         targets = self.ids.numel() - 1
@@ -97,7 +96,7 @@ def read_passage(
         folder: the model, for its tokenizer.
         config: its config.json.
         text: UTF-8 text file.
-        window: in tokens; None takes that of the protocol, or the model's longest context if that is less.
+        window: in tokens; None takes the protocol's, or the model's longest context if that is shorter.
         stride: in tokens; None takes half the window. Not with ``disjoint``.
         protocol: row of :data:`PROTOCOLS`.
 

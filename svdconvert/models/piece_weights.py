@@ -1,4 +1,4 @@
-"""Weights of the pieces of a model, each there for as long as its piece is in use."""
+"""Weights of the pieces of a model, in memory only while the piece is in use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from svdconvert.storage.reader import WeightReader, torch_dtype
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
 
-# a module of the model, and where its tensors are stored: its own name for each -> the checkpoint's
+# a module of the model, and the names of its tensors: its own -> the checkpoint's
 Part = tuple[nn.Module, Mapping[str, str]]
 
 
@@ -34,20 +34,20 @@ class PieceWeights:
         Args:
             source: the checkpoint.
             tensors: its tensors, by their full names.
-            device: where weights are put.
-            dtype: type that floating-point ones are read into; stored integers stay what they are.
-            stored_as: types that some weights are rounded to first, by their full names.
+            device: of the weights.
+            dtype: that floating-point weights are read into; stored integers stay integers.
+            stored_as: types that some weights are first rounded to, by their full names.
         """
         self._source, self._tensors, self._device = source, tensors, device
         self._dtype, self._stored_as = dtype, stored_as
 
     @contextmanager
     def given(self, parts: Iterable[Part], read: Callable[..., Tensor] | None = None) -> Iterator[None]:
-        """Give modules their weights, and take them away again.
+        """Context in which modules have their weights.
 
         Args:
             parts: the modules.
-            read: reads one, from a reader, its name and the tensor whose place it takes; by default all of it.
+            read: (reader, name, the tensor that it replaces) -> a tensor; by default the whole one.
         """
         reader = WeightReader(self._source)
         taken: list[tuple[nn.Module, str, Tensor]] = []
@@ -68,7 +68,7 @@ class PieceWeights:
                 setattr(owner, last, empty)
 
     def begin(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None) -> Tensor:
-        """A tensor of which some rows are read; the others are whatever is there, in memory that nobody has touched."""
+        """A tensor of which only some rows are read; the memory of the others is never touched."""
         stored = self.read(reader, name, like, rows)
         if len(stored) == len(like):
             return stored
@@ -92,12 +92,12 @@ class PieceWeights:
         dtype = self._dtype if like.is_floating_point() else like.dtype
         weight = torch.empty(info.shape, dtype=dtype, device=self._device)
         flat, done = weight.view(-1), 0
-        # In pieces, so that a large one is not in memory in both types at a time.
+        # In pieces, so that a large one is never in memory in both types.
         for data in reader.stream(info):
             stored = data.view(torch_dtype(info.dtype))
             piece = flat[done : done + len(stored)].copy_(stored)
             done += len(stored)
-            # of what isfinite() takes memory for, these are all that counts: NaN comes out of them as NaN
+            # instead of isfinite() of all, which takes memory: minimum and maximum are NaN if any entry is
             if all(bool(torch.isfinite(end)) for end in torch.aminmax(piece)):
                 continue
             if not bool(torch.isfinite(stored).all()):

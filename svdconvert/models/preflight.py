@@ -1,8 +1,8 @@
-"""Before any work: what the installed transformers makes of a model's config, and whether the weights are that model's.
+"""Checks before any work: that the installed transformers accepts a model's config, and that the weights fit it.
 
-A plan looks at config and headers alone. Here the class that the checkpoint would be loaded into is built without
-weights and taken through a block of each kind without values, so that whatever the config says that this class does
-not take is told now and not by the check of the result.
+A plan reads config and headers only. Here the class that would load the checkpoint is built without weights, and a
+block of each kind is run without values, so that a config which this class rejects is reported now and not when the
+result is checked.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _ATTENTION = "eager sdpa flex_attention flash_attention_2 flash_attention_3 flas
 
 
 def check_model(source: Source) -> None:
-    """Look at a model that is to be converted, calibrated, multiplied out or folded into.
+    """Check a model before it is converted, calibrated, densified or folded into.
 
     Args:
         source: dense or factored, its plan made.
 
     Raises:
-        InputError: the class that it would be loaded into does not take its config, or has other weights than it has.
+        InputError: the class that would load it rejects its config, or has other weights than the files.
         JobError: a file cannot be read.
     """
     factored = is_factored(source)
@@ -43,12 +43,12 @@ def check_model(source: Source) -> None:
     _check_weights(source, row, blocks, row.head[factored])
     blocks.rehearse()
     _check_generation(source)
-    if not source.fetched:  # files that come one by one are compared when they are here
+    if not source.fetched:  # files that are fetched one by one are compared on arrival
         _check_head(source, row)
 
 
 def _check_attention(source: Source) -> None:
-    """An attention of config.json counts for those who load the result; here it only has to be one that there is."""
+    """The attention that config.json asks for is for whoever loads the result; here it only has to exist."""
     for field in ("attn_implementation", "_attn_implementation"):
         asked = source.config.get(field)
         for name in asked.values() if isinstance(asked, dict) else [asked]:
@@ -61,9 +61,9 @@ def _check_attention(source: Source) -> None:
 
 
 def _check_weights(source: Source, row: Architecture, blocks: ModelBlocks, head: str) -> None:
-    """Compare what the class has with what the files have; the plan compared them with what the table says.
+    """Compare the tensors of the class with those of the files; the plan compared the files with the table.
 
-    The table follows config.json. The class fills in what is not said there, and what it does not know.
+    The table follows config.json alone; the class has defaults for fields that are missing there.
     """
     name, version = source.where, transformers.__version__
     if blocks.tied != row.is_tied(source.config):
@@ -91,7 +91,7 @@ def _check_weights(source: Source, row: Architecture, blocks: ModelBlocks, head:
 
 
 def _check_generation(source: Source) -> None:
-    """A generation_config.json goes along, and a model with a bad one is not loaded."""
+    """generation_config.json is copied to the result, and a model with a bad one does not load."""
     from transformers import GenerationConfig
 
     name = "generation_config.json"
@@ -107,7 +107,7 @@ def _check_generation(source: Source) -> None:
 
 
 def _check_head(source: Source, row: Architecture) -> None:
-    """A tied head that the files have all the same has to be the embedding."""
+    """If a tied head is in the files too, it has to equal the embedding."""
     embedding = embedding_of(row, source)
     for copy in head_copies(row, source):
         assert embedding is not None

@@ -1,4 +1,4 @@
-"""A few tokens through a checkpoint on the disk: the whole model where it is small, else a piece of it at a time."""
+"""A trial run of a few tokens through a checkpoint: of the whole model if it is small, else of a piece at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.loading import load_model
 from svdconvert.storage.source import Source
 
-# Token ids for the trial run: any will do, they only have to be in the vocabulary and not all alike.
+# Tokens of the trial run. Any ids of the vocabulary will do, as long as they differ.
 PROBE = 16
 
-# A model whose weights in float32 and files take no more than that is loaded by transformers, which tests its loading
-# as well. It is about what a process with torch and transformers takes without a model; a larger one would set the peak
-# memory of the job that it is the end of.
+# A model whose weights in float32 and files take at most this much is loaded by transformers, which tests loading too.
+# It is about what a process with torch and transformers takes without a model; loading a larger one would set the peak
+# memory of the whole job.
 LOADED_BYTES = 500_000_000
 
 
@@ -27,7 +27,7 @@ def probe(folder: Path, source: Source) -> str:
     """Run a few tokens in float32 on the CPU and look at the logits.
 
     Args:
-        folder: the checkpoint, dense or factored; its config.json may be missing still.
+        folder: the checkpoint, dense or factored; its config.json need not be there yet.
         source: the same, opened.
 
     Returns:
@@ -64,7 +64,7 @@ def logits_by_block(source: Source, ids: Tensor) -> Iterator[Tensor]:
         [batch, length, n] in float32, the logits of the vocabulary's next n tokens.
 
     Raises:
-        InputError: a weight is missing, misshapen or not finite, or what a block gives is not finite.
+        InputError: a weight is missing, misshapen or not finite, or the output of a block is not finite.
         JobError: a file cannot be read.
     """
     blocks, mask = ModelBlocks(source), torch.ones_like(ids, dtype=torch.bool)

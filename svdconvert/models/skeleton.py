@@ -1,4 +1,4 @@
-"""Models without weights: the classes that a checkpoint is loaded into, dense or factored, on the meta device."""
+"""Models without weights: the class that loads a checkpoint, dense or factored, on the meta device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def skeleton(source: Source, row: Architecture) -> Any:
     """The causal model in evaluation mode: its parameters on the meta device, its buffers real.
 
     Buffers that are computed rather than stored (rotary frequencies, causal masks) have no values on the meta device
-    and come out uninitialised from ``to_empty``, so only parameters are left out. Attention is what transformers uses
-    of its own accord: one that config.json asks for may be for another machine.
+    and come out uninitialised from ``to_empty``, so only parameters are left out. The attention is the default of
+    transformers: the one that config.json asks for may be for another machine.
 
     Args:
         source: the checkpoint; only its config is read.
@@ -44,11 +44,11 @@ def skeleton(source: Source, row: Architecture) -> Any:
 def _dense(row: Architecture, config: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # as a checkpoint of ours would say it: some spellings of old are understood by no version or by one alone
+    # spelled as in our checkpoints: some old spellings are understood by one version only, or by none
     settings = {key: value for key, value in config.items() if key != "model_type"}
     settings |= row.config_overrides(config)
     made = AutoConfig.for_model(config["model_type"], **settings)
-    # Without a type the config's half type becomes the one that buffers are computed in.
+    # Otherwise buffers would be computed in the config's half type.
     return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype_option(torch.float32))
 
 
@@ -58,7 +58,7 @@ def _factored(row: Architecture, config: Mapping[str, Any]) -> Any:
 
 
 def check_stock(config: Mapping[str, Any], where: str) -> None:
-    """See that the stock class takes a config as it will be written, with what is said in it twice.
+    """Check that the stock class accepts a config as it will be written, with settings in both spellings.
 
     Raises:
         InputError: it does not.

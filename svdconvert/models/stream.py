@@ -20,7 +20,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Stream:
-    """Hidden states of some sequences on their way through the blocks; those between two blocks are a file.
+    """Hidden states of some sequences on their way through the blocks, kept in a file between two blocks.
 
     Attributes:
         batches: slices of the sequences that are run at a time.
@@ -43,8 +43,8 @@ class Stream:
             blocks: the dense model.
             ids, mask: [N, length], int64 and bool; False is padding.
             folder: where the files are.
-            key: what they depend on, in JSON types; files of another key are given up.
-            name: what is run, for messages: ``the compressed model``.
+            key: what they depend on, in JSON types; files of another key are removed.
+            name: of the model, for messages: ``the compressed model``.
             batch_size: sequences at a time.
         """
         self._blocks, self._ids, self._mask, self._name = blocks, ids, mask, name
@@ -60,7 +60,7 @@ class Stream:
         self.store = ActivationStore(folder, whole, (*ids.shape, blocks.hidden_size), blocks.dtype)
 
     def has(self, index: int) -> bool:
-        """Whether the input of a block is there; that of block ``count`` is the head's."""
+        """Whether the input of a block is there; the input of block ``count`` is the head's."""
         return self.store.has(f"hidden-{index}")
 
     def read(self, index: int, batch: slice) -> Tensor:
@@ -88,11 +88,11 @@ class Stream:
                 write(self.run(block, index, batch))
 
     def forget(self, index: int) -> None:
-        """Give the input of a block up."""
+        """Remove the input of a block."""
         self.store.remove(f"hidden-{index}")
 
     def tokens(self, values: Tensor, batch: slice) -> Tensor:
-        """[batch, length, n] or [batch * length, n] -> [tokens that are no padding, n]."""
+        """[batch, length, n] or [batch * length, n] -> [tokens without padding, n]."""
         return values.reshape(-1, values.shape[-1])[self._mask[batch].reshape(-1).to(values.device)]
 
     def loss(self, head: nn.Module) -> Loss:

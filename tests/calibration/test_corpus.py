@@ -22,7 +22,7 @@ from svdconvert.calibration.text import (
     tokenizer_digest,
 )
 from svdconvert.errors import InputError
-from svdconvert.models.loading import load_tokenizer
+from svdconvert.models.tokenizer import load_tokenizer
 
 END = 2
 Write = Callable[..., Path]

@@ -22,7 +22,8 @@ SHORT = Decoding(max_new_tokens=6)
 
 @pytest.fixture(scope="module")
 def tiny() -> tuple[Any, Any]:
-    from svdconvert.models.loading import load_model, load_tokenizer
+    from svdconvert.models.loading import load_model
+    from svdconvert.models.tokenizer import load_tokenizer
 
     return load_model(TINY / "model", "cpu", torch.float32), load_tokenizer(TINY / "model")
 

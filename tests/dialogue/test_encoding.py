@@ -11,7 +11,7 @@ from examples.dialogue.encoding import calibration_text, dialogue_data, encode, 
 from examples.dialogue.schema import Sample, read_jsonl, write_jsonl
 from examples.dialogue.settings import DataSettings
 from svdconvert.errors import InputError
-from svdconvert.models.loading import load_tokenizer
+from svdconvert.models.tokenizer import load_tokenizer
 
 DATA = DataSettings(template="multidoc2dial-unmarked", max_length=60)
 

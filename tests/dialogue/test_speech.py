@@ -10,7 +10,7 @@ import torch
 from examples.dialogue.models import load_causal
 from examples.dialogue.settings import SpeechSettings
 from examples.dialogue.speech import answer_perplexity, listen, repeated_fourgrams
-from svdconvert.models.loading import load_tokenizer
+from svdconvert.models.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 ROWS = [{"input_ids": [5, 6, 7, 8, 9, 2], "labels": [-100, -100, -100, 8, 9, 2]}] * 2

@@ -42,7 +42,7 @@ def perplexity_of(model, settings) -> float:
     """On the rows that the run listened to."""
     from examples.dialogue.encoding import dialogue_data
     from examples.dialogue.speech import answer_perplexity
-    from svdconvert.models.loading import load_tokenizer
+    from svdconvert.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(models.source_folder(settings))
     rows = dialogue_data(settings.data.validation, tokenizer, settings.data, 0, 1).rows
@@ -169,7 +169,7 @@ def llama(dense, tmp_path_factory):
     """A tiny random LLaMA with the tokenizer of ``dense``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from svdconvert.models.loading import load_tokenizer
+    from svdconvert.models.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}

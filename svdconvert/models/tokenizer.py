@@ -1,0 +1,51 @@
+"""The tokenizer of a model folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from svdconvert.errors import InputError
+from svdconvert.families.table import FACTORED
+from svdconvert.foreign import foreign_code
+from svdconvert.models.loading import quiet_transformers
+from svdconvert.storage.documents import read_json
+
+# Files that hold a tokenizer's vocabulary, for any class of tokenizer.
+_VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
+# Files that are read with it; refused by name if they are no JSON, or JSON that would crash a parser.
+_TOKENIZER_DOCUMENTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has the vocabulary of a tokenizer."""
+    return any(_VOCABULARY.fullmatch(path.name) and path.is_file() for path in folder.iterdir())
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: it has none; no other is used in its place.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    # transformers 5 makes up an empty tokenizer where there is none.
+    if not has_tokenizer(folder):
+        raise InputError(f"{folder} has no usable tokenizer (tokenizer.json, tokenizer.model, vocab.json or the like)")
+    for name in _TOKENIZER_DOCUMENTS:
+        if (folder / name).exists():
+            read_json(folder / name, "")
+    file = folder / "config.json"
+    row = FACTORED.get(str(read_json(file, "").get("model_type"))) if file.is_file() else None
+    # Without a config, transformers 5 reads config.json as a generic one, which fails on some rotary scalings.
+    options = {"config": AutoConfig.for_model(row.model_type)} if row else {}
+    with foreign_code(f"{folder} has no usable tokenizer"), quiet_transformers():
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def opening_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text by default, as those of LLaMA, Gemma and OPT do."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    return int(first) if first is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [first] else None
