@@ -610,7 +610,7 @@ class TestFolder:
         del state["digest"]
         (filled.folder / "stats.json").write_text(json.dumps(state))
         with pytest.raises(
-            InputError, match=r"stats.json has no digest, so an earlier version .* wrote it; give another"
+            InputError, match=r"stats.json has no digest, so it comes from an earlier version .*; give another"
         ):
             StatisticsFolder(filled.folder)
 
