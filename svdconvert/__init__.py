@@ -29,6 +29,7 @@ _EXPORTS = {
     "ablate": "commands.ablate",
     "calibrate": "commands.calibrate",
     "spectrum": "commands.spectrum",
+    "MatrixReport": "factoring.matrix_report",
     "MatrixSpectrum": "commands.spectra",
     "Spectra": "commands.spectra",
     "sweep": "commands.sweep",
@@ -48,6 +49,7 @@ __all__ = [
     "Events",
     "InputError",
     "JobError",
+    "MatrixReport",
     "MatrixSpectrum",
     "Outcome",
     "Plan",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.sweep_book import Sweep
     from svdconvert.commands.verify import verify
     from svdconvert.errors import InputError, JobError, SvdconvertError
+    from svdconvert.factoring.matrix_report import MatrixReport
     from svdconvert.jobs.job import Outcome
     from svdconvert.planning.events import Events
     from svdconvert.planning.plan import Plan

@@ -15,7 +15,7 @@ from svdconvert.cli.tables import new_table, show_pairs, show_table
 from svdconvert.machine.timing import StageTime
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps
-from svdconvert.solvers.table import done
+from svdconvert.solvers.table import SOLVERS
 from svdconvert.words import size
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def show_result(console: Console, report: Report) -> None:
         mean = sum(errors) / len(errors)
         rows.append(("relative error", f"mean {mean:.4f}, worst {max(errors):.4f} ({worst}){resumed}"))
     settings = outcome.record["settings"]
-    if settings["solver"] == "fast":
-        rows.append(("fast solver", done(list(report.matrices.values()))))
+    if (done := SOLVERS[settings["solver"]].done(list(report.matrices.values()))) is not None:
+        rows.append((f"{settings['solver']} solver", done))
     if "tokens" in settings:
         rows.append(("calibration", calibrated(METHODS[plan.method], settings)))
     outputs = [float(matrix["output_error"]) for matrix in report.matrices.values() if "output_error" in matrix]

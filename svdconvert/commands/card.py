@@ -11,7 +11,7 @@ from svdconvert.families.table import Architecture
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.names import suffix
 from svdconvert.planning.plan import Plan
-from svdconvert.solvers.table import done
+from svdconvert.solvers.table import SOLVERS
 from svdconvert.storage.source import Source
 
 # What was lost, as a card tells it: field of a matrix's record, heading, format, what it is.
@@ -67,7 +67,8 @@ def _overview(
 ) -> list[str]:
     """Title, and what the model is."""
     method = METHODS[plan.method]
-    solver = f" Fast solver: {done(list(matrices.values()))}." if settings["solver"] == "fast" else ""
+    done = SOLVERS[settings["solver"]].done(list(matrices.values()))
+    solver = "" if done is None else f" {settings['solver'].capitalize()} solver: {done}."
     text = f" Calibrated on {calibrated(method, settings)}." if "tokens" in settings else ""
     return [
         f"# {source.name.split('/')[-1]}, factored",

@@ -10,11 +10,11 @@ from typing import Any
 
 from svdconvert.commands import card
 from svdconvert.commands.stages import Prepared, Work, measure
+from svdconvert.factoring.matrix_report import matrix_reports
 from svdconvert.families.table import dense_architecture
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Reports
 from svdconvert.planning.plan import Plan
-from svdconvert.planning.ranks import Target
 from svdconvert.settings.conversion import Conversion
 
 
@@ -63,14 +63,14 @@ class _Told:
     def matrices(self, reports: Reports) -> dict[str, dict[str, Any]]:
         """Module path -> what is known of its matrix."""
         found = {
-            module: dict(report)
+            module: report
             for target in self.plan.targets
             if target.rank is not None
-            for module, report in _by_layer(target, reports[target.weight]).items()
+            for module, report in matrix_reports(reports[target.weight], [part.module for part in target.parts]).items()
         }
         if self.work.request.method.in_loss:  # half of what the second-order estimate sums up to
-            found = {name: {**matrix, "predicted_loss": matrix["lost"] / 2} for name, matrix in found.items()}
-        return found
+            found = {name: replace(matrix, predicted_loss=(matrix.lost or 0.0) / 2) for name, matrix in found.items()}
+        return {name: matrix.to_json() for name, matrix in found.items()}
 
     def predicted(self, reports: Reports) -> dict[str, float]:
         """Loss added by the truncation, in nats per token."""
@@ -99,19 +99,6 @@ class _Told:
         command = again(self.work).command(source.repo or source.name)
         lost = {**self.predicted(reports), **self.losses}
         return card.factored_card(source, self.plan, row, command, self.settings, self.matrices(reports), lost)
-
-
-def _by_layer(target: Target, report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Module path -> report of its matrix; the time of a group is spread evenly."""
-    if not target.followers:
-        return {target.module: report}
-    common = {name: value for name, value in report.items() if name != "layers"}
-    common["seconds"] = round(report["seconds"] / len(target.parts), 4)
-    owner = {part.module: {"shared_with": target.module} for part in target.followers}
-    return {
-        part.module: {**common, **layer, **owner.get(part.module, {})}
-        for part, layer in zip(target.parts, report["layers"], strict=True)
-    }
 
 
 def again(work: Work) -> Conversion:

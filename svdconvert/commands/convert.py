@@ -25,7 +25,7 @@ from svdconvert.planning.make import make_plan, plan_for
 from svdconvert.planning.plan import Plan
 from svdconvert.sentences import Sentence, asked
 from svdconvert.settings.conversion import Conversion
-from svdconvert.solvers.table import NOT_ON_A_GPU
+from svdconvert.solvers.table import DEFAULT_SOLVER, SOLVERS
 from svdconvert.storage.disk import free_bytes
 from svdconvert.storage.opening import open_source
 
@@ -144,7 +144,7 @@ def run_conversion(
     settled = _as_the_device_can(request, device).settled()
     plan = make_plan(source, settled)
     if settled.recipe.solver != request.recipe.solver:
-        plan = replace(plan, notes=(*plan.notes, NOT_ON_A_GPU))
+        plan = replace(plan, notes=(*plan.notes, SOLVERS[request.recipe.solver].cpu_only))
     if request.recipe.method not in (None, settled.recipe.method):
         events.note(f"{request.recipe.method} has the same optimum as {settled.recipe.method}, which computes it")
     from svdconvert.models.preflight import check_model
@@ -158,9 +158,9 @@ def run_conversion(
 
 
 def _as_the_device_can(request: Conversion, device: str) -> Conversion:
-    """The request as it is carried out: the fast solver is for CPUs."""
-    if request.recipe.solver == "fast" and device != "cpu":
-        return replace(request, recipe=replace(request.recipe, solver="exact"))
+    """The request as it is carried out: some solvers are for CPUs."""
+    if SOLVERS[request.recipe.solver].cpu_only and device != "cpu":
+        return replace(request, recipe=replace(request.recipe, solver=DEFAULT_SOLVER.name))
     return request
 
 

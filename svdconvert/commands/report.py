@@ -35,22 +35,10 @@ class Report:
 
     @property
     def matrices(self) -> Mapping[str, Mapping[str, Any]]:
-        """Module path -> what svdconvert.json tells about the matrix.
+        """Module path -> what svdconvert.json tells about the matrix, in JSON types.
 
-        rank, shape ``[out, in]``, precision (of the eigenproblem), seconds; relative_error, ||W - BA|| / ||W|| of the
-        stored factors, optimal_error, the same of the best product in the method's metrics, before rounding,
-        energy_kept, 1 - relative_error^2; rounding_excess, what the storage type adds to the loss in the method's
-        metrics, relative to what it is before rounding (of independent rounding errors), and for two factors basis,
-        the one that was rounded (``singular vectors``, or a row of :data:`svdconvert.linalg.rounding.BASES`). Where the
-        fast solver was tried: solver, ``filtered`` with its certificate, by how much the error before rounding is
-        estimated to be above the least one at most, relative to it (optimal_error is then the least that this leaves
-        possible),
-        or ``exact``, where it could not be certified and the matrix was solved exactly. With decompositions:
-        whole and lost, the sum of the squared singular values in the method's metrics and of those cut off. Where the
-        second moments C of the layer's inputs are known (whiten, kfac): output_error, ||(W - BA) C^1/2|| / ||W C^1/2||,
-        the relative error of its outputs on the calibration text, before rounding. Where the metrics are those of the
-        loss (kfac): predicted_loss, the loss added, nats per token. Of a layer that uses the factor of another:
-        shared_with, that other's module path.
+        The fields of :class:`svdconvert.MatrixReport` and ``energy_kept``; those that do not apply are missing.
+        :meth:`svdconvert.MatrixReport.from_json` makes an object of it.
         """
         matrices: Mapping[str, Mapping[str, Any]] = self.outcome.record["matrices"]
         return matrices

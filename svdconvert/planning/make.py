@@ -14,12 +14,13 @@ from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.layouts.table import layout_named
 from svdconvert.planning.checks import check_tensors
 from svdconvert.planning.conversion_steps import conversion_steps
-from svdconvert.planning.notes import fast_solver_note, plan_notes
+from svdconvert.planning.notes import plan_notes, solver_note
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target, assign
 from svdconvert.planning.steps import files_bytes, in_order, shard, with_copies
 from svdconvert.planning.targets import choose_targets, in_parts, share
 from svdconvert.settings.conversion import Conversion
+from svdconvert.solvers.table import SOLVERS
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import head_copies
 from svdconvert.tensors import TensorInfo, parameters
@@ -106,6 +107,7 @@ def plan_for(
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, request.output.max_shard_bytes)
     budget = request.size.budget(sum(target.dense_params for target in targets), model.beside(targets))
+    of_solver = solver_note(steps, SOLVERS[request.recipe.solver])
     notes = plan_notes(source, model.dropped, model.copies, targets, request, budget)
     return Plan(
         source=source.name,
@@ -119,6 +121,6 @@ def plan_for(
         params_after=parameters(outputs),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
-        notes=(*notes, fast_solver_note(steps)) if request.recipe.solver == "fast" else tuple(notes),
+        notes=tuple(notes) if of_solver is None else (*notes, of_solver),
         settings=request.planned(),
     )

@@ -8,6 +8,7 @@ from svdconvert.names import layer_number, suffix
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
 from svdconvert.settings.conversion import Conversion
+from svdconvert.solvers.row import Solver
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
 from svdconvert.words import listing
@@ -56,11 +57,7 @@ def plan_notes(
     return notes
 
 
-def fast_solver_note(steps: Iterable[Step]) -> str:
-    """How many matrices of a job the fast solver is tried on, as a note."""
+def solver_note(steps: Iterable[Step], solver: Solver) -> str | None:
+    """How many matrices of a job a solver is tried on; None where there is nothing to say."""
     factored = [step for step in steps if step.kind == "factorize"]
-    count = sum(step.options.get("solver") == "fast" for step in factored)
-    if count == len(factored):
-        return f"fast solver (on the CPU): all {count} matrices"
-    others = "the others are too small, or their ranks too high, for it to pay"
-    return f"fast solver (on the CPU): {count} of {len(factored)} matrices; {others}"
+    return solver.planned(sum(step.options.get("solver") == solver.name for step in factored), len(factored))

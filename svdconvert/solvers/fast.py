@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from svdconvert.solvers.row import Solver
 
@@ -29,6 +30,7 @@ class Fast(Solver):
     name = "fast"
     eigenproblem = 3
     single_plain_only = True
+    cpu_only = "the fast solver has not been measured on a GPU, so all matrices are solved exactly"
 
     def acts(self, shape: tuple[int, int], rank: int) -> bool:
         """Where it is known to be at least 1.5 times as fast as the exact one."""
@@ -39,3 +41,19 @@ class Fast(Solver):
         from svdconvert.linalg.filtered import factorize_fast
 
         return factorize_fast(weight, rank, dtype, workspace)
+
+    def planned(self, count: int, of: int) -> str:
+        if count == of:
+            return f"fast solver (on the CPU): all {count} matrices"
+        others = "the others are too small, or their ranks too high, for it to pay"
+        return f"fast solver (on the CPU): {count} of {of} matrices; {others}"
+
+    def done(self, matrices: Sequence[Mapping[str, Any]]) -> str:
+        certificates = [matrix["certificate"] for matrix in matrices if matrix.get("solver") == "filtered"]
+        redone = sum(matrix.get("solver") == "exact" for matrix in matrices)
+        text = f"{len(certificates)} of {len(matrices)} matrices"
+        if certificates:
+            text += f", estimated to be at most {max(certificates):.1e} above the least error, relative to it"
+        if redone:
+            text += f"; {redone} more could not be certified and were solved exactly"
+        return text

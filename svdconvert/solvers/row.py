@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +23,13 @@ class Solver(ABC):
             smaller side; measured roughly, since splitting work among processes needs no more.
         single_plain_only: whether it is for plain SVD of single matrices alone, so that a request for anything else is
             refused with it.
+        cpu_only: where it solves on the CPU alone, why; the default solver takes its place on a GPU.
     """
 
     name: ClassVar[str]
     eigenproblem: ClassVar[float]
     single_plain_only: ClassVar[bool]
+    cpu_only: ClassVar[str] = ""
 
     @abstractmethod
     def acts(self, shape: tuple[int, int], rank: int) -> bool:
@@ -53,3 +56,20 @@ class Solver(ABC):
         Raises:
             InputError: the matrix has NaN or infinite entries, or the factors do not fit the storage type.
         """
+
+    def planned(self, count: int, of: int) -> str | None:
+        """A note for a plan; None where there is nothing to say.
+
+        Args:
+            count: matrices that it is tried on.
+            of: all that are factored.
+        """
+        return None
+
+    def done(self, matrices: Sequence[Mapping[str, Any]]) -> str | None:
+        """What became of the matrices, in words; None where there is nothing to say.
+
+        Args:
+            matrices: of svdconvert.json, see :class:`svdconvert.factoring.matrix_report.MatrixReport`.
+        """
+        return None

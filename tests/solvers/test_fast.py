@@ -300,9 +300,9 @@ def test_on_a_gpu(
     """Not measured there: solved exactly, which is said."""
     monkeypatch.setattr("svdconvert.commands.convert.resolve_device", lambda name: name)
     report = convert(dense, tmp_path / "out", rank=RANK, solver="fast", device=str(accelerator), check=False)
-    assert report.plan.notes[-1] == fast.NOT_ON_A_GPU
+    assert report.plan.notes[-1] == fast.SOLVERS["fast"].cpu_only
     record = json.loads((tmp_path / "out" / "svdconvert.json").read_text())
-    assert fast.NOT_ON_A_GPU in record["notes"]
+    assert fast.SOLVERS["fast"].cpu_only in record["notes"]
     assert record["settings"]["solver"] == "exact"
     assert not any("solver" in matrix for matrix in record["matrices"].values())
     assert "fast" not in (tmp_path / "out" / "README.md").read_text().lower()
