@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import InputError
+from svdconvert.factoring.stores import LayerStatistics
 from svdconvert.linalg.metrics import Metric
 from svdconvert.linalg.results import Decomposition
 from svdconvert.linalg.shared import SharedDecomposition
@@ -90,9 +91,30 @@ class Decompositions:
     def _has_metrics(self, target: Target) -> bool:
         return all(self.metric_path(target, index).is_file() for index in range(len(target.parts)))
 
-    def is_waiting(self, target: Target, index: int) -> bool:
+    def keep_layer(self, target: Target, index: int, statistics: LayerStatistics) -> None:
+        """Write what has to be known of one layer of a group; see :class:`svdconvert.factoring.stores.GroupStore`."""
+        amount = statistics.shrinkage
+        known = {} if amount is None else {"shrinkage": torch.tensor(amount, dtype=torch.float64)}
+        write_tensors(self.metric_path(target, index), {"metric": statistics.inner, **known})
+        outer = {} if statistics.outer is None else {"outer": statistics.outer}
+        write_tensors(self.waiting_path(target, index), {"tokens": torch.tensor(statistics.tokens), **outer})
+
+    def has_layer(self, target: Target, index: int) -> bool:
         """Whether all that has to be known of one layer of a group is there."""
         return self.waiting_path(target, index).is_file() and self.metric_path(target, index).is_file()
+
+    def inner(self, target: Target, index: int, device: torch.device) -> Tensor:
+        """Metric on the inputs of one layer of a group."""
+        return load_metric(self.metric_path(target, index), device)
+
+    def outer(self, target: Target, index: int, device: torch.device) -> Metric:
+        """:func:`svdconvert.linalg.shared.outer_statistic` of one layer of a group."""
+        outer = read_tensors(self.waiting_path(target, index), (), optional=("outer",)).get("outer")
+        return None if outer is None else outer.to(device)
+
+    def tokens(self, target: Target, index: int) -> int:
+        """What the statistics of one layer of a group were averaged over."""
+        return int(read_tensors(self.waiting_path(target, index), ("tokens",))["tokens"])
 
     def options(self, target: Target) -> dict[str, Any]:
         """What the step that truncates a target has to know."""
@@ -105,7 +127,7 @@ class Decompositions:
     def save(
         self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
     ) -> None:
-        """Write one target's file, whole or not at all; see :meth:`Store.save`."""
+        """Write one target's file, whole or not at all; see :meth:`svdconvert.factoring.stores.Store.save`."""
         # rounding errors see no more of the other metric
         diagonal = outer.diagonal() if outer is not None and outer.dim() == 2 else outer
         self._save(target, found, metric=inner, outer=diagonal, outputs=outputs)

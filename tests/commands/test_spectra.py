@@ -21,7 +21,7 @@ from support.methods import gradients
 
 from svdconvert import Calibration, InputError, calibrate, convert, spectrum
 from svdconvert.commands.spectra import MatrixSpectrum
-from svdconvert.factoring import decompose as decomposing
+from svdconvert.factoring import decomposer as decomposing
 from svdconvert.layouts.table import LAYOUTS
 from svdconvert.linalg.results import Decomposition
 from svdconvert.methods.table import METHODS

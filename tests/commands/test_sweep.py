@@ -16,7 +16,7 @@ from support.checkpoints import random_tensors, write_checkpoint
 from svdconvert import Calibration, Events, InputError, convert, evaluate, sweep
 from svdconvert.commands import sweep_bench
 from svdconvert.commands.sweep_book import Point, Setting
-from svdconvert.factoring import decompose as decomposing
+from svdconvert.factoring import decomposer as decomposing
 from svdconvert.settings.conversion import Conversion
 
 Run = Callable[..., SimpleNamespace]

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, InputError, convert, plan
 from svdconvert.commands.verify import failed, verify
-from svdconvert.factoring import decompose as decomposing
+from svdconvert.factoring import decomposer as decomposing
 from svdconvert.linalg.exact import decompose, factorize
 from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.shared import (

@@ -17,7 +17,7 @@ from support.results import files, products
 from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, Events, InputError, calibrate, convert
-from svdconvert.factoring import decompose as decomposing
+from svdconvert.factoring import decomposer as decomposing
 from svdconvert.methods.table import METHODS, method_named, shrink, unshrink
 from svdconvert.planning.ranks import Target
 
