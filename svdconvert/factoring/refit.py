@@ -26,10 +26,8 @@ rank x (rank + out) in float64.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +36,12 @@ from torch import Tensor, nn
 
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
+from svdconvert.factoring.capture import Captured, call_order, capture
 from svdconvert.factoring.operations import OPERATIONS
 from svdconvert.factoring.refit_files import Refit, RefitFolder
+from svdconvert.factoring.refit_streams import RefitStreams
+from svdconvert.factoring.regression import Sums, fit
 from svdconvert.linalg.panels import Workspace
-from svdconvert.models.activations import check_room
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.stream import Stream, Weights
 from svdconvert.names import layer_number, suffix
@@ -51,53 +51,8 @@ from svdconvert.planning.steps import Step
 from svdconvert.sentences import asked
 from svdconvert.storage.source import Source
 
-# One sequence of so many is held out.
-HELD_OUT = 8
-
-# Weights of the pull towards the truncation's own factor; infinity keeps that factor.
-DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
 # What is tried, one after the other, until it helps: whether targets make good what the layers before have lost.
 ATTEMPTS = {"compensated": True, "plain": False}
-
-
-@dataclass
-class _Sums:
-    """Sums over tokens for one layer: z = A x, target t."""
-
-    gram: Tensor  # sum of z z^T, [rank, rank]
-    cross: Tensor  # sum of t z^T, [out, rank]
-    energy: float = 0.0  # sum of |t|^2
-
-    def add(self, inner: Tensor, target: Tensor) -> None:
-        self.gram.addmm_(inner.T, inner)
-        self.cross.addmm_(target.T, inner)
-        self.energy += float(target.square().sum())
-
-    def error(self, up: Tensor) -> float:
-        """Squared error of B, relative to the target's energy."""
-        squared = self.energy - 2 * float((self.cross * up).sum()) + float(((up @ self.gram) * up).sum())
-        return max(squared, 0.0) / self.energy if self.energy else 0.0
-
-
-@dataclass
-class _Layer:
-    """A layer of the block in work."""
-
-    target: Target
-    up: Tensor  # the truncation's own as it is stored, of all outputs, float64
-    down: Tensor  # likewise
-    dtype: torch.dtype  # of what is stored
-    tensors: list[Tensor]  # as stored
-    report: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def path(self) -> str:
-        return suffix(self.target.module)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.target.layout.product(self.tensors)
 
 
 def refit_targets(
@@ -138,208 +93,174 @@ def refit_targets(
             f"{asked('calibration.samples')}"
         )
     for name, compensate in ATTEMPTS.items():
-        place = RefitFolder(folder / name)
-        found = place.outcome
-        if found is None:
-            run = _Run(source, targets, steps, tokens, place, work, device, batch_size, events, compensate)
-            found = run.run()
-            place.finish(found)
+        results = RefitFolder(folder / name)
+        outcome = results.outcome
+        if outcome is None:
+            blocks = ModelBlocks(source, device=device)
+            key = _key(source, targets, steps, tokens, compensate=compensate)
+            streams = RefitStreams(blocks, tokens, work, key, batch_size)
+            outcome = _Attempt(source, blocks, streams, targets, steps, results, events, compensate).run()
+            results.finish(outcome)
             shutil.rmtree(work, ignore_errors=True)
-        if found.accepted or not compensate:
-            return found, place
+        if outcome.accepted or not compensate:
+            return outcome, results
     raise AssertionError("the last attempt returns")
 
 
-class _Run:
-    def __init__(
-        self,
-        source: Source,
-        targets: Sequence[Target],
-        steps: Sequence[Step],
-        tokens: CalibrationTokens,
-        folder: RefitFolder,
-        work: Path,
-        device: str,
-        batch_size: int,
-        events: Events,
-        compensate: bool,
-    ) -> None:
-        self.source, self.compensate = source, compensate
-        self.steps, self.folder, self.events = {step.key: step for step in steps}, folder, events
-        self.blocks = ModelBlocks(source, device=device)
-        self.writers = self.blocks.writers if compensate else ()
-        self.targets: dict[int, list[Target]] = {}
-        for target in targets:
-            if target.rank is not None:
-                self.targets.setdefault(layer_number(target.module), []).append(target)
-        self.workspace = Workspace()
-        held = torch.zeros(len(tokens.ids), dtype=torch.bool)
-        held[HELD_OUT - 1 :: HELD_OUT] = True
-        held[-1] |= not bool(held.any())
-        ranks = {target.module: target.rank for target in targets}
-        key = {
-            "model": source.identity(),
-            "tokens": tokens.digest,
-            "ranks": ranks,
-            "compensate": compensate,
-            "steps": [[step.key, step.kind, [info.dtype for info in step.outputs]] for step in steps],
-        }
-
-        def stream(name: str, folder_name: str, which: Tensor) -> Stream:
-            return Stream(
-                self.blocks,
-                tokens.ids[which],
-                tokens.mask[which],
-                work / folder_name,
-                key,
-                name=name,
-                batch_size=batch_size,
-            )
-
-        self.dense = {"train": stream("the model", "dense", ~held), "held": stream("the model", "dense-held", held)}
-        name = "the compressed model"
-        self.refitted = {"train": stream(name, "refitted", ~held), "held": stream(name, "refitted-held", held)}
-        self.truncated = stream(name, "truncated-held", held)
-        self.streams = [*self.dense.values(), *self.refitted.values(), self.truncated]
-        check_room([one.store for one in self.streams], 2)
-        self.tokens = int(tokens.mask[~held].sum())
-
-    def run(self) -> Refit:
-        start = max((i for i in range(self.blocks.count + 1) if all(s.has(i) for s in self.streams)), default=-1)
-        if start < 0:
-            with self.blocks.embeddings():
-                for stream in self.streams:
-                    stream.embed()
-            start = 0
-        for index in range(start, self.blocks.count):
-            self.events.progress("refit", index, self.blocks.count)
-            with self.blocks.block(index) as block:
-                self.block(block, index)
-            for stream in self.streams:
-                stream.forget(index)
-        self.events.progress("refit", self.blocks.count, self.blocks.count)
-        with self.blocks.head() as head:
-            losses = [stream.loss(head) for stream in (self.dense["held"], self.truncated, self.refitted["held"])]
-        dense, truncated, refitted = (loss.nll / loss.tokens for loss in losses)
-        return Refit(dense, truncated, refitted, self.tokens, self.compensate)
-
-    def block(self, block: nn.Module, index: int) -> None:
-        """Refit a block's layers, and take all hidden states through it."""
-        layers = {suffix(target.module): self.truncation(block, target) for target in self.targets.get(index, [])}
-        with self.blocks.replaced(block, {path: layer.weight for path, layer in layers.items()}):
-            self.truncated.step(block, index)
-        done: dict[str, Tensor] = {}
-        for path in self.order(block, index):
-            if path in layers:
-                self.fit(block, index, layers[path], done)
-                done[path] = layers[path].weight
-        self.source.refuse_changed()
-        for layer in layers.values():
-            self.folder.save(layer.target.module, layer.tensors, layer.report)
-        for part in ("train", "held"):
-            self.dense[part].step(block, index)
-            with self.blocks.replaced(block, done):
-                self.refitted[part].step(block, index)
-
-    def truncation(self, block: nn.Module, target: Target) -> _Layer:
-        """The factors that would be written without a refit, to the bit: they are what it has to beat."""
-        weight, step = self.blocks.matrix(block, suffix(target.module)), self.steps[target.weight]
-        stored = weight.T if target.transposed else weight
-        tensors, _ = OPERATIONS[step.kind]([stored], step, self.workspace)
-        up, down = target.layout.factors(tensors)
-        return _Layer(target, up.double(), down.double(), down.dtype, tensors)
-
-    def order(self, block: nn.Module, index: int) -> list[str]:
-        """Paths of the block's targets in the order in which they are called."""
-        called: list[str] = []
-        stream = self.dense["held"]
-        with ExitStack() as hooks, torch.no_grad():
-            for target in self.targets.get(index, []):
-                path = suffix(target.module)
-                layer, _ = self.blocks.place(path)
-                _hook(hooks, block, layer, lambda layer, args, output, path=path: called.append(path))
-            stream.run(block, index, stream.batches[0])
-        return list(dict.fromkeys(called))
-
-    def fit(self, block: nn.Module, index: int, layer: _Layer, done: Weights) -> None:
-        """Find a layer's outer factor and put it into its stored tensors."""
-        train, held = (self.sums(block, index, layer, done, part) for part in ("train", "held"))
-        before = held.error(layer.up)
-        best, damping, up = before, None, layer.up
-        pull = torch.where(train.gram.diagonal() > 0, train.gram.diagonal(), 1)  # unused ranks stay zeros
-        for candidate in DAMPINGS:
-            root, failed = torch.linalg.cholesky_ex(train.gram + torch.diag(candidate * pull))
-            if int(failed):
-                continue
-            found = torch.cholesky_solve((train.cross + candidate * pull * layer.up).T, root).T
-            error = held.error(found)
-            if error < best:
-                best, damping, up = error, candidate, found
-        if damping is not None:
-            layer.tensors = layer.target.layout.refit(layer.tensors, up, train.gram, layer.dtype)
-        layer.report = {"damping": damping, "held_out_error": [before**0.5, best**0.5]}
-
-    def sums(self, block: nn.Module, index: int, layer: _Layer, done: Weights, part: str) -> _Sums:
-        """What the regression of one layer needs, from one part of the sequences."""
-        dense, refitted = self.dense[part], self.refitted[part]
-        earlier = [path for path in done if path in self.writers] if layer.path in self.writers else []
-        rank, out = layer.down.shape[0], layer.up.shape[0]
-        name, section = self.blocks.place(layer.path)
-        device, bias = layer.up.device, getattr(block.get_submodule(name), "bias", None)
-        if section is not None and bias is not None:
-            bias = section.of(bias)
-        sums = _Sums(
-            torch.zeros(rank, rank, dtype=torch.float64, device=device),
-            torch.zeros(out, rank, dtype=torch.float64, device=device),
-        )
-        for batch in dense.batches:
-            target = self.seen(block, index, dense, batch, layer.path, earlier)
-            with self.blocks.replaced(block, done):
-                mine = self.seen(block, index, refitted, batch, layer.path, earlier)
-            wanted = target.outputs[layer.path] if bias is None else target.outputs[layer.path] - bias
-            if layer.path in self.writers:
-                lacking = dense.tokens(dense.read(index, batch), batch).double()
-                lacking -= dense.tokens(refitted.read(index, batch), batch).double()
-                for path in earlier:
-                    lacking += target.outputs[path] - mine.outputs[path]
-                wanted = wanted + lacking
-            sums.add(mine.input @ layer.down.T, wanted)
-        return sums
-
-    def seen(
-        self, block: nn.Module, index: int, stream: Stream, batch: slice, path: str, outputs: Sequence[str]
-    ) -> _Seen:
-        """What goes into a layer and comes out of it and others, in float64; the block is left after the layer."""
-        seen = _Seen()
-
-        def note(other: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            section = self.blocks.place(other)[1]
-            own = output if section is None else section.of(output, output.dim() - 1)
-            seen.outputs[other] = stream.tokens(own, batch).double()
-            if other == path:
-                seen.input = stream.tokens(args[0], batch).double()
-                raise _Left
-
-        with ExitStack() as hooks, torch.no_grad():
-            for other in (*outputs, path):
-                _hook(hooks, block, self.blocks.place(other)[0], partial(note, other))
-            try:
-                stream.run(block, index, batch)
-            except _Left:
-                return seen
-        raise AssertionError(f"the block does not call {path}")
+def _key(
+    source: Source, targets: Sequence[Target], steps: Sequence[Step], tokens: CalibrationTokens, *, compensate: bool
+) -> dict[str, Any]:
+    """What the hidden states of an attempt depend on, in JSON types."""
+    return {
+        "model": source.identity(),
+        "tokens": tokens.digest,
+        "ranks": {target.module: target.rank for target in targets},
+        "compensate": compensate,
+        "steps": [[step.key, step.kind, [info.dtype for info in step.outputs]] for step in steps],
+    }
 
 
 @dataclass
-class _Seen:
-    input: Tensor = field(default_factory=lambda: torch.empty(0))
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+class _Layer:
+    """A layer of the block in work.
+
+    Attributes:
+        target: what it is.
+        up, down: the truncation's own factors as they are stored, [out, rank] and [rank, in] float64.
+        dtype: of what is stored.
+        tensors: of its layout, as they are stored.
+        report: how its regression ended.
+    """
+
+    target: Target
+    up: Tensor
+    down: Tensor
+    dtype: torch.dtype
+    tensors: list[Tensor]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """Its name within the block."""
+        return suffix(self.target.module)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that it stands for, float64."""
+        return self.target.layout.product(self.tensors)
 
 
-class _Left(Exception):
-    """Leaves a block's forward pass once everything wanted was seen."""
+class _Attempt:
+    """A refit with one kind of targets."""
+
+    def __init__(
+        self,
+        source: Source,
+        blocks: ModelBlocks,
+        streams: RefitStreams,
+        targets: Sequence[Target],
+        steps: Sequence[Step],
+        results: RefitFolder,
+        events: Events,
+        compensate: bool,
+    ) -> None:
+        self._source, self._blocks, self._streams = source, blocks, streams
+        self._results, self._events, self._compensate = results, events, compensate
+        self._steps: Mapping[str, Step] = {step.key: step for step in steps}
+        self._targets: dict[int, list[Target]] = {}
+        for target in targets:
+            if target.rank is not None:
+                self._targets.setdefault(layer_number(target.module), []).append(target)
+        # Layers whose output is added to the hidden state, where what that lacks is to be put back.
+        self._writers = blocks.writers if compensate else ()
+        self._workspace = Workspace()
+
+    def run(self) -> Refit:
+        """Refit block after block, from the first that is not done."""
+        count = self._blocks.count
+        for index in range(self._streams.begin(), count):
+            self._events.progress("refit", index, count)
+            with self._blocks.block(index) as block:
+                self.refit_block(block, index)
+            self._streams.forget(index)
+        self._events.progress("refit", count, count)
+        dense, truncated, refitted = self._streams.losses()
+        return Refit(dense, truncated, refitted, self._streams.tokens, self._compensate)
+
+    def refit_block(self, block: nn.Module, index: int) -> None:
+        """Refit a block's layers, and take all hidden states through it."""
+        streams = self._streams
+        truncations = [self._truncation(block, target) for target in self._targets.get(index, [])]
+        layers = {layer.path: layer for layer in truncations}
+        with self._blocks.replaced(block, {path: layer.weight for path, layer in layers.items()}):
+            streams.truncated.step(block, index)
+        done: dict[str, Tensor] = {}
+        for path in call_order(self._blocks, block, index, streams.dense.held_out, list(layers)):
+            self._refit_layer(block, index, layers[path], done)
+            done[path] = layers[path].weight
+        self._source.refuse_changed()
+        for layer in layers.values():
+            self._results.save(layer.target.module, layer.tensors, layer.report)
+        for dense, refitted in zip(streams.dense, streams.refitted, strict=True):
+            dense.step(block, index)
+            with self._blocks.replaced(block, done):
+                refitted.step(block, index)
+
+    def _truncation(self, block: nn.Module, target: Target) -> _Layer:
+        """The factors that would be written without a refit, to the bit: they are what it has to beat."""
+        weight, step = self._blocks.matrix(block, suffix(target.module)), self._steps[target.weight]
+        stored = weight.T if target.transposed else weight
+        tensors, _ = OPERATIONS[step.kind]([stored], step, self._workspace)
+        up, down = target.layout.factors(tensors)
+        return _Layer(target, up.double(), down.double(), down.dtype, tensors)
+
+    def _refit_layer(self, block: nn.Module, index: int, layer: _Layer, done: Weights) -> None:
+        """Find a layer's outer factor and put it into its stored tensors."""
+        dense, refitted = self._streams.dense, self._streams.refitted
+        train = self._sums(block, index, layer, done, dense.train, refitted.train)
+        held_out = self._sums(block, index, layer, done, dense.held_out, refitted.held_out)
+        found = fit(train, held_out, layer.up)
+        if found.damping is not None:
+            layer.tensors = layer.target.layout.refit(layer.tensors, found.up, train.gram, layer.dtype)
+        layer.report = found.to_json()
+
+    def _sums(
+        self, block: nn.Module, index: int, layer: _Layer, done: Weights, dense: Stream, refitted: Stream
+    ) -> Sums:
+        """What the regression of one layer needs, from the same sequences in both models.
+
+        Args:
+            block: the block, with the dense model's weights.
+            index: its number.
+            layer: the layer.
+            done: the block's layers that are refitted already.
+            dense, refitted: what goes into the block.
+        """
+        is_writer = layer.path in self._writers
+        earlier = [path for path in done if path in self._writers] if is_writer else []
+        bias = self._bias(block, layer.path)
+        sums = Sums.zeros(layer.down.shape[0], layer.up.shape[0], layer.up.device)
+        for batch in dense.batches:
+            wanted = capture(self._blocks, block, index, dense, batch, layer.path, earlier)
+            with self._blocks.replaced(block, done):
+                given = capture(self._blocks, block, index, refitted, batch, layer.path, earlier)
+            target = wanted.outputs[layer.path] if bias is None else wanted.outputs[layer.path] - bias
+            if is_writer:
+                lacking = dense.tokens(dense.read(index, batch), batch).double()
+                lacking -= dense.tokens(refitted.read(index, batch), batch).double()
+                target = target + _with_earlier(lacking, wanted, given, earlier)
+            sums.add(given.input @ layer.down.T, target)
+        return sums
+
+    def _bias(self, block: nn.Module, path: str) -> Tensor | None:
+        """Bias of a layer, or of its part of a fused projection."""
+        name, section = self._blocks.place(path)
+        bias: Tensor | None = getattr(block.get_submodule(name), "bias", None)
+        return bias if bias is None or section is None else section.of(bias)
 
 
-def _hook(hooks: ExitStack, block: nn.Module, path: str, function: Any) -> None:
-    handle = block.get_submodule(path).register_forward_hook(function)
-    hooks.callback(handle.remove)
+def _with_earlier(lacking: Tensor, wanted: Captured, given: Captured, earlier: Sequence[str]) -> Tensor:
+    """What the hidden state lacks behind earlier layers that add to it, from what it lacks before the block."""
+    for path in earlier:
+        lacking += wanted.outputs[path] - given.outputs[path]
+    return lacking

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 from svdconvert import Calibration, JobError, calibrate, convert
 from svdconvert.commands.report import LOSSES
 from svdconvert.factoring import refit as refitting
-from svdconvert.factoring.refit import HELD_OUT
+from svdconvert.factoring import regression
 from svdconvert.factoring.refit_files import Refit
+from svdconvert.factoring.refit_streams import HELD_OUT
 from svdconvert.storage.source import LocalSource
 
 
@@ -61,7 +62,7 @@ def nll(model: torch.nn.Module, ids: torch.Tensor) -> float:
 def test_refit_is_the_ridge_regression_on_the_compressed_models_inputs(
     layout: str, dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(refitting, "DAMPINGS", (1e-3,))
+    monkeypatch.setattr(regression, "DAMPINGS", (1e-3,))
     monkeypatch.setattr(Refit, "accepted", True)
     settings = {"keep": 0.5, "method": "whiten", "calibration": calibration, "layout": layout, "device": "cpu"}
     convert(dense, tmp_path / "plain", dtype="float32", **settings)
@@ -173,15 +174,15 @@ def test_refit_goes_on_where_it_was_broken_off(
 ) -> None:
     settings = {"keep": 0.5, "calibration": calibration, "refit": "sequential", "device": "cpu"}
     convert(dense, tmp_path / "whole", **settings)
-    original, calls = refitting._Run.block, []
+    original, calls = refitting._Attempt.refit_block, []
 
-    def block(self: refitting._Run, module: torch.nn.Module, index: int) -> None:
+    def block(self: refitting._Attempt, module: torch.nn.Module, index: int) -> None:
         calls.append(index)
         if calls == [0, 1]:
             raise JobError("the disk is full")
         original(self, module, index)
 
-    monkeypatch.setattr(refitting._Run, "block", block)
+    monkeypatch.setattr(refitting._Attempt, "refit_block", block)
     with pytest.raises(JobError, match="disk is full"):
         convert(dense, tmp_path / "out", **settings)
     convert(dense, tmp_path / "out", **settings)
