@@ -1,4 +1,4 @@
-"""The program itself: its commands, its errors, and who speaks where several processes work."""
+"""The program itself: its commands, its errors, and which of several processes prints."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from svdconvert.machine import interrupts, processes
 from svdconvert.version import __version__
 
 DEFAULT_COMMAND = "convert"
-# What several processes can share; under a launcher, the first of them does the others alone.
+# Commands that several processes can share; under a launcher, the first process runs the others alone.
 SHARED_COMMANDS = ("convert", "calibrate", "densify", "fold")
-# Launchers end all processes when one has failed: in so many seconds another one has said what was wrong.
+# Launchers end all processes when one fails: seconds in which another one can report its error first.
 _LET_SPEAK = 1.0
 _OUT_OF_MEMORY = {
     "host": "out of memory; use fewer --workers or a machine with more memory, and run the same command to continue",
@@ -46,7 +46,7 @@ class DefaultGroup(click.Group):
         return super().parse_args(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """What a line may begin with: a command, or what the default command takes."""
+        """Completions of a first word: a command, or an argument of the default command."""
         found = super().shell_complete(ctx, incomplete)
         default = self.commands[DEFAULT_COMMAND]
         with default.make_context(DEFAULT_COMMAND, [], parent=ctx, resilient_parsing=True) as inner:
@@ -73,15 +73,16 @@ class DefaultGroup(click.Group):
             processes.leave()
             return result
         except KeyboardInterrupt:
-            # click itself would say "Aborted!" and no more.
+            # click itself would only print "Aborted!".
             raise JobError(interrupts.SENTENCE) from None
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        # OpenMP's threads wait for each other by spinning; where other processes hold a core, an eigen-decomposition
-        # then takes up to ten times as long (docs/measurements-threads.md). It is read when torch is loaded.
+        # OpenMP's threads spin while they wait for each other; where other processes use the cores, an
+        # eigen-decomposition then takes up to ten times as long (docs/measurements-threads.md). OpenMP reads the
+        # variable when torch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if processes.launched_rank() > 0:
-            # One process speaks for all.
+            # One process prints for all.
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
         try:
             return super().main(*args, **kwargs)
@@ -101,11 +102,11 @@ class DefaultGroup(click.Group):
             raise
         finally:
             if processes.launched_rank() > 0:
-                sys.stderr = sys.__stderr__  # a traceback is for everybody to see
+                sys.stderr = sys.__stderr__  # every process may print a traceback
 
 
 def _unforeseen(error: Exception) -> str:
-    """What to tell of an error that nobody has thought of."""
+    """The message for an unforeseen error."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
     return (
@@ -115,7 +116,7 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    # Names in files may hold anything; a terminal is not to be steered by them.
+    # Names in files may hold anything; they must not control the terminal.
     message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
     interrupts.settle()
     group = processes.current()

@@ -1,4 +1,4 @@
-"""Progress of a job: a bar on a terminal; elsewhere a line now and then, with the time that is left."""
+"""Progress of a job: a bar on a terminal; elsewhere a line now and then, with the time left."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from svdconvert.planning.plan import Plan
 
-# Seconds between lines where there is no terminal: no more than 30, however late the thread wakes up.
+# Seconds between lines without a terminal: at most 30, even where the thread wakes up late.
 LINE_EVERY = 25.0
 # Seconds between looks at the clock.
 POLL = 1.0
@@ -45,9 +45,9 @@ class Phase:
     """A part of the work that is counted.
 
     Attributes:
-        name: what is done.
-        done, total: how much of it; a total of 0 is not known.
-        detail: where in it the work is.
+        name: the name shown.
+        done, total: units of work; a total of 0 means unknown.
+        detail: the present place in it.
     """
 
     def __init__(self, name: str, done: int, total: int, now: float) -> None:
@@ -55,7 +55,7 @@ class Phase:
         self._start, self._first = now, done
 
     def left(self, now: float) -> float | None:
-        """Seconds until its end at the speed so far; None where nothing can be said."""
+        """Seconds until its end at the speed so far; None if unknown."""
         new = self.done - self._first
         return (now - self._start) / new * (self.total - self.done) if new > 0 and self.done < self.total else None
 
@@ -69,7 +69,7 @@ class Phase:
 
 
 class Lines:
-    """A line about the phase in work, :data:`LINE_EVERY` seconds after the last one."""
+    """A line about the current phase, :data:`LINE_EVERY` seconds after the last one."""
 
     def __init__(self, show: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         """Nothing is shown at first.
@@ -83,7 +83,7 @@ class Lines:
         self.phase = Phase("preparing", 0, 0, self._last)
 
     def at(self, name: str, done: int, total: int, detail: str = "") -> None:
-        """So much of a phase is done; another name begins another phase."""
+        """Record progress of a phase; another name begins another phase."""
         with self._lock:
             if (name, total) != (self.phase.name, self.phase.total):
                 self.phase = Phase(name, done, total, self._clock())
@@ -91,7 +91,7 @@ class Lines:
         self.tick()
 
     def step(self) -> None:
-        """One more is done."""
+        """Record one more unit."""
         with self._lock:
             self.phase.done += 1
         self.tick()
@@ -108,7 +108,7 @@ class Lines:
 
 
 class TerminalEvents(Events):
-    """Progress of a job: a bar with the matrix in work on a terminal, else a line per weight file and now and then."""
+    """Progress of a job: a bar with the current matrix on a terminal; else a line per weight file, and now and then."""
 
     def __init__(self, console: Console, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         """Show on this console; ``verbose`` adds a line per matrix."""
@@ -135,7 +135,7 @@ class TerminalEvents(Events):
     def __enter__(self) -> TerminalEvents:
         """Nothing is drawn before there is something to count."""
         if self._lines is not None:
-            # Work that tells nothing of itself is told of too.
+            # Phases that report no progress get lines too.
             self._clockwork = threading.Thread(target=self._tick, args=(self._lines,), daemon=True)
             self._clockwork.start()
         return self
@@ -143,7 +143,7 @@ class TerminalEvents(Events):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._ended.set()
         if self._clockwork is not None:
             self._clockwork.join()
@@ -214,6 +214,6 @@ class TerminalEvents(Events):
 
 @contextmanager
 def counting(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress of something that has no job; yields a function of (done, in all)."""
+    """Progress of work without a job; yields a function of (done, total)."""
     with TerminalEvents(console) as events:
         yield lambda done, total: events.progress(what, done, total)

@@ -1,4 +1,4 @@
-"""What the user sees: plan and results as tables."""
+"""Plans and results as tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     Args:
         console: where to.
         plan: the conversion.
-        free: room on the disk of the output folder, or None where there is none.
+        free: bytes free on the disk of the output folder, or None if unknown.
     """
     commit = f" @ {plan.commit[:12]}" if plan.commit else ""
     layers = plan.settings["share_layers"]
@@ -116,7 +116,7 @@ def show_result(console: Console, report: Report) -> None:
 
 
 def show_evaluation(console: Console, result: Evaluation) -> None:
-    """Print a perplexity with all that it depends on."""
+    """Print a perplexity with everything it depends on."""
     rows = [("perplexity", f"{result.perplexity:.4f} per token")]
     if result.bits_per_character is not None:
         rows.append(("bits per character", f"{result.bits_per_character:.4f}"))
@@ -141,7 +141,7 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
 
 
 def _confidence(far: Divergence) -> str:
-    """A warning where perplexity is no judge."""
+    """A warning where perplexity is misleading."""
     return (
         "; it is over-confident here, so a lower perplexity does not mean a better copy" if far.over_confident else ""
     )
@@ -162,7 +162,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
 
 
 def _times(outcome: Outcome) -> list[tuple[str, str]]:
-    """The whole and its stages; those that took no time worth telling are left out."""
+    """The total time and that of its stages; short ones are left out."""
     rows = [("time", f"{outcome.seconds:.1f} s")]
     if outcome.already_done:
         return rows
@@ -194,7 +194,7 @@ def show_ablation(console: Console, results: Sequence[GroupResult]) -> None:
 
 
 def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False) -> None:
-    """Print what singular values amount to: lowest, median and highest of each kind of matrix, or every matrix."""
+    """Print spectra: lowest, median and highest values of each kind of matrix, or every matrix."""
     from svdconvert.words import percent
 
     columns: dict[str, tuple[Callable[[MatrixSpectrum], float], Callable[[float], str]]] = {

@@ -1,4 +1,4 @@
-"""Where a command's result goes."""
+"""Where a command's result is printed."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from svdconvert.errors import InputError
 
 
 def need_folder(folder: Path) -> None:
-    """Refuse a folder that is not there.
+    """Refuse a folder that does not exist.
 
     Raises:
-        InputError: it is not.
+        InputError: it does not exist.
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
 
 
 def console_for(as_json: bool) -> Any:
-    """Where people read: standard output, or standard error while that carries JSON."""
+    """The console for people: standard output, or standard error while standard output carries JSON."""
     from rich.console import Console
 
     stream = sys.stderr if as_json else sys.stdout
-    # Without a terminal nobody wraps lines: give tables the room they need.
+    # Without a terminal lines are not wrapped: give tables the width they need.
     return Console(file=stream, width=None if stream.isatty() else 140)
 
 
 def print_json(value: object) -> None:
-    """Print for programs."""
+    """Print a value for programs."""
     click.echo(json.dumps(_told(value), indent=2, ensure_ascii=False))
 
 
 def _told(value: object) -> object:
-    """JSON types whose sentences are in the words of the command line."""
+    """A value in JSON types with its sentences in the words of the command line."""
     if isinstance(value, Mapping):
         return {name: _told(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

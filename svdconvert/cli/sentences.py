@@ -16,11 +16,11 @@ def told(text: str) -> str:
 
 
 def in_options(field: str, value: Any) -> str:
-    """How a field of a request is given on the command line, quoted for a shell where it has to be.
+    """A field of a request as an option of the command line, quoted for a shell where needed.
 
     Args:
         field: as :func:`svdconvert.sentences.asked` has it.
-        value: what was asked for; ``...`` for the option alone.
+        value: the requested value; ``...`` for the option alone.
     """
     name = option_name(field)
     if value is ...:
@@ -34,7 +34,7 @@ def in_options(field: str, value: Any) -> str:
 
 
 def _words(value: Any) -> list[str]:
-    """The value of each time that an option is given."""
+    """The value of each occurrence of an option."""
     if isinstance(value, Mapping):
         return [_text(rank) if pattern == "*" else f"{pattern}={_text(rank)}" for pattern, rank in value.items()]
     if not isinstance(value, list | tuple):

@@ -46,7 +46,7 @@ from svdconvert.sentences import asked
 def spectrum(model: str, per_layer: bool, out: Path | None, plot: Path | None, as_json: bool, **options: Any) -> None:
     """Singular values of MODEL's matrices, how they fall off, and what break-even keeps of them.
 
-    Of the weights themselves, or, with --method and a text, as that method weighs them.
+    By default of the weights themselves; with --method and a text, of the weights in that method's metrics.
     """
     from svdconvert.commands.figures import check_picture, need_matplotlib
 

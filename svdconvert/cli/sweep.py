@@ -73,8 +73,8 @@ def sweep(
 ) -> None:
     """Perplexity of MODEL at several sizes, from one calibration: a table and a picture.
 
-    The same command again goes on with an interrupted sweep; with other budgets, methods or layouts it adds to what
-    the folder holds.
+    Run the same command again to continue an interrupted sweep; with other budgets, methods or layouts it adds their
+    points to the folder.
     """
     budgets: dict[str, Any] = {"keep": _numbers("keep", keep, float), "rank": _numbers("rank", rank, int)}
     calibration = take_calibration(options)

@@ -1,4 +1,4 @@
-"""Tables that show every number whole, however narrow the terminal is."""
+"""Tables that show every number in full, on any width of terminal."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def show_table(console: Console, table: Table, keys: Sequence[int] = (0,)) -> No
     for number, columns in enumerate(_pieces(table.columns, keys, console.width)):
         if number:
             console.print()
-        # Where names and one number do not fit side by side, cells are folded; nothing is cut.
+        # Where names and one number do not fit side by side, cells are wrapped, never cut.
         fits = _width(columns) <= console.width
         piece = Table(box=None, pad_edge=False)
         for column in columns:
