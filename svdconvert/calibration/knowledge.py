@@ -81,7 +81,7 @@ class Knowledge:
         key: what they depend on beside the model, in JSON types.
         text: the text itself, in the model's tokens.
         batch_size: sequences at a time.
-        again: asks for the same, with the numbers as they turned out and stand-ins for names of files.
+        repeatable: the request for the same, with actual numbers and stand-ins for file names.
         collect: (method, modules, device, work folder, events) -> their provider.
     """
 
@@ -89,7 +89,7 @@ class Knowledge:
     key: Mapping[str, Any]
     text: CalibrationTokens
     batch_size: int
-    again: Text | Stats
+    repeatable: Text | Stats
     collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
 
 
@@ -132,8 +132,8 @@ def from_text(source: Source, calibration: Text) -> Knowledge:
         "labels": calibration.labels,
         "seed": calibration.seed,
     }
-    again = replace(calibration, text="TEXT", samples=samples, length=length)
-    return Knowledge(calibration.text, key, tokens, calibration.batch_size, again, collect)
+    repeatable = replace(calibration, text="TEXT", samples=samples, length=length)
+    return Knowledge(calibration.text, key, tokens, calibration.batch_size, repeatable, collect)
 
 
 def from_folder(source: Source, folder: Path) -> Knowledge:

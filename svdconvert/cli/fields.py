@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from svdconvert.calibration.knowledge import Calibration
 from svdconvert.cli.groups import option, options
 from svdconvert.cli.kinds import COUNT, FOLDER, MethodName, Word
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.options import BY_KEYWORD
 from svdconvert.settings.row import Kind, Option
 from svdconvert.settings.size import parse_rank_options
+
+if TYPE_CHECKING:
+    from svdconvert.calibration.knowledge import Calibration
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -31,7 +33,7 @@ _TYPES: dict[Kind, Callable[[Option], Any]] = {
 
 
 def parameter_name(row: Option) -> str:
-    """Name of the value that click hands on."""
+    """Click's name for the value."""
     return ("no_" if row.default is True else "") + row.keyword.replace(".", "_")
 
 
@@ -39,9 +41,9 @@ def ask(keyword: str, *, name: str = "", **changes: Any) -> Callable[[_Command],
     """The option of a field.
 
     Args:
-        keyword: of the field, see :data:`svdconvert.settings.options.BY_KEYWORD`.
-        name: of the value that click hands on, if not the keyword.
-        changes: what is said otherwise here, in click's words.
+        keyword: a key of :data:`svdconvert.settings.options.BY_KEYWORD`.
+        name: click's name for the value, by default made from the keyword.
+        changes: click settings that differ from the field's.
     """
     row = BY_KEYWORD[keyword].option
     usual = f"  [default: {row.usual}]" if row.usual else ""
@@ -64,13 +66,15 @@ def ask_all(*sections: type) -> Callable[[_Command], _Command]:
 
 def take_calibration(values: dict[str, Any]) -> Calibration | None:
     """Take the options of the text out of all; None without a text."""
+    from svdconvert.calibration.knowledge import Calibration
+
     prefix = "calibration_"
     chosen = {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}
     return None if chosen["text"] is None else Calibration(**chosen)
 
 
 def conversion_of(values: dict[str, Any]) -> Conversion:
-    """The request that options of ``convert`` or ``plan`` make.
+    """The request given by the options of ``convert`` or ``plan``.
 
     Args:
         values: by click's names.

@@ -32,20 +32,20 @@ def conversion_job(work: Work, prepared: Prepared, settings: Mapping[str, Any]) 
         source.config, row, plan.ranks, work.request.output.dtype, work.request.recipe.layout, plan.shared
     )
     config.setdefault("torch_dtype", model_files.majority_dtype([step.outputs[0] for step in plan.steps]))
-    told = _Told(work, prepared, settings)
+    results = _Results(work, prepared, settings)
     return Job(
         steps=plan.steps,
         shards=plan.shards,
         config=config,
         extra={f"{row.modeling}.py": model_files.modeling_source(row)},
-        card=told.card,
-        details=told.details,
+        card=results.card,
+        details=results.details,
     )
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What the record and the card say."""
+class _Results:
+    """What the record and the card report."""
 
     work: Work
     prepared: Prepared
@@ -96,16 +96,16 @@ class _Told:
         """The model card."""
         source = self.work.source
         row = dense_architecture(source.config, source.where)
-        command = again(self.work).command(source.repo or source.name)
+        command = repeatable(self.work).command(source.repo or source.name)
         lost = {**self.predicted(reports), **self.losses}
         return card.factored_card(source, self.plan, row, command, self.settings, self.matrices(reports), lost)
 
 
-def again(work: Work) -> Conversion:
-    """The request by which somebody else makes the same result.
+def repeatable(work: Work) -> Conversion:
+    """The request that makes the same result elsewhere, for the command of the card.
 
-    Names of files are stand-ins, numbers are as they turned out, and what was left to be chosen is named, except where
-    that is svd without a text and a budget spread evenly as usual.
+    Stand-ins take the place of file names, and defaults that depend on something are spelled out. Two are not: svd
+    without a text, and a uniform allocation where that is the method's own.
     """
     request, recipe = work.request, work.request.recipe
     usual = replace(request, recipe=replace(recipe, allocation=None)).allocation
@@ -115,7 +115,7 @@ def again(work: Work) -> Conversion:
     return replace(
         request,
         recipe=replace(recipe, method=method, allocation=allocation),
-        calibration=None if work.knowledge is None else work.knowledge.again,
+        calibration=None if work.knowledge is None else work.knowledge.repeatable,
         runtime=replace(request.runtime, work=Path("WORK") if keeps else None),
         hub=replace(request.hub, revision=work.source.commit),
     )

@@ -34,8 +34,8 @@ class Work:
 
     Attributes:
         source: the dense model.
-        request: what is asked for, settled.
-        knowledge: the text to look at, or None.
+        request: what to do, settled.
+        knowledge: the calibration text and its statistics, or None.
         folder: where the result goes.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         events: receiver of progress.
@@ -55,7 +55,7 @@ class Work:
 
     @property
     def must_decompose(self) -> bool:
-        """Whether whole decompositions are needed, and not only kept."""
+        """Whether the result is made from whole decompositions, kept or not."""
         recipe = self.request.recipe
         return bool(self.request.method.statistics) or recipe.allocation == "global" or recipe.refit != "none"
 
@@ -79,12 +79,12 @@ class Prepared:
 
 
 def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
-    """Do what has to be known before the job itself: all stages that a request asks for.
+    """Run the stages that a request asks for, up to the plan that the job carries out.
 
     Args:
         work: the conversion.
-        plan: by the request alone.
-        held: what is held until the job is done.
+        plan: the plan made from headers alone.
+        held: keeps locks on folders until the job is done.
 
     Raises:
         InputError: see :func:`svdconvert.convert`.
@@ -125,7 +125,7 @@ def _decompose(work: Work, plan: Plan) -> Decompositions:
 
 
 def spend(plan: Plan, request: Conversion, store: Decompositions) -> list[Target]:
-    """Ranks of a global budget: the parameters that the request's uniform ranks would take, spent where they help most.
+    """Ranks of a global budget: as many parameters as uniform ranks would take, spent where they help most.
 
     Raises:
         InputError: the budget is below what the least ranks cost.
@@ -185,7 +185,7 @@ def _refit(work: Work, plan: Plan, store: Decompositions) -> Prepared:
 def measure(work: Work, plan: Plan) -> Mapping[str, float]:
     """Loss of the dense model on the text, and what the written weights add to it, in nats per token.
 
-    Nothing where there is no text, or where the result is not to be looked at.
+    Empty without a text, or if the result is not to be checked.
     """
     if work.knowledge is None or not work.request.output.check:
         return {}

@@ -26,7 +26,7 @@ from svdconvert.version import versions
 
 @dataclass(frozen=True)
 class Bench:
-    """What all models of a sweep are made from and measured on.
+    """The dense model of a sweep and the text, on which every converted model is measured.
 
     Attributes:
         model: as the user names it.
@@ -61,7 +61,7 @@ class Bench:
         *,
         keep: bool,
     ) -> Bench:
-        """One whose windows are known, by reading the text.
+        """Read the text, which settles the windows.
 
         Args:
             model, source, dense, text, models, events, keep: see the attributes.
@@ -98,7 +98,7 @@ class Bench:
         return self.models / setting.folder
 
     def lacks(self, setting: Setting) -> bool:
-        """Whether a model that is to stay is not there."""
+        """Whether the model should be kept and is missing."""
         return self.keep and not (self.folder(setting) / "config.json").is_file()
 
     def dense_point(self, plan: Plan) -> Point:
@@ -113,7 +113,7 @@ class Bench:
         return Point(DENSE, *sizes, found.perplexity, found.bits_per_character, 0.0, None, found.seconds, 0.0)
 
     def point(self, request: Conversion, events: Events) -> Point:
-        """The row of a conversion, which is done now and measured against the dense model.
+        """Convert, and measure the result against the dense model.
 
         Args:
             request: what is asked for.

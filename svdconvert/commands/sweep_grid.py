@@ -20,7 +20,7 @@ from svdconvert.settings.text import Stats, Text
 
 @dataclass(frozen=True)
 class Grid:
-    """What is converted.
+    """The conversions, and the text of the data-aware methods among them.
 
     Attributes:
         requests: line after line, the largest budget first.
@@ -77,7 +77,7 @@ def make_grid(
     requests = []
     for row in rows:
         keywords = {**common, "work": work if len(rows) == 1 else work / row.name}
-        # What no method of the sweep has a use for is left to be refused.
+        # A text that no method uses stays, so that the check refuses it.
         if row.statistics or common["refit"] != "none" or not aware:
             keywords |= {"calibration": calibration, "stats": stats}
         for name in _for_others(row, rows):
@@ -91,7 +91,7 @@ def make_grid(
 
 
 def _for_others(row: Method, rows: Sequence[Method]) -> set[str]:
-    """Settings that another method of a sweep reads, and this one does not."""
+    """Method settings that another method of a sweep reads and this one does not."""
     return {name for other in rows for name in other.options} - set(row.options)
 
 

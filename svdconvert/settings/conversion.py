@@ -1,7 +1,7 @@
-"""The whole request: what a user asks of a conversion, in one object.
+"""The whole request for a conversion in one object.
 
-The command line, the library's keywords, the key under which a job resumes, and the command of a model card are all
-made from its fields.
+Its fields give the command line its options and the library its keywords, a job the key under which it resumes, and the
+model card its command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from svdconvert.settings.text import Stats, Text
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is asked for. It does not say of which model, nor where the result goes.
+    """A request for a conversion, without the model and the folder of the result.
 
     Attributes:
         size: how small.
@@ -82,7 +82,7 @@ class Conversion:
 
     @property
     def method(self) -> Method:
-        """The method that is asked for, or the usual one: kfac where there is a text, svd where there is none."""
+        """The method; by default kfac with a text and svd without."""
         return method_named(self.recipe.method or ("svd" if self.calibration is None else "kfac"))
 
     @property
@@ -90,22 +90,22 @@ class Conversion:
         """How a budget is spread: as asked, or as suits the method."""
         if self.recipe.allocation is not None:
             return self.recipe.allocation
-        # Ranks that the user has chosen himself are his to keep.
+        # Ranks that the user has chosen stay as they are.
         return self.method.allocation if self.size.rank is None and not self.size.patterns else "uniform"
 
     @property
     def options(self) -> dict[str, float]:
-        """The method's settings, its defaults filled in."""
+        """The method's settings, with defaults filled in."""
         return method_options(self.method, self.recipe.given)
 
     def settled(self) -> Conversion:
-        """The same request with everything named that was left to be chosen."""
+        """The same request with method, allocation and the method's settings filled in."""
         settings: dict[str, Any] = self.options
         recipe = replace(self.recipe, method=self.method.name, allocation=self.allocation, **settings)
         return replace(self, recipe=recipe)
 
     def check(self) -> None:
-        """Refuse what cannot be done with any model.
+        """Refuse a request that no model can meet.
 
         Raises:
             InputError: a value is impossible, or two do not go with each other.
@@ -113,7 +113,7 @@ class Conversion:
         rules.check(self, rules.ALL)
 
     def check_planned(self) -> None:
-        """:meth:`check` without what only matters to the conversion itself: a plan needs no text.
+        """:meth:`check` without the rules that a plan does not depend on; it needs no text.
 
         Raises:
             InputError: as :meth:`check`.
@@ -121,7 +121,7 @@ class Conversion:
         rules.check(self, rules.PLANNED)
 
     def check_method(self) -> None:
-        """:meth:`check` of the method alone, its settings and what it looks at; of no size.
+        """:meth:`check` of the method, its settings and its text alone; no size is needed.
 
         Raises:
             InputError: as :meth:`check`.
@@ -157,7 +157,9 @@ class Conversion:
         }
 
     def command(self, model: str) -> str:
-        """The command that asks for the same: every field that the result depends on and that is not at its default.
+        """The command that makes the same request.
+
+        It has every field that the result depends on and that is not at its default.
 
         Args:
             model: as it is named on the command line.
@@ -165,7 +167,7 @@ class Conversion:
         words = ["svdconvert", model]
         for section in self._sections:
             for name, option in options_of(section).items():
-                if not option.why_untold:
+                if not option.omitted_because:
                     words += option.command(getattr(section, name))
         return shlex.join([*words, "--out", "DIR"])
 

@@ -33,7 +33,7 @@ class Hub:
         keyword="push_to_hub",
         group="Hub",
         metavar="REPO",
-        why_untold=HUB,
+        omitted_because=HUB,
     )
     private: bool = option(
         False,
@@ -42,7 +42,7 @@ class Hub:
         keyword="private",
         group="Hub",
         kind="flag",
-        why_untold=HUB,
+        omitted_because=HUB,
     )
     push_revision: str | None = option(
         None,
@@ -51,5 +51,5 @@ class Hub:
         keyword="hub_revision",
         group="Hub",
         metavar="B",
-        why_untold=HUB,
+        omitted_because=HUB,
     )

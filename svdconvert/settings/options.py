@@ -20,7 +20,7 @@ from svdconvert.settings.text import Stats, Text
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class RequestField:
     """One field of a request.
 
     Attributes:
@@ -34,14 +34,14 @@ class Setting:
     option: Option
 
 
-# In the order of a command line and of the help.
+# In the order of the help.
 SECTIONS = (Size, Scope, Recipe, Text, Stats, Output, Runtime, Hub)
-SETTINGS = tuple(Setting(section, field, row) for section in SECTIONS for field, row in options_of(section).items())
+FIELDS = tuple(RequestField(section, field, row) for section in SECTIONS for field, row in options_of(section).items())
 
-# One for each option; a field that is given by another one's option is left out.
-BY_KEYWORD: Mapping[str, Setting] = {one.option.keyword: one for one in SETTINGS if not one.option.part_of}
+# One for each option; fields without an option of their own are left out.
+BY_KEYWORD: Mapping[str, RequestField] = {one.option.keyword: one for one in FIELDS if not one.option.part_of}
 
-# Of other commands, those that are not called like their keyword.
+# Keyword -> option, and the options of other commands whose names differ from their keywords.
 _NAMES: Mapping[str, str] = {
     **{keyword: one.option.flag for keyword, one in BY_KEYWORD.items()},
     "calibration": "--calib",
@@ -61,14 +61,14 @@ def option_name(field: str) -> str:
 
 
 def did_you_mean(word: str) -> str:
-    """The end of a sentence about a keyword that there is not; empty where none is like it."""
+    """The end of a sentence about an unknown keyword; empty if no known keyword resembles it."""
     known = [*(keyword for keyword in BY_KEYWORD if "." not in keyword), "calibration"]
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def short_command(what: str, max_shard_bytes: int) -> str:
-    """The command that makes a result of densify or fold again, which depends on the size of its files alone.
+    """The command that repeats densify or fold, whose results depend on no option but the size of the files.
 
     Args:
         what: the command and its arguments.

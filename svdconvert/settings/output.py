@@ -47,7 +47,7 @@ class Output:
         keyword="overwrite",
         group="Output",
         kind="flag",
-        why_untold=PLACE,
+        omitted_because=PLACE,
     )
     check: bool = option(
         True,
@@ -56,5 +56,5 @@ class Output:
         keyword="check",
         group="Output",
         kind="flag",
-        why_untold="whether the result is looked at, and its loss measured",
+        omitted_because="whether the result is looked at, and its loss measured",
     )

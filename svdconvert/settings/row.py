@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 Kind = Literal["flag", "text", "whole", "count", "number", "folder", "path", "choice", "word", "method"]
 
-# Why a field is left out of the command that makes a result again.
+# Why the command of a model card leaves a field out.
 SPEED = "where and how fast it is computed"
 PLACE = "where things are kept"
 HUB = "what becomes of the finished result"
@@ -19,7 +19,7 @@ REQUIRED = MISSING
 
 
 def one_word(value: Any) -> list[str]:
-    """A value as the command line has it; numbers are read back as they were."""
+    """A value as one word of a command line, from which the same value is read again."""
     return [repr(value) if isinstance(value, float) else str(value)]
 
 
@@ -36,14 +36,14 @@ class Option:
             for which the known words are examples, ``method`` a row of :data:`svdconvert.methods.table.METHODS`.
         metavar: stands for the value in the help; by default the kind's.
         words: known values.
-        usual: the default in words, where it depends on something.
+        usual: the default in words, where it depends on other fields or on the model.
         repeatable: whether it may be given more than once.
         default: of the field.
         read: value as a caller gives it -> value of the field.
         write: value of the field -> one word for each time that the option is given.
-        part_of: of a field whose value is given by another one's option, that field.
-        why_untold: empty for a field that the result depends on. Otherwise why the command that makes a result again
-            leaves it out.
+        part_of: the field whose option gives this value too; empty for a field with an option of its own.
+        omitted_because: why the command of a model card leaves the field out; empty for a field that the result
+            depends on.
     """
 
     flag: str
@@ -59,7 +59,7 @@ class Option:
     read: Callable[[Any], Any] = lambda value: value
     write: Callable[[Any], Sequence[str]] = one_word
     part_of: str = ""
-    why_untold: str = ""
+    omitted_because: str = ""
 
     def command(self, value: Any) -> list[str]:
         """Words of a command line that give a value; none for the default."""
@@ -71,7 +71,7 @@ class Option:
 
 
 def option(default: Any, flag: str, help: str = "", *, keyword: str, group: str, **more: Any) -> Any:
-    """A field of a settings object, with what the command line says about it.
+    """A dataclass field with its option.
 
     Args:
         default: of the field; :data:`REQUIRED` for none.

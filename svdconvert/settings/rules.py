@@ -1,4 +1,4 @@
-"""What a request must fulfil, whatever the model: each rule once, in the order in which they are looked at."""
+"""The rules that every request must meet, whatever the model."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def size(request: Request) -> None:
 
 
 def method(request: Request) -> None:
-    """The method is known, and so are the settings that are given for it."""
+    """The method is known, and reads the settings that are given for it."""
     _ = request.options
 
 
 def allocation(request: Request) -> None:
-    """A budget is spread in a way that there is, and has a choice."""
+    """The allocation is known, and has ranks to choose."""
     chosen = request.recipe.allocation
     if chosen is not None:
         _known("allocation", chosen, ALLOCATIONS)
@@ -89,7 +89,7 @@ def text(request: Request) -> None:
 
 
 def parts(request: Request) -> None:
-    """What a method looks at can be had for parts of fused projections: a Fisher vector sums over all outputs."""
+    """The statistics can be had for parts of fused projections; a Fisher vector sums over all outputs of a layer."""
     row = request.method
     if request.scope.split_fused and isinstance(request.calibration, Stats) and "fisher" in row.statistics:
         raise InputError(
@@ -99,7 +99,7 @@ def parts(request: Request) -> None:
 
 
 def solver(request: Request) -> None:
-    """The solver is known, and the fast one is asked for plain truncations only."""
+    """The solver is known, and the fast one is for plain truncations of single matrices."""
     chosen = request.recipe.solver
     _known("solver", chosen, tuple(SOLVERS))
     if not SOLVERS[chosen].single_plain_only:
@@ -149,18 +149,18 @@ def sharing(request: Request) -> None:
         )
 
 
-# Those of a plan: the rest matters to the conversion itself.
+# In the order in which they are tried. Those that a plan depends on:
 PLANNED: Sequence[Rule] = (size, method, allocation, refit, solver, dtype, layout, sharing)
-# Those of a look at singular values.
+# Those of `svdconvert spectrum`, which has no size:
 METHOD: Sequence[Rule] = (method, layout, text, parts)
 ALL: Sequence[Rule] = (size, method, allocation, refit, text, parts, solver, work, dtype, layout, sharing)
 
 
 def check(request: Request, rules: Sequence[Rule]) -> None:
-    """Hold a request against rules.
+    """Try rules in order.
 
     Raises:
-        InputError: it breaks one; of several, the first.
+        InputError: the request breaks one.
     """
     for rule in rules:
         rule(request)

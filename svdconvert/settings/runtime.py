@@ -33,7 +33,7 @@ class Runtime:
         group="Running",
         kind="word",
         words=("auto", "cpu", "cuda", "cuda:N"),
-        why_untold=SPEED,
+        omitted_because=SPEED,
     )
     workers: int | None = option(
         None,
@@ -43,7 +43,7 @@ class Runtime:
         group="Running",
         kind="count",
         usual="one a core, up to 8; two on a GPU",
-        why_untold=SPEED,
+        omitted_because=SPEED,
     )
     # What is kept is the decomposition of whole matrices, whose factors differ by rounding from those made at once.
     work: Path | None = option(
@@ -62,7 +62,7 @@ class Runtime:
         keyword="keep_work",
         group="Running",
         kind="flag",
-        why_untold="told as --work",
+        omitted_because="told as --work",
     )
 
     @property

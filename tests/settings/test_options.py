@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +21,7 @@ import svdconvert
 from svdconvert import Calibration
 from svdconvert.cli.app import main
 from svdconvert.cli.fields import parameter_name
-from svdconvert.settings.options import BY_KEYWORD, SETTINGS, option_name
+from svdconvert.settings.options import BY_KEYWORD, FIELDS, option_name
 from svdconvert.words import parse_size, size_text
 
 COMMAND = main.commands["convert"]
@@ -28,8 +30,13 @@ SIGNATURE = inspect.signature(svdconvert.convert).parameters
 
 def test_every_option_is_a_field_or_the_programs_own() -> None:
     flags = {parameter.opts[-1] for parameter in COMMAND.params if isinstance(parameter, click.Option)}
-    assert flags - {one.option.flag for one in SETTINGS} == {"--out", "--dry-run", "--json", "--verbose"}
-    assert flags >= {one.option.flag for one in SETTINGS}
+    assert flags - {one.option.flag for one in FIELDS} == {"--out", "--dry-run", "--json", "--verbose"}
+    assert flags >= {one.option.flag for one in FIELDS}
+
+
+def test_settings_need_neither_torch_nor_click() -> None:
+    program = "import sys, svdconvert.settings.conversion; print({'torch', 'click', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout == b"set()\n"
 
 
 def test_every_keyword_is_a_field() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from svdconvert import Calibration, Events, InputError
 from svdconvert.cli.app import main
 from svdconvert.cli.fields import conversion_of
-from svdconvert.commands.conversion_job import again
+from svdconvert.commands.conversion_job import repeatable
 from svdconvert.commands.stages import Work
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.hub import Hub
@@ -140,8 +140,8 @@ def test_every_field_is_in_the_command_or_said_to_be_left_out(section: type, nam
     request = with_field(section, name, OTHER[section][name])
     option = options_of(section)[name]
     line = request.command("MODEL")
-    if option.why_untold:
-        assert len(option.why_untold) > 10
+    if option.omitted_because:
+        assert len(option.omitted_because) > 10
         assert line == "svdconvert MODEL --out DIR"
     else:
         assert option.flag in shlex.split(line)
@@ -209,8 +209,8 @@ def test_recorded_results(row: dict[str, Any]) -> None:
     if request.calibration is not None:
         text = {name: settings[name] for name in ("calibration", "tokens", "samples", "length", "labels", "seed")}
     assert json.loads(json.dumps(request.key(text))) == settings
-    knowledge: Any = None if text is None else SimpleNamespace(again=replace(request.calibration, text="TEXT"))
+    knowledge: Any = None if text is None else SimpleNamespace(repeatable=replace(request.calibration, text="TEXT"))
     source: Any = SimpleNamespace(commit=None)
     work = Work(source, request.settled(), knowledge, Path("out"), "cpu", Events())
-    assert again(work) == parsed(row["command"])
-    assert again(work).settled() == replace(request.settled(), calibration=again(work).calibration)
+    assert repeatable(work) == parsed(row["command"])
+    assert repeatable(work).settled() == replace(request.settled(), calibration=repeatable(work).calibration)
