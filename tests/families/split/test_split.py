@@ -224,7 +224,7 @@ def test_refusals(dense: Path, tmp_path: Path, text: Path) -> None:
     calibration = Calibration(str(text), samples=2, length=16)
     calibrate(dense, calibration, tmp_path / "stats", methods=["fwsvd"], device="cpu")
     options: dict[str, Any] = {"keep": 0.6, "method": "fwsvd", "stats": tmp_path / "stats", "device": "cpu"}
-    with pytest.raises(InputError, match="fwsvd with --split-fused needs the text itself"):
+    with pytest.raises(InputError, match="method='fwsvd' with split_fused needs the text itself"):
         convert(dense, tmp_path / "out", split_fused=True, **options)
     with pytest.raises(InputError, match="matches no target"):
         plan(dense, rank={"gate": 3}, split_fused=True)
