@@ -199,7 +199,7 @@ class StatisticsFolder:
         self._write()
 
     def save_tokens(self, tokens: CalibrationTokens) -> None:
-        """Keep the text, as the model reads it, for what has to look at it again."""
+        """Keep the text, as the model reads it, for a later refit or measurement."""
         if not (self.folder / TOKENS).is_file():
             write_tensors(self.folder / TOKENS, {"ids": tokens.ids, "mask": tokens.mask})
 

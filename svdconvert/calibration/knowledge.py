@@ -32,7 +32,7 @@ class StatisticsProvider(Protocol):
 
 
 class Calibration(Text):
-    """The text that a data-aware method looks at.
+    """The text that a data-aware method uses.
 
     Attributes:
         text: a .txt, .jsonl or .parquet file, a folder of such files, or the name of a dataset.

@@ -32,7 +32,7 @@ from svdconvert.sentences import asked
 @model_argument
 @ask("method")
 @method_options
-@ask("layout", help="What break-even is told for.")
+@ask("layout", help="Layout that break-even is computed for.")
 @text_options
 @targets_option
 @split_option

@@ -1,6 +1,6 @@
 """One file per command, as the library calls it.
 
-Each checks a request, plans, and runs a job or looks at a model.
+Each checks a request, plans, and runs a job or measures a model.
 
 May use: families, linalg, layouts, methods, machine, storage, solvers, settings, models, planning, calibration,
 factoring, jobs.

@@ -56,7 +56,7 @@ def calibrate(
     rows = [method_named(name) for name in methods]
     kinds = sorted({kind for row in rows for kind in row.statistics})
     if not kinds:
-        raise InputError(f"{asked('methods', [row.name for row in rows])} looks at no text; choose another")
+        raise InputError(f"{asked('methods', [row.name for row in rows])} uses no text; choose another")
     used, group = resolve_device(device), processes.current()
     if group.leader:
         leftovers = {locks.STATISTICS_LOCK, f"{locks.STATISTICS_LOCK}.pid", ".stats.json.tmp", "source"}

@@ -75,7 +75,7 @@ def convert(
         method: row of :data:`svdconvert.methods.table.METHODS`; by default kfac where there is a text, else svd.
         out: folder to write.
         device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        calibration: the text that a data-aware method looks at.
+        calibration: the text that a data-aware method uses.
         allocation: ``uniform``, every matrix as the request says, or ``global``, the same number of parameters where
             they help most; by default what the method does best with.
         alpha: exponent of asvd.
@@ -100,7 +100,7 @@ def convert(
         overwrite: replace what the folder holds.
         workers: matrices solved at the same time; memory grows with it. None: one a core on the CPU, two on a GPU, as
             far as memory goes.
-        check: run a few tokens through the result afterwards and look at its logits.
+        check: run a few tokens through the result afterwards and check its logits.
         push_to_hub: repository to upload the result to.
         private: make that repository private if it has to be created.
         hub_revision: branch to upload to.

@@ -43,7 +43,7 @@ def densify(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_shard_size: limit of a weight file, in bytes or as ``5GB``.
         overwrite: replace what the folder holds.
-        check: run a few tokens through the result afterwards and look at its logits.
+        check: run a few tokens through the result afterwards and check its logits.
         events: receiver of progress.
 
     Raises:

@@ -143,7 +143,7 @@ def rewrite(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_shard_bytes: limit of a weight file.
         overwrite: replace what the folder holds.
-        check: run a few tokens through the result afterwards and look at its logits.
+        check: run a few tokens through the result afterwards and check its logits.
         events: receiver of progress.
         before: looks at what is read, once the folder is ours and before anything is written.
 

@@ -113,7 +113,7 @@ class Decomposer:
             left, right, _ = self._metrics(target, index, statistics)
             with _naming(target.parts[index].weight):
                 outer = outer_statistic(weight, left, tall=_is_tall(target))
-            assert right is not None  # every method that looks at a text has a metric on the inputs
+            assert right is not None  # every method that uses a text has a metric on the inputs
             shrinkage = float(task.options.get("shrinkage", 0.0))
             is_known = statistics.input_gram is not None and shrinkage < 1
             kept = LayerStatistics(right, outer, statistics.tokens, shrinkage if is_known else None)

@@ -107,7 +107,7 @@ def run_job(
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         workers: matrices in work at the same time.
         overwrite: replace what the folder holds.
-        check: looks at the result, whose config.json is not written yet.
+        check: checks the result, before its config.json is written.
         events: receiver of progress.
 
     Raises:

@@ -24,7 +24,7 @@ LOADED_BYTES = 500_000_000
 
 
 def probe(folder: Path, source: Source) -> str:
-    """Run a few tokens in float32 on the CPU and look at the logits.
+    """Run a few tokens in float32 on the CPU and check the logits.
 
     Args:
         folder: the checkpoint, dense or factored; its config.json need not be there yet.

@@ -35,7 +35,7 @@ class Conversion:
         size: how small.
         scope: which matrices.
         recipe: how.
-        calibration: the text to look at, or statistics of one; None for neither.
+        calibration: the text to calibrate on, or statistics of one; None for neither.
         output: what is written.
         runtime: where the work is done.
         hub: what is read from the Hub, and where the result goes there.

@@ -18,7 +18,7 @@ class Output:
         dtype: ``keep`` or the torch name of the type that every tensor gets.
         max_shard_bytes: limit of a weight file.
         overwrite: whether to replace what the folder holds.
-        check: whether to look at the result, and to measure its loss.
+        check: whether to check the result and measure its loss.
     """
 
     dtype: str = option(

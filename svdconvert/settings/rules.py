@@ -80,7 +80,7 @@ def text(request: Request) -> None:
     given = request.calibration is not None
     for words, needs in ((asked("method", row.name), bool(row.statistics)), (asked("refit", chosen), chosen != "none")):
         if needs and not given:
-            raise InputError(f"{words} needs a text to look at; give one with {asked('calibration')}")
+            raise InputError(f"{words} needs a text; give one as {asked('calibration')}")
     if given and not row.statistics and chosen == "none":
         word = "stats" if isinstance(request.calibration, Stats) else "calibration"
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a data-aware method looks at: a text, or the statistics that were collected from one."""
+"""The data of a data-aware method: a text, or statistics collected from one."""
 
 from __future__ import annotations
 
