@@ -83,7 +83,7 @@ def test_notes(capsys: pytest.CaptureFixture[str]) -> None:
     stream = io.StringIO()
     with TerminalEvents(Console(file=stream, width=200)) as events:
         events.note(note)
-    assert stream.getvalue() == "note: it loses more than --allocation uniform\n"
+    assert stream.getvalue().rstrip() == "note: it loses more than --allocation uniform"
     print_json({"notes": [note], "of": {"more": (note,), "rank": 3}})
     assert json.loads(capsys.readouterr().out) == {
         "notes": ["it loses more than --allocation uniform"],
