@@ -110,7 +110,7 @@ def convert(
         InputError: nothing could be done.
         JobError: it broke off; the same call continues it.
     """
-    keywords = dict(locals())
+    keywords = dict(locals())  # the arguments, before anything else has a name here
     model, out, events = (keywords.pop(name) for name in ("model", "out", "events"))
     return run_conversion(model, out, Conversion.of(**keywords), events)
 

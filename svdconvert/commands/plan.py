@@ -53,7 +53,7 @@ def plan(
     Raises:
         InputError: the model or the request cannot be used; the message says why.
     """
-    keywords = dict(locals())
+    keywords = dict(locals())  # the arguments, before anything else has a name here
     return plan_conversion(keywords.pop("model"), Conversion.of(**keywords))
 
 

@@ -91,7 +91,7 @@ def sweep(
         InputError: the request cannot be met, or the folder holds a sweep of something else.
         JobError: it broke off; the same call continues it.
     """
-    keywords = dict(locals())
+    keywords = dict(locals())  # the arguments, before anything else has a name here
     if plot:
         from svdconvert.commands.figures import need_matplotlib
 

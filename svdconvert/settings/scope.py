@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from svdconvert.settings.row import option
 
 
+def patterns_of(targets: str | Sequence[str]) -> tuple[str, ...]:
+    """Patterns as a caller gives them; a text is one pattern."""
+    return (targets,) if isinstance(targets, str) else tuple(targets)
+
+
 @dataclass(frozen=True)
 class Scope:
     """The targets.
@@ -27,7 +32,7 @@ class Scope:
         metavar="PATTERN",
         usual="the linear layers of every block",
         repeatable=True,
-        read=tuple,
+        read=patterns_of,
         write=list,
     )
     split_fused: bool = option(

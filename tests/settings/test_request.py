@@ -161,6 +161,7 @@ def test_keywords() -> None:
     assert request.scope.targets == ("x",)
     assert request.output == Output(max_shard_bytes=10**9, check=False)
     assert request.calibration == Stats(Path.home() / "s")
+    assert Conversion.of(targets="mlp.*").scope.targets == ("mlp.*",)
     assert Conversion.of(rank={"a": 3}) == Conversion(size=Size(None, {"a": 3}))
 
 
