@@ -11,20 +11,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-import svdconvert
-
-PACKAGE = Path(svdconvert.__file__).parent
-
-# From the ground up. `docs/architecture.md` draws them.
-ROOMS = (
-    "families linalg layouts methods machine storage solvers settings models planning calibration factoring jobs "
-    "commands cli"
-).split()
-
-# Beside the rooms: what all of them may use, and what uses all of them.
-GROUND = frozenset("errors fields foreign modeling names sentences tensors version words".split())
-ROOF = frozenset(["", "__main__", "program"])
+from support.rooms import GROUND, PACKAGE, ROOF, ROOMS
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:

@@ -15,7 +15,6 @@ differs. Writes JSON and Markdown.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shutil
 import subprocess
@@ -26,9 +25,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from .geometry import MODELS, resized
+from .harness import BUNDLED, add_tokenizer, new_parser, write_checkpoint
 from .measure import ROOT, machine, machine_line, markdown_table, repeated, run, save
 
-BUNDLED = ROOT / "examples" / "tiny_polyglot"
 THIS, OTHER = "this", "other"
 _CONVERT = "{model} --out {out} --device cpu --workers 1 --no-check"
 _CALIB = "--calib {text} --calib-samples 16 --calib-length 64"
@@ -89,9 +89,8 @@ def unpack(commit: str, folder: Path, root: Path) -> str:
 
 def write_large(folder: Path) -> None:
     """A random model of four layers at hidden size 1,024 with the bundled model's tokenizer."""
-    run(f"tests.benchmarks.geometry 1.3b --out {folder} --layers 4 --hidden 1024 --vocab 4016".split())
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(BUNDLED / "model" / name, folder)
+    write_checkpoint(resized(MODELS["1.3b"], layers=4, hidden=1024, vocab=4016), folder)
+    add_tokenizer(folder)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -235,14 +234,11 @@ def _cost(row: Mapping[str, float]) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.against")
+    parser = new_parser("against", repeats=3, scratch=True)
     parser.add_argument("commit", help="the other version: a commit, a branch or a tag")
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     names = list(dict.fromkeys(name for settings in SETTINGS.values() for name in settings))
     parser.add_argument("--only", nargs="+", choices=names, default=[], help="some of the settings")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--scratch", type=Path, help="where to put results  [default: the temporary folder]")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         try:

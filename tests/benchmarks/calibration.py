@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +26,8 @@ from unittest.mock import patch
 
 from svdconvert.methods.table import METHODS
 
-from .geometry import MODELS, Geometry, resized
+from .geometry import Geometry
+from .harness import add_sizes, chosen, new_parser, write_checkpoint
 from .measure import machine, machine_line, markdown_table, run, save
 
 # What is measured, as the table calls it -> the function of the calibration that does it.
@@ -163,8 +165,7 @@ def benchmark(
             for count, runs in rounds.items():
                 source = Path(scratch) / str(count)
                 if not source.exists():
-                    line = ["tests.benchmarks.geometry", geometry.name, "--out", str(source), "--layers", str(count)]
-                    run([*line, "--hidden", str(geometry.hidden), "--vocab", str(geometry.vocab)])
+                    write_checkpoint(replace(geometry, layers=count), source)
                 line = ["tests.benchmarks.calibration", "--measure", str(source), "--method", method]
                 line += ["--tokens", str(tokens), "--length", str(length), "--batch", str(batch)]
                 measured = run(line)
@@ -229,25 +230,21 @@ def _peaks(runs: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.calibration")
-    parser.add_argument("--model", choices=MODELS, default="1.3b")
+    parser = new_parser("calibration", repeats=1)
+    add_sizes(parser)
     parser.add_argument("--layers", type=int, nargs="+", default=[2], help="models of so many layers")
-    parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
-    parser.add_argument("--vocab", type=int, default=0, help="another vocabulary")
     parser.add_argument("--method", choices=[name for name, row in METHODS.items() if row.statistics], default="kfac")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     parser.add_argument("--batch", type=int, default=4, help="sequences at a time")
-    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the process that does the work
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     settings = (options.method, options.tokens, options.length, options.batch)
     if options.measure:
         with tempfile.TemporaryDirectory() as work:
             print(json.dumps(measure(options.measure, Path(work), *settings)))
         return
-    geometry = resized(MODELS[options.model], hidden=options.hidden, vocab=options.vocab)
+    geometry = chosen(options)
     result = benchmark(geometry, options.layers, *settings, options.repeats)
     save(options.out, f"calibration-{options.model}-{options.method}", result, markdown(result))
 

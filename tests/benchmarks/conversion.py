@@ -13,7 +13,6 @@ the rounds. Writes JSON, Markdown and a picture.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .geometry import MODELS, SPECTRA, Geometry, resized
+from .geometry import SPECTRA, Geometry
+from .harness import add_sizes, chosen, new_parser, write_checkpoint
 from .measure import Measured, machine, machine_line, markdown_table, repeated, run, save
 
 RANKS = {"1.3b": 512, "3.8b": 768, "5.8b": 1024, "12.8b": 1280}
@@ -134,10 +134,7 @@ def benchmark(
     """
     folder = source or scratch / "source"
     if source is None:
-        arguments = ["tests.benchmarks.geometry", geometry.name, "--out", str(folder), "--spectrum", spectrum]
-        for size in ("layers", "hidden", "vocab"):
-            arguments += [f"--{size}", str(getattr(geometry, size))]
-        run(arguments)
+        write_checkpoint(geometry, folder, "--spectrum", spectrum)
     cores = os.cpu_count() or 1
     ours: dict[int, list[dict[str, Any]]] = {count: [] for count in workers}
     theirs = []
@@ -237,23 +234,17 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.conversion")
-    parser.add_argument("--model", choices=MODELS, default="1.3b")
+    parser = new_parser("conversion", repeats=1, scratch=True)
+    add_sizes(parser, layers=0)
     parser.add_argument("--rank", type=int, default=0, help="default: a quarter of the hidden size")
-    parser.add_argument("--layers", type=int, default=0, help="fewer layers than the model has")
-    parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
-    parser.add_argument("--vocab", type=int, default=0, help="another vocabulary size")
     parser.add_argument("--spectrum", choices=SPECTRA, default="llm")
     parser.add_argument("--workers", type=int, nargs="+", default=[1], help="one or more values to compare")
-    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--sampled-layers", type=int, default=1, help="layers of the full SVD per round; 0: none")
     parser.add_argument("--device", default="cpu", help="what computes: cpu, cuda or cuda:N")
     parser.add_argument("--no-check", action="store_true", help="convert without the self-check")
     parser.add_argument("--source", type=Path, help="a checkpoint that `geometry` wrote, instead of a new one")
-    parser.add_argument("--scratch", type=Path, help="where to put checkpoints  [default: the temporary folder]")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
-    geometry = resized(MODELS[options.model], hidden=options.hidden, layers=options.layers, vocab=options.vocab)
+    geometry = chosen(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         result = benchmark(
             geometry,

@@ -13,16 +13,15 @@ place. ``excess`` is how far the filtered factors' error lies above the optimum 
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .geometry import MODELS, SPECTRA, Weights, resized
-from .measure import machine, machine_line, markdown_table, repeated, save
+from .harness import new_parser, page
+from .measure import machine, markdown_table, repeated, save
 from .solver import error
 
 if TYPE_CHECKING:
@@ -163,18 +162,16 @@ def markdown(result: dict[str, Any]) -> str:
         rows.append(line)
     unit = "CPU seconds of one thread" if result["card"] == "CPU" else f"Wall seconds on {result['card']}"
     title = f"{unit}, {repeated(result['repeats'])}; load average at the end {result['load'][0]:.1f}"
-    return "\n".join([title, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+    return page(result, title, markdown_table(heads, rows))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.filtered")
+    parser = new_parser("filtered", repeats=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--hidden", type=int, nargs="+", help="hidden sizes (2048 3072, on a GPU also 5120)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 128, 256, 0], help="0: a quarter of the size")
     parser.add_argument("--spectrum", nargs="+", choices=SPECTRA, default=["llm", "gauss", "power"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
     options = parser.parse_args()
     from svdconvert.linalg.lapack import threads
 

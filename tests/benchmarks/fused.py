@@ -46,7 +46,7 @@ from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import choose_targets
 from svdconvert.storage.source import LocalSource
 
-BUNDLED = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
+from .harness import add_bundled, new_parser, save_at
 
 # What `--split-fused` leaves together.
 GATE = Fused(lambda config: (config["intermediate_size"],) * 2, names=("gate", "up"))
@@ -77,24 +77,17 @@ class Piece:
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=BUNDLED / "model")
-    parser.add_argument("--calib", default=str(BUNDLED / "calibration.txt"))
-    parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser = new_parser("fused", out=False)
+    add_bundled(parser)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--out", type=Path, required=True, help="file name without its ending")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as temporary:
         results = compare(options, Path(temporary))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    save_at(options.out, results, table(results))
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

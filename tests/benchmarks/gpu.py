@@ -36,9 +36,8 @@ from typing import Any
 
 from . import conversion
 from .geometry import MODELS, Geometry, resized
-from .measure import ROOT, machine, machine_line, markdown_table, run, save
-
-BUNDLED = ROOT / "examples" / "tiny_polyglot"
+from .harness import BUNDLED, add_tokenizer, new_parser, write_checkpoint
+from .measure import machine, machine_line, markdown_table, run, save
 
 # Relative distance of two products, GPU and CPU, that rounding to the storage type explains. The singular vectors of
 # close singular values may turn; their product may not.
@@ -94,12 +93,8 @@ class Bench:
         """A checkpoint of random weights with a tokenizer; written once."""
         folder = self.scratch / name
         if not (folder / "tokenizer.json").exists():
-            line = ["tests.benchmarks.geometry", geometry.name, "--out", str(folder)]
-            for size in ("layers", "hidden", "vocab"):
-                line += [f"--{size}", str(getattr(geometry, size))]
-            run(line)
-            for file in sorted((BUNDLED / "model").glob("*token*.json")):
-                shutil.copy(file, folder)
+            write_checkpoint(geometry, folder)
+            add_tokenizer(folder)
         return folder
 
     def few_layers(self) -> Path:
@@ -422,12 +417,10 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.gpu")
+    parser = new_parser("gpu", scratch=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small sizes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--scratch", type=Path, help="where to put checkpoints  [default: the temporary folder]")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON and Markdown")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -10,7 +10,6 @@ the rounds. Writes JSON, Markdown and a picture.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,9 @@ from statistics import median
 from typing import Any
 
 from .conversion import convert
-from .measure import machine, machine_line, markdown_table, repeated, run, save
+from .geometry import MODELS, resized
+from .harness import new_parser, page, write_checkpoint
+from .measure import machine, markdown_table, repeated, save
 
 AXES = {"layers": "layers", "hidden": "hidden size", "rank": "rank"}
 _VOCAB = 4096
@@ -44,8 +45,8 @@ def benchmark(axes: dict[str, Sequence[int]], repeats: int) -> dict[str, Any]:
             for place, (_, one) in enumerate(chosen):
                 source = Path(scratch) / f"{one['hidden']}-{one['layers']}"
                 if not source.exists():
-                    line = ["tests.benchmarks.geometry", "1.3b", "--out", str(source), "--vocab", str(_VOCAB)]
-                    run([*line, "--hidden", str(one["hidden"]), "--layers", str(one["layers"])])
+                    sizes = {"hidden": one["hidden"], "layers": one["layers"], "vocab": _VOCAB}
+                    write_checkpoint(resized(MODELS["1.3b"], **sizes), source)
                 found[place].append(convert(source, Path(scratch) / "out", one["rank"], 1, 0, ["--no-check"]))
     rows = [
         {"varied": name, **one}
@@ -65,17 +66,15 @@ def markdown(result: dict[str, Any]) -> str:
         for row in result["runs"]
     ]
     head = f"Growth of a conversion on the CPU, one worker, {repeated(result['repeats'])}; CPU s with starting Python"
-    return "\n".join([head, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+    return page(result, head, markdown_table(heads, rows))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.growth")
+    parser = new_parser("growth", repeats=1)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024, 1536, 2048])
     parser.add_argument("--rank", type=int, nargs="+", default=[128, 192, 256, 320])
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     result = benchmark({name: getattr(options, name) for name in AXES}, options.repeats)
     save(options.out, "growth", result, markdown(result))

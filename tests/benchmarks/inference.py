@@ -20,12 +20,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from .geometry import MODELS, Geometry, resized
-from .measure import machine, machine_line, markdown_table, repeated, run, save
+from .harness import new_parser, page
+from .measure import machine, markdown_table, repeated, run, save
 
 VARIANTS = ("dense", "balanced", "pivoted", "pivoted, same rank")
 FOR_DECODING = ("balanced, for decoding", "pivoted, for decoding")
@@ -255,13 +255,12 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['tokens']} tokens decoded, {'CPU' if result['cpu_time'] else 'wall'} time, "
         f"{repeated(result['repeats'])}; load average {result['load'][0]:.1f}"
     )
-    tables = [markdown_table(heads, rows), "", markdown_table(size_heads, size_rows)]
-    return "\n".join([title, "", *tables, "", machine_line(result["machine"])])
+    return page(result, title, markdown_table(heads, rows), markdown_table(size_heads, size_rows))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.inference")
+    parser = new_parser("inference", repeats=3)
     parser.add_argument("--model", choices=MODELS, default="1.3b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
@@ -272,13 +271,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=16, help="tokens to decode")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of the process instead of the clock's")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--train-steps", type=int, default=2, help="0 leaves training out")
     parser.add_argument("--train-length", type=int, default=128, help="tokens of the training sequence")
     parser.add_argument("--train", choices=VARIANTS, help="only this variant's training step, as JSON")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     whole = MODELS[options.model]
     vocab = options.vocab or max(whole.vocab * options.layers // whole.layers, 1)

@@ -18,16 +18,15 @@ and small, and the benchmark fails if they differ. Writes JSON, Markdown and a p
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from .geometry import MODELS, Geometry, resized
-from .measure import machine, machine_line, markdown_table, repeated, save
+from .geometry import Geometry
+from .harness import add_sizes, chosen, new_parser, page
+from .measure import machine, markdown_table, repeated, save
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -300,22 +299,19 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['tokens']:,}, {result['dtype']}, CPU time of one thread, {repeated(result['repeats'])}; outputs "
         f"differ by at most {result['difference']:.0e} in float64"
     )
-    return "\n".join([title, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+    return page(result, title, markdown_table(heads, rows))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.latent_cache")
-    parser.add_argument("--model", choices=MODELS, default="1.3b")
-    parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
+    parser = new_parser("latent_cache", repeats=9)
+    add_sizes(parser, vocab=False)
     parser.add_argument("--rank", type=int, default=0, help="default: a quarter of the hidden size")
     parser.add_argument("--tokens", type=int, default=2047, help="in the cache")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", default="float32", help="torch type of weights and cache")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
-    geometry = resized(MODELS[options.model], hidden=options.hidden)
+    geometry = chosen(options)
     rank = options.rank or geometry.hidden // 4
     result = benchmark(geometry, rank, options.tokens, options.batch, options.repeats, options.dtype)
     save(options.out, f"latent-cache-{options.model}", result, markdown(result))

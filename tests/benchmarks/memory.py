@@ -8,7 +8,6 @@ turns within each round, medians over the rounds. Writes JSON, Markdown and a pi
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,9 @@ from statistics import median
 from typing import Any
 
 from .conversion import convert
-from .measure import machine, machine_line, markdown_table, repeated, run, save
+from .geometry import MODELS, resized
+from .harness import new_parser, page, write_checkpoint
+from .measure import machine, markdown_table, repeated, save
 
 # Of the files that are read and written when there are to be many.
 SMALL_FILE = 20_000_000
@@ -36,8 +37,8 @@ def peak(
     """
     source = scratch / f"{hidden}-{layers}-{source_bytes}"
     if not source.exists():
-        arguments = ["tests.benchmarks.geometry", "1.3b", "--out", str(source), "--shard-bytes", str(source_bytes)]
-        run([*arguments, "--hidden", str(hidden), "--layers", str(layers), "--vocab", str(vocab)])
+        geometry = resized(MODELS["1.3b"], hidden=hidden, layers=layers, vocab=vocab)
+        write_checkpoint(geometry, source, "--shard-bytes", str(source_bytes))
     options = ["--no-check", "--max-shard-size", str(output_bytes)]
     measured = convert(source, scratch / "factored", hidden // 4, 1, 0, options)
     return {
@@ -86,17 +87,15 @@ def markdown(result: dict[str, Any]) -> str:
     heads = ["layers", "files read", "MB written", "files written", "peak MB"]
     hidden = result["runs"][0]["hidden"]
     head = f"Peak memory, hidden size {hidden}, one worker, CPU, {repeated(result['repeats'])}"
-    return "\n".join([head, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+    return page(result, head, markdown_table(heads, rows))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.memory")
+    parser = new_parser("memory", repeats=1)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 24])
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     result = benchmark(options.hidden, options.layers, options.vocab, options.repeats)
     save(options.out, "memory", result, markdown(result))

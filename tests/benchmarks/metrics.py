@@ -12,17 +12,16 @@ start from the float16 weight and end with two float32 factors. Writes JSON, Mar
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import time
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .baseline import factor_by_whitening
 from .geometry import MODELS, Weights, resized
-from .measure import machine, machine_line, markdown_table, repeated, save
+from .harness import add_sizes, new_parser, page
+from .measure import machine, markdown_table, repeated, save
 from .ratios import overall, overall_line
 
 if TYPE_CHECKING:
@@ -134,17 +133,14 @@ def markdown(result: dict[str, Any]) -> str:
         f"load average at the end {result['load'][0]:.1f}"
     )
     mean = overall_line("SVD-LLM's recipe", result["overall"])
-    return "\n".join([title, "", markdown_table(heads, rows), "", mean, "", machine_line(result["machine"])])
+    return page(result, title, markdown_table(heads, rows), mean)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.metrics")
-    parser.add_argument("--model", choices=MODELS, default="1.3b")
-    parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
+    parser = new_parser("metrics", repeats=3)
+    add_sizes(parser, vocab=False)
     parser.add_argument("--sides", choices=["one", "two"], default="one")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     from svdconvert.linalg.lapack import threads
 

@@ -18,13 +18,12 @@ Writes JSON and Markdown.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .quality import BUNDLED
+from .harness import BUNDLED, new_parser, save_at
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -168,7 +167,7 @@ def measure(options: argparse.Namespace, keep: float, folder: Path) -> dict[str,
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.prediction")
+    parser = new_parser("prediction", out=False)
     parser.add_argument("--model", type=Path, default=BUNDLED / "model", help="without Conv1D layers")
     parser.add_argument("--calib", default=str(BUNDLED / "calibration.txt"))
     parser.add_argument("--layout", default="balanced")
@@ -176,7 +175,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="sequences to calibrate on")
     parser.add_argument("--measured", type=int, default=32, help="sequences of them to measure on")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--out", type=Path, required=True, help="file name without its ending")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         results = {f"{keep:.0%}": measure(options, keep, Path(temporary)) for keep in options.keep}
@@ -184,11 +182,7 @@ def main() -> None:
     lines.append("|---" * (len(results) + 1) + "|")
     for line, name in LINES.items():
         lines.append(f"| {name} | " + " | ".join(f"{found[line]:.4f}" for found in results.values()) + " |")
-    text = "\n".join(lines) + "\n"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    save_at(options.out, results, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ sums in other pieces.) Writes JSON, Markdown and a picture.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -24,8 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .geometry import MODELS, Geometry, resized
-from .measure import machine, machine_line, markdown_table, repeated, run, save
+from .geometry import Geometry
+from .harness import add_sizes, chosen, new_parser, page, write_checkpoint
+from .measure import machine, markdown_table, repeated, run, save
 
 ONE = "one process, one worker, one thread"
 
@@ -71,10 +71,7 @@ def benchmark(geometry: Geometry, rank: int, count: int, repeats: int, scratch: 
         RuntimeError: the results differ.
     """
     source, out = scratch / "source", scratch / "out"
-    line = ["tests.benchmarks.geometry", geometry.name, "--out", str(source)]
-    for size in ("layers", "hidden", "vocab"):
-        line += [f"--{size}", str(getattr(geometry, size))]
-    run(line)
+    write_checkpoint(geometry, source)
     chosen = ways(count)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     digests: dict[str, str] = {}
@@ -130,23 +127,17 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['layers']} layers of {result['model']}, hidden size {result['hidden']}, rank {result['rank']}; "
         f"faster than {ONE}; {repeated(result['repeats'])}"
     )
-    return "\n".join([title, "", markdown_table(heads, rows), "", machine_line(result["machine"])])
+    return page(result, title, markdown_table(heads, rows))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.processes")
-    parser.add_argument("--model", choices=MODELS, default="1.3b")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
-    parser.add_argument("--vocab", type=int, default=0, help="another vocabulary size")
+    parser = new_parser("processes", repeats=1, scratch=True)
+    add_sizes(parser, layers=4)
     parser.add_argument("--rank", type=int, default=0, help="default: a quarter of the hidden size")
     parser.add_argument("--count", type=int, default=2, help="processes, workers or threads")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--scratch", type=Path, help="where to put checkpoints  [default: the temporary folder]")
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
-    geometry = resized(MODELS[options.model], hidden=options.hidden, layers=options.layers, vocab=options.vocab)
+    geometry = chosen(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         rank = options.rank or geometry.hidden // 4
         result = benchmark(geometry, rank, options.count, options.repeats, Path(scratch))

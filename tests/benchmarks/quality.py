@@ -23,10 +23,10 @@ from typing import Any
 from svdconvert import Calibration, convert, evaluate
 from svdconvert.methods.table import METHODS
 
+from .harness import add_bundled, new_parser
+
 # How the line above the table begins.
 _TABLE = "Dense perplexity"
-
-BUNDLED = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,8 @@ ROWS = (
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=BUNDLED / "model")
-    parser.add_argument("--calib", default=str(BUNDLED / "calibration.txt"))
-    parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser = new_parser("quality", out=False)
+    add_bundled(parser)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--length", type=int, default=256)
@@ -88,7 +86,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of rows; default all")
     parser.add_argument("--update", action="store_true", help="replace these rows in the files that are there")
     parser.add_argument("--work", type=Path, help="keep the decompositions here for another run")
-    parser.add_argument("--out", type=Path, required=True, help="file name without its ending")
     options = parser.parse_args()
 
     options.out.parent.mkdir(parents=True, exist_ok=True)

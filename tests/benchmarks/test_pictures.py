@@ -13,7 +13,19 @@ from typing import Any
 
 import pytest
 
-from . import calibration, conversion, growth, inference, latent_cache, memory, metrics, pictures, processes, solver
+from . import (
+    calibration,
+    conversion,
+    growth,
+    harness,
+    inference,
+    latent_cache,
+    memory,
+    metrics,
+    pictures,
+    processes,
+    solver,
+)
 from .__main__ import ALL
 from .geometry import MODELS, resized
 from .measure import Measured, save
@@ -70,7 +82,6 @@ def of_metrics(patch: pytest.MonkeyPatch, scratch: Path) -> tuple[dict[str, Any]
 
 
 def of_memory(patch: pytest.MonkeyPatch, scratch: Path) -> tuple[dict[str, Any], Any]:
-    patch.setattr(memory, "run", lambda *_: None)
     patch.setattr(memory, "convert", lambda *args: measured().to_json() | {"weight_bytes": 1_000_000})
     return memory.benchmark(64, [2, 4], 256, 2), memory.markdown
 
@@ -81,7 +92,6 @@ def of_calibration(patch: pytest.MonkeyPatch, scratch: Path) -> tuple[dict[str, 
 
 
 def of_growth(patch: pytest.MonkeyPatch, scratch: Path) -> tuple[dict[str, Any], Any]:
-    patch.setattr(growth, "run", lambda *_: None)
     patch.setattr(growth, "convert", convert)
     return growth.benchmark({"layers": [2, 4], "hidden": [64, 128], "rank": [8, 16]}, 2), growth.markdown
 
@@ -107,7 +117,7 @@ def of_processes(patch: pytest.MonkeyPatch, scratch: Path) -> tuple[dict[str, An
 
 
 def of_conversion(patch: pytest.MonkeyPatch, scratch: Path) -> tuple[dict[str, Any], Any]:
-    for name, made_up in (("run", written), ("convert", convert), ("full_svd", full_svd)):
+    for name, made_up in (("convert", convert), ("full_svd", full_svd)):
         patch.setattr(conversion, name, made_up)
     return conversion.benchmark(TINY, 16, scratch, workers=[1, 2], repeats=2), conversion.markdown
 
@@ -171,6 +181,7 @@ def test_picture(
 ) -> None:
     """Drawn as the benchmark ends, and a second time from its JSON."""
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(harness, "run", lambda *_: None)  # no checkpoint is written
     result, markdown = RESULTS[kind](monkeypatch, tmp_path / "scratch")
     text, out = markdown(result), tmp_path / "out"
     save(out, f"{kind}-small", result, text)
@@ -223,7 +234,8 @@ def test_conversion_takes_turns_and_medians(monkeypatch: pytest.MonkeyPatch, tmp
         order.append(list(layers))
         return full_svd()
 
-    for name, made_up in (("run", written), ("convert", ours), ("full_svd", theirs)):
+    monkeypatch.setattr(harness, "run", lambda *_: None)
+    for name, made_up in (("convert", ours), ("full_svd", theirs)):
         monkeypatch.setattr(conversion, name, made_up)
     found = conversion.benchmark(TINY, 16, tmp_path, workers=[1, 2], repeats=3)
     assert order == [1, 2, [0], 1, 2, [1], 1, 2, [0]]

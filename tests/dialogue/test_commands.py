@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import raw_data
+from support import raw_dialogues
 
 from examples.dialogue.predictions import read_predictions
 from examples.dialogue.schema import read_jsonl, write_lines
@@ -40,8 +40,8 @@ def good(command: str, *args: object) -> str:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    (folder / "dialogues.json").write_text(json.dumps(raw_data.multidoc2dial(12)), encoding="utf-8")
-    (folder / "documents.json").write_text(json.dumps(raw_data.documents()), encoding="utf-8")
+    (folder / "dialogues.json").write_text(json.dumps(raw_dialogues.multidoc2dial(12)), encoding="utf-8")
+    (folder / "documents.json").write_text(json.dumps(raw_dialogues.documents()), encoding="utf-8")
     out = good(
         "prepare", folder / "dialogues.json", "--documents", folder / "documents.json", "--out", folder / "out",
         "--fraction", "0.25", "--language", "ko", "--template", "kodoc2dial-short", "--tokenizer", MODEL,
@@ -68,9 +68,9 @@ def test_published_files_keep_their_own_sides(tmp_path: Path) -> None:
     folder = tmp_path / "multidoc2dial"
     folder.mkdir()
     for name, content in {
-        "dial_train": raw_data.multidoc2dial(5),
-        "dial_validation": raw_data.multidoc2dial(2),
-        "doc": raw_data.documents(),
+        "dial_train": raw_dialogues.multidoc2dial(5),
+        "dial_validation": raw_dialogues.multidoc2dial(2),
+        "doc": raw_dialogues.documents(),
     }.items():
         (folder / f"multidoc2dial_{name}.json").write_text(json.dumps(content), encoding="utf-8")
     out = good("prepare", folder, "--out", tmp_path / "out", "--passage", "document", "--template", "multidoc2dial")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import raw_data
+from support import raw_dialogues
 
 from examples.dialogue.filters import Limits, keep_apart, shape, split
 from examples.dialogue.loading import load, load_documents, published_files
@@ -24,11 +24,11 @@ def write(path: Path, content: Any) -> Path:
 
 @pytest.fixture
 def documents(tmp_path: Path) -> Any:
-    return load_documents(write(tmp_path / "documents.json", raw_data.documents()))
+    return load_documents(write(tmp_path / "documents.json", raw_dialogues.documents()))
 
 
 def test_multidoc2dial(tmp_path: Path, documents: Any) -> None:
-    samples, report = load(write(tmp_path / "dialogues.json", raw_data.multidoc2dial()), documents, "ko")
+    samples, report = load(write(tmp_path / "dialogues.json", raw_dialogues.multidoc2dial()), documents, "ko")
     assert [sample.id for sample in samples] == ["d0_1", "d0_5", "d0_7"]
     assert report.dropped == {"a user turn that no agent turn follows": 2, "the agent has no solution": 1}
     first, second, third = samples
@@ -41,31 +41,31 @@ def test_multidoc2dial(tmp_path: Path, documents: Any) -> None:
     )
     # Two spans in two sections: the grounding and the section go from the first to the last.
     assert second.passage[slice(*second.grounding)] == "늦으면 과태료를 냅니다.\n\n온라인 신고\n정부24에서 신고합니다."
-    assert second.passage[slice(*second.section)] == raw_data.TEXT.split("\n\n", 1)[1]
+    assert second.passage[slice(*second.section)] == raw_dialogues.TEXT.split("\n\n", 1)[1]
     assert [role for role, _ in second.history] == ["user", "agent", "user", "user"]
-    assert (third.doc_id, third.title, third.passage) == ("여권", "여권 문서", raw_data.OTHER)
+    assert (third.doc_id, third.title, third.passage) == ("여권", "여권 문서", raw_dialogues.OTHER)
     assert {sample.dialogue_id for sample in samples} == {"d0"}
     assert third.language == "ko"
 
 
 def test_doc2dial_gives_the_same_samples(tmp_path: Path, documents: Any) -> None:
-    by_domain, _ = load(write(tmp_path / "a.json", raw_data.multidoc2dial()), documents)
-    by_document, report = load(write(tmp_path / "b.json", raw_data.doc2dial()), documents)
+    by_domain, _ = load(write(tmp_path / "a.json", raw_dialogues.multidoc2dial()), documents)
+    by_document, report = load(write(tmp_path / "b.json", raw_dialogues.doc2dial()), documents)
     assert by_document == by_domain[:2]
     assert report.kept == 2
 
 
 def test_paragraphs_stand_for_sections_that_are_not_named(tmp_path: Path) -> None:
-    plain = load_documents(write(tmp_path / "documents.json", raw_data.documents(sections=False)))
-    path = write(tmp_path / "dialogues.json", raw_data.multidoc2dial())
+    plain = load_documents(write(tmp_path / "documents.json", raw_dialogues.documents(sections=False)))
+    path = write(tmp_path / "dialogues.json", raw_dialogues.multidoc2dial())
     samples, report = load(path, plain)
-    named, _ = load(path, load_documents(write(tmp_path / "named.json", raw_data.documents())))
+    named, _ = load(path, load_documents(write(tmp_path / "named.json", raw_dialogues.documents())))
     assert samples == named
     assert sum(report.notes.values()) == 3
 
 
 def test_without_documents_samples_have_no_passage(tmp_path: Path) -> None:
-    data = raw_data.multidoc2dial()
+    data = raw_dialogues.multidoc2dial()
     for turn in data["dial_data"]["민원"][0]["turns"]:
         turn["role"] = {"agent": "system"}.get(turn["role"], turn["role"])
     samples, _ = load(write(tmp_path / "dialogues.json", data))
@@ -74,7 +74,7 @@ def test_without_documents_samples_have_no_passage(tmp_path: Path) -> None:
 
 
 def test_drops_are_counted_by_reason(tmp_path: Path, documents: Any) -> None:
-    data = raw_data.multidoc2dial(dialogues=2)
+    data = raw_dialogues.multidoc2dial(dialogues=2)
     first, second = data["dial_data"]["민원"]
     first["turns"][1]["references"][0]["id_sp"] = "77"
     second["turns"][6]["references"][0]["doc_id"] = "등본"
@@ -93,7 +93,7 @@ def test_drops_are_counted_by_reason(tmp_path: Path, documents: Any) -> None:
 
 
 def test_malformed_dialogues_cost_only_themselves(tmp_path: Path, documents: Any) -> None:
-    data = raw_data.multidoc2dial(dialogues=4)
+    data = raw_dialogues.multidoc2dial(dialogues=4)
     group = data["dial_data"]["민원"]
     del group[0]["turns"][2]["utterance"]
     group[1]["turns"][4]["role"] = "bot"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from runs import settings_for
+from support.training_runs import settings_for
 from transformers import TrainingArguments
 
 from examples.dialogue.distillation import DistillationTrainer, distillation_terms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from runs import write_samples
+from support.training_runs import write_samples
 
 from examples.dialogue.encoding import calibration_text, dialogue_data, encode, load_data, text_data
 from examples.dialogue.schema import Sample, read_jsonl, write_jsonl

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import settings_for, silent
 from safetensors.torch import load_file
+from support.training_runs import settings_for, silent
 
 from examples.dialogue import models
 from examples.dialogue.train import last_checkpoint, train
@@ -30,13 +30,13 @@ KINDS = {
 
 
 def launch(way: str, settings_file: Path, die_at: int = 0) -> subprocess.CompletedProcess[str]:
-    """The command of the example's page, but for a free port; FSDP by way of :mod:`fsdp_on_cpu`."""
+    """The command of the example's page, but for a free port; FSDP by way of :mod:`support.launched`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = ["--config_file", str(FILES / f"{way}.yaml"), "--main_process_port", str(port)]
-    words += ["-m", "launched", "--config", str(settings_file)]
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
+    words += ["-m", "support.launched", "--config", str(settings_file)]
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "DIE_AT": str(die_at)}
     command = [sys.executable, "-m", "accelerate.commands.launch", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import settings_for
+from support.training_runs import settings_for
 
 from examples.dialogue import table1
 from examples.dialogue.evaluation import TOTAL

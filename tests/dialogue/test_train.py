@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import killed_run, settings_for, silent
 from safetensors.torch import load_file
 from support.checkpoints import random_tensors, write_checkpoint
+from support.training_runs import killed_run, settings_for, silent
 
 from examples.dialogue import models
 from examples.dialogue.memory import count_memory

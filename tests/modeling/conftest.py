@@ -1,8 +1,8 @@
-"""Fixtures of the modeling files' tests; what makes their checkpoints is in ``tiny_checkpoints``."""
+"""Fixtures of the modeling files' tests; what makes their checkpoints is in ``support.tiny_factored``."""
 
 import pytest
 import torch
-from tiny_checkpoints import GEOMETRY, LAYOUTS, load, logits, stock_model, write_checkpoint
+from support.tiny_factored import GEOMETRY, LAYOUTS, load, logits, stock_model, write_checkpoint
 
 
 def pytest_configure():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_checkpoints import distance, load, logits
+from support.tiny_factored import distance, load, logits
 from torch import nn
 
 QKV = "layers.0.attention.query_key_value"

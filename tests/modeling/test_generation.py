@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_checkpoints import distance, load, logits, stock_model
+from support.tiny_factored import distance, load, logits, stock_model
 
 NEW = 12
 NO_EOS = {"eos_token_id": None, "pad_token_id": 2, "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import (
+from support.tiny_factored import (
     DTYPE,
     GEOMETRY,
     ONE_LAYOUT,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from peft import __version__ as peft_version
-from tiny_checkpoints import (
+from support.tiny_factored import (
     GEOMETRY,
     ONE_LAYOUT,
     ROTARY_V4,

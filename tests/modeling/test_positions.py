@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_checkpoints import DTYPE, PIVOTED, load, logits
+from support.tiny_factored import DTYPE, PIVOTED, load, logits
 from torch import nn
 
 QKV = "layers.0.attention.query_key_value"

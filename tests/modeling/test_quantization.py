@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from tiny_checkpoints import (
+from support.tiny_factored import (
     DTYPE,
     TARGETS,
     VERSION,

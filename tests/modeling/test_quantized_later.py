@@ -4,7 +4,7 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from tiny_checkpoints import distance, logits
+from support.tiny_factored import distance, logits
 from torch import nn
 
 

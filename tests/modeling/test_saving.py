@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny_checkpoints import (
+from support.tiny_factored import (
     AUTO_MAP,
     GEOMETRY,
     MODELING_FILE,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from tiny_checkpoints import (
+from support.tiny_factored import (
     LINEARS,
     PIVOTED,
     VERSION,
@@ -68,7 +68,7 @@ def test_plan_follows_what_is_factored(tiny, ranks, plan):
 TWO_PROCESSES = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from tiny_checkpoints import load
+from support.tiny_factored import load
 source, folder = sys.argv[2:]
 dist.init_process_group("gloo")
 model = load(source, tp_plan="auto")
@@ -106,7 +106,7 @@ def test_tensor_parallel(layout, ids, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += [tmp_path / "run.py", Path(__file__).parent, tiny.path, tmp_path]
+    command += [tmp_path / "run.py", Path(__file__).parents[1], tiny.path, tmp_path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]

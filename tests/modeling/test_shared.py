@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
-from tiny_checkpoints import (
+from support.tiny_factored import (
     LINEARS,
     distance,
     load,

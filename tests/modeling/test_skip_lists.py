@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from tiny_checkpoints import ONE_LAYOUT, VERSION
+from support.tiny_factored import ONE_LAYOUT, VERSION
 from transformers import BitsAndBytesConfig
 
 PATHS = [

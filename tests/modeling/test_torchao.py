@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_checkpoints import DTYPE, VERSION, load, logits
+from support.tiny_factored import DTYPE, VERSION, load, logits
 from torch import nn
 
 torchao = pytest.importorskip("torchao.quantization")

@@ -1,7 +1,7 @@
 """Full fine-tuning of the factors with the stock Trainer."""
 
 import pytest
-from tiny_checkpoints import MODELING_FILE, distance, load, logits, read_config, stock_model
+from support.tiny_factored import MODELING_FILE, distance, load, logits, read_config, stock_model
 from transformers import Trainer, TrainingArguments
 
 

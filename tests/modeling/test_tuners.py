@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
-from tiny_checkpoints import (
+from support.tiny_factored import (
     GEOMETRY,
     LINEARS,
     TARGETS,

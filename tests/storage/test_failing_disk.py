@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import random
 import signal
 from collections.abc import Iterator
@@ -12,13 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
-from support.checkpoints import content as content_of
-from support.checkpoints import random_tensors, write_checkpoint
 from support.failing_disk import KINDS, FailingDisk, Fault, compiled
+from support.jobs import commands, result, write_inputs
 
-from svdconvert import convert
 from svdconvert.jobs.own_files import JOB_FOLDER
 
 # Kinds of faults by kind of call.
@@ -61,23 +56,6 @@ class Case:
         ]
 
 
-def tree(folder: Path) -> dict[str, Any]:
-    """What must be equal: all but how long it took, and what a finished job's folder may still have to be rid of."""
-
-    def timeless(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: timeless(v) for key, v in value.items() if key != "seconds"}
-        return list(map(timeless, value)) if isinstance(value, list) else value
-
-    return {
-        str(path.relative_to(folder)): timeless(json.loads(path.read_text()))
-        if path.name == "sweep.json"
-        else content_of(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and JOB_FOLDER not in path.relative_to(folder).parts
-    }
-
-
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FailingDisk]:
     folder = tmp_path_factory.mktemp("disk")
@@ -87,70 +65,22 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FailingDisk]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiniest models of every form, and a text."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def of(layers: int) -> dict[str, torch.Tensor]:
-        names = [f".layers.{layer}." for layer in range(layers)]
-        return {n: t for n, t in random_tensors().items() if ".layers." not in n or any(name in n for name in names)}
-
-    write_checkpoint(folder / "one", of(1), shards=2, config={"num_hidden_layers": 1})
-    write_checkpoint(folder / "two", of(2), config={"num_hidden_layers": 2})
-    write_checkpoint(folder / "bin", of(1), shards=2, pickled=True, legacy=False, config={"num_hidden_layers": 1})
-    convert(folder / "one", folder / "factored", rank=16, device="cpu", check=False)
-    words = ["호랑이", "tiger", "옛날", "mountain", "살았다", "0123"]
-    text = "\n\n".join(" ".join(words[(7 * i + 3 * j * j) % 6] for j in range(12)) for i in range(60))
-    (folder / "text.txt").write_text(text)
-    (folder / "test.txt").write_text(text[:200])
-    generator = torch.Generator().manual_seed(1)
-    layer = "base_model.model.gpt_neox.layers.0.attention.dense"
-    pair = {"A": torch.randn(4, 64, generator=generator), "B": torch.randn(64, 4, generator=generator)}
-    (folder / "adapter").mkdir()
-    weights = {f"{layer}.lora_{half}.weight": tensor for half, tensor in pair.items()}
-    save_file(weights, folder / "adapter" / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["dense"], "bias": "none"}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
-
-
-def commands(models: Path) -> dict[str, list[object]]:
-    checked = ["--max-shard-size", "60KB", "--device", "cpu", "--out"]
-    small = ["--no-check", *checked]
-    text = ["--calib", models / "text.txt", "--calib-samples", 4, "--calib-length", 16, "--calib-batch-size", 4]
-    return {
-        "plain": [models / "one", "--rank", 16, *small],
-        "bin": [models / "bin", "--rank", 16, *small],
-        "split": [models / "one", "--rank", 16, "--split-fused", "--layout", "pivoted", *small],
-        "kfac, refit": [models / "one", "--keep", 0.4, *text, "--refit", "sequential", *small],
-        "shared": [models / "two", "--rank", 16, "--share-layers", 2, "--method", "whiten", *text, *small],
-        "densify": ["densify", models / "factored", *checked],
-        "fold": ["fold", models / "factored", "--adapter", models / "adapter", *checked],
-        "calibrate": ["calibrate", models / "one", *text, "--device", "cpu", "--out"],
-        "sweep": [
-            *("sweep", models / "one", "--text", models / "test.txt", "--rank", 8, "--rank", 16, "--method", "svd"),
-            *("--no-plot", "--keep-models", "--device", "cpu", "--out"),
-        ],
-    }
-
-
-@pytest.fixture(scope="module")
-def cases(disk: FailingDisk, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+def cases(disk: FailingDisk, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Every command, undisturbed."""
     found = {}
-    for name, args in commands(models).items():
+    for name, args in commands(write_inputs(tmp_path_factory.mktemp("inputs"))).items():
         out = tmp_path_factory.mktemp("expected") / "out"
         done = disk.run([*args, out], out)
         assert (done.status, done.err) == (0, ""), (name, done)
         assert not (out / JOB_FOLDER).exists(), name
-        found[name] = Case(args, tree(out), dict(done.counts))
+        found[name] = Case(args, result(out), dict(done.seen))
     return found
 
 
 def check(disk: FailingDisk, case: Case, fault: Fault, out: Path) -> None:
     """Run with a fault, look, run again, compare."""
     failed = disk.run([*case.args, out], out, fault)
-    there = tree(out) if out.exists() else {}
+    there = result(out) if out.exists() else {}
     if fault.what == "kill":
         assert failed.status in (-signal.SIGKILL, 0), failed
     elif failed.status == 0:
@@ -165,7 +95,7 @@ def check(disk: FailingDisk, case: Case, fault: Fault, out: Path) -> None:
         assert there.items() >= case.expected.items(), "a model that is not whole"
     again = disk.run([*case.args, out], out)
     assert (again.status, again.err) == (0, ""), (failed, again)
-    assert tree(out) == case.expected, failed
+    assert result(out) == case.expected, failed
     assert not (out / JOB_FOLDER).exists()
     hidden = [path.name for path in out.rglob(".*")]
     assert not hidden, hidden
@@ -233,7 +163,7 @@ def test_mounts_that_lack_something(lacks: str, disk: FailingDisk, cases: dict[s
         out = tmp_path / name / "out"
         done = disk.run([*cases[name].args, out], out, lacks=lacks)
         assert (done.status, done.err) == (0, ""), done
-        assert tree(out) == cases[name].expected
+        assert result(out) == cases[name].expected
         assert not (out / JOB_FOLDER).exists()
         assert not list(out.rglob(".*"))
         # killed in between, and continued
@@ -243,7 +173,7 @@ def test_mounts_that_lack_something(lacks: str, disk: FailingDisk, cases: dict[s
         assert killed.status == -signal.SIGKILL, killed
         again = disk.run([*cases[name].args, out], out, lacks=lacks)
         assert (again.status, again.err) == (0, ""), again
-        assert tree(out) == cases[name].expected
+        assert result(out) == cases[name].expected
 
 
 def test_a_short_journal_is_no_loss(disk: FailingDisk, cases: dict[str, Case], tmp_path: Path) -> None:

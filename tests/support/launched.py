@@ -1,4 +1,4 @@
-"""The training command as `accelerate launch -m launched` starts it, on CPU processes and killed where DIE_AT says.
+"""The training command as `accelerate launch -m support.launched` starts it: CPU processes, killed where DIE_AT says.
 
 torch shards over gloo as it does over NCCL, but accelerate leaves CPU processes out of FSDP. Where its configuration
 asks for FSDP, it is told here that they are GPUs whose device is the CPU; all else is the real path.
@@ -18,9 +18,8 @@ if os.environ.get("ACCELERATE_USE_FSDP") == "true":
     torch.distributed.init_process_group("gloo")
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
 
-from runs import die_at
-
 from examples.dialogue.train import main
+from support.training_runs import die_at
 
 if step := int(os.environ["DIE_AT"]):
     die_at(step, Path("/"))
