@@ -22,6 +22,9 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="hf_modules_")
 
 import pytest
 
+# Where its asserts are those of tests, too.
+pytest.register_assert_rewrite("support")
+
 if TYPE_CHECKING:
     from svdconvert import Calibration
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from sound import assert_sound
 from support.checkpoints import read_config
 from support.families import (
     VERSION,
@@ -16,6 +15,7 @@ from support.families import (
     rewrite_config,
     write_family,
 )
+from support.family_contract import assert_sound
 from support.running import distance, load, logits
 from torch import nn
 from transformers import (

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import read_weights
 from support.families import (
     FAMILIES,
     VERSION,
@@ -29,56 +28,6 @@ from transformers import (
 from svdconvert import convert
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES
-
-
-def linears(module: nn.Module, prefix: str = "") -> list[str]:
-    """What an engine replaces: every nn.Linear, without looking inside; anything else is searched."""
-    found = []
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            found.append(prefix + name)
-        else:
-            found += linears(child, f"{prefix}{name}.")
-    return found
-
-
-class Served(nn.Module):
-    """Stands for the linear layers of a serving engine, which have no weights before they are loaded."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty_like(linear.weight))
-        self.bias = None if linear.bias is None else nn.Parameter(torch.empty_like(linear.bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-def test_engine_that_replaces_every_linear_layer(row: Architecture, pair: SimpleNamespace) -> None:
-    """As vLLM and SGLang do: the base model is built on meta, its nn.Linear are replaced, then come the weights."""
-    config = AutoConfig.from_pretrained(pair.factored, trust_remote_code=True)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config, trust_remote_code=True)
-    replaced = linears(model)
-    for path in replaced:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Served(model.get_submodule(path)))
-    factors = {f"{path}.{side}" for path in config.svd_ranks for side in ("down", "up")}
-    assert factors <= set(replaced)
-    assert not set(config.svd_ranks) & set(replaced)
-    stock = AutoModel.from_pretrained(pair.densified).eval()
-    weights = {name.removeprefix(row.prefix): tensor for name, tensor in read_weights(pair.factored).items()}
-    weights.pop("lm_head.weight", None)
-    model.load_state_dict(weights, assign=True, strict=False)
-    buffers = dict(stock.named_buffers())
-    for name, _ in list(model.named_buffers()):
-        if name not in weights:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, buffers[name].clone())
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    with torch.no_grad():
-        hidden = model.eval()(IDS, use_cache=False).last_hidden_state
-        assert distance(hidden, stock(IDS, use_cache=False).last_hidden_state) < 1e-4
 
 
 def test_tensor_parallel_plan(row: Architecture, pair: SimpleNamespace) -> None:

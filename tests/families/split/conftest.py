@@ -6,8 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from split_models import ranks
 from support.families import FAMILIES, write_family
+from support.split_models import ranks
 
 from svdconvert import convert, densify
 from svdconvert.families.row import Architecture

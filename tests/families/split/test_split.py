@@ -11,18 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from split_models import distance, load, logits, outputs, ranks, stock
 from support.checkpoints import read_config, read_weights, tree
 from support.families import rewrite_config, write_family
+from support.family_contract import LikeStock
 from support.launching import torchrun
-from test_families_converted import test_logits_by_block  # noqa: F401 - these run here too, on checkpoints in parts
-from test_families_loaded import (  # noqa: F401
-    test_base_model,
-    test_generation,
-    test_sequence_classification,
-)
-from test_families_saved import test_round_trip  # noqa: F401
-from test_families_served import test_engine_that_replaces_every_linear_layer  # noqa: F401
+from support.split_models import distance, load, logits, outputs, ranks, stock
 from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, InputError, calibrate, convert, densify, plan, verify
@@ -269,3 +262,7 @@ def test_densify_of_a_torn_checkpoint(row: Architecture, pairs: Any, tmp_path: P
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks .*key\.weight"):
         densify(folder, tmp_path / "out", device="cpu")
+
+
+class TestInParts(LikeStock):
+    """On checkpoints in parts."""

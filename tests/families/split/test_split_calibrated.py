@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from split_models import load, outputs, ranks, stock
 from support.checkpoints import read_config, read_weights
+from support.split_models import load, outputs, ranks, stock
 from torch import Tensor, nn
 
 from svdconvert import Calibration, calibrate, convert, spectrum, verify

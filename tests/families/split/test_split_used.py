@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from split_models import IDS, PARTS, distance, load, logits, ranks, stock
 from support.checkpoints import read_config
 from support.families import VERSION, write_family
+from support.split_models import IDS, PARTS, distance, load, logits, ranks, stock
 from transformers import AutoConfig
 
 from svdconvert import ablate, convert, densify, fold, verify

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.families import VOCAB
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from support.families import VOCAB
 from svdconvert.planning.targets import find_targets
 from svdconvert.storage.source import LocalSource
 
