@@ -21,7 +21,7 @@ from svdconvert.errors import InputError
 from svdconvert.factoring.decompose import decompose_targets
 from svdconvert.factoring.decompositions import Decompositions, load_decomposition
 from svdconvert.families.fused import section_of
-from svdconvert.families.row import Section
+from svdconvert.families.row import Architecture, Section
 from svdconvert.families.table import dense_architecture
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.interrupts import temporary_folder
@@ -36,7 +36,6 @@ from svdconvert.sentences import asked
 from svdconvert.storage.opening import local_folder
 from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import LocalSource
-from svdconvert.tensors import TensorInfo
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ def ablate(
     source = LocalSource(folder)
     row = dense_architecture(source.config, source.where)
     chosen = find_targets(source, targets, split_fused=split_fused)
-    tensors = target_tensors(source, chosen)
     fewest = min(min(target.shape) for target in chosen)
     if not 1 <= groups <= fewest:
         raise InputError(f"{asked('groups', groups)} is not possible; the smallest matrix has {fewest} singular values")
@@ -110,37 +108,64 @@ def ablate(
         store = Decompositions(temporary, {})
         decompose_targets(source, chosen, METHODS["svd"], {}, store, None, torch.device(used), events)
         loaded = load_model(folder, used, compute_dtype(source.config, used))
+        ablation = _Ablation(source, row, chosen, store, loaded)
 
         def perplexity() -> float:
-            return math.exp(
-                negative_log_likelihood(loaded, passage, batch_size, partial(events.progress, "tokens"))
-                / passage.tokens
-            )
+            counted = partial(events.progress, "tokens")
+            return math.exp(negative_log_likelihood(loaded, passage, batch_size, counted) / passage.tokens)
 
         results = [GroupResult(0, 0.0, 1.0, 1.0, perplexity())]
-        spectra = [store.spectrum(target) for target in chosen]
-        total = sum(float(spectrum.sum()) for spectrum in spectra)
-        reader = WeightReader(source)
         for group in range(groups):
-            energy = 0.0
-            for target, spectrum in zip(chosen, spectra, strict=True):
-                part = _part(spectrum.numel(), group, groups)
-                energy += float(spectrum[part].sum())
-                name, section = target.parts[0].layer, section_of(row, source.config, target.module)
-                weight = loaded.get_parameter(f"{row.prefix}{name}.weight")
-                remaining = _without(target, store, part, tensors[target.weight], reader, weight.device)
-                _put(remaining, weight.T if target.transposed else weight, section)
-            results.append(
-                GroupResult(
-                    group + 1, group / groups, (group + 1) / groups, energy / total if total else 0.0, perplexity()
-                )
-            )
-            events.note(f"without group {group + 1} of {groups}: perplexity {results[-1].perplexity:.2f}")
-        reader.close()
+            energy = ablation.remove(group, groups)
+            result = GroupResult(group + 1, group / groups, (group + 1) / groups, energy, perplexity())
+            results.append(result)
+            events.note(f"without group {group + 1} of {groups}: perplexity {result.perplexity:.2f}")
     return results
 
 
-def _part(count: int, group: int, groups: int) -> slice:
+class _Ablation:
+    """A loaded model whose matrices lose one group of singular values at a time."""
+
+    def __init__(
+        self,
+        source: LocalSource,
+        row: Architecture,
+        targets: Sequence[Target],
+        store: Decompositions,
+        model: torch.nn.Module,
+    ) -> None:
+        self._source, self._row, self._targets, self._store, self._model = source, row, targets, store, model
+        self._tensors = target_tensors(source, targets)
+        self._spectra = [store.spectrum(target) for target in targets]
+        self._total = sum(float(spectrum.sum()) for spectrum in self._spectra)
+
+    def remove(self, group: int, groups: int) -> float:
+        """Take a group out of all matrices, and put the one before it back; returns its share of the energy."""
+        energy = 0.0
+        with WeightReader(self._source) as reader:
+            for target, spectrum in zip(self._targets, self._spectra, strict=True):
+                place = _place(spectrum.numel(), group, groups)
+                energy += float(spectrum[place].sum())
+                section = section_of(self._row, self._source.config, target.module)
+                weight = self._model.get_parameter(f"{self._row.prefix}{target.parts[0].layer}.weight")
+                remaining = self._without(target, place, reader, weight.device)
+                _put(remaining, weight.T if target.transposed else weight, section)
+        return energy / self._total if self._total else 0.0
+
+    def _without(self, target: Target, place: slice, reader: WeightReader, device: torch.device) -> torch.Tensor:
+        """The source's matrix [out, in] without some of its singular directions, float64."""
+        info = self._tensors[target.weight]
+        weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(device).double()
+        weight = weight.T if target.transposed else weight
+        decomposition, _, _ = load_decomposition(self._store.path(target), device)
+        directions = decomposition.basis.flip(1)[:, place].double()
+        if target.shape[0] >= target.shape[1]:
+            return weight - (weight @ directions) @ directions.T
+        return weight - directions @ (directions.T @ weight)
+
+
+def _place(count: int, group: int, groups: int) -> slice:
+    """Where a group lies among so many singular values, the largest first."""
     return slice(count * group // groups, count * (group + 1) // groups)
 
 
@@ -151,21 +176,3 @@ def _put(remaining: torch.Tensor, matrix: torch.Tensor, section: Section | None)
         matrix.copy_(remaining)
     else:
         section.put(remaining, matrix)
-
-
-def _without(
-    target: Target,
-    store: Decompositions,
-    part: slice,
-    info: TensorInfo,
-    reader: WeightReader,
-    device: torch.device,
-) -> torch.Tensor:
-    """The source's matrix [out, in] without some of its singular directions, float64."""
-    weight = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(device).double()
-    weight = weight.T if target.transposed else weight
-    found, _, _ = load_decomposition(store.path(target), device)
-    directions = found.basis.flip(1)[:, part].double()
-    if target.shape[0] >= target.shape[1]:
-        return weight - (weight @ directions) @ directions.T
-    return weight - directions @ (directions.T @ weight)

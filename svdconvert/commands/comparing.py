@@ -153,13 +153,13 @@ def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator
     ours, theirs = ModelBlocks(factored), ModelBlocks(dense, stored_as=stored_as)
     if ours.count != theirs.count:
         raise InputError(f"the source has {theirs.count} blocks, not {ours.count}")
-    reader, ranks = WeightReader(factored), factored.config["svd_ranks"]
+    ranks = factored.config["svd_ranks"]
 
     def product(module: str) -> Tensor:
         names = stored_names(factored.config, row.prefix, module)
         return layout_of(factored.config).product([_whole(reader, factored.tensors[name]) for name in names])
 
-    with torch.no_grad():
+    with WeightReader(factored) as reader, torch.no_grad():
         with ours.embeddings(highest), theirs.embeddings(highest):
             hidden = ours.embed(ids, mask)
             yield "the embeddings", _difference(hidden, theirs.embed(ids, mask), hidden)
@@ -173,7 +173,6 @@ def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator
             if found.shape != expected.shape:
                 raise InputError("the source has another vocabulary")
             yield "the logits", _difference(found, expected, found)
-    reader.close()
 
 
 def _difference(found: Tensor, expected: Tensor, scale: Tensor) -> float:

@@ -23,15 +23,12 @@ def unsound(source: Source, row: Architecture) -> str | None:
     count = len(layout.indices((2, 2)))
     if not count:
         return None
-    reader = WeightReader(source)
-    try:
+    with WeightReader(source) as reader:
         for module in source.config["svd_ranks"]:
             for name in stored_names(source.config, row.prefix, module)[-count:]:
                 info = source.tensors[name]
                 if not layout.sound(reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))):
                     return name
-    finally:
-        reader.close()
     return None
 
 

@@ -111,11 +111,11 @@ def _fill(model: Any, source: Source, row: Architecture) -> list[str]:
 
     # transformers 5 has another name for GPT-NeoX's head than its files.
     head = next(name for name in row.head if name in model.state_dict())
-    reader, weights = WeightReader(source), {}
-    for name, info in source.tensors.items():
-        own = head if name == row.head[0] else row.full_name(name)
-        weights[own] = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
-    reader.close()
+    weights = {}
+    with WeightReader(source) as reader:
+        for name, info in source.tensors.items():
+            own = head if name == row.head[0] else row.full_name(name)
+            weights[own] = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
     missing, _ = model.load_state_dict(weights, strict=False)
     model.tie_weights()
     return [name for name in missing if name != head or not row.is_tied(source.config)]

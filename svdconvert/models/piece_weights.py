@@ -49,21 +49,20 @@ class PieceWeights:
             parts: the modules.
             read: (reader, name, the tensor that it replaces) -> a tensor; by default the whole one.
         """
-        reader = WeightReader(self._source)
         taken: list[tuple[nn.Module, str, Tensor]] = []
         try:
-            for module, names in parts:
-                for key, name in names.items():
-                    path, _, last = key.rpartition(".")
-                    owner = module.get_submodule(path)
-                    empty = getattr(owner, last)
-                    taken.append((owner, last, empty))
-                    stored = (read or self.read)(reader, name, empty)
-                    is_weight = isinstance(empty, nn.Parameter)
-                    setattr(owner, last, nn.Parameter(stored, requires_grad=False) if is_weight else stored)
+            with WeightReader(self._source) as reader:
+                for module, names in parts:
+                    for key, name in names.items():
+                        path, _, last = key.rpartition(".")
+                        owner = module.get_submodule(path)
+                        empty = getattr(owner, last)
+                        taken.append((owner, last, empty))
+                        stored = (read or self.read)(reader, name, empty)
+                        is_weight = isinstance(empty, nn.Parameter)
+                        setattr(owner, last, nn.Parameter(stored, requires_grad=False) if is_weight else stored)
             yield
         finally:
-            reader.close()
             for owner, last, empty in taken:
                 setattr(owner, last, empty)
 

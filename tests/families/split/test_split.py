@@ -73,19 +73,20 @@ def test_parts_are_what_the_stock_attention_takes(row: Architecture, dense: Path
     places = outputs(read_config(dense))
     for folder in (dense, pickled):
         source = LocalSource(folder)
-        reader, compared = WeightReader(source), 0
-        for name, info in split_tensors(source.tensors, row, source.config, lambda layer: True).items():
-            if info.cut is None:
-                continue
-            part = name.rpartition(".")[0].rpartition(".")[2]
-            whole = tensors[info.cut.tensor]
-            expected = whole.index_select(whole.dim() - 1 if row.transposed else 0, places[part])
-            assert info.shape == tuple(expected.shape)
-            found = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
-            assert torch.equal(found, expected)
-            streamed = torch.cat([piece.clone() for piece in reader.stream(info)])
-            assert torch.equal(streamed.view(found.dtype).view(found.shape), expected)
-            compared += 1
+        compared = 0
+        with WeightReader(source) as reader:
+            for name, info in split_tensors(source.tensors, row, source.config, lambda layer: True).items():
+                if info.cut is None:
+                    continue
+                part = name.rpartition(".")[0].rpartition(".")[2]
+                whole = tensors[info.cut.tensor]
+                expected = whole.index_select(whole.dim() - 1 if row.transposed else 0, places[part])
+                assert info.shape == tuple(expected.shape)
+                found = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
+                assert torch.equal(found, expected)
+                streamed = torch.cat([piece.clone() for piece in reader.stream(info)])
+                assert torch.equal(streamed.view(found.dtype).view(found.shape), expected)
+                compared += 1
         assert compared == 3 * 3 * (1 if row.model_type == "phi3" else 2)
 
 
