@@ -132,13 +132,13 @@ class StatisticsFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             self._write()
             return
-        found = read_json(
+        document = read_json(
             path,
             f"{folder} has no stats.json, so it holds no statistics; give the folder that `svdconvert calibrate` wrote",
             _AGAIN,
         )
-        require(found, _STATE, path, _AGAIN)
-        self._state = unseal(found, path, _AGAIN)
+        require(document, _STATE, path, _AGAIN)
+        self._state = unseal(document, path, _AGAIN)
         key = self.key
         require(key, _KEY, path, _AGAIN)
         refuse_other_settings(
@@ -170,15 +170,15 @@ class StatisticsFolder:
     @property
     def loss(self) -> Loss | None:
         """The dense model's loss on the calibration text; None if it is not known yet."""
-        found = self._state["loss"]
-        return None if found is None else Loss(found["nll"], found["tokens"])
+        loss = self._state["loss"]
+        return None if loss is None else Loss(loss["nll"], loss["tokens"])
 
     def set_loss(self, loss: Loss) -> None:
         """Keep the loss."""
         self._state["loss"] = asdict(loss)
         self._write()
 
-    def save(self, index: int, found: Mapping[str, ModuleStatistics]) -> None:
+    def save(self, index: int, statistics: Mapping[str, ModuleStatistics]) -> None:
         """Store a block's statistics.
 
         Raises:
@@ -187,7 +187,7 @@ class StatisticsFolder:
         tensors: dict[str, Tensor] = {}
         names: dict[int, str] = {}
         modules: dict[str, Any] = {}
-        for module, entry in found.items():
+        for module, entry in statistics.items():
             modules[module] = {"tokens": entry.tokens, "samples": entry.samples}
             for kind, tensor in statistic_tensors(entry).items():
                 name = names.setdefault(id(tensor), f"{module}.{kind}")
@@ -240,7 +240,7 @@ class StatisticsFolder:
             InputError: a layer or kind is not here, or a file is damaged.
         """
         read: dict[str, Tensor] = {}
-        found = {}
+        statistics = {}
         for module in modules:
             entry = self._state["blocks"].get(str(layer_number(module)), {})
             record = entry.get("modules", {}).get(module)
@@ -258,8 +258,8 @@ class StatisticsFolder:
                     if record[kind] not in read:
                         read |= read_tensors(self.folder / entry["file"], (record[kind],))
                     values[kind] = read[record[kind]]
-            found[module] = ModuleStatistics(**values, tokens=record["tokens"], samples=record["samples"])
-        return found
+            statistics[module] = ModuleStatistics(**values, tokens=record["tokens"], samples=record["samples"])
+        return statistics
 
     def _write(self) -> None:
         with disk_errors(self.folder):
@@ -273,10 +273,10 @@ def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
         As :func:`statistics` and :meth:`StatisticsFolder.save`.
     """
     leader = current().leader
-    for index, found in run:
+    for index, statistics in run:
         if leader:
             run.refuse_changed()
-            folder.save(index, found)
-        del found  # or two blocks' Grams would be in memory
+            folder.save(index, statistics)
+        del statistics  # or two blocks' Grams would be in memory
     if leader and run.loss is not None and folder.loss != run.loss:
         folder.set_loss(run.loss)

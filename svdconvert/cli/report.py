@@ -215,14 +215,14 @@ def show_spectra(console: Console, spectra: Spectra, *, per_layer: bool = False)
         table.add_column(heading, no_wrap=True, justify="right")
     for (kind, shape), matrices in spectra.kinds.items():
         size = f"{shape[0]} x {shape[1]}"
-        found = {name: [value(matrix) for matrix in matrices] for name, (value, _) in columns.items()}
+        values = {name: [value(matrix) for matrix in matrices] for name, (value, _) in columns.items()}
         if per_layer:
             for i, matrix in enumerate(matrices):
-                table.add_row(matrix.module, size, *(show(found[name][i]) for name, (_, show) in columns.items()))
+                table.add_row(matrix.module, size, *(show(values[name][i]) for name, (_, show) in columns.items()))
             continue
         for i, (name, pick) in enumerate(_PICKS.items()):
             label = (kind, size, str(len(matrices))) if i == 0 else ("", "", "")
-            table.add_row(*label, name, *(show(pick(found[column])) for column, (_, show) in columns.items()))
+            table.add_row(*label, name, *(show(pick(values[column])) for column, (_, show) in columns.items()))
     metrics = "plain" if spectra.method == "svd" else f"in the metrics of {spectra.method}"
     console.print(f"[bold]{escape(spectra.model)}[/], {metrics}, layout {spectra.layout}")
     show_table(console, table, keys=(0,) if per_layer else (0, 3))

@@ -164,16 +164,16 @@ _SHARED = (
 
 def _losses(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A table of what each kind of layer has lost, and what its columns are."""
-    columns = [column for column in _LOSSES if all(column[0] in told for told in matrices.values())]
+    columns = [column for column in _LOSSES if all(column[0] in report for report in matrices.values())]
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
-    for module, told in matrices.items():
-        by_kind.setdefault(suffix(module), []).append(told)
+    for module, report in matrices.items():
+        by_kind.setdefault(suffix(module), []).append(report)
     lines = ["| lost, lowest / median / highest | " + " | ".join(heading for _, heading, _, _ in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for kind, same in by_kind.items():
         cells = []
         for field, _, form, _ in columns:
-            values = [float(told[field]) for told in same]
+            values = [float(report[field]) for report in same]
             cells.append(" / ".join(format(value, form) for value in (min(values), median(values), max(values))))
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return [*lines, "", "; ".join(text for *_, text in columns) + "."]
@@ -211,7 +211,7 @@ def _front_matter(source: Source, tags: Sequence[str]) -> str:
     from huggingface_hub import ModelCardData
 
     theirs = _source_metadata(source)
-    own: dict[str, Any] = {
+    kept: dict[str, Any] = {
         key: theirs[key] for key in ("license", "license_name", "license_link", "language", "datasets") if key in theirs
     }
     data = ModelCardData(
@@ -220,7 +220,7 @@ def _front_matter(source: Source, tags: Sequence[str]) -> str:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys([*(theirs.get("tags") or []), *tags])),
-        **own,
+        **kept,
     )
     return f"---\n{data.to_yaml()}\n---\n\n"
 

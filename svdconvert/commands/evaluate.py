@@ -109,14 +109,14 @@ def evaluate(
     used = resolve_device(device)
     loaded = _load(folder, used)
     reference = None if other is None else _load(other, used)
-    found = likelihoods(loaded, passage, batch_size, progress, reference)
-    mean = found.negative / passage.tokens
+    likelihood = likelihoods(loaded, passage, batch_size, progress, reference)
+    mean = likelihood.negative / passage.tokens
     return Evaluation(
         model=str(model),
         text=str(text),
         protocol=protocol,
         perplexity=math.exp(mean) if mean < 700 else math.inf,
-        bits_per_character=found.negative / math.log(2) / passage.characters if protocol == "sliding" else None,
+        bits_per_character=likelihood.negative / math.log(2) / passage.characters if protocol == "sliding" else None,
         tokens=passage.tokens,
         characters=passage.characters,
         opening=passage.opening,
@@ -127,7 +127,7 @@ def evaluate(
         parameters=sum(parameter.numel() for parameter in loaded.parameters()),
         seconds=time.perf_counter() - start,
         against=None if against is None else str(against),
-        divergence=found.divergence,
+        divergence=likelihood.divergence,
     )
 
 

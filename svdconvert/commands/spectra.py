@@ -143,10 +143,10 @@ class Spectra:
     @property
     def kinds(self) -> dict[tuple[str, tuple[int, int]], list[MatrixSpectrum]]:
         """The matrices by name within the block and shape."""
-        found: dict[tuple[str, tuple[int, int]], list[MatrixSpectrum]] = {}
+        kinds: dict[tuple[str, tuple[int, int]], list[MatrixSpectrum]] = {}
         for matrix in self.matrices:
-            found.setdefault((matrix.kind, matrix.shape), []).append(matrix)
-        return found
+            kinds.setdefault((matrix.kind, matrix.shape), []).append(matrix)
+        return kinds
 
     @property
     def headline(self) -> str:

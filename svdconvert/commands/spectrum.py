@@ -122,9 +122,9 @@ class _Values:
         return target.module in self.of
 
     def save(
-        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+        self, target: Target, decomposition: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
     ) -> None:
-        self.take(target.module, found.spectrum, outputs)
+        self.take(target.module, decomposition.spectrum, outputs)
 
     def take(self, module: str, spectrum: torch.Tensor, outputs: torch.Tensor | None) -> None:
         self.of[module] = (spectrum.cpu().numpy(), None if outputs is None else outputs.cpu().numpy())

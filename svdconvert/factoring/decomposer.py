@@ -97,12 +97,12 @@ class Decomposer:
             weight = self._weights(target, 0)[0]
             left, right, is_gram = self._metrics(target, 0, statistics)
             with _naming(target.weight):
-                found = decompose(weight, self._workspace, left, right)
+                decomposition = decompose(weight, self._workspace, left, right)
                 gram = right if is_gram else _on(statistics.input_gram, self._device)
-                outputs = None if gram is None else output_losses(weight, found, left, right, gram)
+                outputs = None if gram is None else output_losses(weight, decomposition, left, right, gram)
             inner, outer = (right, left) if _is_tall(target) else (left, right)
             task.source.refuse_changed()
-            task.store.save(target, found, inner, outer, outputs)
+            task.store.save(target, decomposition, inner, outer, outputs)
 
     def layer(self, target: Target, index: int, statistics: ModuleStatistics) -> None:
         """Keep what has to be known of one layer of a group. Raises as :meth:`matrix`."""
@@ -124,14 +124,14 @@ class Decomposer:
         """Decompose a group all of whose layers are known."""
         places, groups = range(len(target.parts)), self._groups
         with self._lane:
-            found = decompose_shared(
+            decomposition = decompose_shared(
                 [partial(groups.outer, target, index, self._device) for index in places],
                 [partial(groups.inner, target, index, self._device) for index in places],
                 [groups.tokens(target, index) for index in places],
                 None if _is_tall(target) else self._weights(target),
                 self._workspace,
             )
-            groups.save_group(target, found)
+            groups.save_group(target, decomposition)
         self._task.events.decomposed(announcement(self._task.tensors, target))
 
     @property

@@ -53,10 +53,10 @@ class Decompositions:
             InputError: the folder holds the decompositions of something else; the field that differs is named.
         """
         self.folder = folder
-        found = folder / "key.json"
+        key_file = folder / "key.json"
         wanted = in_json_types(key)
-        if found.is_file():
-            theirs = read_json(found, "", f"give another folder as {asked('work')}, or delete this one")
+        if key_file.is_file():
+            theirs = read_json(key_file, "", f"give another folder as {asked('work')}, or delete this one")
             advice = f"give another folder as {asked('work')}"
             refuse_other_settings(theirs, wanted, f"{folder} was computed with", advice)
             return
@@ -64,7 +64,7 @@ class Decompositions:
             raise InputError(f"{folder} lacks key.json, which names its model; give another folder as {asked('work')}")
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            atomic_write(found, json.dumps(wanted, indent=1).encode())
+            atomic_write(key_file, json.dumps(wanted, indent=1).encode())
 
     def path(self, target: Target) -> Path:
         """File of one target."""
@@ -125,35 +125,35 @@ class Decompositions:
         return options
 
     def save(
-        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+        self, target: Target, decomposition: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
     ) -> None:
         """Write one target's file, whole or not at all; see :meth:`svdconvert.factoring.stores.Store.save`."""
         # rounding errors see no more of the other metric
         diagonal = outer.diagonal() if outer is not None and outer.dim() == 2 else outer
-        self._save(target, found, metric=inner, outer=diagonal, outputs=outputs)
+        self._save(target, decomposition, metric=inner, outer=diagonal, outputs=outputs)
 
-    def save_group(self, target: Target, found: SharedDecomposition) -> None:
+    def save_group(self, target: Target, decomposition: SharedDecomposition) -> None:
         """Write the file of a group that has metrics, and give up what waited for it."""
-        self._save(target, found.found, captured=found.captured)
+        self._save(target, decomposition.found, captured=decomposition.captured)
         with disk_errors(self.folder):
             for index in range(len(target.parts)):
                 self.waiting_path(target, index).unlink(missing_ok=True)
 
-    def _save(self, target: Target, found: Decomposition, **more: Metric) -> None:
+    def _save(self, target: Target, decomposition: Decomposition, **more: Metric) -> None:
         tensors = {
-            "values": found.values,
+            "values": decomposition.values,
             # Half the room; what is lost is far below what the least-squares partner makes good.
-            "basis": found.basis.float().contiguous(),
-            "double": torch.tensor(found.basis.dtype == torch.float64),
-            "scale": torch.tensor(found.scale, dtype=torch.float64),
+            "basis": decomposition.basis.float().contiguous(),
+            "double": torch.tensor(decomposition.basis.dtype == torch.float64),
+            "scale": torch.tensor(decomposition.scale, dtype=torch.float64),
         }
         given = {name: tensor for name, tensor in more.items() if tensor is not None}
         write_tensors(self.path(target), tensors | given)
 
     def spectrum(self, target: Target) -> torch.Tensor:
         """[k] float64, descending: squared singular values in the metrics; of a group, what each rank captures."""
-        found = read_tensors(self.path(target), ("values", "scale"))
-        return Decomposition(found["values"], torch.empty(0), float(found["scale"])).spectrum
+        tensors = read_tensors(self.path(target), ("values", "scale"))
+        return Decomposition(tensors["values"], torch.empty(0), float(tensors["scale"])).spectrum
 
     def outputs(self, target: Target) -> torch.Tensor | None:
         """[k + 1] float64: :mod:`svdconvert.linalg.output_losses`, or None where the inputs are not known."""
@@ -173,8 +173,8 @@ def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition,
     """``(decomposition, metric on the smaller side, diagonal of that on the longer side)`` of a target's file."""
     tensors = _load(path, device)
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
-    found = Decomposition(tensors["values"], basis, float(tensors["scale"]))
-    return found, tensors.get("metric"), tensors.get("outer")
+    decomposition = Decomposition(tensors["values"], basis, float(tensors["scale"]))
+    return decomposition, tensors.get("metric"), tensors.get("outer")
 
 
 def load_group(path: Path, device: torch.device) -> SharedDecomposition:

@@ -40,8 +40,8 @@ class StoredMatrices:
 
     def __call__(self, index: int) -> Weights:
         """The products of one block, float64."""
-        found = self._factors.get(index, {})
-        return {path: self._layout.product([self._read(name) for name in names]) for path, names in found.items()}
+        factors = self._factors.get(index, {})
+        return {path: self._layout.product([self._read(name) for name in names]) for path, names in factors.items()}
 
     def _read(self, name: str) -> Tensor:
         path, info = self._infos[name]

@@ -219,10 +219,10 @@ class _Attempt:
         dense, refitted = self._streams.dense, self._streams.refitted
         train = self._sums(block, index, layer, done, dense.train, refitted.train)
         held_out = self._sums(block, index, layer, done, dense.held_out, refitted.held_out)
-        found = fit(train, held_out, layer.up)
-        if found.damping is not None:
-            layer.tensors = layer.target.layout.refit(layer.tensors, found.up, train.gram, layer.dtype)
-        layer.report = found.to_json()
+        result = fit(train, held_out, layer.up)
+        if result.damping is not None:
+            layer.tensors = layer.target.layout.refit(layer.tensors, result.up, train.gram, layer.dtype)
+        layer.report = result.to_json()
 
     def _sums(
         self, block: nn.Module, index: int, layer: _Layer, done: Weights, dense: Stream, refitted: Stream

@@ -65,9 +65,9 @@ class RefitFolder:
         """How the refit ended, if it has."""
         if not self._outcome.is_file():
             return None
-        found = unseal(read_json(self._outcome, "", _AGAIN), self._outcome)
-        require(found, _OUTCOME, self._outcome, _AGAIN)
-        return Refit(**{name: found[name] for name in _OUTCOME})
+        document = unseal(read_json(self._outcome, "", _AGAIN), self._outcome)
+        require(document, _OUTCOME, self._outcome, _AGAIN)
+        return Refit(**{name: document[name] for name in _OUTCOME})
 
     def finish(self, outcome: Refit) -> None:
         """Keep how it ended."""
@@ -89,5 +89,5 @@ class RefitFolder:
 
 def load_refitted(path: Path) -> tuple[list[Tensor], dict[str, Any]]:
     """``(the tensors of a target's layout, their report)``."""
-    found = read_tensors(path)
-    return [found[str(place)] for place in range(len(found))], json.loads(read_note(path))
+    tensors = read_tensors(path)
+    return [tensors[str(place)] for place in range(len(tensors))], json.loads(read_note(path))

@@ -39,13 +39,13 @@ class Store(Protocol):
         ...
 
     def save(
-        self, target: Target, found: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
+        self, target: Target, decomposition: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
     ) -> None:
         """Take one target's decomposition; it is valid until the next one.
 
         Args:
             target: a matrix; a group only where it has no metrics.
-            found: its decomposition.
+            decomposition: its decomposition.
             inner: metric on the smaller side.
             outer: metric on the longer side.
             outputs: :func:`svdconvert.linalg.output_losses.output_losses`, or None where the inputs are not known.
@@ -76,6 +76,6 @@ class GroupStore(Protocol):
         """A layer's :attr:`LayerStatistics.tokens`."""
         ...
 
-    def save_group(self, target: Target, found: SharedDecomposition) -> None:
+    def save_group(self, target: Target, decomposition: SharedDecomposition) -> None:
         """Take the decomposition of a group, and give up what is not needed of its layers any more."""
         ...

@@ -69,8 +69,8 @@ def _line(entry: Entry) -> bytes:
 
 
 def _parse(line: bytes) -> Entry | None:
-    told, _, text = line.partition(b" ")
-    if told != _digest(text):
+    digest_of_line, _, text = line.partition(b" ")
+    if digest_of_line != _digest(text):
         return None
     try:
         entry = json_object(text, NAME)

@@ -107,16 +107,18 @@ class Record:
         """
         require(document, _FIELDS, where, _ANEW)
         results = dict(document)
-        own = {name: results.pop(name, None) for name in (*cls.__dataclass_fields__, "format") if name != "results"}
+        fields = {name: results.pop(name, None) for name in (*cls.__dataclass_fields__, "format") if name != "results"}
         return cls(
-            command=own["command"],
-            source=Origin(**{name: own["source"].get(name) for name in Origin.__dataclass_fields__}),
-            settings=own["settings"],
+            command=fields["command"],
+            source=Origin(**{name: fields["source"].get(name) for name in Origin.__dataclass_fields__}),
+            settings=fields["settings"],
             results=results,
-            files=own["files"],
-            tensors=own["tensors"],
-            timing=[{stage: StageTime.from_json(time) for stage, time in stages.items()} for stages in own["timing"]],
-            versions=own["versions"] or {},
+            files=fields["files"],
+            tensors=fields["tensors"],
+            timing=[
+                {stage: StageTime.from_json(time) for stage, time in stages.items()} for stages in fields["timing"]
+            ],
+            versions=fields["versions"] or {},
         )
 
 

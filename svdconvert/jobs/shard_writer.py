@@ -71,14 +71,14 @@ class ShardWriter:
 
     def _resume(self) -> list[Entry]:
         """What earlier runs have finished, in one journal from here on, and the files as they fit it."""
-        found = journals(self._output.job)
+        earlier = journals(self._output.job)
         for file in self._files.values():
             file.find()
-        entries = [entry for path in found for entry in self._entries(path)]
-        if found:
+        entries = [entry for path in earlier for entry in self._entries(path)]
+        if earlier:
             # First of all: no later run may find a record of what is given up below.
             rewrite_journal(self._output.job / NAME, entries)
-        for path in found:
+        for path in earlier:
             if path.name != NAME:
                 path.unlink()
         recorded = {name for entry in entries for name in entry["tensors"]}

@@ -22,7 +22,7 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
     check_layers(tensors, source)
     expected = dense_shapes(row, source.config, source.where)
     full = row.full_names(tensors, source.config)
-    found = {full[name]: info for name, info in tensors.items()}
+    present = {full[name]: info for name, info in tensors.items()}
     for name, info in tensors.items():
         by = quantised_part(name)
         if by is not None or (full[name] in expected and info.dtype not in FLOATS):
@@ -31,10 +31,10 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
                 f"{by or ''}; convert the unquantised model and quantise the result"
             )
     refuse_other_model(tensors, full, expected, row, source)
-    missing = [name for name in expected if name not in found]
+    missing = [name for name in expected if name not in present]
     if missing:
         raise InputError(f"{source.where} lacks {listing(missing)}; the checkpoint is incomplete, fetch it again")
-    if len(found) < len(tensors):
+    if len(present) < len(tensors):
         twice = next(name for name in tensors if row.prefix + name in tensors)
         raise InputError(f"{source.where} has both {twice} and {row.prefix}{twice}; remove one of them")
     for name, info in tensors.items():

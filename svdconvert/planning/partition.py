@@ -64,9 +64,9 @@ def split_steps(steps: Sequence[Step], parts: int, *, whole_files: bool = False)
     if not whole_files:
         return split(steps, parts, step_cost)
     groups = _by_files(steps)
-    found = split(groups, parts, lambda group: sum(map(step_cost, group)))
+    shares = split(groups, parts, lambda group: sum(map(step_cost, group)))
     order = {step.key: i for i, step in enumerate(steps)}
-    return [sorted((step for group in part for step in group), key=lambda step: order[step.key]) for part in found]
+    return [sorted((step for group in part for step in group), key=lambda step: order[step.key]) for part in shares]
 
 
 def _by_files(steps: Sequence[Step]) -> list[list[Step]]:

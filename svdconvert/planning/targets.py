@@ -52,21 +52,21 @@ def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, pattern
     Raises:
         InputError: a pattern matches none of them.
     """
-    found = []
+    layers = []
     for name, info in tensors.items():
         module = row.full_name(name).removeprefix(row.prefix).removesuffix(".weight")
         if name.endswith(".weight") and suffix(module) in row.targets:
             fused = fused_layer(row, module)
             shape = row.matrix_shape(info.shape)
-            found.append(Target(module, name, shape, transposed=row.transposed, fused=fused))
-    found.sort(key=lambda target: (layer_number(target.module), row.targets.index(suffix(target.module))))
+            layers.append(Target(module, name, shape, transposed=row.transposed, fused=fused))
+    layers.sort(key=lambda target: (layer_number(target.module), row.targets.index(suffix(target.module))))
     for pattern in patterns:
-        if not any(target.parts[0].is_named(pattern) for target in found):
+        if not any(target.parts[0].is_named(pattern) for target in layers):
             raise InputError(
                 f"{asked('targets', pattern)} matches no linear layer of the model; layers have names like "
-                f"{', '.join(target.module for target in found[: len(row.targets)])}"
+                f"{', '.join(target.module for target in layers[: len(row.targets)])}"
             )
-    return [t for t in found if not patterns or any(t.parts[0].is_named(pattern) for pattern in patterns)]
+    return [t for t in layers if not patterns or any(t.parts[0].is_named(pattern) for pattern in patterns)]
 
 
 def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorInfo]) -> list[Target]:

@@ -48,18 +48,18 @@ def refuse_other_settings(
     Raises:
         InputError: a field differs; it is named, with both values.
     """
-    found = difference(theirs, ours)
-    if found is not None:
-        field, values = found
+    differing = difference(theirs, ours)
+    if differing is not None:
+        field, values = differing
         name = names.get(field, f"another {field.replace('_', ' ')}")
         raise InputError(f"{begun} {name} ({values}); {advice}")
 
 
 def _within(old: object, new: object) -> str:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = difference(old, new)
-        assert found is not None
-        return ": ".join(found)
+        differing = difference(old, new)
+        assert differing is not None
+        return ": ".join(differing)
     first, second = _text(old), _text(new)
     same = 0
     for one, other in zip(first, second, strict=False):

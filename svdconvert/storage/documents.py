@@ -203,11 +203,11 @@ def _depth(text: str) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    table = dict(pairs)
+    if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in found if keys.count(key) > 1)!r} stands in it twice")
-    return found
+        raise ValueError(f"{next(key for key in table if keys.count(key) > 1)!r} stands in it twice")
+    return table
 
 
 def _kind(mode: int) -> str:

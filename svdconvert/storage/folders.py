@@ -101,5 +101,5 @@ def cached_repo(folder: Path) -> tuple[str, str] | None:
     path = folder.resolve()
     if len(path.parents) < 2 or path.parent.name != "snapshots":
         return None
-    found = _CACHED.fullmatch(path.parents[1].name)
-    return (found["repo"].replace("--", "/"), path.name) if found else None
+    match = _CACHED.fullmatch(path.parents[1].name)
+    return (match["repo"].replace("--", "/"), path.name) if match else None

@@ -169,7 +169,9 @@ def _detail(error: BaseException) -> str:
 
 
 @contextmanager
-def told(kind: type[SvdconvertError], repo: str, revision: str | None = None, file: str = "the file") -> Iterator[None]:
+def hub_errors(
+    kind: type[SvdconvertError], repo: str, revision: str | None = None, file: str = "the file"
+) -> Iterator[None]:
     """Turn every failure of huggingface_hub into one sentence.
 
     Args:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from svdconvert.errors import InputError, JobError
-from svdconvert.storage.hub_client import TIMEOUT, endpoint, hub_api, retried, told
+from svdconvert.storage.hub_client import TIMEOUT, endpoint, hub_api, hub_errors, retried
 
 _NOT_PUSHED = [
     ".svdconvert",
@@ -45,7 +45,7 @@ def check_push(repo: str, *, private: bool = False, revision: str | None = None)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise InputError(f"{repo!r} is not a repository to push to; write it as `owner/name`")
     api = hub_api()
-    with told(InputError, repo, revision):
+    with hub_errors(InputError, repo, revision):
         account = api.whoami()
         if _role(account) == "read":
             raise InputError(
@@ -73,7 +73,7 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, revision: str
         JobError: the upload broke off.
     """
     api = hub_api()
-    with told(JobError, repo, revision, str(folder)):
+    with hub_errors(JobError, repo, revision, str(folder)):
         _ensure_repo(api, repo, private=private, revision=revision)
         # Shards of an earlier upload under other names would be downloaded by everybody and used by nobody.
         stale = [

@@ -27,7 +27,7 @@ from svdconvert.storage.disk import refuse_full
 from svdconvert.storage.documents import read_bytes, read_json
 from svdconvert.storage.folders import ModelFolder
 from svdconvert.storage.headers import MAX_HEADER_BYTES, parse_header, read_header
-from svdconvert.storage.hub_client import TIMEOUT, hub_api, retried, told
+from svdconvert.storage.hub_client import TIMEOUT, hub_api, hub_errors, retried
 from svdconvert.storage.other_formats import refuse_other_format
 from svdconvert.storage.side_files import SideFiles, choose_side_files, side_notes
 from svdconvert.storage.source import (
@@ -72,7 +72,7 @@ class _Checkout:
 
     def _listed_files(self) -> dict[str, int]:
         """Pin the commit and list its files, name -> bytes."""
-        with told(InputError, self.repo, self.revision):
+        with hub_errors(InputError, self.repo, self.revision):
             info = self.api.model_info(self.repo, revision=self.revision, files_metadata=True, timeout=TIMEOUT)
         if not info.sha:
             raise InputError(f"{self.where} has no commit; upload a model to it first")
@@ -90,9 +90,9 @@ class _Checkout:
         snapshot = Path(config).parent
         self.commit = snapshot.name
         self.where = f"the cached copy of {self.where} (HF_HUB_OFFLINE is set)"
-        found = ModelFolder(snapshot)
-        found.check(read_names(found.sizes))
-        return found.sizes
+        files = ModelFolder(snapshot)
+        files.check(read_names(files.sizes))
+        return files.sizes
 
     def weights(self) -> tuple[list[str], bool, str | None]:
         """Find the weight files.
@@ -150,8 +150,8 @@ class _Checkout:
 
     def cached(self, file: str) -> Path | None:
         """A file of this commit in the Hugging Face cache."""
-        found = try_to_load_from_cache(self.repo, file, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(self.repo, file, revision=self.commit)
+        return Path(path) if isinstance(path, str) else None
 
     def fetch(self, file: str, kind: type[SvdconvertError], folder: Path | None = None) -> Path:
         """Download a file.
@@ -164,7 +164,7 @@ class _Checkout:
         cached = self.cached(file)
         if cached is not None:
             return cached
-        with told(kind, self.repo, self.revision, file):
+        with hub_errors(kind, self.repo, self.revision, file):
             return Path(
                 retried(
                     lambda: self.api.hf_hub_download(
@@ -290,7 +290,7 @@ class HubSource(Source):
                 return read_header(cached, file)
             except InputError as error:
                 raise InputError(f"{error.sentence.marked} (delete {cached} first)") from None
-        with told(InputError, self.repo, self.revision, file):
+        with hub_errors(InputError, self.repo, self.revision, file):
             raw = self._first_bytes(file)
         return parse_header(raw, file, self._sizes[file])
 

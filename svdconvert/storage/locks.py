@@ -129,8 +129,8 @@ class FolderLock:
             named = self._file.stat()
         except OSError:
             return False
-        own = os.fstat(self._handle)
-        return (own.st_dev, own.st_ino) == (named.st_dev, named.st_ino)
+        locked = os.fstat(self._handle)
+        return (locked.st_dev, locked.st_ino) == (named.st_dev, named.st_ino)
 
     def _tell(self) -> None:
         """Write down the holder, for messages only."""
@@ -141,11 +141,11 @@ class FolderLock:
     def _take_claim(self, shared: bool) -> None:
         """Lock without flock; a shared lock only checks that nobody writes."""
         for _ in range(_TRIES):
-            found = self._found_claim()
-            if found is not None:
-                if not _is_gone(found):
-                    raise self._refusal(found, self._claim)
-                self._set_aside(found)
+            claim = self._found_claim()
+            if claim is not None:
+                if not _is_gone(claim):
+                    raise self._refusal(claim, self._claim)
+                self._set_aside(claim)
             if shared:
                 return
             with disk_errors(self._folder):
@@ -173,7 +173,7 @@ class FolderLock:
             pass
         return _read(self._claim)
 
-    def _set_aside(self, found: dict[str, Any]) -> None:
+    def _set_aside(self, claim: dict[str, Any]) -> None:
         """Remove the claim of a process that has ended; another process may have claimed the folder meanwhile."""
         aside = self._claim.with_name(f"{self._claim.name}.{os.getpid()}")
         with disk_errors(self._folder):
@@ -181,7 +181,7 @@ class FolderLock:
                 os.rename(self._claim, aside)
             except FileNotFoundError:
                 return
-            if (now := _read(aside)) != found:
+            if (now := _read(aside)) != claim:
                 os.rename(aside, self._claim)
                 raise self._refusal(now, self._claim)
             aside.unlink()

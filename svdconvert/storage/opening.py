@@ -34,13 +34,13 @@ def open_source(
     Raises:
         InputError: there is no such model, or it cannot be used.
     """
-    found = _resolve(model, revision)
-    if isinstance(found, Path):
-        source: Source = LocalSource(found, need_weights=need_weights)
+    place = _resolve(model, revision)
+    if isinstance(place, Path):
+        source: Source = LocalSource(place, need_weights=need_weights)
     else:
         from svdconvert.storage.hub_source import HubSource
 
-        source = HubSource(found, revision, download_folder=download_folder)
+        source = HubSource(place, revision, download_folder=download_folder)
     return source
 
 
@@ -51,13 +51,13 @@ def local_folder(model: str, revision: str | None = None) -> Path:
         InputError: there is no such model.
         JobError: the download broke off.
     """
-    found = _resolve(model, revision)
-    if isinstance(found, Path):
-        survey(found)
-        return found
+    place = _resolve(model, revision)
+    if isinstance(place, Path):
+        survey(place)
+        return place
     from svdconvert.storage.hub_source import download_model
 
-    return download_model(found, revision)
+    return download_model(place, revision)
 
 
 def _resolve(model: str, revision: str | None) -> Path | str:

@@ -131,13 +131,13 @@ def _adapter(where: object, settings: Mapping[str, Any], *, has_weights: bool) -
 
 def _inner(files: Collection[str]) -> tuple[str, str] | None:
     """What a folder of several models is, and which of them to give."""
-    steps = {int(found[2]): found[1] for file in files if (found := _CHECKPOINT.match(file))}
+    steps = {int(match[2]): match[1] for file in files if (match := _CHECKPOINT.match(file))}
     if steps:
         return "a folder of training checkpoints", f"one of them, the newest is {{where}}/{steps[max(steps)]}"
-    snapshots = sorted(found[1] for file in files if (found := _SNAPSHOT.fullmatch(file)))
+    snapshots = sorted(match[1] for file in files if (match := _SNAPSHOT.fullmatch(file)))
     if snapshots:
         return "a model's folder in the Hub cache", " or ".join(f"{{where}}/{name}" for name in snapshots[:3])
-    models = sorted(found[1] for file in files if (found := _MODEL.fullmatch(file)))
+    models = sorted(match[1] for file in files if (match := _MODEL.fullmatch(file)))
     if models and "config.json" not in files:
         return "a folder of models", " or ".join(f"{{where}}/{name}" for name in models[:3])
     return None

@@ -125,18 +125,18 @@ def choose_side_files(
 
 def code_classes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The classes in a config's ``auto_map`` that are not the model's."""
-    found = config.get("auto_map")
-    return {key: found[key] for key in CODE_CLASSES if key in found} if isinstance(found, Mapping) else {}
+    classes = config.get("auto_map")
+    return {key: classes[key] for key in CODE_CLASSES if key in classes} if isinstance(classes, Mapping) else {}
 
 
-def side_notes(found: SideFiles, listing: Callable[[list[str]], str]) -> list[str]:
+def side_notes(files: SideFiles, listing: Callable[[list[str]], str]) -> list[str]:
     """Notes for the user, one sentence each."""
     notes = []
-    if found.left_out:
-        notes.append(f"files that are left out: {listing(list(found.left_out))}")
+    if files.left_out:
+        notes.append(f"files that are left out: {listing(list(files.left_out))}")
     notes += [
         f"{by} names {file}, which is not there; what needs it will not load from the result either"
-        for file, by in sorted(found.absent.items())
+        for file, by in sorted(files.absent.items())
     ]
     return notes
 

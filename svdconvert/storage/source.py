@@ -177,9 +177,9 @@ class LocalSource(Source):
             file: weights_digest(self.path(file), [info for info in self.tensors.values() if info.file == file])
             for file in self.files
         }
-        found = {"weights": weights, "config": self.read_config()}
-        self._known = self._known or {"times": times, "identity": found}
-        return found
+        identity = {"weights": weights, "config": self.read_config()}
+        self._known = self._known or {"times": times, "identity": identity}
+        return identity
 
     def side_identity(self) -> dict[str, Any]:
         names = [*self.side_files, *(["README.md"] if (self.folder / "README.md").is_file() else [])]

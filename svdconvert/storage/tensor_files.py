@@ -46,8 +46,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: str = "") -> 
         for name, tensor in tensors.items()
     ]
     digests = {info.name: _digest(info, _bytes(tensors[info.name])) for info in infos}
-    told = json.dumps({"tensors": digests, _NOTE: _text_digest(note)})
-    layout = file_layout(infos, {_DIGESTS: told, _NOTE: note})
+    sealed_digests = json.dumps({"tensors": digests, _NOTE: _text_digest(note)})
+    layout = file_layout(infos, {_DIGESTS: sealed_digests, _NOTE: note})
 
     def pieces() -> Iterator[bytes | memoryview]:
         yield layout.header
@@ -73,7 +73,7 @@ def read_tensors(path: Path, names: Collection[str] | None = None, *, optional: 
     wanted = list(infos) if names is None else [*names, *(name for name in optional if name in infos)]
     if not set(wanted) <= infos.keys() & digests.keys():
         raise _damaged(path)
-    found = {}
+    tensors = {}
     for name in wanted:
         info = infos[name]
         tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
@@ -83,8 +83,8 @@ def read_tensors(path: Path, names: Collection[str] | None = None, *, optional: 
                 raise _damaged(path)
         if _digest(info, as_bytes(tensor)) != digests[name]:
             raise _damaged(path)
-        found[name] = tensor
-    return found
+        tensors[name] = tensor
+    return tensors
 
 
 def read_note(path: Path) -> str:
@@ -102,23 +102,23 @@ def sealed(state: Mapping[str, Any]) -> bytes:
     return json.dumps({"digest": _text_digest(_canonical(state)), **state}, indent=1).encode()
 
 
-def unseal(found: Mapping[str, Any], path: Path, advice: str = "") -> dict[str, Any]:
+def unseal(document: Mapping[str, Any], path: Path, advice: str = "") -> dict[str, Any]:
     """The document that :func:`sealed` was given.
 
     Args:
-        found: the parsed JSON.
+        document: the parsed JSON.
         path: its file.
         advice: what to do if it is damaged; by default, remove it.
 
     Raises:
         InputError: it was changed, or comes from a version that wrote no digests.
     """
-    if "digest" not in found:
+    if "digest" not in document:
         raise InputError(
             f"{path} has no digest, so it comes from an earlier version of svdconvert; {advice or _REMOVE}"
         )
-    state = {name: value for name, value in found.items() if name != "digest"}
-    if found.get("digest") != _text_digest(_canonical(state)):
+    state = {name: value for name, value in document.items() if name != "digest"}
+    if document.get("digest") != _text_digest(_canonical(state)):
         raise _damaged(path, advice)
     return state
 
@@ -137,12 +137,12 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], str
         if problem(header, _HEADER) is not None:
             raise _damaged(path)
         note = header["__metadata__"][_NOTE]
-        told = parse_json(header["__metadata__"][_DIGESTS], path)
+        sealed_digests = parse_json(header["__metadata__"][_DIGESTS], path)
     except InputError:
         raise _damaged(path) from None
-    if problem(told, _TOLD) is not None or told[_NOTE] != _text_digest(note):
+    if problem(sealed_digests, _TOLD) is not None or sealed_digests[_NOTE] != _text_digest(note):
         raise _damaged(path)
-    return infos, told["tensors"], note
+    return infos, sealed_digests["tensors"], note
 
 
 def _damaged(path: Path, advice: str = "") -> InputError:

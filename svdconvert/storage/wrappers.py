@@ -43,12 +43,17 @@ def unwrap(
         return dict(tensors), {}, None
     row, whole = fits
     names = {name: unwrapped(name, row) for name in tensors}
-    found = {own: replace(tensors[name], name=own) for name, own in names.items()}
-    if len(found) < len(tensors) or found.keys() == tensors.keys() or whole(set(tensors)) or not whole(set(found)):
+    renamed = {own: replace(tensors[name], name=own) for name, own in names.items()}
+    if (
+        len(renamed) < len(tensors)
+        or renamed.keys() == tensors.keys()
+        or whole(set(tensors))
+        or not whole(set(renamed))
+    ):
         return dict(tensors), {}, None
     parts = list(wrapped_by(tensors))
     note = f"the names of tensors are read without {' and '.join(f'`{part}`' for part in parts)}, which a wrapper adds"
-    return found, {own: name for name, own in names.items() if own != name}, note
+    return renamed, {own: name for name, own in names.items() if own != name}, note
 
 
 def wrapped_by(names: Mapping[str, Any]) -> dict[str, str]:
