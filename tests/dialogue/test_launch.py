@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from support.training_runs import settings_for, silent
 
 from examples.dialogue import models
-from examples.dialogue.train import last_checkpoint, train
+from examples.dialogue.run_files import last_checkpoint
+from examples.dialogue.train import train
 
 ROOT = Path(__file__).parents[2]
 FILES = ROOT / "examples" / "dialogue" / "settings"

@@ -18,9 +18,11 @@ from support.training_runs import killed_run, settings_for, silent
 
 from examples.dialogue import models
 from examples.dialogue.memory import count_memory
+from examples.dialogue.run_files import last_checkpoint
 from examples.dialogue.schedule import schedule
 from examples.dialogue.settings import read_settings
-from examples.dialogue.train import last_checkpoint, train, training_arguments
+from examples.dialogue.train import train
+from examples.dialogue.trainer import training_arguments
 from svdconvert import fold
 from svdconvert.errors import InputError
 
