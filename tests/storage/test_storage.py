@@ -19,8 +19,9 @@ from svdconvert import Calibration, InputError, calibrate, convert
 from svdconvert.jobs import pipeline
 from svdconvert.jobs.journal import read_journal
 from svdconvert.jobs.own_files import JOB_FOLDER
-from svdconvert.storage.differences import difference
+from svdconvert.storage.differences import difference, refuse_other_settings
 from svdconvert.storage.disk import refuse_full
+from svdconvert.storage.folders import refuse_foreign_files
 from svdconvert.storage.identity import FULL
 from svdconvert.storage.locks import FolderLock
 from svdconvert.storage.source import LocalSource
@@ -149,6 +150,28 @@ class TestDifference:
         was, now = found[1].split(", now ")
         assert was != now
         assert len(was) < 80
+
+    def test_a_refusal_names_the_field_and_both_values(self) -> None:
+        refuse_other_settings({"seed": 1}, {"seed": 1}, "it was made with", "give another")
+        with pytest.raises(InputError, match=r'^it was made with another rank multiple \(1, now "2"\); give another$'):
+            refuse_other_settings({"rank_multiple": 1}, {"rank_multiple": "2"}, "it was made with", "give another")
+        with pytest.raises(InputError, match=r"^it has statistics of other labels \(1, now null\); give another$"):
+            refuse_other_settings({"a": 1}, {}, "it has statistics of", "give another", {"a": "other labels"})
+
+    def test_foreign_files(self, tmp_path: Path) -> None:
+        file, folder = tmp_path / "file", tmp_path / "folder"
+        file.touch()
+        with pytest.raises(InputError, match="is a file"):
+            refuse_foreign_files(file, known=True)
+        refuse_foreign_files(folder, known=False)
+        folder.mkdir()
+        refuse_foreign_files(folder, known=False)
+        (folder / "lock").touch()
+        refuse_foreign_files(folder, known=False, leftovers={"lock"})
+        (folder / "thesis.txt").touch()
+        refuse_foreign_files(folder, known=True)
+        with pytest.raises(InputError, match="holds files that svdconvert did not write"):
+            refuse_foreign_files(folder, known=False, leftovers={"lock"})
 
     def test_sizes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("svdconvert.storage.disk.free_bytes", lambda folder: 999_950_000)
