@@ -250,7 +250,7 @@ class TestLostProcess:
     def test_ctrl_c_under_torchrun(self, delay: float, model: Path, reference: Path, tmp_path: Path) -> None:
         """A terminal sends it to all; the tool says one sentence, and what torchrun itself says is torchrun's."""
         out = tmp_path / "out"
-        line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
         with subprocess.Popen(
             [*map(str, line), "-m", "svdconvert", *map(str, command(model, out))],
             stdout=subprocess.PIPE,

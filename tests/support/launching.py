@@ -14,8 +14,8 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(count: int, *command: object) -> SimpleNamespace:
-    """Start ``count`` processes and wait for them."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--master-port", free_port()]
+    """Start ``count`` processes and wait for them. torchrun chooses the port and keeps it: nobody else can take it."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
     done = subprocess.run(
         [*map(str, line), *map(str, command)], capture_output=True, text=True, env=environment(), check=False
     )
