@@ -129,3 +129,10 @@ def test_multiples() -> None:
 def test_a_budget_below_the_least_ranks() -> None:
     with pytest.raises(InputError, match=r"a budget of 100 parameters is too small, .* take 128; keep more"):
         allocate([target(64, 64)], [np.ones(64)], 100, cost=balanced)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_a_whole_matrix_loses_nothing_in_any_unit(unit: float) -> None:
+    """The first matrix matters and stays whole for 256 parameters; the second gets the other 64, two ranks."""
+    spectra = [np.full(16, unit), np.full(16, 1e-3 * unit)]
+    assert allocate([target(16, 16), target(16, 16)], spectra, 320, cost=balanced) == [None, 2]
