@@ -16,6 +16,7 @@ HOOKS = r"""
 import os, signal, sys, threading, time
 from pathlib import Path
 from svdconvert.machine import interrupts
+from svdconvert.modeling import modeling_polyglot_svd  # with what it imports of transformers, which takes a second
 
 CALLS = "open mkdir pwrite write fsync replace posix_fallocate ftruncate unlink rmdir".split()
 seen, steps = [], [0]
