@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdconvert.errors import InputError
-from svdconvert.planning.allocation import allocate
+from svdconvert.planning.allocation import _Choices, _spend_rest, allocate
 from svdconvert.planning.ranks import Target
 
 
@@ -136,3 +136,12 @@ def test_a_whole_matrix_loses_nothing_in_any_unit(unit: float) -> None:
     """The first matrix matters and stays whole for 256 parameters; the second gets the other 64, two ranks."""
     spectra = [np.full(16, unit), np.full(16, 1e-3 * unit)]
     assert allocate([target(16, 16), target(16, 16)], spectra, 320, cost=balanced) == [None, 2]
+
+
+def test_the_rest_of_a_budget_goes_where_it_gains_most() -> None:
+    """Not where most is lost: the first matrix would lose 99 with another rank, the second nothing."""
+    losses = ([100.0, 99.0], [10.0, 0.0])
+    choices = [_Choices([1, 2], np.array([10.0, 20.0]), np.array(loss)) for loss in losses]
+    picked = [0, 0]
+    _spend_rest(choices, picked, 30)
+    assert picked == [0, 1]
