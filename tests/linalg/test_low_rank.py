@@ -151,7 +151,7 @@ def test_pivoted(case: tuple[Tensor, int, int]) -> None:
     assert not coefficients[:, true:].any()
     error = far(weight, product(rows, coefficients, position))
     assert error <= 8 * ROUNDED * torch.finfo(weight.dtype).eps
-    assert report["optimal_error"] <= report["relative_error"]
+    assert report.optimal_error <= report.relative_error
 
 
 @settings(max_examples=60, deadline=None)
