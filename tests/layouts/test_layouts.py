@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.metrics import normal
+from support.metrics import dense, loss, metric, normal
 
 from svdconvert.errors import InputError
 from svdconvert.layouts.row import Layout
@@ -71,6 +71,54 @@ def test_truncations_tell_their_own_error(layout: Layout, shape: tuple[int, int]
     assert best * (1 - 1e-6) <= found.relative_error < best * 1.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kinds", [("identity", "matrix"), ("vector", "matrix"), ("matrix", "vector")])
+def test_the_pivoted_layout_tells_what_rounding_adds(kinds: tuple[str, str], dtype: torch.dtype) -> None:
+    m, n, rank = 40, 30, 12
+    weight, left, right = normal(m, n, seed=3), metric(kinds[0], m, 1), metric(kinds[1], n, 2)
+    found = LAYOUTS["pivoted"].truncate(
+        weight, lambda own: factorize(weight, rank, own, left=left, right=right), dtype, left, right
+    )
+    # The best product: of the matrix between the roots of the metrics, cut off at the rank.
+    lefts, rights = torch.linalg.cholesky(dense(left, m)), torch.linalg.cholesky(dense(right, n))
+    u, s, v = torch.linalg.svd(lefts.T @ weight @ rights)
+    inner = (u[:, :rank] * s[:rank]) @ v[:rank]
+    best = torch.linalg.solve(lefts.T, torch.linalg.solve(rights, inner, left=False))
+    rows, coefficients, position = found.tensors
+    stored = torch.cat([rows.double(), coefficients.double() @ rows.double()])[position]
+    added = loss(best, stored, dense(left, m), dense(right, n))
+    assert found.rounding_excess == pytest.approx(added / float(s[rank:].square().sum()), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+def test_a_product_without_loss_has_no_excess_to_tell(layout: Layout) -> None:
+    """What is added to a loss is not told where there is none, and however small a loss is, it is told."""
+    weight = normal(20, 15, seed=3)
+    for scale, rank, told in ((0.0, 5, False), (1e-4, 5, True), (1.0, 5, True)):
+        found = layout.truncate(
+            scale * weight, lambda own, of=scale * weight, at=rank: factorize(of, at, own), torch.bfloat16, None, None
+        )
+        assert (found.rounding_excess is not None) == told
+
+
+@settings(max_examples=30, deadline=None)
+@given(r=st.integers(2, 20), seed=st.integers(0, 99))
+def test_a_refit_beside_a_kept_factor_is_rounded_in_its_metric(r: int, seed: int) -> None:
+    """To 16 bits with feedback, never worse than to the nearest and mostly better; to 32 bits to the nearest."""
+    layout, m, n = LAYOUTS["balanced"], 40, 24
+    stored = layout.store(*product(m, n, r, seed), torch.bfloat16)
+    up, mixed = normal(m, r, seed=seed + 2), normal(r, r, seed=seed + 3)
+    gram = mixed @ mixed.T + 1e-3 * torch.eye(r)
+    rounded = layout.refit(stored, up, gram, torch.bfloat16)
+    assert rounded[0] is stored[0]
+
+    def cost(found: torch.Tensor) -> float:
+        return float(((found.double() - up) @ gram * (found.double() - up)).sum())
+
+    assert cost(rounded[1]) < cost(up.bfloat16())
+    assert torch.equal(layout.refit(stored, up, gram, torch.float32)[1], up.float())
+
+
 @settings(max_examples=60, deadline=None)
 @given(layout=layouts, m=st.integers(2, 60), n=st.integers(1, 60))
 def test_break_even_is_where_nothing_is_saved(layout: Layout, m: int, n: int) -> None:
@@ -82,6 +130,8 @@ def test_break_even_is_where_nothing_is_saved(layout: Layout, m: int, n: int) ->
 
 def test_names_in_a_checkpoint() -> None:
     config = {"svd_layout": "pivoted"}
+    assert LAYOUTS["balanced"].bias_name("a.bias") == "a.up.bias"
+    assert LAYOUTS["pivoted"].bias_name("a.bias") == "a.bias"
     assert layout_of(config) is LAYOUTS["pivoted"]
     assert layout_of({}) is LAYOUTS["balanced"]
     assert stored_names(config, "m.", "a") == ("m.a.down.weight", "m.a.up.weight", "m.a.position")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from svdconvert.errors import InputError
 from svdconvert.layouts.table import LAYOUTS
-from svdconvert.planning.ranks import Target, assign, matches
+from svdconvert.planning.ranks import Target, TargetLayer, assign, matches
 from svdconvert.settings.size import Size, parse_count, parse_rank_options
 
 SQUARE, TALL, WIDE = (
@@ -26,6 +26,16 @@ def ranks(targets: list[Target]) -> list[int | None]:
 def test_later_patterns_win() -> None:
     request = Size(16, {"square": 8, "layers.0.*": 4, "tall": 12})
     assert ranks(assign([SQUARE, TALL, WIDE], request, 0)) == [4, 12, 4]
+
+
+def test_a_pattern_must_name_a_whole_group() -> None:
+    others = [TargetLayer(f"layers.{i}.square", f"layers.{i}.square.weight", 64) for i in (1, 2)]
+    group = replace(SQUARE, shape=(3 * 64, 64), followers=tuple(others))
+    assert ranks(assign([group], Size(16, {"square": 8}), 0)) == [8]
+    with pytest.raises(InputError, match=r"matches layers\.0\.square but not layers\.2\.square, and"):
+        assign([group], Size(16, {"layers.[01].*": 8}), 0)
+    with pytest.raises(InputError, match=r"matches layers\.1\.square but not layers\.0\.square, and"):
+        assign([group], Size(16, {"layers.1.square": 8}), 0)
 
 
 def test_without_a_default_the_rest_stays_dense() -> None:
