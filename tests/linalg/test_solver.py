@@ -93,6 +93,8 @@ def test_wide_dynamic_range_switches_to_float64() -> None:
     assert factors.precision == "float64"
     assert -1e-4 < excess(weight, factors.down, factors.up) < 1e-4
     assert factorize(matrix(256, 128, power_law(128, 0.3)).float(), 40, torch.float32).precision == "float32"
+    # only the values up to the rank count: 40 against 128
+    assert factorize(matrix(256, 128, power_law(128, 1.0)).float(), 40, torch.float32).precision == "float32"
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
