@@ -31,6 +31,7 @@ class StatisticsProvider(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class Calibration(Text):
     """The text that a data-aware method uses.
 

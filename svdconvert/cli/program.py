@@ -37,6 +37,8 @@ class DefaultGroup(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        if args[:1] == ["help"] and not Path("help").exists():
+            args = [*args[1:2], "--help"]
         if args and args[0] not in self.commands and args[0] not in own:
             close = difflib.get_close_matches(args[0], self.commands, cutoff=0.7)
             # While a shell completes a line, nothing in it is an error yet.

@@ -125,6 +125,7 @@ class TerminalEvents(Events):
             # A matrix can take a minute; the default window forgets the speed in between.
             speed_estimate_period=600,
             disable=not console.is_terminal,
+            transient=True,  # what it counted is over
         )
         self._task = self._progress.add_task("", total=None, current="", start=False)
         self._shown: tuple[str, int] | None = None

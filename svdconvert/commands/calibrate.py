@@ -16,6 +16,7 @@ from svdconvert.methods.table import method_named
 from svdconvert.planning.events import Events
 from svdconvert.planning.targets import choose_targets
 from svdconvert.sentences import asked
+from svdconvert.settings.text import Text, refused
 from svdconvert.storage import locks
 from svdconvert.storage.folders import refuse_foreign_files
 from svdconvert.storage.opening import open_source
@@ -51,6 +52,8 @@ def calibrate(
     from svdconvert.calibration.folder import StatisticsFolder, save_statistics, statistics_key
     from svdconvert.models.preflight import check_model
 
+    if not isinstance(calibration, Text):
+        raise refused(calibration)
     events = events or Events()
     folder = Path(out).expanduser()
     rows = [method_named(name) for name in methods]

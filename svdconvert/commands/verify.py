@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def self_check(folder: Path, config: Mapping[str, Any]) -> list[str]:
     return [f"{check.name}: {check.detail}" for check in checks]
 
 
-def verify(folder: Path, against: str | None = None, revision: str | None = None) -> list[Check]:
+def verify(
+    folder: str | os.PathLike[str], against: str | os.PathLike[str] | None = None, revision: str | None = None
+) -> list[Check]:
     """Check a factored checkpoint, on its own and against its dense source.
 
     Args:
@@ -60,6 +63,7 @@ def verify(folder: Path, against: str | None = None, revision: str | None = None
     Raises:
         InputError: the folder is no factored checkpoint, or the other model cannot be opened.
     """
+    folder = Path(folder).expanduser()
     source = LocalSource(folder)
     row = factored_architecture(source.config, str(folder))
     ranks, shapes = _ranks(source, row), _keys_and_shapes(source, source.config)
@@ -71,7 +75,7 @@ def verify(folder: Path, against: str | None = None, revision: str | None = None
             return checks  # nothing can be computed
         checks.append(_logits(folder, source))
     if against is not None and ranks.passed:  # else factors are missing that would be compared
-        checks += compare(source, open_source(against, revision, download_folder=None), row, folder)
+        checks += compare(source, open_source(os.fspath(against), revision, download_folder=None), row, folder)
     return checks
 
 

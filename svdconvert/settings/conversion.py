@@ -24,7 +24,7 @@ from svdconvert.settings.row import options_of
 from svdconvert.settings.runtime import Runtime, folder_or_none
 from svdconvert.settings.scope import Scope
 from svdconvert.settings.size import Size, default_and_patterns
-from svdconvert.settings.text import Stats, Text
+from svdconvert.settings.text import Stats, Text, refused
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Conversion:
         rank, patterns = default_and_patterns(given.pop("rank", None))
         values: dict[type, dict[str, Any]] = {Size: {"rank": rank, "patterns": patterns}}
         calibration = given.pop("calibration", None)
+        if calibration is not None and not isinstance(calibration, Text):
+            raise refused(calibration)
         stats = folder_or_none(given.pop("stats", None))
         if calibration is not None and stats is not None:
             raise InputError(
@@ -69,7 +71,7 @@ class Conversion:
             known = BY_KEYWORD.get(word)
             if known is None:
                 raise InputError(f"a conversion has no setting {word!r}{did_you_mean(word)}")
-            values.setdefault(known.section, {})[known.field] = known.option.read(value)
+            values.setdefault(known.section, {})[known.field] = known.option.given(value)
         return cls(
             size=Size(**values[Size]),
             scope=Scope(**values.get(Scope, {})),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal
+
+from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 
 Kind = Literal["flag", "text", "whole", "count", "number", "folder", "path", "choice", "word", "method"]
 
@@ -21,6 +26,25 @@ REQUIRED = MISSING
 def one_word(value: Any) -> list[str]:
     """A value as one word of a command line, from which the same value is read again."""
     return [repr(value) if isinstance(value, float) else str(value)]
+
+
+def whole(keyword: str, value: Any, shown: Any = None) -> int:
+    """A whole number as a caller of the library gives it, of numpy too.
+
+    Args:
+        keyword: of :func:`svdconvert.convert`.
+        value: what was given.
+        shown: the value in a message, where it is a part of what was given.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{asked(keyword, value if shown is None else shown)} is not a whole number") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +84,22 @@ class Option:
     write: Callable[[Any], Sequence[str]] = one_word
     part_of: str = ""
     omitted_because: str = ""
+
+    def given(self, value: Any) -> Any:
+        """The value of the field, from what a caller gives.
+
+        Raises:
+            InputError: it is not of this kind.
+        """
+        if value is None and self.default is None:
+            return None
+        if self.kind in ("whole", "count"):
+            value = whole(self.keyword, value)
+            if self.kind == "count" and value < 1:
+                raise InputError(f"{asked(self.keyword, value)} is too small; the least is 1")
+        elif self.kind == "number" and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise InputError(f"{asked(self.keyword, value)} is not a number")
+        return self.read(value)
 
     def command(self, value: Any) -> list[str]:
         """Words of a command line that give a value; none for the default."""

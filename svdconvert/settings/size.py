@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
-from svdconvert.settings.row import option
+from svdconvert.settings.row import option, whole
 
 
 def parse_rank_options(options: Sequence[str]) -> tuple[int | None, dict[str, int]]:
@@ -47,10 +47,14 @@ def parse_count(text: str | int | None) -> int | None:
 
 
 def default_and_patterns(rank: int | Mapping[str, int] | None) -> tuple[int | None, dict[str, int]]:
-    """The rank of all targets, and those of patterns, as :func:`svdconvert.convert` takes both in one."""
+    """The rank of all targets, and those of patterns, as :func:`svdconvert.convert` takes both in one.
+
+    Raises:
+        InputError: a rank is not a whole number.
+    """
     if not isinstance(rank, Mapping):
-        return rank, {}
-    patterns = dict(rank)
+        return None if rank is None else whole("rank", rank), {}
+    patterns = {pattern: whole("rank", one, {pattern: one}) for pattern, one in rank.items()}
     return patterns.pop("*", None), patterns
 
 

@@ -98,6 +98,11 @@ class Text:
             )
 
 
+def refused(given: object) -> InputError:
+    """What to say of a calibration that is none: most often the path of a text."""
+    return InputError(f"{asked('calibration', given)} is not a Calibration; make one with Calibration(TEXT)")
+
+
 @dataclass(frozen=True)
 class Stats:
     """Statistics that :func:`svdconvert.calibrate` has written.

@@ -136,6 +136,15 @@ def test_mistyped_command(typed: str, meant: str, run: Run) -> None:
     assert result.err == f"Error: there is no command {typed!r}; did you mean {meant!r}?\n"
 
 
+def test_help_as_a_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("help") == run("--help")
+    assert run("help", "verify") == run("verify", "--help")
+    (tmp_path / "help").mkdir()
+    assert "help has no config.json" in run("plan", "help", "--rank", "4").err
+    assert "help has no config.json" in run("help", "--rank", "4", "--out", "out").err
+
+
 def test_a_folder_named_like_a_command(dense: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there is meant, however it is called."""
     monkeypatch.chdir(tmp_path)

@@ -167,6 +167,7 @@ def test_counting_in_a_pipe_and_in_a_terminal() -> None:
         tell(5, 10)
     assert "tokens" in stream.getvalue()
     assert "5/10" in stream.getvalue()
+    assert stream.getvalue().endswith("\x1b[1A\x1b[2K"), "the bar is removed"
 
 
 @pytest.mark.parametrize(

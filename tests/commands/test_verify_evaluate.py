@@ -49,6 +49,10 @@ def test_a_good_result_passes(factored: Path, dense: Path) -> None:
     ]
 
 
+def test_folders_as_text(factored: Path, dense: Path) -> None:
+    assert verify(str(factored), dense) == verify(factored, str(dense))
+
+
 def test_another_modeling_file_is_said_and_not_run(copy: Path, tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     with (copy / "modeling_polyglot_svd.py").open("a") as handle:

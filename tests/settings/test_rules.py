@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from svdconvert import Calibration, InputError
@@ -142,3 +143,29 @@ def test_a_look_at_a_method_needs_no_size() -> None:
 def test_a_text_and_statistics() -> None:
     with pytest.raises(InputError, match="give either calibration, a text, or stats"):
         Conversion.of(keep=0.5, calibration=TEXT, stats="s")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"rank": "abc"}, "rank='abc' is not a whole number"),
+        ({"rank": 72.5}, "rank=72.5 is not a whole number"),
+        ({"rank": True}, "rank=True is not a whole number"),
+        ({"rank": {"dense": "8", "*": 4}}, "rank={'dense': '8'} is not a whole number"),
+        ({"rank": 8, "share_layers": None}, "share_layers=None is not a whole number"),
+        ({"rank": 8, "workers": 0}, "workers=0 is too small; the least is 1"),
+        ({"keep": "60%"}, "keep='60%' is not a number"),
+        ({"keep": True}, "keep=True is not a number"),
+        ({"rank": 8, "calibration": "text.txt"}, "calibration='text.txt' is not a Calibration; make one with"),
+    ],
+)
+def test_values_of_another_kind(keywords: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as refused:
+        Conversion.of(**keywords)
+    assert str(refused.value).startswith(words)
+
+
+def test_whole_numbers_of_numpy() -> None:
+    request = Conversion.of(rank=np.int64(8), rank_multiple=np.int32(4))
+    assert (type(request.size.rank), type(request.size.multiple)) == (int, int)
+    assert request == Conversion.of(rank=8, rank_multiple=4)
