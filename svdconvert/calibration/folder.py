@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from svdconvert.calibration.collector import statistic_tensors
@@ -77,7 +76,6 @@ def statistics_key(
     *,
     labels: str = "empirical",
     seed: int = 0,
-    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """What statistics depend on, in JSON types: the key of a :class:`StatisticsFolder`."""
     return {
@@ -87,11 +85,11 @@ def statistics_key(
         "tokens": tokens.digest,
         "samples": tokens.ids.shape[0],
         "length": tokens.ids.shape[1],
-        "packed": tokens.packed,
+        "packed": True,  # there is no other way; the field stays, so that earlier statistics hold
         "seed": tokens.seed,
         "labels": labels if needs.gradients else None,
         "label_seed": seed if needs.gradients and labels == "sampled" else None,
-        "dtype": str(dtype or torch.float32).removeprefix("torch."),
+        "dtype": "float32",  # what blocks compute in, see StatisticsRun
         "needs": asdict(needs),
         "version": __version__,
     }
@@ -162,12 +160,6 @@ class StatisticsFolder:
         )
 
     @property
-    def modules(self) -> list[str]:
-        """Layers whose statistics are here."""
-        done = self.blocks
-        return [name for index in sorted(done) for name in self._state["blocks"][str(index)]["modules"]]
-
-    @property
     def loss(self) -> Loss | None:
         """The dense model's loss on the calibration text; None if it is not known yet."""
         loss = self._state["loss"]
@@ -223,7 +215,6 @@ class StatisticsFolder:
             text_digest=key["text"],
             tokenizer_digest=key["tokenizer"],
             seed=key["seed"],
-            packed=key["packed"],
         )
         if tokens.digest != key["tokens"]:
             raise InputError(f"{path} is not the text that {self.folder / 'stats.json'} names; calibrate again")

@@ -36,10 +36,9 @@ from svdconvert.models.loss import next_token_loss
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events
 from svdconvert.sentences import asked
+from svdconvert.settings.text import LABELS
 from svdconvert.storage.source import Source
 from svdconvert.version import __version__
-
-LABELS = ("empirical", "sampled")
 
 _Blocks = Generator[tuple[int, dict[str, ModuleStatistics]], None, None]
 

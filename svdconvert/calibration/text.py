@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import random
-from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ class CalibrationTokens:
         tokens: tokens that are not padding.
         text_digest: of the documents that were read.
         tokenizer_digest: of the tokenizer.
-        seed, packed: as given to :func:`sample_tokens`.
+        seed: as given to :func:`sample_tokens`.
         notes: what a user should know of the text.
     """
 
@@ -59,7 +58,6 @@ class CalibrationTokens:
     text_digest: str = ""
     tokenizer_digest: str = ""
     seed: int = 0
-    packed: bool = True
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -116,8 +114,6 @@ def load_texts(
     spec: str,
     *,
     field: str | None = None,
-    config: str | None = None,
-    split: str = "train",
     empty: EmptyRows | None = None,
 ) -> Iterator[str]:
     """Documents of a text file, a folder of them, or a data set.
@@ -125,10 +121,9 @@ def load_texts(
     Args:
         spec: a ``.txt`` file (documents are separated by blank lines; if there are none, lines are joined to documents
             of about :data:`GROUP_CHARACTERS` characters), a ``.jsonl`` or ``.parquet`` file, a folder with such files
-            (read in the order of their names), or the name of a data set for ``datasets``.
+            (read in the order of their names), or the name of a data set for ``datasets``, whose training
+            split is read.
         field: key or column that holds the text; ``text`` by default. Text files have none.
-        config: configuration of a data set.
-        split: split of a data set.
         empty: counts the rows whose text is null.
 
     Yields:
@@ -149,7 +144,7 @@ def load_texts(
     elif path.suffix in KINDS or path.is_absolute() or spec.startswith(("./", "../", "~")):
         raise InputError(f"{spec} does not exist; give a text file, a folder or the name of a data set")
     else:
-        yield from _dataset(spec, field or "text", config, split, empty)
+        yield from _dataset(spec, field or "text", empty)
         return
     for file in files:
         readers = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
@@ -168,15 +163,13 @@ def sample_tokens(
     samples: int,
     length: int,
     seed: int = 0,
-    packed: bool = True,
     empty: EmptyRows | None = None,
 ) -> CalibrationTokens:
     """Choose token sequences.
 
-    Packed, documents are joined to one stream with the end-of-text token after each, as in pretraining, and the
-    stream is cut into sequences; otherwise each row begins with a document, which is cut or padded on the right.
-    ``samples`` of the first ``POOL * samples`` sequences are chosen at random, in the order of the text; fewer where
-    the text has no more.
+    Documents are joined to one stream with the end-of-text token after each, as in pretraining, and the stream is cut
+    into sequences; what remains at its end is dropped. ``samples`` of the first ``POOL * samples`` sequences are chosen
+    at random, in the order of the text; fewer where the text has no more.
 
     Args:
         texts: documents.
@@ -184,7 +177,6 @@ def sample_tokens(
         samples: sequences to choose.
         length: tokens of a sequence, at least 2.
         seed: chooses the sequences.
-        packed: whether documents are joined.
         empty: what was passed over among the documents.
 
     Raises:
@@ -194,31 +186,23 @@ def sample_tokens(
         given = f"{asked('calibration.samples', samples)} and {asked('calibration.length', length)}"
         raise InputError(f"{given} are too small; use at least 1 sequence of at least 2 tokens")
     digest = _TextDigest()
-    documents = _tokenized(digest.over(texts), tokenizer)
-    rows = _chunks(documents, length) if packed else _cut(documents, length)
+    rows = _Rows(_tokenized(digest.over(texts), tokenizer), length)
     pool = list(islice(rows.iterate(), POOL * samples))
     if not pool:
         raise InputError(
             f"the calibration text is too short: {digest.count:,} documents with {rows.tokens:,} tokens, "
-            f"but at least {length if packed else 2} are needed; give more text"
+            f"but at least {length} are needed; give more text"
         )
     chosen = sorted(random.Random(seed).sample(range(len(pool)), min(samples, len(pool))))
-    width = length if packed else max(len(pool[i]) for i in chosen)
-    filler = _filler(tokenizer)
-    ids = torch.full((len(chosen), width), filler, dtype=torch.int64)
-    mask = torch.zeros(len(chosen), width, dtype=torch.bool)
-    for row, i in enumerate(chosen):
-        ids[row, : len(pool[i])] = torch.tensor(pool[i], dtype=torch.int64)
-        mask[row, : len(pool[i])] = True
+    ids = torch.stack([torch.tensor(pool[i], dtype=torch.int64) for i in chosen])
     return CalibrationTokens(
         ids=ids,
-        mask=mask,
+        mask=torch.ones_like(ids, dtype=torch.bool),
         texts_used=digest.count,
-        tokens=int(mask.sum()),
+        tokens=ids.numel(),
         text_digest=digest.hex(),
         tokenizer_digest=tokenizer_digest(tokenizer),
         seed=seed,
-        packed=packed,
         notes=empty.notes if empty else (),
     )
 
@@ -255,21 +239,14 @@ class _TextDigest:
         return self._digest.hexdigest()
 
 
-class _Rows(ABC):
-    """Rows of tokens, and how many tokens there were in all."""
+class _Rows:
+    """A stream of documents cut into rows of tokens, and how many tokens there were in all."""
 
     def __init__(self, documents: Iterator[array[int]], length: int) -> None:
         self._documents, self._length, self.tokens = documents, length, 0
 
-    @abstractmethod
     def iterate(self) -> Iterator[array[int]]:
         """Yield the rows."""
-
-
-class _chunks(_Rows):
-    """The stream, cut; what remains at its end is dropped."""
-
-    def iterate(self) -> Iterator[array[int]]:
         stream = array("q")
         for document in self._documents:
             self.tokens += len(document)
@@ -278,16 +255,6 @@ class _chunks(_Rows):
             for begin in range(0, whole, self._length):
                 yield stream[begin : begin + self._length]
             del stream[:whole]
-
-
-class _cut(_Rows):
-    """The beginning of each document; one that has nothing to predict is dropped."""
-
-    def iterate(self) -> Iterator[array[int]]:
-        for document in self._documents:
-            self.tokens += len(document)
-            if len(document) >= 2:
-                yield document[: self._length]
 
 
 def _tokenized(texts: Iterator[str], tokenizer: Any, batch: int = 64) -> Iterator[array[int]]:
@@ -300,14 +267,6 @@ def _tokenized(texts: Iterator[str], tokenizer: Any, batch: int = 64) -> Iterato
         for ids in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
             if len(ids):
                 yield array("q", [*begin, *ids, *end])
-
-
-def _filler(tokenizer: Any) -> int:
-    """What stands under padding; it counts nowhere."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
 
 
 def _plain(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
@@ -385,7 +344,7 @@ def _parquet(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
         raise InputError(f"{file} is not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _dataset(name: str, field: str, config: str | None, split: str, empty: EmptyRows) -> Iterator[str]:
+def _dataset(name: str, field: str, empty: EmptyRows) -> Iterator[str]:
     try:
         datasets = import_module("datasets")
     except ImportError:
@@ -394,7 +353,7 @@ def _dataset(name: str, field: str, config: str | None, split: str, empty: Empty
             "give a file, or install it with `pip install datasets`"
         ) from None
     try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        rows = datasets.load_dataset(name, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             if field not in row:
                 raise InputError(f"the data set {name} has no field {field!r}; it has {_named(row)}")

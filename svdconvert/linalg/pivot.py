@@ -58,31 +58,20 @@ def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     return rows, coefficients.to(dtype), torch.argsort(order).to(rows.device)
 
 
-def refit(weight: Tensor, rows: Tensor, position: Tensor, right: Metric) -> Tensor:
+def rounded_coefficients(
+    weight: Tensor, rows: Tensor, position: Tensor, right: Metric, dtype: torch.dtype, span: int | None = None
+) -> Tensor:
     """The coefficients that fit a matrix best, given the rows as they are stored.
 
-    Every output is a least-squares problem of its own, so that the metric on the outputs plays no part.
+    Every output is a least-squares problem of its own, so that the metric on the outputs plays no part. To 16 bits they
+    are rounded with feedback, as rows that were chosen are far from orthogonal and their coefficients can make up for
+    each other.
 
     Args:
         weight: [m, n], the matrix that is approximated.
         rows: [r, n], rounded.
         position: [m].
         right: metric on the inputs.
-
-    Returns:
-        [m - r, r] float64.
-    """
-    return _refit(weight[torch.argsort(position)[rows.shape[0] :]], rows, right)[0]
-
-
-def rounded_coefficients(
-    weight: Tensor, rows: Tensor, position: Tensor, right: Metric, dtype: torch.dtype, span: int | None = None
-) -> Tensor:
-    """:func:`refit`, rounded to a storage type: to 16 bits with feedback, as rows that were chosen are far from
-    orthogonal and their coefficients can make up for each other.
-
-    Args:
-        weight, rows, position, right: see :func:`refit`.
         dtype: storage type.
         span: rows that others may depend on, the first ones; the coefficients of the others are zeros. None means all.
 

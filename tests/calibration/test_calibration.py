@@ -524,7 +524,6 @@ class TestFolder:
         wanted, loss = collect(source, PACKED, ALL, tmp_path / "again")
         folder = StatisticsFolder(filled.folder, key)
         assert folder.blocks == {0, 1, 2}
-        assert folder.modules == TARGETS
         assert folder.loss == loss
         assert folder.key == key
         assert TestInterruption.same(folder.load(TARGETS), wanted)

@@ -214,8 +214,8 @@ class TestDataset:
             return [{"text": "a", "id": 1}, {"text": "b", "id": 2}]
 
         self.fake(monkeypatch, load)
-        assert read("some/set", config="ko", split="test") == ["a", "b"]
-        assert asked == [(("some/set", "ko"), {"split": "test", "streaming": True})]
+        assert read("some/set") == ["a", "b"]
+        assert asked == [(("some/set",), {"split": "train", "streaming": True})]
         with pytest.raises(InputError, match="the data set some/set has no field 'body'; it has 'text', 'id'"):
             read("some/set", field="body")
         with pytest.raises(InputError, match="the data set some/set, row 1: the field 'id' is int, not text"):
@@ -309,21 +309,6 @@ class TestPacked:
 
         with pytest.raises(InputError, match="1 documents with 0 tokens"):
             sample_tokens(["text"], Mute(), samples=1, length=4)
-
-
-class TestRows:
-    def test_one_document_per_row(self, tokenizer: Any) -> None:
-        texts = ["abc", "", "abcdefghij", "a"]
-        tokens = sample_tokens(texts, tokenizer, samples=9, length=6, packed=False)
-        a, b, c, d, e, f = tokenizer("abcdef", add_special_tokens=False)["input_ids"]
-        pad = tokenizer.pad_token_id
-        assert tokens.ids.tolist() == [[a, b, c, END, pad, pad], [a, b, c, d, e, f], [a, END, pad, pad, pad, pad]]
-        assert tokens.mask.sum(dim=1).tolist() == [4, 6, 2]
-        assert tokens.tokens == 12
-        assert not tokens.packed
-
-    def test_no_wider_than_needed(self, tokenizer: Any) -> None:
-        assert sample_tokens(["abc"], tokenizer, samples=1, length=50, packed=False).ids.shape == (1, 4)
 
 
 def test_digests(tokenizer: Any, dense: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.metrics import normal
 
 from svdconvert.layouts.table import LAYOUTS
-from svdconvert.linalg.pivot import LARGEST_COEFFICIENT, full_up, pivot, product, refit
+from svdconvert.linalg.pivot import LARGEST_COEFFICIENT, full_up, pivot, product, rounded_coefficients
 from svdconvert.tensors import TensorInfo
 
 
@@ -68,7 +68,7 @@ def test_refit_makes_rounding_good(metric: str | None) -> None:
         error = weight - product(rows, coefficients, position)
         return float((error @ full * error).sum())
 
-    better = refit(weight, rows, position, right)
+    better = rounded_coefficients(weight, rows, position, right, torch.float64)
     assert loss(better) <= loss(coefficients)
     assert loss(better.bfloat16()) < loss(coefficients) * 1.001
     # It is the optimum: nothing near it is better.

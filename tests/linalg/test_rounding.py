@@ -13,7 +13,7 @@ from svdconvert.factoring.decompositions import Decompositions, load_decompositi
 from svdconvert.linalg import bases
 from svdconvert.linalg.bases import NEGLIGIBLE_EXCESS
 from svdconvert.linalg.exact import decompose, truncate
-from svdconvert.linalg.pivot import pivot, product, refit, rounded_coefficients
+from svdconvert.linalg.pivot import pivot, product, rounded_coefficients
 from svdconvert.linalg.results import SINGULAR, Factors
 from svdconvert.linalg.rounding import BASES, geometric_mean_decomposition, round_with_feedback
 from svdconvert.planning.ranks import Target
@@ -193,7 +193,7 @@ def test_pivoted_coefficients(shape: tuple[int, int], kind: str, dtype: torch.dt
     exact = truncate(weight, found, RANK, torch.float64, None, *kept(shape, None, right))
     rows, plain, position = pivot(exact.up, exact.down, dtype)
     wanted = weight if m >= n else multiplied(exact)
-    fitted = refit(wanted, rows, position, metric).to(dtype)
+    fitted = rounded_coefficients(wanted, rows, position, metric, torch.float64).to(dtype)
     ours = rounded_coefficients(wanted, rows, position, metric, dtype)
     of_plain, of_fitted, of_ours = (
         excess(weight, None, right, product(rows, each, position)) for each in (plain, fitted, ours)
