@@ -12,16 +12,17 @@ from svdconvert.families.table import dense_architecture
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.ranks import Target
 from svdconvert.sentences import asked
+from svdconvert.settings.scope import patterns_of
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
 
 
-def find_targets(source: Source, patterns: Sequence[str], *, split_fused: bool = False) -> list[Target]:
+def find_targets(source: Source, patterns: str | Sequence[str], *, split_fused: bool = False) -> list[Target]:
     """The linear layers of a dense model that may be factored, see :func:`choose_targets`.
 
     Args:
         source: the dense model.
-        patterns: which of them; empty chooses all.
+        patterns: which of them, or a single one; empty chooses all.
         split_fused: whether fused projections are in parts.
 
     Raises:
@@ -31,7 +32,7 @@ def find_targets(source: Source, patterns: Sequence[str], *, split_fused: bool =
     tensors: Mapping[str, TensorInfo] = source.tensors
     if split_fused:
         tensors, row = in_parts(tensors, row, source)
-    return choose_targets(tensors, row, patterns)
+    return choose_targets(tensors, row, patterns_of(patterns))
 
 
 def in_parts(

@@ -48,7 +48,7 @@ def test_against_full_svds(dense: Path, text: Path) -> None:
 
 def test_targets(dense: Path, text: Path) -> None:
     """One matrix, one group: nothing of it is left."""
-    only = ablate(dense, text, groups=1, targets=["layers.1.attention.dense"], window=48, device="cpu")[1]
+    only = ablate(dense, text, groups=1, targets="layers.1.attention.dense", window=48, device="cpu")[1]
     model = GPTNeoXForCausalLM.from_pretrained(dense).float().eval()
     model.get_parameter("gpt_neox.layers.1.attention.dense.weight").data.zero_()
     passage = read_passage(dense, read_config(dense), text, 48, None)

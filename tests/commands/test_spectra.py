@@ -129,7 +129,7 @@ def test_work_is_shared_with_conversions(
 
 def test_statistics_folder(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
     calibrate(dense, calibration, tmp_path / "stats", methods=["whiten"], device="cpu")
-    one = spectrum(dense, method="whiten", stats=tmp_path / "stats", targets=["layers.1.*"], device="cpu")
+    one = spectrum(dense, method="whiten", stats=tmp_path / "stats", targets="layers.1.*", device="cpu")
     other = spectrum(dense, method="whiten", calibration=calibration, targets=["layers.1.*"], device="cpu")
     assert len(one.matrices) == len(LINEARS)
     for a, b in zip(one.matrices, other.matrices, strict=True):

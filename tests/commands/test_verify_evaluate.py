@@ -35,7 +35,7 @@ def copy(factored: Path, tmp_path: Path) -> Path:
 
 
 def test_a_good_result_passes(factored: Path, dense: Path) -> None:
-    checks = verify(factored, str(dense))
+    checks = verify(str(factored), dense)
     assert not failed(checks)
     assert [check.name for check in checks] == [
         "modeling file",
