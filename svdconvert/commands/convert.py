@@ -16,7 +16,7 @@ from svdconvert.commands.report import Report
 from svdconvert.commands.stages import Prepared, Work, kept_work, prepare, with_ranks
 from svdconvert.jobs.job import Outcome, run_job
 from svdconvert.jobs.own_files import JOB_FOLDER, refuse_foreign
-from svdconvert.layouts.table import DEFAULT
+from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.threads import usual_workers
@@ -49,10 +49,10 @@ def convert(
     allocation: str | None = None,
     alpha: float | None = None,
     shrinkage: float | None = None,
-    layout: str = DEFAULT.name,
+    layout: str = DEFAULT_LAYOUT.name,
     share_layers: int = 1,
     split_fused: bool = False,
-    solver: str = "exact",
+    solver: str = DEFAULT_SOLVER.name,
     refit: str = "none",
     stats: str | os.PathLike[str] | None = None,
     work: str | os.PathLike[str] | None = None,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from svdconvert.layouts.table import DEFAULT
+from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.planning.make import make_plan
 from svdconvert.planning.plan import Plan
 from svdconvert.settings.conversion import Conversion
+from svdconvert.solvers.table import DEFAULT_SOLVER
 from svdconvert.storage.opening import open_source
 
 
@@ -25,10 +26,10 @@ def plan(
     revision: str | None = None,
     factor_all: bool = False,
     rank_multiple: int = 1,
-    layout: str = DEFAULT.name,
+    layout: str = DEFAULT_LAYOUT.name,
     share_layers: int = 1,
     split_fused: bool = False,
-    solver: str = "exact",
+    solver: str = DEFAULT_SOLVER.name,
 ) -> Plan:
     """What :func:`convert` would do, from config and headers alone.
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdconvert.layouts.row import Layout
-from svdconvert.layouts.table import DEFAULT
+from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.names import suffix
 from svdconvert.words import percent
 
@@ -39,7 +39,7 @@ class MatrixSpectrum:
     shape: tuple[int, int]
     energies: Array
     outputs: Array | None
-    layout: Layout = DEFAULT
+    layout: Layout = DEFAULT_LAYOUT
 
     @property
     def kind(self) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from svdconvert.calibration.knowledge import Calibration, find_knowledge
 from svdconvert.commands.spectra import Array, MatrixSpectrum, Spectra
-from svdconvert.layouts.table import DEFAULT, layout_named
+from svdconvert.layouts.table import DEFAULT_LAYOUT, layout_named
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.planning.events import Events
@@ -42,7 +42,7 @@ def spectrum(
     stats: str | os.PathLike[str] | None = None,
     targets: Sequence[str] = (),
     split_fused: bool = False,
-    layout: str = DEFAULT.name,
+    layout: str = DEFAULT_LAYOUT.name,
     alpha: float | None = None,
     shrinkage: float | None = None,
     work: str | os.PathLike[str] | None = None,

@@ -13,7 +13,7 @@ from svdconvert.commands.sweep_book import RESULT, Book, Setting, Sweep
 from svdconvert.commands.sweep_grid import Grid, make_grid
 from svdconvert.jobs.output import clear_folder
 from svdconvert.jobs.own_files import JOB_FOLDER
-from svdconvert.layouts.table import DEFAULT
+from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.machine.devices import resolve_device
 from svdconvert.models.preflight import check_model
 from svdconvert.planning.events import Events
@@ -40,7 +40,7 @@ def sweep(
     keep: Sequence[float] = (),
     rank: Sequence[int] = (),
     methods: Sequence[str] = (),
-    layouts: Sequence[str] = (DEFAULT.name,),
+    layouts: Sequence[str] = (DEFAULT_LAYOUT.name,),
     allocation: str | None = None,
     calibration: Calibration | None = None,
     stats: str | os.PathLike[str] | None = None,

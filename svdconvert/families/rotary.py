@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-Config = Mapping[str, Any]
+from svdconvert.families.row import Config
 
 # All else in transformers 5's rope_parameters is transformers 4's rope_scaling.
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")

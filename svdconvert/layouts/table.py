@@ -12,7 +12,7 @@ from svdconvert.layouts.row import Layout
 from svdconvert.sentences import asked
 
 LAYOUTS: Mapping[str, Layout] = {row.name: row for row in (Balanced(), Pivoted())}
-DEFAULT = LAYOUTS["balanced"]
+DEFAULT_LAYOUT = LAYOUTS["balanced"]
 
 
 def layout_named(name: str) -> Layout:
@@ -49,4 +49,4 @@ def shared_layers(config: Mapping[str, Any]) -> Mapping[str, str]:
 
 def layout_of(config: Mapping[str, object]) -> Layout:
     """The layout of a factored checkpoint."""
-    return layout_named(str(config.get("svd_layout", DEFAULT.name)))
+    return layout_named(str(config.get("svd_layout", DEFAULT_LAYOUT.name)))

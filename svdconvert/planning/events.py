@@ -1,4 +1,4 @@
-"""Progress of a running job. The base class is silent; ``cli/report.py`` shows it on a terminal."""
+"""Progress of a running job. The base class is silent; ``cli/progress.py`` shows it on a terminal."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from svdconvert.errors import InputError
 from svdconvert.layouts.row import Layout
-from svdconvert.layouts.table import DEFAULT
+from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.sentences import asked
 from svdconvert.settings.size import Size
 
@@ -68,7 +68,7 @@ class Target:
     shape: tuple[int, int]
     rank: int | None = None
     reason: str = ""
-    layout: Layout = DEFAULT
+    layout: Layout = DEFAULT_LAYOUT
     transposed: bool = False
     followers: tuple[TargetLayer, ...] = ()
     fused: str | None = None

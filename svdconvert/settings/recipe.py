@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from svdconvert.layouts.table import DEFAULT, LAYOUTS
+from svdconvert.layouts.table import DEFAULT_LAYOUT, LAYOUTS
 from svdconvert.methods.table import METHODS
 from svdconvert.settings.row import option
-from svdconvert.solvers.table import SOLVERS
+from svdconvert.solvers.table import DEFAULT_SOLVER, SOLVERS
 
 ALLOCATIONS = ("uniform", "global")
 REFITS = ("none", "sequential")
@@ -40,7 +40,7 @@ class Recipe:
         usual="kfac where there is a text, else svd",
     )
     layout: str = option(
-        DEFAULT.name,
+        DEFAULT_LAYOUT.name,
         "--layout",
         "Two factors, or rows of each matrix and the coefficients of the others: more rank for the same size.",
         keyword="layout",
@@ -49,7 +49,7 @@ class Recipe:
         words=tuple(LAYOUTS),
     )
     solver: str = option(
-        "exact",
+        DEFAULT_SOLVER.name,
         "--solver",
         "fast: plain SVD at low ranks on the CPU 1.5 times as fast or more, at most 0.1% above the least error by its "
         "own estimate.",
