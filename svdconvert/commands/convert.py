@@ -36,7 +36,7 @@ def convert(
     *,
     rank: int | Mapping[str, int] | None = None,
     keep: float | None = None,
-    params: int | None = None,
+    params: str | int | None = None,
     targets: Sequence[str] = (),
     method: str | None = None,
     dtype: str = "keep",

@@ -18,8 +18,8 @@ from svdconvert.models.divergence import Divergence, likelihoods
 from svdconvert.models.loading import compute_dtype, load_model
 from svdconvert.models.passages import Passage, read_passage
 from svdconvert.sentences import asked
-from svdconvert.storage.documents import read_json
 from svdconvert.storage.opening import local_folder
+from svdconvert.storage.source import read_config
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,11 @@ def _passage(
     protocol: str,
 ) -> tuple[Path, Passage]:
     folder = local_folder(os.fspath(model), revision)
-    config = read_json(
-        folder / "config.json", f"{folder} has no config.json, so it is not a model folder; give the one that holds it"
-    )
-    return folder, read_passage(folder, config, Path(text).expanduser(), window, stride, protocol)
+    return folder, read_passage(folder, read_config(folder), Path(text).expanduser(), window, stride, protocol)
 
 
 def _load(folder: Path, device: str) -> torch.nn.Module:
-    return load_model(folder, device, compute_dtype(read_json(folder / "config.json", ""), device))
+    return load_model(folder, device, compute_dtype(read_config(folder), device))
 
 
 def negative_log_likelihood(

@@ -18,7 +18,7 @@ def plan(
     *,
     rank: int | Mapping[str, int] | None = None,
     keep: float | None = None,
-    params: int | None = None,
+    params: str | int | None = None,
     targets: Sequence[str] = (),
     method: str | None = None,
     dtype: str = "keep",
@@ -37,7 +37,7 @@ def plan(
         model: local folder, ``owner/name`` on the Hub, or a short name such as ``polyglot-ko-3.8b``.
         rank: rank of every target, or pattern -> rank; the pattern ``*`` stands for all that no other names.
         keep: instead, the fraction of the target parameters to keep.
-        params: instead, the parameters of the whole converted model.
+        params: instead, the parameters of the whole converted model, a number or ``1.4B``.
         targets: patterns that choose among the linear layers; empty means all of them.
         method: row of :data:`svdconvert.methods.table.METHODS`, by default svd.
         dtype: ``keep``, ``float16``, ``bfloat16`` or ``float32``.

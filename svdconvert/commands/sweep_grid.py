@@ -68,7 +68,7 @@ def make_grid(
     named = methods or [Conversion(calibration=looks_at).method.name]
     rows = list({method_named(name).name: method_named(name) for name in named}.values())
     if not rows or not layouts:
-        raise InputError(f"give at least one {asked('methods')} and one {asked('layouts')}")
+        raise InputError(f"{asked('methods')} and {asked('layouts')} must each name at least one")
     aware = sorted(row.name for row in rows if row.statistics)
     collected = None
     if calibration is not None and len(aware) > 1:

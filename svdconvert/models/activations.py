@@ -1,4 +1,4 @@
-"""Activations and gradients between the blocks of a model, in files, while statistics are collected."""
+"""Activations and gradients between the blocks of a model, in files, while all blocks are run one after the other."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from svdconvert.storage.documents import json_or_none, read_json
 from svdconvert.storage.headers import read_header
 from svdconvert.storage.other_models import refuse_other_model
 from svdconvert.storage.pickled import pickled_header
-from svdconvert.storage.source import LocalSource, Source, parse_index, weight_files
+from svdconvert.storage.source import LocalSource, Source, parse_index, read_config, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +57,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    found = config or read_json(
-        folder / "config.json", f"{folder} has no config.json, so it is not a model folder; give the one that holds it"
-    )
-    found = portable(found)
+    found = portable(config or read_config(folder))
     options = {**dtype_option(dtype), "output_loading_info": True}
     row = FACTORED.get(str(found.get("model_type")))
     with foreign_code(f"{folder} cannot be loaded"), quiet_transformers(), _view(folder, found) as seen:

@@ -163,10 +163,7 @@ class LocalSource(Source):
 
     def read_config(self) -> dict[str, Any]:
         """Parsed ``config.json``."""
-        return read_json(
-            self.folder / "config.json",
-            f"{self.folder} has no config.json, so it is not a model folder; give the one that holds it",
-        )
+        return read_config(self.folder)
 
     def path(self, file: str) -> Path:
         return self.folder / file
@@ -202,6 +199,17 @@ class LocalSource(Source):
     def card(self) -> str | None:
         readme = self.folder / "README.md"
         return read_bytes(readme, "").decode("utf-8", errors="replace") if readme.is_file() else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Parsed ``config.json`` of a model folder.
+
+    Raises:
+        InputError: there is none, or it is no JSON object.
+    """
+    return read_json(
+        folder / "config.json", f"{folder} has no config.json, so it is not a model folder; give the one that holds it"
+    )
 
 
 def survey(folder: Path) -> ModelFolder:
