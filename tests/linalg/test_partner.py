@@ -81,3 +81,17 @@ def test_overflow_is_refused_by_name() -> None:
     for bad in (7e4, float("nan"), -7e4):
         with pytest.raises(InputError, match=r"^w is not finite in float16; scale it$"):
             refuse_overflow(torch.tensor([1.0, bad]).half(), "w", "scale it")
+
+
+@pytest.mark.parametrize("unit", [1.0, 2.0**-20])
+def test_a_factor_with_dependent_columns(unit: float) -> None:
+    """The projection onto what the columns span, whatever their lengths; a column that the metric does not see."""
+    samples = normal(60, 20, seed=1)
+    inner = samples.T @ samples / 60
+    span = normal(20, 3, seed=2)
+    one, two, three = span.T
+    small = unit * torch.stack([one, 8 * one, two / 4, torch.zeros(20), three], dim=1)
+    solved = pseudo_inverse(small, inner @ small)
+    expected = span @ torch.linalg.solve(span.T @ inner @ span, span.T @ inner)
+    assert torch.allclose(small @ solved, expected, atol=1e-9)
+    assert not solved[3].any()
