@@ -65,6 +65,8 @@ def test_verbs_agree(layout: Layout, m: int, n: int, share: float, seed: int) ->
 def test_truncations_tell_their_own_error(layout: Layout, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = normal(*shape, seed=3)
     found = layout.truncate(weight, lambda own: factorize(weight, 12, own), dtype, None, None)
+    weights = found.tensors[: len(layout.weights(12, shape))]
+    assert [tensor.dtype for tensor in weights] == [dtype] * len(weights)
     assert found.relative_error == pytest.approx(relative_error(weight, *layout.factors(found.tensors)), rel=1e-5)
     best = float((torch.linalg.svdvals(weight)[12:].square().sum() / weight.square().sum()).sqrt())
     assert found.optimal_error == pytest.approx(best, rel=1e-5)

@@ -37,6 +37,26 @@ def test_loss_is_the_tail_of_the_weighted_spectrum(shape: tuple[int, int], left:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["identity", "vector", "matrix"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loss_of_rounded_factors_in_panels(
+    shape: tuple[int, int], kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("bases", "panels", "residual"):
+        monkeypatch.setattr(f"svdconvert.linalg.{module}.PANEL", 13)
+    m, n = shape
+    weight, lefts, rights = normal(m, n), metric(kind, m, 1), metric(kind, n, 2)
+    if kind == "identity":
+        rights = torch.ones(n, dtype=torch.float64)
+    factors = factorize(weight, 9, dtype, left=lefts, right=rights)
+    measured = loss(weight, factors.up.double() @ factors.down.double(), dense(lefts, m), dense(rights, n))
+    assert factors.metric_loss == pytest.approx(measured, rel=1e-9)
+    full = root(dense(lefts, m)) @ weight @ root(dense(rights, n))
+    optimum = float(torch.linalg.svdvals(full)[9:].square().sum())
+    assert factors.rounding_excess == pytest.approx(measured / optimum - 1, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_whitening_is_that_of_svd_llm(shape: tuple[int, int]) -> None:
     """Cholesky root, full SVD of W S, inverse: the recipe of arXiv:2403.07378."""
     weight, right = normal(*shape), metric("matrix", shape[1], 3)
