@@ -35,6 +35,9 @@ MAX_LINE_BYTES = 100_000_000
 # Sequences are drawn from so many times as many as are asked for; what comes later in a larger text is not read.
 POOL = 32
 
+# Documents that are tokenized at a time.
+_BATCH = 64
+
 
 @dataclass(frozen=True)
 class CalibrationTokens:
@@ -257,12 +260,12 @@ class _Rows:
             del stream[:whole]
 
 
-def _tokenized(texts: Iterator[str], tokenizer: Any, batch: int = 64) -> Iterator[array[int]]:
+def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[array[int]]:
     """Token ids of each document, with what belongs before and after a text; a document without tokens gives none."""
     opening = opening_token(tokenizer)
     begin = [] if opening is None else [opening]
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    while group := list(islice(texts, batch)):
+    while group := list(islice(texts, _BATCH)):
         # verbose: documents may well be longer than the model's longest input, and are cut.
         for ids in tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]:
             if len(ids):

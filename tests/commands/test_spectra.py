@@ -21,7 +21,7 @@ from support.methods import gradients
 
 from svdconvert import Calibration, InputError, calibrate, convert, spectrum
 from svdconvert.commands.spectra import MatrixSpectrum
-from svdconvert.factoring import decomposer as decomposing
+from svdconvert.factoring import decomposer
 from svdconvert.layouts.table import LAYOUTS
 from svdconvert.linalg.results import Decomposition
 from svdconvert.methods.table import METHODS
@@ -115,7 +115,7 @@ def test_work_is_shared_with_conversions(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it was computed again")
 
-    monkeypatch.setattr(decomposing, "decompose", fail)
+    monkeypatch.setattr(decomposer, "decompose", fail)
     convert(dense, tmp_path / "out", keep=0.5, work=tmp_path / "work", check=False, **settings)
     again = spectrum(dense, work=tmp_path / "kept-work", **settings)
     assert again.to_json() == first.to_json()
@@ -140,14 +140,14 @@ def test_memory_holds_one_matrix(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     """Without a work folder nothing of a decomposition outlives the next one but its values."""
     import weakref
 
-    real, bases = decomposing.decompose, []
+    real, bases = decomposer.decompose, []
 
     def watched(*args: object, **kwargs: object) -> Decomposition:
         found = real(*args, **kwargs)  # type: ignore[arg-type]
         bases.append(weakref.ref(found.basis))
         return found
 
-    monkeypatch.setattr(decomposing, "decompose", watched)
+    monkeypatch.setattr(decomposer, "decompose", watched)
     spectrum(dense, device="cpu")
     assert len(bases) == len(TARGETS)
     assert not any(basis() is not None for basis in bases)

@@ -16,7 +16,7 @@ from support.checkpoints import random_tensors, write_checkpoint
 from svdconvert import Calibration, Events, InputError, convert, evaluate, sweep
 from svdconvert.commands import sweep_bench
 from svdconvert.commands.sweep_book import Point, Setting
-from svdconvert.factoring import decomposer as decomposing
+from svdconvert.factoring import decomposer
 from svdconvert.settings.conversion import Conversion
 
 Run = Callable[..., SimpleNamespace]
@@ -105,7 +105,7 @@ def test_finished_points_are_not_redone(
         raise AssertionError("it was computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(decomposing, "decompose", fail)  # those of the first point are still there
+        patch.setattr(decomposer, "decompose", fail)  # those of the first point are still there
         found = sweep(dense, text, out, keep=[0.3, 0.5, 0.7], **arguments)
     assert calls == [0.7, 0.5, 0.5, 0.3]
     assert found.points[0].to_json() == first["points"][0]
@@ -137,7 +137,7 @@ def test_one_calibration_for_all(
     sweep(dense, text, tmp_path / "sweep", work=tmp_path / "work", **arguments)
     assert len(runs) == 1
     assert {path.name for path in (tmp_path / "work").iterdir()} == {"whiten", "kfac", "statistics-kfac-whiten"}
-    monkeypatch.setattr(decomposing, "decompose", None)
+    monkeypatch.setattr(decomposer, "decompose", None)
     convert(
         dense, tmp_path / "out", keep=0.5, method="kfac", calibration=calibration, work=tmp_path / "work" / "kfac",
         device="cpu", check=False,

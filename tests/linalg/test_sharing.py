@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, InputError, convert, plan
 from svdconvert.commands.verify import failed, verify
-from svdconvert.factoring import decomposer as decomposing
+from svdconvert.factoring import decomposer
 from svdconvert.linalg.exact import decompose, factorize
 from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.shared import (
@@ -467,7 +467,7 @@ def test_interrupted_and_continued(
 ) -> None:
     settings = {"keep": 0.5, "method": method, "calibration": calibration, "share_layers": 2, "check": False}
     convert(dense, tmp_path / "undisturbed", **settings)
-    real, calls = getattr(decomposing, name), []
+    real, calls = getattr(decomposer, name), []
 
     def breaks(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -475,7 +475,7 @@ def test_interrupted_and_continued(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(decomposing, name, breaks)
+    monkeypatch.setattr(decomposer, name, breaks)
     with pytest.raises(KeyboardInterrupt):
         convert(dense, tmp_path / "out", **settings)
     assert not list((tmp_path / "out").glob("*.safetensors"))
@@ -504,7 +504,7 @@ def test_one_work_folder_serves_all_groupings(
         raise AssertionError("it was computed again")
 
     for name in ("decompose", "decompose_shared", "outer_statistic"):
-        monkeypatch.setattr(decomposing, name, fail)
+        monkeypatch.setattr(decomposer, name, fail)
     convert(dense, tmp_path / "again", share_layers=2, work=tmp_path / "work", **settings)
     assert files(tmp_path / "again") == files(tmp_path / "kept-2")
 

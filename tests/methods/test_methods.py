@@ -17,7 +17,7 @@ from support.results import files, products
 from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, Events, InputError, calibrate, convert
-from svdconvert.factoring import decomposer as decomposing
+from svdconvert.factoring import decomposer
 from svdconvert.methods.table import METHODS, method_named, shrink, unshrink
 from svdconvert.planning.ranks import Target
 
@@ -157,7 +157,7 @@ def test_kept_decompositions_spare_the_calibration(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("it was computed again")
 
-    monkeypatch.setattr(decomposing, "decompose", fail)
+    monkeypatch.setattr(decomposer, "decompose", fail)
     convert(dense, tmp_path / "two", keep=0.5, work=work, **settings)
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
@@ -174,7 +174,7 @@ def test_interrupted_and_continued(
 ) -> None:
     settings = {"keep": 0.5, "method": method, "calibration": calibration, "device": "cpu", "check": False}
     convert(dense, tmp_path / "undisturbed", **settings)
-    real, calls = decomposing.decompose, []
+    real, calls = decomposer.decompose, []
 
     def breaks(*args: object, **kwargs: object) -> object:
         calls.append(1)
@@ -182,7 +182,7 @@ def test_interrupted_and_continued(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(decomposing, "decompose", breaks)
+    monkeypatch.setattr(decomposer, "decompose", breaks)
     with pytest.raises(KeyboardInterrupt):
         convert(dense, tmp_path / "out", **settings)
     assert not list((tmp_path / "out").glob("*.safetensors"))
