@@ -194,5 +194,6 @@ def part_statistics(whole: ModuleStatistics, section: Section) -> ModuleStatisti
 
 
 def statistic_tensors(entry: ModuleStatistics) -> dict[str, Tensor]:
+    """The statistics that a layer has, by their names in :data:`svdconvert.methods.statistics.STATISTICS`."""
     values = {kind: getattr(entry, kind) for kind in STATISTICS}
     return {kind: tensor for kind, tensor in values.items() if tensor is not None}

@@ -261,7 +261,7 @@ def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
     """Store what a run yields, as it comes, and the loss; of several processes the leader does.
 
     Raises:
-        As :func:`statistics` and :meth:`StatisticsFolder.save`.
+        InputError, JobError: as :class:`svdconvert.calibration.run.StatisticsRun` and :meth:`StatisticsFolder.save`.
     """
     leader = current().leader
     for index, statistics in run:

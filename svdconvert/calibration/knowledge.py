@@ -188,6 +188,7 @@ def tokenizer_folder(source: Source) -> Path | None:
 
 
 def needs_of(kinds: Collection[str]) -> Needs:
+    """Statistics to collect, from their names."""
     from svdconvert.methods.statistics import Needs
 
     return Needs(**dict.fromkeys(kinds, True))
@@ -204,6 +205,7 @@ def run_statistics(
     events: Events,
     skip_blocks: Collection[int],
 ) -> StatisticsRun:
+    """The run that collects statistics of a text; see :class:`svdconvert.calibration.run.StatisticsRun`."""
     from svdconvert.calibration.run import StatisticsRun
 
     return StatisticsRun(
