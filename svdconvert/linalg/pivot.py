@@ -89,7 +89,9 @@ def _refit(others: Tensor, rows: Tensor, right: Metric) -> tuple[Tensor, Tensor]
     exact, others = rows.double(), others.double()
     weighted = apply_metric(right, exact.T)  # [n, r]
     gram = exact @ weighted
-    scale = gram.diagonal().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
+    # A row that the metric does not see (or that is zeros once stored) gets no coefficient, not what rounding leaves.
+    norms = gram.diagonal()
+    scale = torch.where(norms > 0, norms.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0)
     near = gram * scale[:, None] * scale
     root, failed = torch.linalg.cholesky_ex(near)
     products = (others @ weighted) * scale

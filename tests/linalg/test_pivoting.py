@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.metrics import normal
 
 from svdconvert.layouts.table import LAYOUTS
+from svdconvert.linalg.exact import factorize
 from svdconvert.linalg.pivot import LARGEST_COEFFICIENT, full_up, pivot, product, rounded_coefficients
 from svdconvert.tensors import TensorInfo
 
@@ -98,3 +99,38 @@ def test_names() -> None:
         "a.position",
     ]
     assert LAYOUTS["pivoted"].tensors("a.weight", 2, (5, 4), "F16")[2] == TensorInfo("a.position", "I64", (5,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_row_that_the_metric_does_not_see(dtype: torch.dtype) -> None:
+    """No output depends on it; the others fit as if it were not there."""
+    rows = normal(4, 12, seed=1)
+    rows[1, :-1] = 0
+    right = torch.ones(12, dtype=torch.float64)
+    right[-1] = 0
+    weight, position = normal(10, 12, seed=2), torch.arange(10)
+    found = rounded_coefficients(weight, rows, position, right, dtype)
+    assert torch.isfinite(found).all()
+    others = rows[[0, 2, 3]]
+    best = torch.linalg.lstsq(others[:, :-1].T, weight[4:, :-1].T).solution.T
+    assert torch.allclose(found[:, [0, 2, 3]].double(), best, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-12)
+    assert not found[:, 1].any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_that_float16_has_no_numbers_for(seed: int) -> None:
+    """An output with tiny weights on one massive input is among the rows, and zeros when it is stored."""
+    weight, right = normal(40, 32, seed=seed).float(), torch.ones(32, dtype=torch.float64)
+    weight[:, 0] = 0
+    weight[0] = 0
+    weight[0, 0] = 1e-8
+    right[0] = 4e17
+    found = LAYOUTS["pivoted"].truncate(
+        weight, lambda dtype: factorize(weight, 16, dtype, right=right), torch.float16, None, right
+    )
+    rows, coefficients, _ = found.tensors
+    assert not rows.any(dim=1).all()
+    assert float(coefficients.abs().max()) < 2
+    others = torch.linalg.svdvals(weight[:, 1:].double())
+    best = float(others[15:].norm() / others.norm())  # one rank went to that output
+    assert found.relative_error < 1.05 * best

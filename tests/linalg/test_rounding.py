@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.accelerator import DEVICE, device_reads, on_host
 from support.metrics import normal
 
 from svdconvert.factoring.decompositions import Decompositions, load_decomposition
@@ -138,6 +139,16 @@ def test_bases_are_of_the_same_product(logs: list[float], name: str) -> None:
     values = torch.tensor(logs, dtype=torch.float64).exp().sort(descending=True).values
     x, y = BASES[name](values)
     assert torch.allclose(x @ y.T, values.diag(), atol=1e-9 * float(values.max()))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_bases_are_where_the_values_are(name: str) -> None:
+    values = torch.tensor([3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    with device_reads():
+        found = BASES[name](values.to(DEVICE))
+        assert [factor.device.type for factor in found] == [DEVICE.type] * 2
+    for there, here in zip(found, BASES[name](values), strict=True):
+        assert torch.equal(on_host(there), here)
 
 
 @pytest.mark.parametrize("name", BASES)
