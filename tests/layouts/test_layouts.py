@@ -15,6 +15,7 @@ from svdconvert.errors import InputError
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import LAYOUTS, layout_named, layout_of, stored_names
 from svdconvert.linalg.exact import factorize
+from svdconvert.linalg.pivot import rounded_coefficients
 from svdconvert.linalg.residual import relative_error
 
 layouts = st.sampled_from(list(LAYOUTS.values()))
@@ -67,6 +68,7 @@ def test_truncations_tell_their_own_error(layout: Layout, shape: tuple[int, int]
     found = layout.truncate(weight, lambda own: factorize(weight, 12, own), dtype, None, None)
     weights = found.tensors[: len(layout.weights(12, shape))]
     assert [tensor.dtype for tensor in weights] == [dtype] * len(weights)
+    assert layout.product(found.tensors).dtype == torch.float64
     assert found.relative_error == pytest.approx(relative_error(weight, *layout.factors(found.tensors)), rel=1e-5)
     best = float((torch.linalg.svdvals(weight)[12:].square().sum() / weight.square().sum()).sqrt())
     assert found.optimal_error == pytest.approx(best, rel=1e-5)
@@ -88,8 +90,34 @@ def test_the_pivoted_layout_tells_what_rounding_adds(kinds: tuple[str, str], dty
     best = torch.linalg.solve(lefts.T, torch.linalg.solve(rights, inner, left=False))
     rows, coefficients, position = found.tensors
     stored = torch.cat([rows.double(), coefficients.double() @ rows.double()])[position]
+    assert found.optimal_error == pytest.approx(float(s[rank:].norm() / s.norm()), rel=1e-9)
     added = loss(best, stored, dense(left, m), dense(right, n))
     assert found.rounding_excess == pytest.approx(added / float(s[rank:].square().sum()), rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_least_error_is_that_in_the_metric(dtype: torch.dtype) -> None:
+    """Though the error of the weights themselves is smaller here."""
+    right = metric("outliers", 30, 2)
+    assert right is not None
+    weight = torch.linalg.solve(torch.linalg.cholesky(right), normal(40, 30, seed=3), left=False)
+    found = LAYOUTS["pivoted"].truncate(weight, lambda own: factorize(weight, 12, own, right=right), dtype, None, right)
+    s = torch.linalg.svdvals(weight @ torch.linalg.cholesky(right))
+    assert found.optimal_error == pytest.approx(float(s[12:].norm() / s.norm()), rel=1e-6)
+    assert found.relative_error < 0.99 * found.optimal_error
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (30, 30), (30, 40)])
+def test_coefficients_are_fitted_to_what_the_metric_can_judge(shape: tuple[int, int]) -> None:
+    """To the matrix where its inputs are the smaller side; to the product where their metric may be a diagonal only."""
+    weight, right = normal(*shape, seed=3), metric("vector", shape[1], 2)
+    factors = factorize(weight, 12, torch.float64, right=right)
+    wanted = factors.up @ factors.down if shape[0] < shape[1] else weight
+    found = LAYOUTS["pivoted"].truncate(weight, lambda own: factors, torch.bfloat16, None, right)
+    rows, coefficients, position = found.tensors
+    assert torch.equal(coefficients, rounded_coefficients(wanted, rows, position, right, torch.bfloat16))
+    other = weight + factors.up @ factors.down - wanted
+    assert not torch.equal(coefficients, rounded_coefficients(other, rows, position, right, torch.bfloat16))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
@@ -124,9 +152,9 @@ def test_a_refit_beside_a_kept_factor_is_rounded_in_its_metric(r: int, seed: int
 @settings(max_examples=60, deadline=None)
 @given(layout=layouts, m=st.integers(2, 60), n=st.integers(1, 60))
 def test_break_even_is_where_nothing_is_saved(layout: Layout, m: int, n: int) -> None:
-    even = layout.break_even((m, n))
+    even, by_search = layout.break_even((m, n)), Layout.break_even(layout, (m, n))
     for rank in range(1, min(m, n) + 1):
-        assert (layout.cost(rank, (m, n)) < m * n) == (rank < even)
+        assert (layout.cost(rank, (m, n)) < m * n) == (rank < even) == (rank < by_search)
     assert layout.highest_rank((m, n), m * n - 1) == max((r for r in range(1, min(m, n) + 1) if r < even), default=0)
 
 
