@@ -9,6 +9,8 @@ import click
 
 from svdconvert.cli.groups import option, options
 from svdconvert.cli.kinds import COUNT, FOLDER, MethodName, Word
+from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.options import BY_KEYWORD
 from svdconvert.settings.row import Kind, Option
@@ -65,12 +67,24 @@ def ask_all(*sections: type) -> Callable[[_Command], _Command]:
 
 
 def take_calibration(values: dict[str, Any]) -> Calibration | None:
-    """Take the options of the text out of all; None without a text."""
+    """Take the options of the text out of all; None without a text.
+
+    Raises:
+        InputError: without a text, one of its options is given.
+    """
     from svdconvert.calibration.knowledge import Calibration
 
     prefix = "calibration_"
     chosen = {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}
-    return None if chosen["text"] is None else Calibration(**chosen)
+    if chosen["text"] is not None:
+        return Calibration(**chosen)
+    for name, value in chosen.items():
+        if value != BY_KEYWORD[f"calibration.{name}"].option.default:
+            raise InputError(
+                f"{asked(f'calibration.{name}')} has no effect without {asked('calibration')}; give the text as "
+                "well, or leave it out"
+            )
+    return None
 
 
 def conversion_of(values: dict[str, Any]) -> Conversion:

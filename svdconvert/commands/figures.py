@@ -43,7 +43,8 @@ def check_picture(path: Path) -> None:
     """
     need_matplotlib()
     if path.suffix.lower() not in _FORMATS:
-        raise InputError(f"the picture {path} must end in {', '.join(_FORMATS)}; rename it")
+        *others, last = _FORMATS
+        raise InputError(f"the picture {path} must end in {', '.join(others)} or {last}; rename it")
     if not path.absolute().parent.is_dir():
         raise InputError(f"the picture {path} is in a folder that does not exist; create it first")
     if path.is_dir():

@@ -640,6 +640,13 @@ def test_calibrated_conversion(run: Run, dense: Path, tmp_path: Path) -> None:
     assert "either --calib" in refused.err
 
 
+@pytest.mark.parametrize("option", ["--calib-samples", "--seed", "--calib-batch-size"])
+def test_an_option_of_a_text_without_a_text(option: str, run: Run, dense: Path, tmp_path: Path) -> None:
+    done = run(dense, "--rank", 4, option, 3, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert done.err == f"Error: {option} has no effect without --calib; give the text as well, or leave it out\n"
+
+
 def test_ablate(run: Run, dense: Path, text: Path) -> None:
     done = run("ablate", dense, "--text", text, "--groups", 3, "--window", 32, "--json")
     rows = json.loads(done.out)
