@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdconvert.errors import InputError
 from svdconvert.jobs import shard_writer
-from svdconvert.jobs.output import OutputFolder
+from svdconvert.jobs.journal import read_journal, rewrite_journal
+from svdconvert.jobs.output import OutputFolder, clear_folder
 from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.jobs.record import RECORD
-from svdconvert.jobs.shard_writer import ShardWriter, new_digest
+from svdconvert.jobs.shard_writer import ShardWriter
 from svdconvert.tensors import TensorInfo
 
 SHARDS = {
@@ -32,9 +36,7 @@ def data(name: str) -> memoryview:
 
 
 def digest(name: str) -> str:
-    found = new_digest()
-    found.update(data(name))
-    return found.hexdigest()
+    return hashlib.blake2b(data(name), digest_size=16).hexdigest()
 
 
 def put(writer: ShardWriter, name: str) -> list[tuple[str, int]]:
@@ -83,6 +85,81 @@ def test_a_further_run_finds_what_was_recorded_and_no_more(output: OutputFolder)
     assert [name for name, _ in put(second, "x")] == ["a.safetensors"]
     second.close()
     assert torch.equal(load_file(output.folder / "a.safetensors")["y"], TENSORS["y"])
+
+
+def test_the_room_of_a_file_is_reserved_and_its_handle_given_back(output: OutputFolder) -> None:
+    writer = ShardWriter(output, SHARDS)
+    before = len(os.listdir("/dev/fd"))
+    writer.write("x", data("x")[:4])
+    (partial,) = output.job.glob("*.partial")
+    size = partial.stat().st_size
+    assert len(os.listdir("/dev/fd")) == before + 1
+    put(writer, "y")
+    put(writer, "x")
+    assert (output.folder / "a.safetensors").stat().st_size == size
+    assert len(os.listdir("/dev/fd")) == before
+    writer.close()
+
+
+def test_a_complete_file_that_lacks_a_record_is_continued(output: OutputFolder) -> None:
+    first = ShardWriter(output, SHARDS)
+    put(first, "x")
+    put(first, "y")
+    first.close()
+    journal = output.job / "journal.jsonl"
+    rewrite_journal(journal, [entry for entry in read_journal(journal) if "x" not in entry["tensors"]])
+    second = ShardWriter(output, SHARDS)
+    assert not (output.folder / "a.safetensors").exists()
+    assert second.digests.keys() == {"y"}
+    assert [name for name, _ in put(second, "x")] == ["a.safetensors"]
+    second.close()
+    found = load_file(output.folder / "a.safetensors")
+    assert all(torch.equal(found[name], TENSORS[name]) for name in "xy")
+
+
+def test_journals_of_several_processes_become_one(output: OutputFolder) -> None:
+    first = ShardWriter(output, SHARDS)
+    for name in TENSORS:
+        put(first, name)
+    first.close()
+    journal = output.job / "journal.jsonl"
+    entries = read_journal(journal)
+    rewrite_journal(journal, entries[:1])
+    rewrite_journal(output.job / "journal-1.jsonl", entries[1:])
+    second = ShardWriter(output, SHARDS)
+    second.close()
+    assert second.digests == {name: digest(name) for name in TENSORS}
+    assert [path.name for path in output.job.glob("journal*")] == ["journal.jsonl"]
+    assert {entry["step"] for entry in read_journal(journal)} == {f"step {name}" for name in TENSORS}
+
+
+def test_a_folder_is_for_one_job_at_a_time_and_may_be_begun_anew(tmp_path: Path) -> None:
+    with OutputFolder(tmp_path / "out", {"of": 1}) as output:
+        output.promise(SHARDS)
+        writer = ShardWriter(output, SHARDS)
+        put(writer, "z")
+        writer.close()
+        with (
+            pytest.raises(InputError, match="is in use by another svdconvert"),
+            OutputFolder(tmp_path / "out", {"of": 1}),
+        ):
+            pass
+    with OutputFolder(tmp_path / "out", {"of": 2}, overwrite=True) as output:
+        writer = ShardWriter(output, SHARDS)
+        assert not writer.is_done("step z")
+        writer.close()
+
+
+def test_a_cleared_folder_keeps_its_lock_only(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine").write_text("mine")
+    (tmp_path / "job" / "work" / "deeper").mkdir(parents=True)
+    (tmp_path / "job" / "link").symlink_to(tmp_path / "other")
+    for name in ("lock", "lock-2", "job.json", "work/a"):
+        (tmp_path / "job" / name).write_text("")
+    clear_folder(tmp_path / "job")
+    assert {path.name for path in (tmp_path / "job").iterdir()} == {"lock", "lock-2"}
+    assert (tmp_path / "other" / "mine").exists()
 
 
 def test_steps_are_recorded_in_batches(output: OutputFolder, monkeypatch: pytest.MonkeyPatch) -> None:
