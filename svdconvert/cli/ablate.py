@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.cli.groups import option
-from svdconvert.cli.kinds import FILE
 from svdconvert.cli.parameters import (
     device_option,
     json_option,
@@ -18,6 +17,7 @@ from svdconvert.cli.parameters import (
 )
 from svdconvert.cli.program import main
 from svdconvert.cli.screen import console_for, print_json
+from svdconvert.cli.types import FILE
 
 
 @main.command()

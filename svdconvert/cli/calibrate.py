@@ -10,7 +10,6 @@ import click
 
 from svdconvert.cli.fields import ask, ask_all, take_calibration
 from svdconvert.cli.groups import option
-from svdconvert.cli.kinds import FOLDER
 from svdconvert.cli.parameters import (
     device_option,
     model_argument,
@@ -18,6 +17,7 @@ from svdconvert.cli.parameters import (
 )
 from svdconvert.cli.program import main
 from svdconvert.cli.screen import console_for
+from svdconvert.cli.types import FOLDER
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
 from svdconvert.settings.text import Text

@@ -7,11 +7,11 @@ from typing import Any
 
 from svdconvert.cli.fields import ask_all, conversion_of
 from svdconvert.cli.groups import option
-from svdconvert.cli.kinds import FOLDER
 from svdconvert.cli.parameters import json_option, model_argument, verbose_option
 from svdconvert.cli.plan import print_plan
 from svdconvert.cli.program import main
 from svdconvert.cli.screen import console_for, print_json
+from svdconvert.cli.types import FOLDER
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
 from svdconvert.settings.options import SECTIONS

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from svdconvert.cli.groups import option
-from svdconvert.cli.kinds import FILE
 from svdconvert.cli.parameters import (
     device_option,
     json_option,
@@ -18,6 +17,7 @@ from svdconvert.cli.parameters import (
 )
 from svdconvert.cli.program import main
 from svdconvert.cli.screen import console_for, print_json
+from svdconvert.cli.types import FILE
 from svdconvert.errors import InputError
 
 

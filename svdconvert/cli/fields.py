@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from svdconvert.cli.groups import option, options
-from svdconvert.cli.kinds import COUNT, FOLDER, MethodName, Word
+from svdconvert.cli.types import COUNT, FOLDER, MethodName, Word
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
 from svdconvert.settings.conversion import Conversion

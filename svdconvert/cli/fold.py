@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.cli.groups import option
-from svdconvert.cli.kinds import FOLDER
 from svdconvert.cli.parameters import (
     device_option,
     folder_argument,
@@ -16,6 +15,7 @@ from svdconvert.cli.parameters import (
 )
 from svdconvert.cli.program import main
 from svdconvert.cli.screen import job_events, need_folder, print_outcome
+from svdconvert.cli.types import FOLDER
 
 
 @main.command()

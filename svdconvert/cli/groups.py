@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from svdconvert.cli.kinds import COUNT, FILE, FOLDER
+from svdconvert.cli.types import COUNT, FILE, FOLDER
 
 GROUPS = (
     "Size",

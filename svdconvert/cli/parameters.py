@@ -6,7 +6,7 @@ import click
 
 from svdconvert.cli.fields import ask, ask_all
 from svdconvert.cli.groups import option, options
-from svdconvert.cli.kinds import COUNT, FOLDER, Model
+from svdconvert.cli.types import COUNT, FOLDER, Model
 from svdconvert.settings.scope import Scope
 from svdconvert.settings.size import Size
 from svdconvert.settings.text import Stats, Text

@@ -7,10 +7,10 @@ from typing import Any
 
 from svdconvert.cli.fields import conversion_of
 from svdconvert.cli.groups import option
-from svdconvert.cli.kinds import FOLDER
 from svdconvert.cli.parameters import json_option, model_argument, plan_options
 from svdconvert.cli.program import main
 from svdconvert.cli.screen import console_for, print_json
+from svdconvert.cli.types import FOLDER
 from svdconvert.settings.conversion import Conversion
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from svdconvert.cli.fields import ask, take_calibration
 from svdconvert.cli.groups import option
-from svdconvert.cli.kinds import FILE, FOLDER
 from svdconvert.cli.parameters import (
     allocation_option,
     device_option,
@@ -28,6 +27,7 @@ from svdconvert.cli.parameters import (
 )
 from svdconvert.cli.program import main
 from svdconvert.cli.screen import console_for, print_json
+from svdconvert.cli.types import FILE, FOLDER
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
 

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from svdconvert.cli.groups import option
-from svdconvert.cli.kinds import FILE
 from svdconvert.cli.parameters import (
     device_option,
     folder_argument,
@@ -14,6 +13,7 @@ from svdconvert.cli.parameters import (
 )
 from svdconvert.cli.program import main
 from svdconvert.cli.screen import console_for, need_folder, print_json
+from svdconvert.cli.types import FILE
 from svdconvert.errors import InputError, JobError
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from svdconvert.errors import InputError
 from svdconvert.families import gemma2, gpt2, gpt_neox, granite, llama, mistral, opt, phi3, qwen2, qwen3, starcoder2
 from svdconvert.families.claims import check_claims
-from svdconvert.families.kinds import kind_of, quantisation_of
 from svdconvert.families.row import Architecture, Config, Shapes
+from svdconvert.families.unsupported import kind_of, quantisation_of
 
 __all__ = [
     "ARCHITECTURES",

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from svdconvert.planning import memory
-from svdconvert.planning.kinds import TargetKind, kinds_of
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
+from svdconvert.planning.target_kinds import TargetKind, kinds_of
 from svdconvert.tensors import TensorInfo
 
 

@@ -23,8 +23,8 @@ from transformers import CONFIG_MAPPING
 from svdconvert import convert, densify, evaluate, plan, verify
 from svdconvert.commands.verify import failed
 from svdconvert.errors import InputError
-from svdconvert.families.kinds import kind_of
 from svdconvert.families.table import ARCHITECTURES
+from svdconvert.families.unsupported import kind_of
 from svdconvert.storage.source import LocalSource
 
 Run = Callable[..., SimpleNamespace]
