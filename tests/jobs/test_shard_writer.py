@@ -144,7 +144,9 @@ def test_a_folder_is_for_one_job_at_a_time_and_may_be_begun_anew(tmp_path: Path)
             OutputFolder(tmp_path / "out", {"of": 1}),
         ):
             pass
+    (output.job / "left over").write_text("")
     with OutputFolder(tmp_path / "out", {"of": 2}, overwrite=True) as output:
+        assert not (output.job / "left over").exists()
         writer = ShardWriter(output, SHARDS)
         assert not writer.is_done("step z")
         writer.close()
