@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.metrics import KINDS, SHAPES, dense, loss, metric, normal, root
 
+from svdconvert.errors import InputError
 from svdconvert.linalg.exact import decompose, factorize, truncate
 
 
@@ -156,3 +157,17 @@ def test_never_beaten_by_another_product(m: int, n: int, seed: int, left: str, r
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     plain = loss(weight, (u[:, :rank] * s[:rank]) @ v[:rank], full_left, full_right)
     assert mine <= plain * (1 + 1e-5) + 1e-6 * total
+
+
+@pytest.mark.parametrize("row", [True, False])
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40)])
+def test_factors_beyond_float16_are_refused(shape: tuple[int, int], row: bool) -> None:
+    """Either factor: the one whose side has it all in one channel."""
+    weight = normal(*shape).float()
+    weight[0 if row else slice(None), slice(None) if row else 0] = 4e9
+    right = torch.ones(shape[1], dtype=torch.float64)
+    factors = factorize(weight, 4, torch.float32, right=right)
+    most = torch.finfo(torch.float16).max
+    assert [float(factor.abs().max()) > most for factor in (factors.up, factors.down)] == [row, not row]
+    with pytest.raises(InputError, match="a factor of it is not finite in float16"):
+        factorize(weight, 4, torch.float16, right=right)

@@ -214,16 +214,19 @@ def test_known_losses_are_no_rounding_errors(outputs: tuple[int, ...], inputs: i
         assert torch.allclose(tail, tails[0], rtol=1e-5, atol=2e-5)
 
 
-def test_a_layers_own_factor_beyond_float16_is_refused() -> None:
-    """What layers share is within the range: its rows are spread over all inputs, those of the layers are not."""
+@pytest.mark.parametrize("own", [True, False])
+def test_factors_beyond_float16_are_refused(own: bool) -> None:
+    """``own``: only those of the layers, as what they share is spread over all inputs; else what they share."""
     weights = [torch.zeros(24, 64), torch.zeros(24, 64)]
     for weight in weights:
-        weight[0] = 1e9
+        weight[0 if own else slice(None), slice(None) if own else 0] = 1e9
     inners: list[Callable[[], torch.Tensor]] = [lambda: torch.eye(64).double()] * 2
     outers = [partial(outer_statistic, weight, None, tall=False) for weight in weights]
     found = decompose_shared(outers, inners, [1, 1], weights).found
-    down = truncate_shared(weights, found, 1, torch.float32, inners).down
-    assert float(down.abs().max()) < torch.finfo(torch.float16).max
+    factors = truncate_shared(weights, found, 1, torch.float32, inners)
+    most = torch.finfo(torch.float16).max
+    assert (float(factors.down.abs().max()) > most) != own
+    assert (float(torch.cat(factors.ups).abs().max()) > most) == own
     with pytest.raises(InputError, match=r"not finite in float16; choose dtype='bfloat16' or float32"):
         truncate_shared(weights, found, 1, torch.float16, inners)
 
