@@ -61,6 +61,15 @@ def test_verbs_agree(layout: Layout, m: int, n: int, share: float, seed: int) ->
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_factors_of_any_type_are_stored(layout: Layout, dtype: torch.dtype) -> None:
+    up, down = (factor.to(dtype) for factor in product(20, 15, 6, 0))
+    wanted = up.double() @ down.double()
+    found = layout.product(layout.store(up, down, torch.float64))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
 @pytest.mark.parametrize("shape", [(40, 30), (30, 40), (35, 35)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_truncations_tell_their_own_error(layout: Layout, shape: tuple[int, int], dtype: torch.dtype) -> None:
