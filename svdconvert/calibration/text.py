@@ -20,6 +20,7 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.models.tokenizer import opening_token
+from svdconvert.paths import user_path
 from svdconvert.sentences import asked
 from svdconvert.storage.documents import TEXT_ADVICE, open_regular, parse_json
 from svdconvert.words import listing
@@ -137,7 +138,7 @@ def load_texts(
             while iterating.
     """
     empty = empty or EmptyRows()
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if path.is_dir():
         files = sorted(entry for entry in path.rglob("*") if entry.suffix in KINDS and entry.is_file())
         if not files:

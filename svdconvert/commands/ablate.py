@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from svdconvert.methods.table import METHODS
 from svdconvert.models.loading import compute_dtype, load_model
 from svdconvert.models.passages import read_passage
 from svdconvert.models.preflight import check_model
+from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import find_targets, target_tensors
@@ -103,7 +103,7 @@ def ablate(
         raise InputError(f"{asked('groups', groups)} is not possible; the smallest matrix has {fewest} singular values")
     used = resolve_device(device)
     check_model(source)
-    passage = read_passage(folder, source.config, Path(text).expanduser(), window, stride)
+    passage = read_passage(folder, source.config, user_path(text), window, stride)
     with temporary_folder() as temporary:
         store = Decompositions(temporary, {})
         decompose_targets(source, chosen, METHODS["svd"], {}, store, None, torch.device(used), events)

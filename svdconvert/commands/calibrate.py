@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from svdconvert.calibration.knowledge import Calibration, needs_of, run_statistics
 from svdconvert.errors import InputError
@@ -13,6 +12,7 @@ from svdconvert.families.table import dense_architecture
 from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
 from svdconvert.methods.table import method_named
+from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.targets import choose_targets
 from svdconvert.sentences import asked
@@ -55,7 +55,7 @@ def calibrate(
     if not isinstance(calibration, Text):
         raise refused(calibration)
     events = events or Events()
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     rows = [method_named(name) for name in methods]
     kinds = sorted({kind for row in rows for kind in row.statistics})
     if not kinds:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 from svdconvert.calibration.knowledge import Calibration, find_knowledge
 from svdconvert.commands.conversion_job import conversion_job
@@ -20,6 +19,7 @@ from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.threads import usual_workers
+from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.make import make_plan, plan_for
 from svdconvert.planning.plan import Plan
@@ -129,7 +129,7 @@ def run_conversion(
         JobError: it broke off; the same call continues it.
     """
     events = events or Events()
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     refuse_foreign(folder, overwrite=request.output.overwrite)
     request.check()
     device = resolve_device(request.runtime.device)

@@ -17,6 +17,7 @@ from svdconvert.machine.devices import resolve_device
 from svdconvert.models.divergence import Divergence, likelihoods
 from svdconvert.models.loading import compute_dtype, load_model
 from svdconvert.models.passages import Passage, read_passage
+from svdconvert.paths import user_path
 from svdconvert.sentences import asked
 from svdconvert.storage.opening import local_folder
 from svdconvert.storage.source import read_config
@@ -140,7 +141,7 @@ def _passage(
     protocol: str,
 ) -> tuple[Path, Passage]:
     folder = local_folder(os.fspath(model), revision)
-    return folder, read_passage(folder, read_config(folder), Path(text).expanduser(), window, stride, protocol)
+    return folder, read_passage(folder, read_config(folder), user_path(text), window, stride, protocol)
 
 
 def _load(folder: Path, device: str) -> torch.nn.Module:

@@ -21,6 +21,7 @@ from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Outcome
 from svdconvert.layouts.table import layout_of
 from svdconvert.names import suffix
+from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step
 from svdconvert.sentences import asked
@@ -72,11 +73,11 @@ def fold(
     """
     from svdconvert.models.preflight import check_model
 
-    folder, adapter_folder = Path(model).expanduser(), Path(adapter).expanduser()
+    folder, adapter_folder = user_path(model), user_path(adapter)
     for path in (folder, adapter_folder):
         if not path.is_dir():
             raise InputError(f"there is no folder {path}")
-    if Path(out).expanduser().resolve() == adapter_folder.resolve():
+    if user_path(out).resolve() == adapter_folder.resolve():
         raise InputError(f"{asked('out', out)} is the adapter's own folder; give another one")
     lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)

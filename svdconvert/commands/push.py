@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from svdconvert.errors import InputError
 from svdconvert.jobs.record import RECORD, read_record
+from svdconvert.paths import user_path
 
 
 def push(folder: str | os.PathLike[str], repo: str, *, private: bool = False, revision: str | None = None) -> str:
@@ -27,7 +27,7 @@ def push(folder: str | os.PathLike[str], repo: str, *, private: bool = False, re
     """
     from svdconvert.storage.hub_push import check_push, push_folder
 
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     if not (path / "config.json").is_file() or not (path / RECORD).is_file():
         raise InputError(f"{path} holds no finished result of svdconvert; convert a model into it first")
     check_push(repo, private=private, revision=revision)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from svdconvert.commands import card
@@ -15,6 +14,7 @@ from svdconvert.jobs.job import Job, Outcome, Reports, run_job
 from svdconvert.layouts.table import layout_of, shared_layers, stored_names
 from svdconvert.machine.devices import resolve_device
 from svdconvert.models.index_tensors import refuse_unsound
+from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, in_order, shard, with_copies
 from svdconvert.settings.options import short_command
@@ -180,7 +180,7 @@ def rewrite(
         source,
         {"max_shard_bytes": max_shard_bytes},
         prepare,
-        Path(out).expanduser(),
+        user_path(out),
         device=resolve_device(device),
         overwrite=overwrite,
         check=self_check if check else None,

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdconvert.calibration.knowledge import Calibration, find_knowledge
@@ -19,6 +18,7 @@ from svdconvert.commands.spectra import Array, MatrixSpectrum, Spectra
 from svdconvert.layouts.table import DEFAULT_LAYOUT, layout_named
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.interrupts import temporary_folder
+from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import find_targets
@@ -82,7 +82,7 @@ def spectrum(
     row, options, stored = request.method, request.options, layout_named(layout)
     used = resolve_device(device)
     with ExitStack() as stack:
-        place = stack.enter_context(temporary_folder()) if work is None else Path(work).expanduser()
+        place = stack.enter_context(temporary_folder()) if work is None else user_path(work)
         source = open_source(os.fspath(model), revision, download_folder=place / "source")
         chosen = find_targets(source, targets, split_fused=split_fused)
         check_model(source)

@@ -16,6 +16,7 @@ from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.machine.devices import resolve_device
 from svdconvert.models.preflight import check_model
+from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.make import make_plan
 from svdconvert.sentences import asked
@@ -37,10 +38,10 @@ def sweep(
     text: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    keep: Sequence[float] = (),
-    rank: Sequence[int] = (),
-    methods: Sequence[str] = (),
-    layouts: Sequence[str] = (DEFAULT_LAYOUT.name,),
+    keep: float | Sequence[float] = (),
+    rank: int | Sequence[int] = (),
+    methods: str | Sequence[str] = (),
+    layouts: str | Sequence[str] = (DEFAULT_LAYOUT.name,),
     allocation: str | None = None,
     calibration: Calibration | None = None,
     stats: str | os.PathLike[str] | None = None,
@@ -73,7 +74,7 @@ def sweep(
             events: see :func:`svdconvert.convert`. An option counts for the methods that read it.
         text: UTF-8 text file to measure perplexity on; it should not be the calibration's.
         out: folder to write.
-        keep: fractions of the target parameters to keep.
+        keep: fractions of the target parameters to keep. Of this, rank, methods and layouts one value may stand alone.
         rank: instead, ranks of every target.
         methods: rows of :data:`svdconvert.methods.table.METHODS`; by default kfac where there is a text, else svd.
         layouts: rows of :data:`svdconvert.layouts.table.LAYOUTS`.
@@ -97,9 +98,9 @@ def sweep(
 
         need_matplotlib()
     events, used = events or Events(), resolve_device(device)
-    folder = Path(out).expanduser()
+    folder = user_path(out)
     internal = folder / JOB_FOLDER
-    place = internal / "work" if work is None else Path(work).expanduser()
+    place = internal / "work" if work is None else user_path(work)
     common = {name: keywords[name] for name in _COMMON} | {"device": used, "check": keep_models}
     grid = make_grid(common, **{name: keywords[name] for name in _VARIED}, work=place)
     refuse_foreign_files(folder, known=(folder / RESULT).is_file(), leftovers=_OWN)
@@ -109,7 +110,7 @@ def sweep(
     check_model(source)
     models = (folder if keep_models else internal) / "models"
     measuring = {"window": window, "stride": stride, "batch_size": batch_size, "device": used}
-    bench = Bench.of(model, source, dense, Path(text).expanduser(), measuring, models, events, keep=keep_models)
+    bench = Bench.of(model, source, dense, user_path(text), measuring, models, events, keep=keep_models)
     knowledge = find_knowledge(source, grid.looks_at, events)
     conditions, key = bench.conditions(grid.requests[0]), None if knowledge is None else knowledge.key
     with _held(folder, internal):

@@ -43,10 +43,10 @@ class Grid:
 def make_grid(
     common: Mapping[str, Any],
     *,
-    keep: Sequence[float],
-    rank: Sequence[int],
-    methods: Sequence[str],
-    layouts: Sequence[str],
+    keep: float | Sequence[float],
+    rank: int | Sequence[int],
+    methods: str | Sequence[str],
+    layouts: str | Sequence[str],
     calibration: Calibration | None,
     stats: str | os.PathLike[str] | None,
     work: Path,
@@ -62,10 +62,11 @@ def make_grid(
     Raises:
         InputError: a combination cannot be met.
     """
-    if bool(keep) == bool(rank):
+    shares, numbers = several(keep), several(rank)
+    if bool(shares) == bool(numbers):
         raise InputError(f"give either {asked('keep')} or {asked('rank')}, the budgets to measure")
     looks_at = Conversion.of(calibration=calibration, stats=stats).calibration
-    named = methods or [Conversion(calibration=looks_at).method.name]
+    named = several(methods) or [Conversion(calibration=looks_at).method.name]
     rows = list({method_named(name).name: method_named(name) for name in named}.values())
     if not rows or not layouts:
         raise InputError(f"{asked('methods')} and {asked('layouts')} must each name at least one")
@@ -82,12 +83,17 @@ def make_grid(
             keywords |= {"calibration": calibration, "stats": stats}
         for name in _for_others(row, rows):
             keywords[name] = None
-        for layout in dict.fromkeys(layouts):
-            for budget in _budgets(keep, rank):
+        for layout in dict.fromkeys(several(layouts)):
+            for budget in _budgets(shares, numbers):
                 request = Conversion.of(**keywords, **budget, method=row.name, layout=layout)
                 request.check()
                 requests.append(request)
     return Grid(requests, looks_at, collected)
+
+
+def several(value: str | float | Sequence[Any]) -> list[Any]:
+    """Values of a list; one may stand alone."""
+    return [value] if isinstance(value, str | int | float) else list(value)
 
 
 def _for_others(row: Method, rows: Sequence[Method]) -> set[str]:

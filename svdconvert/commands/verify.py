@@ -20,6 +20,7 @@ from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.models.index_tensors import unsound
 from svdconvert.models.loading import factored_classes, portable, quiet_transformers
 from svdconvert.models.probe import PROBE, probe
+from svdconvert.paths import user_path
 from svdconvert.storage.documents import read_bytes
 from svdconvert.storage.opening import open_source
 from svdconvert.storage.reader import WeightReader, as_bytes
@@ -63,7 +64,7 @@ def verify(
     Raises:
         InputError: the folder is no factored checkpoint, or the other model cannot be opened.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     source = LocalSource(folder)
     row = factored_architecture(source.config, str(folder))
     ranks, shapes = _ranks(source, row), _keys_and_shapes(source, source.config)

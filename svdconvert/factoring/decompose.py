@@ -89,7 +89,7 @@ def decompose_all(
         widest = max(max(part.rows, target.shape[1]) for target in targets for part in target.parts)
         if count < widest:
             few = f"{count:,} tokens, fewer than the {widest:,} channels of the widest layer, make the metrics singular"
-            events.note(Sentence(f"{few}; raise {asked('calibration.samples')} for better factors"))
+            events.note(Sentence(f"{few}; collect from more text ({asked('calibration.samples')}) for better factors"))
         modules = [part.module for target in targets for part in target.parts]
         statistics = knowledge.collect(method, modules, device, work, events)
     decompose_targets(

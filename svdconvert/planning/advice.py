@@ -15,7 +15,7 @@ from svdconvert.sentences import Sentence, asked
 # loses 0.03 nats.
 WITHOUT_A_TEXT = Sentence(
     "without a text, truncation has destroyed the language of a real model at every size (SmolLM2-135M, 95% of the "
-    f"factored layers kept: perplexity 23 -> 353,345); give one as {asked('calibration')}, or fine-tune the result"
+    f"factored layers kept: perplexity 23 -> 353,345); convert with {asked('calibration')}, or fine-tune the result"
 )
 
 

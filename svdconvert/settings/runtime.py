@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svdconvert.paths import user_path
 from svdconvert.settings.row import SPEED, option
 
 
 def folder_or_none(path: Any) -> Path | None:
     """A folder as a caller names it; ``~`` is the home folder."""
-    return None if path is None else Path(path).expanduser()
+    return None if path is None else user_path(path)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from svdconvert.errors import InputError
+from svdconvert.paths import user_path
 from svdconvert.sentences import asked
 from svdconvert.storage.source import LocalSource, Source, survey
 
@@ -62,7 +63,7 @@ def local_folder(model: str, revision: str | None = None) -> Path:
 
 def _resolve(model: str, revision: str | None) -> Path | str:
     """A local folder, or the id of a Hub repository."""
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if folder.is_dir():
         if revision:
             raise InputError(

@@ -261,6 +261,13 @@ def test_command(dense: Path, text: Path, tmp_path: Path) -> None:
     assert len(json.loads(again.stdout)["points"]) == 4
 
 
+def test_one_value_may_stand_alone(dense: Path, text: Path, tmp_path: Path) -> None:
+    alone = sweep(dense, text, tmp_path / "alone", keep=0.5, methods="svd", layouts="pivoted", **MEASURED)
+    listed = sweep(dense, text, tmp_path / "listed", keep=[0.5], methods=["svd"], layouts=["pivoted"], **MEASURED)
+    assert [point.setting for point in alone.points] == [point.setting for point in listed.points]
+    assert len(alone.points) == 1
+
+
 def test_names() -> None:
     setting = Setting("asvd", (("alpha", 0.7),), "balanced", "uniform", keep=0.375)
     assert (setting.line, setting.budget) == ("asvd, uniform, balanced, alpha 0.7", "37.5% kept")

@@ -73,7 +73,8 @@ texts = st.builds(
     batch_size=counts,
     labels=st.sampled_from(LABELS),
 )
-folders = words.map(Path)
+# A leading `~` has been read by then.
+folders = words.filter(lambda text: not text.startswith("~")).map(Path)
 told = st.builds(
     Conversion,
     size=sizes,
