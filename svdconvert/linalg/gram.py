@@ -94,7 +94,8 @@ def eigenvectors(gram: Tensor, work: Workspace, count: int | None) -> tuple[Tens
 def root_of(gram: Tensor) -> tuple[Tensor, bool]:
     """T with T T^T = P, for P given by its lower half: Cholesky's, or by eigenvectors where P is singular.
 
-    A singular P that rounding has made regular is taken for singular: a metric may magnify what is left of its zeros.
+    A P whose factor shows that only rounding has made it regular is taken for singular: a metric may magnify what is
+    left of its zeros. Others pass, since the factor is right to rounding all the same.
 
     Returns:
         ``(T, whether it is lower triangular)``.

@@ -270,8 +270,9 @@ class TestLostProcess:
         if said:
             assert said == ["Error: the job was interrupted; run the same command to continue"], err
             assert process.returncode == 1
-        else:  # it was through by then
-            assert tree(out) == tree(reference)
+        else:  # all but through by then: what is left of the job's own folder is cleared by the next call
+            left = {name: data for name, data in tree(out).items() if not name.startswith(f"{JOB_FOLDER}/")}
+            assert left == tree(reference)
         assert not re.search(r'File ".*/svdconvert/', err), err
         convert(model, out, rank=16, device="cpu", check=False)
         assert tree(out) == tree(reference)
