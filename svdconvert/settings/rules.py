@@ -9,6 +9,7 @@ from svdconvert.errors import InputError
 from svdconvert.layouts.table import layout_named
 from svdconvert.methods.table import Method
 from svdconvert.sentences import asked
+from svdconvert.settings.hub import Hub
 from svdconvert.settings.output import DTYPES, Output
 from svdconvert.settings.recipe import ALLOCATIONS, REFITS, Recipe
 from svdconvert.settings.runtime import Runtime
@@ -33,6 +34,8 @@ class Request(Protocol):
     def output(self) -> Output: ...
     @property
     def runtime(self) -> Runtime: ...
+    @property
+    def hub(self) -> Hub: ...
     @property
     def method(self) -> Method: ...
     @property
@@ -127,6 +130,14 @@ def work(request: Request) -> None:
         )
 
 
+def upload(request: Request) -> None:
+    """What is said of an upload is said of one that is asked for."""
+    hub = request.hub
+    if hub.push_to is None and (hub.private or hub.push_revision is not None):
+        field = asked("private", True) if hub.private else asked("hub_revision", hub.push_revision)
+        raise InputError(f"{field} has no effect without {asked('push_to_hub')}; give the repository as well")
+
+
 def dtype(request: Request) -> None:
     """The type is one that models are stored in."""
     _known("dtype", request.output.dtype, DTYPES)
@@ -153,7 +164,7 @@ def sharing(request: Request) -> None:
 PLANNED: Sequence[Rule] = (size, method, allocation, refit, solver, dtype, layout, sharing)
 # Those of `svdconvert spectrum`, which has no size:
 METHOD: Sequence[Rule] = (method, layout, text, parts)
-ALL: Sequence[Rule] = (size, method, allocation, refit, text, parts, solver, work, dtype, layout, sharing)
+ALL: Sequence[Rule] = (size, method, allocation, refit, text, parts, solver, work, upload, dtype, layout, sharing)
 
 
 def check(request: Request, rules: Sequence[Rule]) -> None:

@@ -71,6 +71,10 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"keep": 0.5, "solver": "fast", "keep_work": True}, "does not go with work or keep_work; leave one"),
     ],
     "work": [({"keep": 0.5, "work": "w", "keep_work": True}, "give either keep_work")],
+    "upload": [
+        ({"rank": 8, "private": True}, "private=True has no effect without push_to_hub"),
+        ({"rank": 8, "hub_revision": "v1"}, "hub_revision='v1' has no effect without push_to_hub"),
+    ],
     "dtype": [({"keep": 0.5, "dtype": "int8"}, "dtype='int8' is unknown; choose keep, float16, bfloat16 or float32")],
     "layout": [({"keep": 0.5, "layout": "flat"}, "layout='flat' is unknown; choose balanced or pivoted")],
     "sharing": [
@@ -102,7 +106,7 @@ def test_rules(name: str, keywords: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(("name", "keywords", "words"), CASES, ids=[f"{case[0]}: {case[2][:40]}" for case in CASES])
 def test_a_plan_needs_no_text(name: str, keywords: dict[str, Any], words: str) -> None:
     request = Conversion.of(**keywords)
-    if name in ("text", "parts", "work"):
+    if name in ("text", "parts", "work", "upload"):
         request.check_planned()
     else:
         with pytest.raises(InputError):
