@@ -39,7 +39,7 @@ def render(row: Architecture) -> str:
 
 
 def _fields(row: Architecture) -> dict[str, Any]:
-    endings = ("Config", row.causal, *(("ForSequenceClassification",) if row.classifies else ()))
+    endings = ("Config", "Model", *(("ForSequenceClassification",) if row.classifies else ()))
     endings += ("ForTokenClassification",) if row.labels else ()
     rotary = "rope_parameters" in row.config_overrides({})
     blocks = row.pieces.blocks
@@ -54,7 +54,12 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "labels": row.labels,
         "transposed": row.transposed,
         "auto_map": row.auto_map,
-        "imports": sorted(row.stock + ending for ending in (*endings, "Model", "PreTrainedModel")),
+        "inner": row.inner,
+        "since_5": row.since >= (5, 0),
+        "imports": sorted(
+            {row.inner + ending for ending in endings}
+            | {row.stock + ending for ending in (row.causal, "PreTrainedModel")}
+        ),
         "base": row.prefix.removesuffix("."),
         "linear": "Conv1D" if row.transposed else "nn.Linear",
         "sizes": "tuple(reversed(layer.weight.shape))" if row.transposed else "tuple(layer.weight.shape)",

@@ -100,6 +100,8 @@ class Architecture:
     Attributes:
         model_type: ``config.json``'s model_type of the dense model.
         stock: prefix of the names of the family's classes in transformers, for example ``Llama``.
+        text: what the names of its configuration, base model and classifiers have after that: ``Text`` where the family
+            has models that see, too.
         factored: prefix of the names of the factored classes, ``LlamaSVD``.
         svd_model_type: ``config.json``'s model_type of the factored model; its file is modeling_TYPE.py.
         prefix: name of the base model inside the causal one, with the dot.
@@ -149,6 +151,7 @@ class Architecture:
     fields: Mapping[str, Kind] = field(default_factory=dict)
     since: tuple[int, int] = (4, 46)
     template: str = "decoder"
+    text: str = ""
     title: str = ""
     head_width: str = "hidden_size"
     partial_rotary: bool = False
@@ -161,6 +164,11 @@ class Architecture:
     def embedding(self) -> str:
         """Name of the weight that a tied head is a copy of."""
         return f"{self.prefix}{self.pieces.embeddings[0]}.weight"
+
+    @property
+    def inner(self) -> str:
+        """Prefix of the names of the stock configuration, base model and classifiers."""
+        return f"{self.stock}{self.text}"
 
     @property
     def dense_class(self) -> str:

@@ -8,7 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from svdconvert.errors import InputError
-from svdconvert.families import gemma2, gpt2, gpt_neox, granite, llama, mistral, opt, phi3, qwen2, qwen3, starcoder2
+from svdconvert.families import (
+    gemma2,
+    gemma3_text,
+    gpt2,
+    gpt_neox,
+    granite,
+    llama,
+    mistral,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    starcoder2,
+)
 from svdconvert.families.claims import check_claims
 from svdconvert.families.row import Architecture, Config, Shapes
 from svdconvert.families.unsupported import kind_of, quantisation_of
@@ -25,7 +38,7 @@ __all__ = [
 ]
 
 # The files of the families, in the order of the table in docs/families.md.
-_FILES = (gpt_neox, llama, mistral, qwen2, qwen3, gemma2, phi3, granite, starcoder2, opt, gpt2)
+_FILES = (gpt_neox, llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, granite, starcoder2, opt, gpt2)
 
 ARCHITECTURES: Mapping[str, Architecture] = {file.ROW.model_type: file.ROW for file in _FILES}
 FACTORED: Mapping[str, Architecture] = {row.svd_model_type: row for row in ARCHITECTURES.values()}

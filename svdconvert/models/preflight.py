@@ -35,6 +35,7 @@ def check_model(source: Source) -> None:
     """
     factored = is_factored(source)
     row = (factored_architecture if factored else dense_architecture)(source.config, source.where)
+    _check_version(row, source)
     _check_attention(source)
     if not factored:
         full = row.full_names(source.tensors, source.config)
@@ -45,6 +46,15 @@ def check_model(source: Source) -> None:
     _check_generation(source)
     if not source.fetched:  # files that are fetched one by one are compared on arrival
         _check_head(source, row)
+
+
+def _check_version(row: Architecture, source: Source) -> None:
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < row.since:
+        needed = ".".join(map(str, row.since))
+        raise InputError(
+            f"{source.where} has model_type {row.model_type!r}, which needs transformers {needed} or newer; update "
+            f"transformers, which is {transformers.__version__}"
+        )
 
 
 def _check_attention(source: Source) -> None:

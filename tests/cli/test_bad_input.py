@@ -119,11 +119,11 @@ def pickled(value: object, **options: Any) -> Callable[[Path], None]:
 
 
 SINGLE_FILE_FAULTS = {
-    "unknown architecture": (edit_config(model_type="mpt"), "'mpt', which is not", "types gemma2, gpt2, gpt_neox, "),
+    "unknown architecture": (edit_config(model_type="mpt"), "'mpt', which is not", "types gemma2, gemma3_text, gpt2, "),
     "no architecture": (
         edit_config(model_type=None),
         "model_type None, which is not",
-        "types gemma2, gpt2, gpt_neox, ",
+        "types gemma2, gemma3_text, gpt2, ",
     ),
     "experts": (
         edit_config(model_type="mixtral", num_local_experts=8),

@@ -10,16 +10,21 @@ import pytest
 import transformers
 from support.families import (
     VERSION,
+    rewrite_config,
     stock_config,
     stock_model,
+    write_family,
 )
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from svdconvert.errors import InputError
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES, FACTORED
 from svdconvert.jobs.model_files import modeling_source
 from svdconvert.models.head import LOGITS
+from svdconvert.models.preflight import _check_version
+from svdconvert.storage.source import LocalSource
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,10 +46,19 @@ def test_every_file_of_a_family_is_in_the_table() -> None:
     assert {path.stem for path in folder.glob("*.py") if "\nROW = " in path.read_text()} == ARCHITECTURES.keys()
     assert len(FACTORED) == len({row.factored for row in ARCHITECTURES.values()}) == len(ARCHITECTURES)
     for row in ARCHITECTURES.values():
-        assert hasattr(transformers, f"{row.stock}Config") == (row.since <= VERSION)
+        assert hasattr(transformers, f"{row.inner}Config") == (row.since <= VERSION)
         assert row.models
         assert row.remarks
     assert {row.pieces.logits for row in ARCHITECTURES.values()} == LOGITS.keys()
+
+
+def test_an_older_transformers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers 4.57 has Gemma 3, but reads none of the rotary settings that 5 writes."""
+    model = write_family(tmp_path / "model", "llama")
+    rewrite_config(model, model_type="gemma3_text")
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(InputError, match=r"'gemma3_text', which needs transformers 5\.0 or newer.* is 4\.57\.1"):
+        _check_version(ARCHITECTURES["gemma3_text"], LocalSource(model))
 
 
 def test_what_is_rendered() -> None:

@@ -76,6 +76,11 @@ PUBLISHED = {
     "qwen2.5-7b": ("qwen2", decoder(3584, 18944, 28, 28, 152064, num_key_value_heads=4), 7_615_616_512),
     "qwen3-8b": ("qwen3", decoder(4096, 12288, 36, 32, 151936, num_key_value_heads=8, head_dim=128), 8_190_735_360),
     "gemma-2-9b": ("gemma2", decoder(3584, 14336, 42, 16, 256000, num_key_value_heads=8, head_dim=256), 9_241_705_984),
+    "gemma-3-270m": (
+        "gemma3_text",
+        decoder(640, 2048, 18, 4, 262144, num_key_value_heads=1, head_dim=256),
+        268_098_176,
+    ),
     "phi-3-mini": ("phi3", decoder(3072, 8192, 32, 32, 32064, num_key_value_heads=32), 3_821_079_552),
     "opt-6.7b": ("opt", decoder(4096, 0, 32, 32, 50272, ffn_dim=16384), 6_658_473_984),
     "opt-350m": (

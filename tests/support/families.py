@@ -40,7 +40,7 @@ def stock_config(model_type: str, **changes: Any) -> Any:
     row = ARCHITECTURES[model_type]
     settings = {**COMMON, **row.tiny, **changes}
     settings = {key: dict(v) if isinstance(v, dict) else v for key, v in settings.items() if v is not None}
-    return getattr(transformers, f"{row.stock}Config")(**settings)
+    return getattr(transformers, f"{row.inner}Config")(**settings)
 
 
 def stock_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
