@@ -102,6 +102,10 @@ def show_result(console: Console, report: Report) -> None:
         guess = f" ({record['predicted_loss']:+.4f} predicted; {ROUGH_GUESS})" if "predicted_loss" in record else ""
         measured = f"{record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
         rows.append(("loss added", f"{measured}, measured on the calibration text{guess}"))
+    if "budget" in record:
+        from svdconvert.commands.budgets import MeasuredBudget
+
+        rows.append(("budget measured", str(MeasuredBudget(**record["budget"]))))
     rows += _times(outcome)
     memory = size(outcome.peak_memory_bytes)
     if outcome.peak_device_bytes:

@@ -40,6 +40,7 @@ def factored_card(
     settings: Mapping[str, Any],
     matrices: Mapping[str, Mapping[str, Any]],
     losses: Mapping[str, float],
+    budget: str = "",
 ) -> str:
     """Card of a factored model.
 
@@ -51,11 +52,12 @@ def factored_card(
         settings: what svdconvert.json tells of them.
         matrices: what svdconvert.json tells about every factored matrix, by module path.
         losses: what it tells of the loss on the calibration text.
+        budget: what was measured to choose the ranks, in a sentence; empty where nothing was.
     """
     lines = [
         *_overview(source, plan, settings, matrices),
         *_sizes(plan),
-        *_quality(matrices, losses),
+        *_quality(matrices, losses, budget),
         *_use(source, plan, row),
         *_made_by(command),
     ]
@@ -99,12 +101,13 @@ def _sizes(plan: Plan) -> list[str]:
     ]
 
 
-def _quality(matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, float]) -> list[str]:
+def _quality(matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, float], budget: str) -> list[str]:
     """What was lost, where anything was factored."""
     if not matrices:
         return []
     advice = "Truncation costs quality; measure it, and fine-tune before use."
-    return [*_losses(matrices), "", *_measured(losses), advice, ""]
+    chosen = [f"Ranks chosen by measuring: {budget}.", ""] if budget else []
+    return [*_losses(matrices), "", *_measured(losses), *chosen, advice, ""]
 
 
 def _use(source: Source, plan: Plan, row: Architecture) -> list[str]:

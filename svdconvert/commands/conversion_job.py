@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.commands import card
-from svdconvert.commands.stages import Prepared, Work, measure
+from svdconvert.commands.stages import Prepared, measure
+from svdconvert.commands.work import Work
 from svdconvert.factoring.matrix_report import matrix_reports
 from svdconvert.families.table import dense_architecture
 from svdconvert.jobs import model_files
@@ -80,7 +81,7 @@ class _Results:
 
     def details(self, reports: Reports) -> dict[str, Any]:
         """Fields of svdconvert.json."""
-        plan, refit = self.plan, self.prepared.refit
+        plan, refit, budget = self.plan, self.prepared.refit, self.prepared.budget
         return {
             "params": {"before": plan.params_before, "after": plan.params_after},
             "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
@@ -90,6 +91,7 @@ class _Results:
             **self.predicted(reports),
             **self.losses,
             **({} if refit is None else {"refit": asdict(refit)}),
+            **({} if budget is None else {"budget": budget.to_json()}),
         }
 
     def card(self, reports: Reports) -> str:
@@ -98,7 +100,8 @@ class _Results:
         row = dense_architecture(source.config, source.where)
         command = repeatable(self.work).command(source.repo or source.name)
         lost = {**self.predicted(reports), **self.losses}
-        return card.factored_card(source, self.plan, row, command, self.settings, self.matrices(reports), lost)
+        budget = "" if self.prepared.budget is None else str(self.prepared.budget)
+        return card.factored_card(source, self.plan, row, command, self.settings, self.matrices(reports), lost, budget)
 
 
 def repeatable(work: Work) -> Conversion:

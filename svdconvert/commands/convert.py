@@ -9,10 +9,12 @@ from dataclasses import replace
 from functools import cache
 
 from svdconvert.calibration.knowledge import Calibration, find_knowledge
+from svdconvert.commands.budgets import with_ranks
 from svdconvert.commands.conversion_job import conversion_job
 from svdconvert.commands.push import push
 from svdconvert.commands.report import Report
-from svdconvert.commands.stages import Prepared, Work, kept_work, prepare, with_ranks
+from svdconvert.commands.stages import Prepared, prepare
+from svdconvert.commands.work import Work, kept_work
 from svdconvert.jobs.job import Outcome, run_job
 from svdconvert.jobs.own_files import JOB_FOLDER, refuse_foreign
 from svdconvert.layouts.table import DEFAULT_LAYOUT
@@ -37,6 +39,8 @@ def convert(
     rank: int | Mapping[str, int] | None = None,
     keep: float | None = None,
     params: str | int | None = None,
+    max_loss: float | None = None,
+    max_kl: float | None = None,
     targets: Sequence[str] = (),
     method: str | None = None,
     dtype: str = "keep",
@@ -72,12 +76,16 @@ def convert(
     Args:
         model, rank, keep, params, targets, dtype, max_shard_size, revision, factor_all, rank_multiple: see
             :func:`plan`.
+        max_loss: instead of a size, the nats per token that the smallest size to be found may add to the model's loss,
+            measured on held-out sequences of the calibration text. With a refit it is measured before that.
+        max_kl: likewise the mean divergence KL(dense || converted), nats per token.
         method: row of :data:`svdconvert.methods.table.METHODS`; by default kfac where there is a text, else svd.
         out: folder to write.
         device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         calibration: the text that a data-aware method uses.
-        allocation: ``uniform``, every matrix as the request says, or ``global``, the same number of parameters where
-            they help most; by default what the method does best with.
+        allocation: ``uniform``, every matrix as the request says; ``global``, the same number of parameters where they
+            help most; or ``measured``, which corrects that by what is measured on the compressed model. By default what
+            the method does best with.
         alpha: exponent of asvd.
         shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1; by default 0.2 for kfac and
             0 for whiten, which then is SVD-LLM.
@@ -169,9 +177,9 @@ def _run(work: Work, plan: Plan) -> tuple[Plan, Outcome]:
     from svdconvert.commands.verify import self_check
 
     request, events = work.request, work.events
-    if request.allocation == "uniform":
+    if not work.chooses:
         events.planned(plan, free_bytes(work.folder))
-    elif request.method.allocation != "global":
+    elif request.allocation == "global" and request.method.allocation != "global":
         events.note(
             Sentence(
                 "a global budget compares singular values of all matrices, which those of "
@@ -199,7 +207,7 @@ def _run(work: Work, plan: Plan) -> tuple[Plan, Outcome]:
         )
     if not outcome.already_done:
         return prepared().plan, outcome
-    if request.allocation == "uniform":
+    if not work.chooses:
         return plan, outcome
     matrices = outcome.record["matrices"]  # with the ranks that an earlier run has chosen
     ranks = [matrices.get(target.module, {}).get("rank") for target in plan.targets]

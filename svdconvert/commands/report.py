@@ -11,7 +11,7 @@ from svdconvert.jobs.job import Outcome
 from svdconvert.planning.plan import Plan
 
 # Of svdconvert.json, what a model has lost on its text.
-LOSSES = ("predicted_loss", "dense_loss", "measured_loss", "refit")
+LOSSES = ("predicted_loss", "dense_loss", "measured_loss", "refit", "budget")
 
 
 @dataclass(frozen=True)

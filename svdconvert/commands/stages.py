@@ -5,64 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdconvert.calibration.knowledge import Knowledge
+from svdconvert.commands.budgets import MeasuredBudget, check_sequences, choose_ranks
+from svdconvert.commands.work import Work
 from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.layouts.table import layout_named
 from svdconvert.machine import processes
-from svdconvert.planning.allocation import allocate
-from svdconvert.planning.events import Events
 from svdconvert.planning.make import plan_for
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target
-from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.text import Stats
 from svdconvert.storage import locks
 from svdconvert.storage.disk import free_bytes
-from svdconvert.storage.source import Source
 
 if TYPE_CHECKING:
     from svdconvert.factoring.decompositions import Decompositions
     from svdconvert.factoring.refit_files import Refit
-
-
-@dataclass(frozen=True)
-class Work:
-    """A conversion under way.
-
-    Attributes:
-        source: the dense model.
-        request: what to do, settled.
-        knowledge: the calibration text and its statistics, or None.
-        folder: where the result goes.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
-        events: receiver of progress.
-    """
-
-    source: Source
-    request: Conversion
-    knowledge: Knowledge | None
-    folder: Path
-    device: str
-    events: Events
-
-    @property
-    def kept(self) -> Path | None:
-        """The folder that keeps statistics and decompositions for other runs; None for none."""
-        return kept_work(self.folder) if self.request.runtime.keep_work else self.request.runtime.work
-
-    @property
-    def must_decompose(self) -> bool:
-        """Whether the result is made from whole decompositions, kept or not."""
-        recipe = self.request.recipe
-        return bool(self.request.method.statistics) or recipe.allocation == "global" or recipe.refit != "none"
-
-    @property
-    def decomposes(self) -> bool:
-        """Whether matrices are decomposed before they are truncated."""
-        return self.must_decompose or self.kept is not None
 
 
 @dataclass(frozen=True)
@@ -72,10 +31,12 @@ class Prepared:
     Attributes:
         plan: the conversion.
         refit: how the refit ended; None without one.
+        budget: what was measured to choose the ranks; None where nothing was.
     """
 
     plan: Plan
     refit: Refit | None = None
+    budget: MeasuredBudget | None = None
 
 
 def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
@@ -95,16 +56,18 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
         held.enter_context(locks.collected(work.request.calibration.folder))
     if not work.decomposes:
         return Prepared(plan)
+    check_sequences(work)
     store = _decompose(work, plan)
     targets: Sequence[Target] = plan.targets
-    if work.request.allocation == "global":
-        targets = spend(plan, work.request, store)
-    plan = plan_for(work.source, work.request, targets, {target.module: store.options(target) for target in targets})
-    if work.request.allocation == "global":
+    budget: MeasuredBudget | None = None
+    if work.chooses:
+        targets, budget = choose_ranks(work, plan, store)
+    plan = plan_for(work.source, work.request, targets, store.files(targets))
+    if work.chooses:
         work.events.planned(plan, free_bytes(work.folder))
     if work.request.recipe.refit == "none" or not plan.ranks:
-        return Prepared(plan)
-    return _refit(work, plan, store)
+        return Prepared(plan, budget=budget)
+    return replace(_refit(work, plan, store), budget=budget)
 
 
 def _decompose(work: Work, plan: Plan) -> Decompositions:
@@ -122,35 +85,6 @@ def _decompose(work: Work, plan: Plan) -> Decompositions:
         work.events,
         work.request.runtime.workers,
     )
-
-
-def spend(plan: Plan, request: Conversion, store: Decompositions) -> list[Target]:
-    """Ranks of a global budget: as many parameters as uniform ranks would take, spent where they help most.
-
-    Raises:
-        InputError: the budget is below what the least ranks cost.
-    """
-    targets = [replace(target, rank=None, reason="") for target in plan.targets]
-    dense = sum(target.dense_params for target in targets)
-    budget = request.size.budget(dense, plan.params_before - dense)
-    if budget is None:
-        budget = sum(target.params for target in plan.targets)
-    ranks = allocate(
-        targets,
-        [store.spectrum(target).numpy() for target in targets],
-        budget,
-        cost=layout_named(request.recipe.layout).cost,
-        multiple=request.size.multiple,
-    )
-    return with_ranks(targets, ranks)
-
-
-def with_ranks(targets: Sequence[Target], ranks: Sequence[int | None]) -> list[Target]:
-    """Targets with the ranks of a global budget; None keeps one dense."""
-    return [
-        replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
-        for target, rank in zip(targets, ranks, strict=True)
-    ]
 
 
 def _refit(work: Work, plan: Plan, store: Decompositions) -> Prepared:
@@ -208,9 +142,3 @@ def measure(work: Work, plan: Plan) -> Mapping[str, float]:
         events=work.events,
     )
     return {"dense_loss": dense.mean, "measured_loss": compressed.mean - dense.mean}
-
-
-def kept_work(folder: Path) -> Path:
-    """The folder that ``keep_work`` stands for."""
-    named = folder if folder.name not in ("", "..") else folder.resolve()
-    return named.with_name(f"{named.name}-work")

@@ -13,7 +13,7 @@ and 8 n^2 bytes a layer stay for the least-squares partners.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +123,10 @@ class Decompositions:
             paths = [self.metric_path(target, index) for index in range(len(target.parts))]
             options["metrics"] = [str(path) for path in paths if path.is_file()]
         return options
+
+    def files(self, targets: Iterable[Target]) -> dict[str, dict[str, Any]]:
+        """Module path -> :meth:`options`."""
+        return {target.module: self.options(target) for target in targets}
 
     def save(
         self, target: Target, decomposition: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None

@@ -30,6 +30,7 @@ _FIELDS = {
     "predicted_loss": optional(NUMBER),
     "dense_loss": optional(NUMBER),
     "measured_loss": optional(NUMBER),
+    "budget": optional(record({"kl": NUMBER, "added": NUMBER, "dense_loss": NUMBER, "tokens": COUNT})),
     "timing": many(table(record({"wall_seconds": NUMBER, "cpu_seconds": NUMBER}))),
 }
 

@@ -38,10 +38,8 @@ def next_token_loss(
         ``(sum of -log p of the text's own tokens in nats, tokens predicted, gradient [batch, length, hidden] of the
         sum)``; the gradient is zero where no token is predicted, and everywhere without ``gradient``.
     """
-    has_next = torch.zeros_like(mask)
-    has_next[:, :-1] = mask[:, :-1] & mask[:, 1:]
-    rows = has_next.reshape(-1).nonzero().reshape(-1)
-    targets = torch.roll(ids, -1, dims=1).reshape(-1)[rows].to(hidden.device)
+    rows, targets = predicted_tokens(ids, mask)
+    targets = targets.to(hidden.device)
     drawn = None if draws is None else draws.reshape(-1)[rows].to(hidden.device)
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = rows.to(hidden.device)
@@ -51,9 +49,7 @@ def next_token_loss(
     for part in torch.arange(rows.numel(), device=hidden.device).split(step):
         inputs = flat[rows[part]].requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            logits = head(inputs)
-            # Half types lack the range and the digits for a softmax over a vocabulary.
-            logits = logits if logits.dtype == torch.float64 else logits.float()
+            logits = wide(head(inputs))
         check(logits)
         with torch.no_grad():
             losses = nn.functional.cross_entropy(logits, targets[part], reduction="none")
@@ -64,6 +60,20 @@ def next_token_loss(
                 loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
             (slope[rows[part]],) = torch.autograd.grad(loss, inputs)
     return total, rows.numel(), slope.view(hidden.shape)
+
+
+def predicted_tokens(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``(positions that predict a token, those tokens)`` in the flattened batch, [n] int64 each; see the arguments of
+    :func:`next_token_loss`."""
+    has_next = torch.zeros_like(mask)
+    has_next[:, :-1] = mask[:, :-1] & mask[:, 1:]
+    rows = has_next.reshape(-1).nonzero().reshape(-1)
+    return rows, torch.roll(ids, -1, dims=1).reshape(-1)[rows]
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in at least float32: half types lack the range and the digits for a softmax over a vocabulary."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from svdconvert.errors import InputError
 from svdconvert.models.activations import ActivationStore, Loss
 from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.head_divergence import HeadDivergence, head_divergence
 from svdconvert.models.loss import next_token_loss
 from svdconvert.version import __version__
 
@@ -75,6 +76,15 @@ class Stream:
                 self._check(hidden, f"the embeddings of {self._name} give")
                 write(hidden)
 
+    def begin(self) -> int:
+        """The last block whose input is there; the first one's is made if there is none."""
+        ready = [index for index in range(self._blocks.count + 1) if self.has(index)]
+        if ready:
+            return ready[-1]
+        with self._blocks.embeddings():
+            self.embed()
+        return 0
+
     def run(self, block: nn.Module, index: int, batch: slice) -> Tensor:
         """A block's output for one batch."""
         output = self._blocks.run(block, self.read(index, batch), self._mask[batch])
@@ -110,6 +120,33 @@ class Stream:
                 )
                 total, count = total + nll, count + predicted
         return Loss(total, count)
+
+    def divergence(
+        self, head: nn.Module, reference: Stream, write: Callable[[Tensor], None] | None = None
+    ) -> HeadDivergence:
+        """How far the predictions are from those of another model, from the last block's outputs of both.
+
+        Args:
+            head: of both models.
+            reference: the other model's hidden states, of the same sequences.
+            write: takes the gradient of the sum of KL with respect to these hidden states, batch by batch.
+        """
+        sums, count = HeadDivergence(), self._blocks.count
+        for batch in self.batches:
+            found, slope = head_divergence(
+                head,
+                reference.read(count, batch),
+                self.read(count, batch),
+                self._ids[batch],
+                self._mask[batch],
+                vocabulary=self._blocks.vocabulary,
+                check=lambda logits: self._check(logits, f"the head of {self._name} gives"),
+                gradient=write is not None,
+            )
+            sums += found
+            if write is not None:
+                write(slope)
+        return sums
 
     def _check(self, values: Tensor, what: str) -> None:
         if not bool(torch.isfinite(values).all()):

@@ -17,6 +17,7 @@ from svdconvert.planning.conversion_steps import conversion_steps
 from svdconvert.planning.notes import plan_notes, solver_note
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target, assign
+from svdconvert.planning.size_search import LARGEST
 from svdconvert.planning.steps import files_bytes, in_order, shard, with_copies
 from svdconvert.planning.targets import choose_targets, in_parts, share
 from svdconvert.settings.conversion import Conversion
@@ -63,7 +64,7 @@ class _Parameters:
 
 
 def make_plan(source: Source, request: Conversion) -> Plan:
-    """Plan a conversion; a budget is spread evenly.
+    """Plan a conversion; a budget is spread evenly, and one that has to be found begins as large as it can be.
 
     Args:
         source: the dense model.
@@ -78,7 +79,8 @@ def make_plan(source: Source, request: Conversion) -> Plan:
     cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
     targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
     targets = share(targets, scope.share_layers, cut)
-    return plan_for(source, request, assign(targets, request.size, model.beside(targets)))
+    size = request.size if request.size.limit is None else request.size.at(LARGEST)
+    return plan_for(source, request, assign(targets, size, model.beside(targets)))
 
 
 def plan_for(

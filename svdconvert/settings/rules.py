@@ -62,33 +62,50 @@ def allocation(request: Request) -> None:
     chosen = request.recipe.allocation
     if chosen is not None:
         _known("allocation", chosen, ALLOCATIONS)
-    if chosen == "global" and request.size.patterns:
+    if chosen not in (None, "uniform") and request.size.patterns:
         raise InputError(
-            f"{asked('allocation', 'global')} chooses the ranks itself; give {asked('keep')}, {asked('params')}, or a "
+            f"{asked('allocation', chosen)} chooses the ranks itself; give {asked('keep')}, {asked('params')}, or a "
             f"{asked('rank')} without patterns"
         )
 
 
 def refit(request: Request) -> None:
-    """The refit is known, and goes with single matrices only."""
+    """The refit is known, goes with single matrices only, and keeps what a size promises."""
     chosen = request.recipe.refit
     _known("refit", chosen, REFITS)
+    if chosen != "none" and request.size.max_kl is not None:
+        raise InputError(
+            f"{asked('refit', chosen)} is judged by the loss and might exceed {asked('max_kl', request.size.max_kl)}; "
+            f"give {asked('max_loss')}, or leave one of them out"
+        )
     if chosen != "none" and request.scope.share_layers != 1:
         raise InputError(f"{asked('refit', chosen)} does not go with {asked('share_layers')}; leave one of them out")
 
 
 def text(request: Request) -> None:
     """A text is given where one is needed, and nowhere else."""
-    row, chosen = request.method, request.recipe.refit
-    given = request.calibration is not None
-    for words, needs in ((asked("method", row.name), bool(row.statistics)), (asked("refit", chosen), chosen != "none")):
-        if needs and not given:
+    row, given = request.method, request.calibration is not None
+    users = _users_of_the_text(request)
+    for words in users:
+        if not given:
             raise InputError(f"{words} needs a text; give one as {asked('calibration')}")
-    if given and not row.statistics and chosen == "none":
+    if given and not users:
         word = "stats" if isinstance(request.calibration, Stats) else "calibration"
         raise InputError(
             f"{asked(word)} has no effect on {asked('method', row.name)}, which uses the weights alone; leave it out"
         )
+
+
+def _users_of_the_text(request: Request) -> list[str]:
+    """What a request asks for that reads a text."""
+    row, refitted, limit = request.method, request.recipe.refit, request.size.limit
+    users = {
+        asked("method", row.name): bool(row.statistics),
+        asked("refit", refitted): refitted != "none",
+        asked("allocation", "measured"): request.allocation == "measured",
+        **({} if limit is None else {asked(*limit): True}),
+    }
+    return [words for words, reads in users.items() if reads]
 
 
 def parts(request: Request) -> None:
@@ -110,7 +127,8 @@ def solver(request: Request) -> None:
     others = (
         (bool(request.method.statistics), asked("method", request.method.name)),
         (request.scope.share_layers != 1, asked("share_layers", request.scope.share_layers)),
-        (request.allocation == "global", asked("allocation", "global")),
+        (request.allocation != "uniform", asked("allocation", request.allocation)),
+        (request.size.limit is not None, asked(*(request.size.limit or ("max_loss",)))),
         (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
         (request.runtime.keeps, f"{asked('work')} or {asked('keep_work')}"),
     )
@@ -148,6 +166,15 @@ def layout(request: Request) -> None:
     layout_named(request.recipe.layout)
 
 
+def planned_size(request: Request) -> None:
+    """The size is known before anything is measured."""
+    if request.size.limit is not None:
+        raise InputError(
+            f"a plan cannot know the size that {asked(*request.size.limit)} leads to, since it has to be measured; "
+            f"plan {asked('keep')} or {asked('params')}"
+        )
+
+
 def sharing(request: Request) -> None:
     """So many layers can share, in this layout."""
     layers, stored = request.scope.share_layers, layout_named(request.recipe.layout)
@@ -161,7 +188,7 @@ def sharing(request: Request) -> None:
 
 
 # In the order in which they are tried. Those that a plan depends on:
-PLANNED: Sequence[Rule] = (size, method, allocation, refit, solver, dtype, layout, sharing)
+PLANNED: Sequence[Rule] = (size, planned_size, method, allocation, refit, solver, dtype, layout, sharing)
 # Those of `svdconvert spectrum`, which has no size:
 METHOD: Sequence[Rule] = (method, layout, text, parts)
 ALL: Sequence[Rule] = (size, method, allocation, refit, text, parts, solver, work, upload, dtype, layout, sharing)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
@@ -60,13 +61,15 @@ def default_and_patterns(rank: int | Mapping[str, int] | None) -> tuple[int | No
 
 @dataclass(frozen=True)
 class Size:
-    """Exactly one of a rank (with exceptions), a kept fraction, or the size of the model.
+    """Exactly one of a rank (with exceptions), a kept fraction, the size of the model, or what it may lose.
 
     Attributes:
         rank: rank of every target that no pattern names.
         patterns: pattern -> rank; the last match wins.
         keep: fraction of the target parameters to keep, 0 < keep < 1.
         params: parameters that the whole converted model may have.
+        max_loss: nats per token that the smallest size to be found may add to the loss of held-out text.
+        max_kl: likewise the mean divergence KL(dense || converted) of its predictions.
         multiple: every rank is a multiple of it; the ranks of a budget are rounded down.
         factor_all: factor also where that saves nothing.
     """
@@ -107,6 +110,24 @@ class Size:
         metavar="COUNT",
         read=parse_count,
     )
+    max_loss: float | None = option(
+        None,
+        "--max-loss",
+        "Instead: the smallest size that adds at most so many nats per token, measured on a part of the text.",
+        keyword="max_loss",
+        group="Size",
+        kind="number",
+        metavar="NATS",
+    )
+    max_kl: float | None = option(
+        None,
+        "--max-kl",
+        "Instead: the smallest size whose predictions are at most so many nats per token from the model's, likewise.",
+        keyword="max_kl",
+        group="Size",
+        kind="number",
+        metavar="NATS",
+    )
     multiple: int = option(
         1,
         "--rank-multiple",
@@ -130,9 +151,11 @@ class Size:
         Raises:
             InputError: not exactly one is given, or a number is impossible.
         """
-        sizes = [self.rank is not None or bool(self.patterns), self.keep is not None, self.params is not None]
-        if sum(sizes) != 1:
-            raise InputError(f"give exactly one of {asked('rank')}, {asked('keep')} and {asked('params')}")
+        others = {"keep": self.keep, "params": self.params, "max_loss": self.max_loss, "max_kl": self.max_kl}
+        given_sizes = [name for name, value in others.items() if value is not None]
+        if len(given_sizes) + (self.rank is not None or bool(self.patterns)) != 1:
+            *words, last = (asked(name) for name in ("rank", *others))
+            raise InputError(f"give exactly one of {', '.join(words)} and {last}")
         if self.multiple < 1:
             raise InputError(f"{asked('rank_multiple', self.multiple)} is too small; the least is 1")
         for name, rank in {"": self.rank, **self.patterns}.items():
@@ -150,9 +173,28 @@ class Size:
         if self.keep is not None and not 0 < self.keep < 1:
             fraction = "the fraction of target parameters kept"
             raise InputError(f"{asked('keep', self.keep)} must lie between 0 and 1 ({fraction})")
+        if self.limit is not None:
+            name, nats = self.limit
+            if not 0 < nats < math.inf:
+                raise InputError(f"{asked(name, nats)} must be above 0 (nats per token)")
+
+    @property
+    def limit(self) -> tuple[str, float] | None:
+        """``max_loss`` or ``max_kl`` and its value, where the size is to be found by measuring; None otherwise."""
+        for name, nats in (("max_loss", self.max_loss), ("max_kl", self.max_kl)):
+            if nats is not None:
+                return name, nats
+        return None
+
+    def at(self, share: float) -> Size:
+        """The same with a fraction to keep in the place of what may be lost."""
+        return replace(self, keep=share, max_loss=None, max_kl=None)
 
     def key(self) -> dict[str, object]:
-        """The size in JSON types, for the record and for comparing an interrupted job with its continuation."""
+        """The size in JSON types, for the record and for comparing an interrupted job with its continuation.
+
+        What it may lose is left out where it is not limited, as in the records of earlier versions.
+        """
         return {
             "rank": self.rank,
             "rank_patterns": dict(self.patterns),
@@ -160,10 +202,11 @@ class Size:
             "params": self.params,
             "factor_all": self.factor_all,
             "rank_multiple": self.multiple,
+            **dict([self.limit] if self.limit is not None else []),
         }
 
     def budget(self, target_params: int, other_params: int) -> int | None:
-        """Parameters that the target weights may have together; None where ranks were asked for.
+        """Parameters that the target weights may have together; None where ranks or a loss were asked for.
 
         Args:
             target_params: parameters of all targets.

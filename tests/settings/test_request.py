@@ -18,7 +18,7 @@ from svdconvert import Calibration, Events, InputError
 from svdconvert.cli.app import main
 from svdconvert.cli.fields import conversion_of
 from svdconvert.commands.conversion_job import repeatable
-from svdconvert.commands.stages import Work
+from svdconvert.commands.work import Work
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.hub import Hub
 from svdconvert.settings.options import SECTIONS
@@ -52,6 +52,8 @@ sizes = st.one_of(
     st.builds(Size, rank=counts | st.none(), patterns=st.dictionaries(patterns, counts, max_size=3)),
     st.builds(Size, keep=shares, multiple=counts, factor_all=st.booleans()),
     st.builds(Size, params=counts),
+    st.builds(Size, max_loss=shares),
+    st.builds(Size, max_kl=shares),
 )
 recipes = st.builds(
     Recipe,
@@ -106,7 +108,16 @@ def test_json(request: Conversion) -> None:
 
 # Each field by itself, so that none can be forgotten.
 OTHER: Mapping[type, Mapping[str, Any]] = {
-    Size: {"rank": 7, "patterns": {"a.b": 3}, "keep": 0.1 + 0.2, "params": 77, "multiple": 8, "factor_all": True},
+    Size: {
+        "rank": 7,
+        "patterns": {"a.b": 3},
+        "keep": 0.1 + 0.2,
+        "params": 77,
+        "max_loss": 0.05,
+        "max_kl": 0.1,
+        "multiple": 8,
+        "factor_all": True,
+    },
     Scope: {"targets": ("one", "two words"), "split_fused": True, "share_layers": 2},
     Recipe: {
         "method": "kfac",

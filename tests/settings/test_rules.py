@@ -17,7 +17,7 @@ TEXT = Calibration("text.txt")
 # Rule -> keywords that break it, and what is said.
 BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
     "size": [
-        ({}, "give exactly one of rank, keep and params"),
+        ({}, "give exactly one of rank, keep, params, max_loss and max_kl"),
         ({"rank": 8, "keep": 0.5}, "give exactly one of"),
         ({"rank": {"a": 8}, "params": 100}, "give exactly one of"),
         ({"rank": 8, "rank_multiple": 0}, "rank_multiple=0 is too small; the least is 1"),
@@ -28,6 +28,9 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"keep": 0.0}, "keep=0.0 must lie between 0 and 1"),
         ({"keep": 1.0}, "keep=1.0 must lie between 0 and 1"),
         ({"keep": float("nan")}, "keep=nan must lie between 0 and 1"),
+        ({"max_kl": 0.1, "max_loss": 0.1}, "give exactly one of"),
+        ({"max_loss": 0.0}, "max_loss=0.0 must be above 0"),
+        ({"max_kl": float("inf")}, "max_kl=inf must be above 0"),
     ],
     "method": [
         ({"keep": 0.5, "method": "magic"}, "method='magic' is unknown; choose one of svd"),
@@ -45,10 +48,16 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
             {"keep": 0.5, "refit": "sequential", "calibration": TEXT, "share_layers": 2},
             "refit='sequential' does not go with share_layers",
         ),
+        (
+            {"max_kl": 0.1, "refit": "sequential", "calibration": TEXT},
+            "refit='sequential' is judged by the loss and might exceed max_kl=0.1; give max_loss",
+        ),
     ],
     "text": [
         ({"keep": 0.5, "method": "kfac"}, "method='kfac' needs a text"),
         ({"keep": 0.5, "refit": "sequential"}, "refit='sequential' needs a text"),
+        ({"max_loss": 0.5}, "max_loss=0.5 needs a text"),
+        ({"max_kl": 0.5, "method": "svd"}, "max_kl=0.5 needs a text"),
         ({"keep": 0.5, "method": "svd", "calibration": TEXT}, "calibration has no effect on method='svd'"),
         ({"keep": 0.5, "method": "svd", "stats": "s"}, "stats has no effect on method='svd'"),
     ],
@@ -66,6 +75,10 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         (
             {"keep": 0.5, "solver": "fast", "method": "svd", "refit": "sequential", "calibration": TEXT},
             "does not go with refit='sequential'; leave one",
+        ),
+        (
+            {"max_kl": 0.5, "solver": "fast", "method": "svd", "calibration": TEXT},
+            "does not go with max_kl=0.5; leave one",
         ),
         ({"keep": 0.5, "solver": "fast", "work": "w"}, "does not go with work or keep_work; leave one"),
         ({"keep": 0.5, "solver": "fast", "keep_work": True}, "does not go with work or keep_work; leave one"),
@@ -106,7 +119,7 @@ def test_rules(name: str, keywords: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(("name", "keywords", "words"), CASES, ids=[f"{case[0]}: {case[2][:40]}" for case in CASES])
 def test_a_plan_needs_no_text(name: str, keywords: dict[str, Any], words: str) -> None:
     request = Conversion.of(**keywords)
-    if name in ("text", "parts", "work", "upload"):
+    if name in ("text", "parts", "work", "upload") and request.size.limit is None:
         request.check_planned()
     else:
         with pytest.raises(InputError):
@@ -135,6 +148,16 @@ def test_good_requests(keywords: dict[str, Any]) -> None:
     request.check_planned()
     request.settled().check()
     request.check_method()
+
+
+@pytest.mark.parametrize("limit", [{"max_loss": 0.05}, {"max_kl": 0.05}])
+def test_a_size_to_be_found_cannot_be_planned(limit: dict[str, float]) -> None:
+    request = Conversion.of(**limit, calibration=TEXT)
+    request.check()
+    request.settled().check()
+    Conversion.of(max_loss=0.05, method="svd", calibration=TEXT, refit="sequential").check()
+    with pytest.raises(InputError, match=f"a plan cannot know the size that {next(iter(limit))}=0.05 leads to"):
+        request.check_planned()
 
 
 def test_a_look_at_a_method_needs_no_size() -> None:
