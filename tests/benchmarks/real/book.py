@@ -1,0 +1,180 @@
+"""The file of all measurements, docs/real.json, and the tables made of it in docs/real.md.
+
+    python -m tests.benchmarks.real.book      # the tables again, from the file
+
+A table stands between two comments of the page; what is around them is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.measure import machine, machine_line, markdown_table
+
+from .rows import KEEPS, LAW
+from .subjects import SUBJECTS, Subject
+
+OUT = Path("docs/real")
+Line = Mapping[str, Any]
+
+
+def read(out: Path) -> dict[str, Any]:
+    """What has been measured so far."""
+    numbers = out.with_suffix(".json")
+    found: dict[str, Any] = json.loads(numbers.read_text()) if numbers.is_file() else {}
+    return {"machine": machine(), "subjects": {}, "losses": [], "law": [], "tasks": []} | found
+
+
+def line(lines: Sequence[Line], subject: str, name: str, keep: float, calibration_tokens: int) -> Line | None:
+    """The line of one row at one budget, or None; plain SVD needs no text."""
+    key, names = (subject, name, keep), ("subject", "name", "keep")
+    alike = [known for known in lines if tuple(known[field] for field in names) == key]
+    return next((known for known in alike if known["calibration_tokens"] in (0, calibration_tokens)), None)
+
+
+def add(out: Path, subject: Subject, found: Line) -> None:
+    """Put a line in the place of the same one, or at the end."""
+    whole = read(out)
+    whole["machine"] = machine()
+    whole["subjects"][subject.name] = {
+        "packages": list(subject.packages), "file": subject.file, "sha256": subject.sha256,
+    }  # fmt: skip
+    known = line(whole["losses"], found["subject"], found["name"], found["keep"], found["calibration_tokens"])
+    whole["losses"] = [each for each in whole["losses"] if each is not known] + [found]
+    write(out, whole)
+
+
+def write(out: Path, whole: Mapping[str, Any]) -> None:
+    """The file, and the page's tables where there is a page."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
+    page = out.with_suffix(".md")
+    if page.is_file():
+        page.write_text(rendered(page.read_text(), whole))
+
+
+def rendered(page: str, whole: Mapping[str, Any]) -> str:
+    """The page with today's tables."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if begin in page and whole["subjects" if name == "sources" else name]:
+            before, _, rest = page.partition(begin)
+            page = f"{before}{begin}\n{table(whole)}\n\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+def sources(whole: Mapping[str, Any]) -> str:
+    """Where the models come from, and the machine."""
+    lines = [
+        f"* {SUBJECTS[name].title}: {', '.join(told['packages'])}; {told['file']}, SHA-256 {told['sha256']}"
+        for name, told in whole["subjects"].items()
+    ]
+    return "\n".join([*lines, f"* {machine_line(whole['machine'])}"])
+
+
+def losses(whole: Mapping[str, Any]) -> str:
+    """Added log-perplexity, KL and agreement."""
+    heads = ("row", "kept", "text", "parameters", "perplexity", "added", "of SVD-LLM's", "KL", "same choice", "CPU s")
+    blocks = []
+    for name in whole["subjects"]:
+        lines = [line for line in whole["losses"] if line["subject"] == name and line["keep"] in KEEPS]
+        dense = lines[0]
+        known = ", ".join(f"{field} {dense[field.replace('-', '_')]:.4f}" for field in ("cross-entropy", "entropy"))
+        head = (
+            f"{SUBJECTS[name].title}: {dense['params_before']:,} parameters; on {dense['tokens']:,} tokens "
+            f"perplexity {_perplexity(dense):.2f}, {known} nats."
+        )
+        blocks += [head, markdown_table(heads, [_cells(found, lines) for found in sorted(lines, key=_order)])]
+    return "\n\n".join(blocks)
+
+
+def _order(found: Line) -> tuple[float, float]:
+    return -found["keep"], -found["added"]
+
+
+def _cells(found: Line, lines: Sequence[Line]) -> tuple[str, ...]:
+    peer = line(lines, found["subject"], "whiten, uniform (SVD-LLM)", found["keep"], found["calibration_tokens"])
+    share = "" if peer is None else f"{found['added'] / peer['added']:.2f}"
+    perplexity = _perplexity(found, found["added"])
+    return (
+        found["name"], f"{found['keep']:.0%}", f"{found['calibration_tokens'] // 1024}k", f"{found['params']:,}",
+        f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.1e}", f"{found['added']:+.3f}", share,
+        f"{found['kl']:.3f}", f"{found['agreement']:.1%}", f"{found['cpu_s']:.0f}",
+    )  # fmt: skip
+
+
+def _perplexity(found: Line, added: float = 0.0) -> float:
+    return math.exp(found["cross_entropy"] + added)
+
+
+def law(whole: Mapping[str, Any]) -> str:
+    """Predicted and measured loss, and how many times as much is measured."""
+    heads = ("subject", "kept", "predicted", "KL", "of predicted", "added", "of predicted")
+    lines = [*whole["law"], *(line for line in whole["losses"] if line["name"] == LAW.name)]
+    rows = [
+        (
+            _title(line), f"{line['keep']:.0%}", f"{line['predicted']:.4f}",
+            f"{line['kl']:.4f}", f"{line['kl'] / line['predicted']:.2f}",
+            f"{line['added']:+.4f}", f"{line['added'] / line['predicted']:.2f}",
+        )
+        for line in sorted(lines, key=lambda line: (-line["keep"], _title(line)))
+    ]  # fmt: skip
+    return markdown_table(heads, rows)
+
+
+def tasks(whole: Mapping[str, Any]) -> str:
+    """Accuracies, and what is left of them above chance."""
+    heads = ("subject", "questions of", "number", "chance", "dense", "factored")
+    rows, left = [], []
+    for name in dict.fromkeys(line["subject"] for line in whole["tasks"]):
+        lines = [line for line in whole["tasks"] if line["subject"] == name]
+        rows += [
+            (
+                _title(line), line["task"], f"{line['questions']}", f"{line['chance']:.1%}",
+                *(f"{line[side]:.1%} ± {line[side + '_error']:.1%}" for side in ("dense", "factored")),
+            )
+            for line in lines
+        ]  # fmt: skip
+        mean = {
+            side: sum(line["questions"] * line[side] for line in lines) / sum(line["questions"] for line in lines)
+            for side in ("chance", "dense", "factored")
+        }
+        share = (mean["factored"] - mean["chance"]) / (mean["dense"] - mean["chance"])
+        count = sum(line["questions"] for line in lines)
+        rows.append((_title(lines[0]), "all", str(count), *(f"{mean[side]:.1%}" for side in mean)))
+        left.append(
+            f"{_title(lines[0])} keeps {share:.0%} of its accuracy above chance ({lines[0]['row']}, "
+            f"{lines[0]['keep']:.0%} kept)."
+        )
+    return "\n\n".join([markdown_table(heads, rows), " ".join(left)])
+
+
+def _title(found: Line) -> str:
+    name: str = found["subject"]
+    return SUBJECTS[name].title if name in SUBJECTS else name
+
+
+# Name of a place in the page -> what belongs there. A part that is not measured leaves its place as it is.
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "sources": sources,
+    "losses": losses,
+    "law": law,
+    "tasks": tasks,
+}
+
+
+def main() -> None:
+    """Make the tables again."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.real.book")
+    parser.add_argument("--out", type=Path, default=OUT, help="file name without its ending")
+    out = parser.parse_args().out
+    write(out, read(out))
+
+
+if __name__ == "__main__":
+    main()

