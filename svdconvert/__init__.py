@@ -18,6 +18,7 @@ _EXPORTS = {
     "convert": "commands.convert",
     "plan": "commands.plan",
     "push": "commands.push",
+    "report": "commands.html_report",
     "Report": "commands.report",
     "densify": "commands.densify",
     "evaluate": "commands.evaluate",
@@ -65,6 +66,7 @@ __all__ = [
     "fold",
     "plan",
     "push",
+    "report",
     "spectrum",
     "sweep",
     "verify",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.densify import densify
     from svdconvert.commands.evaluate import Evaluation, evaluate
     from svdconvert.commands.fold import fold
+    from svdconvert.commands.html_report import report
     from svdconvert.commands.plan import plan
     from svdconvert.commands.push import push
     from svdconvert.commands.report import Report

@@ -18,5 +18,6 @@ def layer_number(module: str) -> int:
 
 
 def natural(name: str) -> tuple[Any, ...]:
-    """Sorting key that puts layer 2 before layer 10."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
+    """Sorting key that puts layer 2 before layer 10, for names of some hundred characters."""
+    # Every second part is a number; what isdigit() takes for one may be none, such as a superscript.
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name)))

@@ -14,9 +14,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from svdconvert.cli.groups import GroupedCommand
-from svdconvert.cli.sentences import told
 from svdconvert.errors import InputError, JobError, SvdconvertError, out_of_memory
 from svdconvert.machine import interrupts, processes
+from svdconvert.settings.told import told
 from svdconvert.version import __version__
 
 DEFAULT_COMMAND = "convert"

@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from svdconvert.cli.report import show_plan
-from svdconvert.cli.sentences import told
 from svdconvert.machine import interrupts
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step
+from svdconvert.settings.told import told
 from svdconvert.words import size
 
 if TYPE_CHECKING:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from svdconvert.cli.sentences import told
 from svdconvert.cli.tables import new_table, show_pairs, show_table
+from svdconvert.jobs.record import REPORT
 from svdconvert.machine.timing import StageTime
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps
+from svdconvert.settings.told import told
 from svdconvert.solvers.table import SOLVERS
 from svdconvert.words import size
 
@@ -113,6 +114,8 @@ def show_result(console: Console, report: Report) -> None:
     rows.append(("peak memory", memory))
     rows += [("checked", check) for check in outcome.checks]
     rows.append(("written to", str(report.folder)))
+    if (report.folder / REPORT).is_file():
+        rows.append(("page", str(report.folder / REPORT)))
     if report.url:
         rows.append(("pushed to", report.url))
     rows.append(("next", told(next_steps(METHODS[plan.method], settings, report.folder))))

@@ -11,8 +11,8 @@ from typing import Any
 
 import click
 
-from svdconvert.cli.sentences import told
 from svdconvert.errors import InputError
+from svdconvert.settings.told import told
 
 
 def need_folder(folder: Path) -> None:

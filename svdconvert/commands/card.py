@@ -8,6 +8,7 @@ from typing import Any
 
 from svdconvert.families.fused import split_layers
 from svdconvert.families.table import Architecture
+from svdconvert.jobs.record import REPORT
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.names import suffix
 from svdconvert.planning.plan import Plan
@@ -41,6 +42,8 @@ def factored_card(
     matrices: Mapping[str, Mapping[str, Any]],
     losses: Mapping[str, float],
     budget: str = "",
+    *,
+    report: bool = False,
 ) -> str:
     """Card of a factored model.
 
@@ -53,13 +56,14 @@ def factored_card(
         matrices: what svdconvert.json tells about every factored matrix, by module path.
         losses: what it tells of the loss on the calibration text.
         budget: what was measured to choose the ranks, in a sentence; empty where nothing was.
+        report: whether there is a page about it.
     """
     lines = [
         *_overview(source, plan, settings, matrices),
         *_sizes(plan),
         *_quality(matrices, losses, budget),
         *_use(source, plan, row),
-        *_made_by(command),
+        *_made_by(command, report),
     ]
     return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
 
@@ -137,7 +141,7 @@ def _use(source: Source, plan: Plan, row: Architecture) -> list[str]:
     ]
 
 
-def _made_by(command: str) -> list[str]:
+def _made_by(command: str, report: bool) -> list[str]:
     """How the model can be made again."""
     return [
         "## Made by",
@@ -146,7 +150,8 @@ def _made_by(command: str) -> list[str]:
         command,
         "```",
         "",
-        "`svdconvert.json` holds versions, settings, and the rank and errors of every matrix.",
+        "`svdconvert.json` holds versions, settings, and the rank and errors of every matrix."
+        + (f" [`{REPORT}`]({REPORT}) shows them: download it and open it in a browser." if report else ""),
     ]
 
 

@@ -16,6 +16,8 @@ from svdconvert.families.table import dense_architecture
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Reports
 from svdconvert.planning.plan import Plan
+from svdconvert.planning.target_kinds import sizes_by_kind
+from svdconvert.reports.result_page import result_page
 from svdconvert.settings.conversion import Conversion
 
 
@@ -41,6 +43,7 @@ def conversion_job(work: Work, prepared: Prepared, settings: Mapping[str, Any]) 
         extra={f"{row.modeling}.py": model_files.modeling_source(row)},
         card=results.card,
         details=results.details,
+        page=result_page if work.request.output.report else None,
     )
 
 
@@ -85,6 +88,7 @@ class _Results:
         return {
             "params": {"before": plan.params_before, "after": plan.params_after},
             "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
+            "kinds": sizes_by_kind(plan.targets, plan.steps),
             "dense_targets": {part.module: t.reason for t in plan.targets if t.rank is None for part in t.parts},
             "notes": list(plan.notes),
             "matrices": self.matrices(reports),
@@ -92,16 +96,32 @@ class _Results:
             **self.losses,
             **({} if refit is None else {"refit": asdict(refit)}),
             **({} if budget is None else {"budget": budget.to_json()}),
+            "repeat": self.command,
         }
+
+    @property
+    def command(self) -> str:
+        """The command line that makes the same result."""
+        source = self.work.source
+        return repeatable(self.work).command(source.repo or source.name)
 
     def card(self, reports: Reports) -> str:
         """The model card."""
         source = self.work.source
         row = dense_architecture(source.config, source.where)
-        command = repeatable(self.work).command(source.repo or source.name)
         lost = {**self.predicted(reports), **self.losses}
         budget = "" if self.prepared.budget is None else str(self.prepared.budget)
-        return card.factored_card(source, self.plan, row, command, self.settings, self.matrices(reports), lost, budget)
+        return card.factored_card(
+            source,
+            self.plan,
+            row,
+            self.command,
+            self.settings,
+            self.matrices(reports),
+            lost,
+            budget,
+            report=self.work.request.output.report,
+        )
 
 
 def repeatable(work: Work) -> Conversion:

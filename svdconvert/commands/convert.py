@@ -11,12 +11,14 @@ from functools import cache
 from svdconvert.calibration.knowledge import Calibration, find_knowledge
 from svdconvert.commands.budgets import with_ranks
 from svdconvert.commands.conversion_job import conversion_job
+from svdconvert.commands.html_report import write_report
 from svdconvert.commands.push import push
 from svdconvert.commands.report import Report
 from svdconvert.commands.stages import Prepared, prepare
 from svdconvert.commands.work import Work, kept_work
 from svdconvert.jobs.job import Outcome, run_job
 from svdconvert.jobs.own_files import JOB_FOLDER, refuse_foreign
+from svdconvert.jobs.record import REPORT
 from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
@@ -64,6 +66,7 @@ def convert(
     overwrite: bool = False,
     workers: int | None = None,
     check: bool = True,
+    report: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
     hub_revision: str | None = None,
@@ -109,6 +112,7 @@ def convert(
         workers: matrices solved at the same time; memory grows with it. None: one a core on the CPU, two on a GPU, as
             far as memory goes.
         check: run a few tokens through the result afterwards and check its logits.
+        report: also write ``report.html``, a page about the result.
         push_to_hub: repository to upload the result to.
         private: make that repository private if it has to be created.
         hub_revision: branch to upload to.
@@ -138,7 +142,8 @@ def run_conversion(
     """
     events = events or Events()
     folder = user_path(out)
-    refuse_foreign(folder, overwrite=request.output.overwrite)
+    pages = [REPORT] if request.output.report else []
+    refuse_foreign(folder, overwrite=request.output.overwrite, more=pages)
     request.check()
     device = resolve_device(request.runtime.device)
     group = processes.current()
@@ -162,6 +167,8 @@ def run_conversion(
     plan, outcome = _run(work, plan)
     if request.runtime.keep_work and kept_work(folder).is_dir():
         events.note(Sentence(f"the decompositions are kept in {kept_work(folder)} ({asked('work')})"))
+    if request.output.report and outcome.already_done and group.leader:
+        write_report(folder)
     return Report(plan, outcome, _pushed(work))
 
 

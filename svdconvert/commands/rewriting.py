@@ -156,8 +156,9 @@ def rewrite(
     source = work.source
     outputs = [info for step in work.steps for info in step.outputs]
 
+    command = short_command(work.arguments, max_shard_bytes)
+
     def model_card(reports: Reports) -> str:
-        command = short_command(work.arguments, max_shard_bytes)
         return card.plain_card(source, f"{source.name}, {work.title}", work.text, command, work.tags)
 
     def prepare() -> Job:
@@ -171,7 +172,7 @@ def rewrite(
         config=work.config,
         extra=work.extra,
         card=model_card,
-        details=lambda reports: {"params": parameters(outputs), **work.details},
+        details=lambda reports: {"params": parameters(outputs), **work.details, "repeat": command},
     )
     for note in source.notes:
         (events or Events()).note(note)

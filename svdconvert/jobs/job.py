@@ -16,7 +16,7 @@ from svdconvert.errors import InputError
 from svdconvert.jobs import model_files
 from svdconvert.jobs.output import OutputFolder
 from svdconvert.jobs.own_files import FILES, JOB_FOLDER
-from svdconvert.jobs.record import Origin, Record, read_record
+from svdconvert.jobs.record import RECORD, REPORT, Origin, Record, read_record
 from svdconvert.machine import processes
 from svdconvert.machine.memory import peak_memory_bytes
 from svdconvert.machine.timing import StageTime, StageTimes
@@ -48,6 +48,7 @@ class Job:
         extra: further files of the result, by name.
         card: reports of the steps -> model card.
         details: reports of the steps -> what svdconvert.json says beyond settings and versions.
+        page: record and its file -> ``report.html``; None for none.
     """
 
     steps: Sequence[Step]
@@ -56,6 +57,7 @@ class Job:
     extra: Mapping[str, bytes]
     card: Callable[[Reports], str]
     details: Callable[[Reports], Mapping[str, Any]]
+    page: Callable[[Record, Path], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,8 @@ def _open(folder: Path, settings: Mapping[str, Any], stack: ExitStack, *, overwr
 def _promise(job: Job, source: Source, output: OutputFolder) -> list[str]:
     """Names of all files that a job writes, once they are known to be ours to write and to fit on the disk."""
     index = [SAFE_INDEX] if len(job.shards) > 1 else []
-    files = sorted({*job.shards, *index, *source.side_files, *job.extra, *FILES})
+    page = [] if job.page is None else [REPORT]
+    files = sorted({*job.shards, *index, *source.side_files, *job.extra, *page, *FILES})
     if output.group.leader:
         output.promise(files)
         preflight_disk(output.folder, job, source)
@@ -242,10 +245,13 @@ def _write_model_files(
         files=files,
         tensors=dict(sorted(written.digests.items())),
         timing=written.timing,
-    ).to_json()
-    card = job.card(written.reports)
-    model_files.write_model_files(output, source, job.shards, extra=job.extra, card=card, record=record)
-    return record
+    )
+    card, told = job.card(written.reports), record.to_json()
+    where = output.folder / RECORD
+    # As it will be read: times are rounded when they are written.
+    page = {} if job.page is None else {REPORT: job.page(Record.from_json(told, where), where)}
+    model_files.write_model_files(output, source, job.shards, extra={**job.extra, **page}, card=card, record=told)
+    return told
 
 
 def _check(check: Check | None, folder: Path, job: Job, events: Events) -> Sequence[str]:

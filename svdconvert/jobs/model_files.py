@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +12,7 @@ from svdconvert.families.table import Architecture
 from svdconvert.jobs.output import OutputFolder
 from svdconvert.jobs.record import RECORD
 from svdconvert.planning.steps import index_json
-from svdconvert.storage.documents import read_bytes
+from svdconvert.storage.documents import json_bytes, read_bytes
 from svdconvert.storage.side_files import code_classes
 from svdconvert.storage.source import SAFE_INDEX, Source
 from svdconvert.tensors import DTYPES, TensorInfo
@@ -93,25 +92,21 @@ def write_model_files(
     """Write everything but the weights and config.json."""
     index = index_json(shards)
     if index is not None:
-        output.write_file(SAFE_INDEX, _json(index))
+        output.write_file(SAFE_INDEX, json_bytes(index))
     for name in source.side_files:
         output.write_file(name, read_bytes(source.path(name), f"{name} of {source.name} is missing"))
     for name, data in extra.items():
         output.write_file(name, data)
     output.write_file("README.md", card.encode())
-    output.write_file(RECORD, _json(record))
+    output.write_file(RECORD, json_bytes(record))
 
 
 def write_config(output: OutputFolder, config: Mapping[str, Any]) -> None:
     """The last file: from here on the folder is a model."""
-    output.write_file("config.json", _json(dict(sorted(config.items()))))
+    output.write_file("config.json", json_bytes(dict(sorted(config.items()))))
     output.finished = True
 
 
 def digest(data: bytes) -> str:
     """Short identity of a file's content."""
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from svdconvert.errors import InputError
-from svdconvert.jobs.record import RECORD
-from svdconvert.storage.documents import json_or_none
+from svdconvert.jobs.record import ANEW, RECORD
+from svdconvert.sentences import asked
+from svdconvert.storage.disk import atomic_write, disk_errors
+from svdconvert.storage.documents import json_bytes, json_or_none, read_json
 from svdconvert.storage.folders import refuse_foreign_files
 from svdconvert.storage.other_formats import ADAPTER_CONFIG
 from svdconvert.storage.source import PICKLE_INDEX, SAFE_INDEX
@@ -24,8 +27,13 @@ _WEIGHTS = (".safetensors", ".bin")
 _MODEL_FILES = frozenset({SAFE_INDEX, PICKLE_INDEX, "generation_config.json", ADAPTER_CONFIG})
 
 
-def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
+def refuse_foreign(folder: Path, *, overwrite: bool, more: Collection[str] = ()) -> None:
     """Refuse a folder with somebody else's files, before anything is read or downloaded for it.
+
+    Args:
+        folder: where the result goes.
+        overwrite: whether it may take the place of another one.
+        more: files of the result beside those that every one has.
 
     Raises:
         InputError: it is a file, or holds files and neither a job nor a result of ours, or, where it is to be
@@ -34,7 +42,7 @@ def refuse_foreign(folder: Path, *, overwrite: bool) -> None:
     known = overwrite or (folder / JOB_FOLDER).is_dir() or (folder / RECORD).is_file()
     refuse_foreign_files(folder, known=known)
     if overwrite and folder.is_dir():
-        refuse_in_the_way(folder, FILES, written_files(folder))
+        refuse_in_the_way(folder, (*FILES, *more), written_files(folder))
 
 
 def refuse_in_the_way(folder: Path, names: Iterable[str], ours: Collection[str]) -> None:
@@ -73,6 +81,25 @@ def written_files(folder: Path) -> set[str]:
         if isinstance(files, list):
             written.update(name for name in files if isinstance(name, str) and _is_inside(folder, name))
     return written
+
+
+def claim(folder: Path, name: str) -> None:
+    """Add a file to those that a finished result's record names, before it is written.
+
+    Raises:
+        InputError: there is one that svdconvert has not written.
+        JobError: the disk fails.
+    """
+    path = folder / RECORD
+    document = read_json(path, f"{folder} has no {RECORD}", ANEW)
+    files = document.get("files") or []
+    if name in files:
+        return
+    if os.path.lexists(folder / name):
+        raise InputError(f"{folder} holds {name}, which svdconvert did not write; move it away, or give {asked('out')}")
+    document["files"] = sorted([*files, name])
+    with disk_errors(folder):
+        atomic_write(path, json_bytes(document))
 
 
 def _is_inside(folder: Path, name: str) -> bool:

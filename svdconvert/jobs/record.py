@@ -15,10 +15,12 @@ from svdconvert.storage.source import Source
 from svdconvert.version import versions
 
 RECORD = "svdconvert.json"
+# Beside it, where it was asked for: a page about the result.
+REPORT = "report.html"
 FORMAT = 1
 
 # What to do about a damaged one.
-_ANEW = f"convert again with {asked('overwrite', True)}"
+ANEW = f"convert again with {asked('overwrite', True)}"
 _MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
 _FIELDS = {
     "command": TEXT,
@@ -106,7 +108,7 @@ class Record:
         Raises:
             InputError: it lacks what a record has; the field is named.
         """
-        require(document, _FIELDS, where, _ANEW)
+        require(document, _FIELDS, where, ANEW)
         results = dict(document)
         fields = {name: results.pop(name, None) for name in (*cls.__dataclass_fields__, "format") if name != "results"}
         return cls(
@@ -131,4 +133,4 @@ def read_record(folder: Path) -> Record:
     """
     path = folder / RECORD
     missing = f"{folder} has no {RECORD}, so svdconvert did not write it"
-    return Record.from_json(read_json(path, missing, _ANEW), path)
+    return Record.from_json(read_json(path, missing, ANEW), path)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from svdconvert.names import suffix
 from svdconvert.planning.ranks import Target
+from svdconvert.planning.steps import Step
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,30 @@ def kinds_of(targets: Iterable[Target]) -> list[TargetKind]:
     for target in targets:
         kinds.setdefault((suffix(target.module), (target.parts[0].rows, target.shape[1])), []).append(target)
     return [_sum(name, shape, same) for (name, shape), same in kinds.items()]
+
+
+def sizes_by_kind(targets: Iterable[Target], steps: Iterable[Step]) -> dict[str, dict[str, Any]]:
+    """Suffix of module paths -> ``matrices``, and ``params`` and ``bytes`` ``before`` and ``after``, in JSON types.
+
+    Args:
+        targets: of a plan.
+        steps: of that plan. Bytes are those of the tensors that they read and write, positions included.
+    """
+    by_key = {step.key: step for step in steps}
+    kinds: dict[str, dict[str, Any]] = {}
+    for target in targets:
+        weights = [part.weight for part in target.parts] if target.rank is None else [target.weight]
+        own = [by_key[weight] for weight in weights]
+        before = {"params": target.dense_params, "bytes": sum(info.nbytes for step in own for info in step.inputs)}
+        after = {"params": target.params, "bytes": sum(info.nbytes for step in own for info in step.outputs)}
+        kind = kinds.setdefault(
+            suffix(target.module), {"matrices": 0, **{name: {"before": 0, "after": 0} for name in before}}
+        )
+        kind["matrices"] += len(target.parts)
+        for name in before:
+            kind[name]["before"] += before[name]
+            kind[name]["after"] += after[name]
+    return kinds
 
 
 def _sum(name: str, shape: tuple[int, int], same: list[Target]) -> TargetKind:

@@ -19,6 +19,7 @@ class Output:
         max_shard_bytes: limit of a weight file.
         overwrite: whether to replace what the folder holds.
         check: whether to check the result and measure its loss.
+        report: whether to write a page about the result.
     """
 
     dtype: str = option(
@@ -57,4 +58,13 @@ class Output:
         group="Output",
         kind="flag",
         omitted_because="whether the result is looked at, and its loss measured",
+    )
+    report: bool = option(
+        False,
+        "--report",
+        "Also write report.html, a page about the result: ranks, losses, sizes and times.",
+        keyword="report",
+        group="Output",
+        kind="flag",
+        omitted_because="a page that is made from the record, at any time",
     )

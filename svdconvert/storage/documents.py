@@ -149,6 +149,11 @@ def json_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def json_bytes(value: Any) -> bytes:
+    """A document of a result as it is written."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def in_json_types(value: Any) -> Any:
     """A value as JSON gives it back: tuples as lists, keys as text. For comparing it with what was read."""
     return json.loads(json.dumps(value))

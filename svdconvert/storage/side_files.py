@@ -28,7 +28,7 @@ _OTHER_SUFFIXES = tuple(
 # Vocabularies whose ending looks like weights (TransfoXL).
 _VOCABULARIES = frozenset({"vocab.pkl", "vocab.bin"})
 # Files that are written again, or whose absence needs no note.
-_WRITTEN = frozenset({"config.json", "README.md", "svdconvert.json"})
+_WRITTEN = frozenset({"config.json", "README.md", "svdconvert.json", "report.html"})
 _OTHER_NAMES = _WRITTEN | {"trainer_state.json", ADAPTER_CONFIG, "model_index.json", "latest"}
 _EVENTS = "events.out.tfevents."
 

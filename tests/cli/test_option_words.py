@@ -16,9 +16,9 @@ from svdconvert import InputError, convert
 from svdconvert.cli.app import main
 from svdconvert.cli.progress import TerminalEvents
 from svdconvert.cli.screen import print_json
-from svdconvert.cli.sentences import in_options, told
 from svdconvert.sentences import Sentence, asked
 from svdconvert.settings.options import BY_KEYWORD, option_name
+from svdconvert.settings.told import in_options, told
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from svdconvert import Calibration, convert, plan
 from svdconvert.cli.report import show_plan, show_result
-from svdconvert.cli.sentences import told as in_options
 from svdconvert.planning.advice import WITHOUT_A_TEXT
+from svdconvert.settings.told import told as in_options
 
 
 @pytest.fixture

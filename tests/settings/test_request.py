@@ -130,7 +130,7 @@ OTHER: Mapping[type, Mapping[str, Any]] = {
     },
     Text: {"text": "t", "field": "f", "samples": 3, "length": 3, "seed": 3, "batch_size": 3, "labels": "sampled"},
     Stats: {"folder": Path("s")},
-    Output: {"dtype": "float16", "max_shard_bytes": 12_345_678, "overwrite": True, "check": False},
+    Output: {"dtype": "float16", "max_shard_bytes": 12_345_678, "overwrite": True, "check": False, "report": True},
     Runtime: {"device": "cpu", "workers": 3, "work": Path("w"), "keep_work": True},
     Hub: {"revision": "r", "push_to": "owner/name", "private": True, "push_revision": "b"},
 }

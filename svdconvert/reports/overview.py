@@ -1,0 +1,98 @@
+"""The top of a result's page: what it is, in one sentence, a few numbers, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from svdconvert.methods.table import calibrated
+from svdconvert.planning.advice import next_steps
+from svdconvert.reports import figures
+from svdconvert.reports.facts import Facts
+from svdconvert.reports.markup import Markup, element
+from svdconvert.reports.tables import tiles
+from svdconvert.settings.told import told
+
+# What a command did with its source.
+_DONE = {"convert": "factored", "densify": "multiplied out", "fold": "adapter folded in"}
+
+
+def title(facts: Facts) -> str:
+    """``SmolLM2-135M, factored``."""
+    name = facts.record.source.name.rstrip("/").split("/")[-1] or "model"
+    return f"{name}, {_DONE.get(facts.record.command, facts.record.command)}"
+
+
+def header(facts: Facts) -> Markup:
+    """Name, one sentence, and numbers."""
+    return element(
+        "header",
+        element("p", "svdconvert ", facts.record.command, class_="over"),
+        element("h1", title(facts)),
+        element("p", lead(facts), class_="lead"),
+        tiles(_tiles(facts)),
+    )
+
+
+def lead(facts: Facts) -> str:
+    """The result in one or two sentences."""
+    before, after = facts.params
+    if before is None:
+        return f"The model has {figures.count(after)} parameters."
+    sentence = (
+        f"{figures.count(before)} parameters became {figures.count(after)}, {figures.share(after, before)} of them: "
+        f"{_matrices(len(facts.matrices))} now products of low rank"
+    )
+    if facts.dense:
+        sentence += f", and {figures.count(len(facts.dense))} stayed dense"
+    measured, dense = facts.number("measured_loss"), facts.number("dense_loss")
+    if measured is None or dense is None:
+        return f"{sentence}. What this costs was not measured."
+    return (
+        f"{sentence}. On the calibration text the perplexity went from {figures.perplexity(dense)} to "
+        f"{figures.perplexity(dense + measured)}."
+    )
+
+
+def _matrices(number: int) -> str:
+    return "one matrix is" if number == 1 else f"{figures.count(number)} matrices are"
+
+
+def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
+    before, after = facts.params
+    rows = [("Parameters", figures.rounded(after), "" if before is None else f"of {figures.rounded(before)}")]
+    if before is not None:
+        rows[0] = (rows[0][0], figures.share(after, before), f"{figures.rounded(before)} → {figures.rounded(after)}")
+    if facts.bytes is not None:
+        old, new = facts.bytes.before, facts.bytes.after
+        rows.append(("Weight files", figures.share(new, old), f"{figures.bytes_text(old)} → {figures.bytes_text(new)}"))
+    measured, predicted = facts.number("measured_loss"), facts.number("predicted_loss")
+    if measured is not None:
+        more = "nats per token, measured" + (
+            "" if predicted is None else f" ({figures.signed_nats(predicted)} predicted)"
+        )
+        rows.append(("Loss added", figures.signed_nats(measured), more))
+    elif predicted is not None:
+        rows.append(("Loss added", figures.signed_nats(predicted), "nats per token, predicted and not measured"))
+    if facts.method is not None:
+        tokens = facts.settings.get("tokens")
+        text = "no text" if tokens is None else calibrated(facts.method, _with_options(facts))
+        rows.append(("Method", facts.method.name, text))
+    return rows
+
+
+def _with_options(facts: Facts) -> dict[str, float]:
+    """The settings, with a method's options that an early record does not have."""
+    assert facts.method is not None
+    given = {name: facts.settings.get(name) for name in facts.method.options}
+    known = {name: value for name, value in given.items() if isinstance(value, int | float)}
+    return {**facts.method.options, **known, "tokens": facts.settings["tokens"]}
+
+
+def advice(facts: Facts) -> Markup | None:
+    """What to do next; nothing where no method is known."""
+    if facts.method is None:
+        return None
+    sentence = told(next_steps(facts.method, facts.settings, Path("DIR")))
+    return element(
+        "aside", element("h2", "Next"), element("p", sentence[:1].upper() + sentence[1:], "."), class_="next"
+    )

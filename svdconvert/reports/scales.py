@@ -1,0 +1,57 @@
+"""Numbers to shades of a colour."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from svdconvert.reports.markup import Markup, element
+
+# Shades of a scale, in style.css.
+SHADES = 10
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Numbers to shades.
+
+    Attributes:
+        name: of its colours, see style.css.
+        low, high: ends of the scale.
+        write: a number for people.
+        logarithmic: whether equal ratios are equal steps.
+    """
+
+    name: str
+    low: float
+    high: float
+    write: Callable[[float], str]
+    logarithmic: bool = False
+
+    def shade(self, value: float) -> str:
+        """The class of a cell."""
+        low, high, at = self.low, self.high, min(max(value, self.low), self.high)
+        if self.logarithmic:
+            low, high, at = math.log(low), math.log(high), math.log(at)
+        place = (at - low) / (high - low) if high > low else 1.0
+        return f"{self.name}{min(int(place * SHADES), SHADES - 1)}"
+
+    @property
+    def legend(self) -> Markup:
+        """The shades with the numbers at both ends."""
+        shades = [element("span", class_=f"{self.name}{step}") for step in range(SHADES)]
+        return element(
+            "span",
+            self.write(self.low),
+            element("span", shades, class_="shades", aria_hidden="true"),
+            self.write(self.high),
+        )
+
+
+def logarithmic(name: str, values: Sequence[float], write: Callable[[float], str]) -> Scale:
+    """A scale over three powers of ten at most, up to the highest value."""
+    high = max(values)
+    positive = [value for value in values if value > 0]
+    low = max(min(positive), high / 1000) if positive else 1.0
+    return Scale(name, low, max(high, low), write, logarithmic=True)
