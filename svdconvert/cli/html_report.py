@@ -15,9 +15,9 @@ from svdconvert.cli.types import FILE
 
 @main.command()
 @folder_argument
-@option("--out", type=FILE, group="Output", help="File to write.  [default: report.html in FOLDER]")
+@option("--out", type=FILE, group="Output", help="File to write.  [default: report.html or sweep.html in FOLDER]")
 def report(folder: Path, out: Path | None) -> None:
-    """Write a page about a finished result, to look at in a browser: report.html."""
+    """Write a page about a finished result or a sweep, to look at in a browser: report.html or sweep.html."""
     need_folder(folder)
     from svdconvert.commands.html_report import report as run
 

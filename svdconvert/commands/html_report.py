@@ -1,29 +1,32 @@
-"""The page of a finished result, made of its record alone."""
+"""The page of a finished result or of a sweep, made of its record alone."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from svdconvert.commands.sweep_book import PAGE, RESULT, Point, Sweep, read_sweep
 from svdconvert.errors import InputError
 from svdconvert.jobs.own_files import claim
 from svdconvert.jobs.record import RECORD, REPORT, read_record
 from svdconvert.paths import user_path
 from svdconvert.reports.result_page import result_page
+from svdconvert.reports.sweep_page import Row, sweep_page
 from svdconvert.sentences import asked
 from svdconvert.storage.disk import atomic_write, disk_errors
 
 
 def report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
-    """Write a page about a finished result: one HTML file that needs no network.
+    """Write a page about a finished result or a sweep: one HTML file that needs no network.
 
-    It is made of ``svdconvert.json`` alone, also of one that an earlier version wrote; the same record gives the same
-    page.
+    It is made of ``svdconvert.json`` or ``sweep.json`` alone, also of one that an earlier version wrote, and the same
+    record gives the same page.
 
     Args:
-        folder: what :func:`convert`, ``densify`` or ``fold`` wrote.
+        folder: what :func:`convert`, ``densify``, ``fold`` or :func:`sweep` wrote.
         out: file to write; by default ``report.html`` in the folder, which then belongs to the result: it is pushed
-            with it, and ``overwrite`` replaces it.
+            with it, and ``overwrite`` replaces it. For a sweep it is ``sweep.html``.
 
     Returns:
         The page.
@@ -32,10 +35,12 @@ def report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
         InputError: the folder is not finished, its record is damaged, or the file would replace somebody else's.
         JobError: the disk fails.
     """
-    path = user_path(folder)
+    path, place = user_path(folder), None if out is None else _checked(user_path(out))
+    if (path / RESULT).is_file() and not (path / RECORD).exists():
+        return _written(place or path / PAGE, _sweep_page(read_sweep(path)))
     if not (path / "config.json").is_file() or not (path / RECORD).is_file():
         raise InputError(f"{path} holds no finished result of svdconvert; convert a model into it first")
-    return write_report(path, None if out is None else _checked(user_path(out)))
+    return write_report(path, place)
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
@@ -48,10 +53,23 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     page = result_page(read_record(folder), folder / RECORD)
     if out is None:
         claim(folder, REPORT)
-    place = folder / REPORT if out is None else out
+    return _written(out or folder / REPORT, page)
+
+
+def _written(place: Path, page: bytes) -> Path:
     with disk_errors(place.parent):
         atomic_write(place, page)
     return place
+
+
+def _sweep_page(sweep: Sweep) -> bytes:
+    lines = {name: [_row(point) for point in points] for name, points in sweep.lines.items()}
+    return sweep_page(sweep.model, sweep.text, sweep.headline, replace(_row(sweep.dense), budget=""), lines)
+
+
+def _row(point: Point) -> Row:
+    own = {name: getattr(point, name) for name in ("params", "bytes", "perplexity", "added", "kl")}
+    return Row(budget=point.setting.budget, **own)
 
 
 def _checked(out: Path) -> Path:

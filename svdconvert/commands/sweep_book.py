@@ -24,7 +24,8 @@ from svdconvert.storage.disk import atomic_write, disk_errors
 from svdconvert.storage.documents import in_json_types, read_json
 
 RESULT = "sweep.json"
-_PAGES = ("sweep.md", "sweep.png")
+PAGE = "sweep.html"
+_PAGES = ("sweep.md", "sweep.png", PAGE)
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,21 @@ class Sweep:
                 for line, point, losses in rows
             )
         )
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep that a folder holds.
+
+    Raises:
+        InputError: it is damaged, or has not measured the dense model yet.
+    """
+    path = folder / RESULT
+    found = read_json(path, f"{folder} holds no sweep", _ANEW)
+    require(found, {**_BOOK, "model": TEXT, "text": TEXT}, path, _ANEW)
+    if not found.get("dense"):
+        raise InputError(f"{path} has no measured point yet; finish the sweep first")
+    points = [Point.from_json(row) for row in found["points"]]
+    return Sweep(found["model"], found["text"], Point.from_json(found["dense"]), points, folder)
 
 
 DENSE = Setting("dense", (), "", "")

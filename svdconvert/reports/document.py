@@ -13,13 +13,13 @@ from svdconvert.reports.markup import Markup, element, joined
 from svdconvert.version import __version__
 
 
-def document(title: str, parts: Sequence[Markup | None], *, links: bool = True) -> bytes:
+def document(title: str, parts: Sequence[Markup | None], *, made_of: str) -> bytes:
     """The page, in UTF-8.
 
     Args:
         title: of the window.
         parts: header, sections, in their order.
-        links: whether to begin with links to the sections.
+        made_of: file that it was made of.
     """
     style = _style()
     # Nothing is fetched, run or sent; and of styles, only this one counts.
@@ -36,7 +36,7 @@ def document(title: str, parts: Sequence[Markup | None], *, links: bool = True) 
         element("style", Markup(style)),
     )
     first, *rest = [part for part in parts if part is not None]
-    body = element("body", first, _links(rest) if links else None, element("main", rest), _foot())
+    body = element("body", first, _links(rest), element("main", rest), _foot(made_of))
     page = element("html", head, body, lang="en")
     return f"<!DOCTYPE html>\n{page}\n".encode()
 
@@ -49,8 +49,8 @@ def _links(parts: Sequence[Markup]) -> Markup:
     return element("nav", element("ul", entries), aria_label="Sections")
 
 
-def _foot() -> Markup:
-    text = "This page was made from svdconvert.json beside it, and needs nothing but this file."
+def _foot(made_of: str) -> Markup:
+    text = f"This page was made of {made_of} by svdconvert {__version__}. It needs nothing but this file."
     return element("footer", element("p", text))
 
 

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from statistics import median
 
 from svdconvert.words import size as bytes_text
 
-__all__ = ["bytes_text", "count", "decimals", "duration", "nats", "perplexity", "rounded", "share", "signed_nats"]
+__all__ = [
+    "bytes_text",
+    "count",
+    "decimals",
+    "duration",
+    "in_column",
+    "nats",
+    "perplexity",
+    "rounded",
+    "share",
+    "signed_nats",
+]
 
 # exp of more is not a float.
 _LARGEST_LOSS = 700.0
@@ -35,6 +48,13 @@ def decimals(number: float, digits: int = 4) -> str:
     """A number with at least two digits that count: with its decimals, or in scientific notation."""
     ordinary = number == 0 or 10.0 ** (1 - digits) <= abs(number) < 1e6
     return f"{number:.{digits}f}" if ordinary else f"{number:.2e}"
+
+
+def in_column(numbers: Sequence[float]) -> Callable[[float], str]:
+    """How the numbers of a column are written: with as many decimals as give most of them two digits that count."""
+    sizes = [abs(number) for number in numbers if number]
+    digits = 1 + math.ceil(-math.log10(median(sizes))) if sizes else 0
+    return lambda number: f"{number:.{digits}f}" if 4 < digits < 9 and abs(number) < 1e6 else decimals(number)
 
 
 def nats(loss: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from svdconvert.methods.table import ROUGH_GUESS
 from svdconvert.reports import figures
@@ -70,9 +71,10 @@ LOSSES = (
 def measured_section(facts: Facts) -> Markup | None:
     """The loss of the whole model; None where nothing is known of it."""
     measured, predicted, dense = (facts.number(f"{name}_loss") for name in ("measured", "predicted", "dense"))
-    if measured is None and predicted is None:
+    budget = facts.record.results.get("budget")
+    if measured is None and predicted is None and budget is None:
         return None
-    longest = max(abs(value) for value in (measured, predicted) if value is not None) or 1.0
+    longest = max(abs(value or 0.0) for value in (measured, predicted)) or 1.0
     rows = []
     for name, value, kind in (("measured", measured, "lost"), ("predicted", predicted, "guess")):
         if value is not None:
@@ -88,9 +90,27 @@ def measured_section(facts: Facts) -> Markup | None:
     if predicted is not None:
         notes.append(f"The prediction is {ROUGH_GUESS}.")
     if measured is None:
-        notes.append("It was not measured.")
-    table = scrolling(caption, simple_table(caption, heads, rows, aligned="ttnn"))
-    return section("loss", "Measured against predicted", table, element("p", " ".join(notes), class_="note"))
+        notes.append("The written model was not measured.")
+    table = scrolling(caption, simple_table(caption, heads, rows, aligned="ttnn")) if rows else None
+    text = element("p", " ".join(notes), class_="note")
+    return section("loss", "Measured against predicted", table, text, None if budget is None else _budget(budget))
+
+
+def _budget(budget: Mapping[str, Any]) -> Markup:
+    """What was measured to choose the ranks."""
+    said = (
+        f"On {figures.count(budget['tokens'])} held-out tokens of the calibration text, the chosen ranks add "
+        f"{figures.signed_nats(budget['added'])} to a loss of {figures.nats(budget['dense_loss'])}; "
+        f"KL(dense || model) is {figures.nats(budget['kl'])}."
+    )
+    sizes = (budget.get("sizes") or [])[:MOST_ROWS]
+    caption = "Sizes that were tried, nats per token"
+    rows = [
+        (figures.share(size["share"], 1), figures.signed_nats(size["added"]), figures.nats(size["kl"]))
+        for size in sizes
+    ]
+    tried = scrolling(caption, simple_table(caption, ("kept", "added", "KL"), rows, aligned="tnn")) if rows else None
+    return element("div", element("h3", "Measured to choose the ranks"), element("p", said), tried)
 
 
 def lost_section(facts: Facts, grid: Grid) -> Markup | None:
@@ -128,7 +148,7 @@ def _map(facts: Facts, grid: Grid, loss: Loss, values: Mapping[str, float]) -> M
         facts,
         f"{loss.name}, {loss.unit}",
         values,
-        logarithmic("l", list(values.values()), figures.decimals),
+        logarithmic("l", list(values.values()), figures.in_column(list(values.values()))),
         lambda module: percent(values[module]),
         lambda module: hint(facts, module),
         of_all,
@@ -141,14 +161,14 @@ def _summary(loss: Loss, values: Mapping[str, float]) -> Markup:
     kinds: dict[str, dict[str, float]] = {}
     for module, value in values.items():
         kinds.setdefault(kind_of(module), {})[module] = value
-    highest = max(values.values())
+    highest, write = max(values.values()), figures.in_column(list(values.values()))
     rows = []
     for kind, same in list(kinds.items())[:MOST_ROWS]:
         worst = max(same, key=lambda module: same[module])
         numbers = list(same.values())
-        cells = [figures.decimals(value) for value in (min(numbers), median(numbers), max(numbers))]
+        cells = [write(value) for value in (min(numbers), median(numbers), max(numbers))]
         rows.append((kind, _rug(numbers, highest), *cells, element("td", worst)))
-    ends = element("span", element("span", "0"), element("span", figures.decimals(highest)), class_="ends")
+    ends = element("span", element("span", "0"), element("span", write(highest)), class_="ends")
     heads = ("kind", ends, "lowest", "median", "highest", element("span", "highest in"))
     caption = f"{loss.name} by kind"
     return scrolling(caption, simple_table(caption, heads, rows, aligned="ttnnnt"))

@@ -31,9 +31,6 @@ def making_section(facts: Facts) -> Markup:
         rows.append(("refit", _plain(refit)))
     if folded := record.results.get("folded"):
         rows.append(("folded", f"{figures.count(len(folded))} layers"))
-    rows += [
-        (name, element("code", _plain(value))) for name, value in list(_settings(facts.settings).items())[:MOST_ROWS]
-    ]
     rows.append(("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())))
     command = record.results.get("repeat")
     return section(
@@ -41,15 +38,19 @@ def making_section(facts: Facts) -> Markup:
         "How it was made",
         None if command is None else element("pre", element("code", command)),
         pairs(rows),
+        _settings(facts.settings),
         _dense(facts),
         _notes(facts),
     )
 
 
-def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(settings: Mapping[str, Any]) -> Markup | None:
     """Those that were asked for or matter: no empty ones."""
     shown = {name: value for name, value in settings.items() if name not in {*_NOT_SHOWN, "method"}}
-    return {name: value for name, value in shown.items() if value not in (None, [], {}, "")}
+    rows: list[tuple[Child, Child]] = [
+        (name, element("code", _plain(value))) for name, value in shown.items() if value not in (None, [], {}, "")
+    ]
+    return element("div", element("h3", "Settings"), pairs(rows[:MOST_ROWS], short=True)) if rows else None
 
 
 def _architecture(settings: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ def rank_section(facts: Facts, grid: Grid) -> Markup | None:
         "Each cell is a matrix. The number is its rank; the more of its parameters are kept, the stronger its colour."
     )
     if any(matrix.shared_with for matrix in facts.matrices.values()):
-        note += " Cells without a gap share their input-side factor, and count as one matrix."
+        note += " Cells joined by a stroke share their input-side factor, and count as one matrix."
     drawn = HeatMap(
         grid,
         facts,

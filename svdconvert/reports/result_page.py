@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdconvert.jobs.record import Record
+from svdconvert.jobs.record import RECORD, Record
 from svdconvert.reports.document import document
 from svdconvert.reports.facts import Facts
 from svdconvert.reports.grid import Grid
@@ -42,4 +42,5 @@ def result_page(record: Record, where: object) -> bytes:
             making_section(facts),
             matrix_section(facts),
         ],
+        made_of=RECORD,
     )

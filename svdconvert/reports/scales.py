@@ -41,17 +41,15 @@ class Scale:
     def legend(self) -> Markup:
         """The shades with the numbers at both ends."""
         shades = [element("span", class_=f"{self.name}{step}") for step in range(SHADES)]
+        least = self.write(self.low) + (" and less" if self.logarithmic else "")
         return element(
-            "span",
-            self.write(self.low),
-            element("span", shades, class_="shades", aria_hidden="true"),
-            self.write(self.high),
+            "span", least, element("span", shades, class_="shades", aria_hidden="true"), self.write(self.high)
         )
 
 
 def logarithmic(name: str, values: Sequence[float], write: Callable[[float], str]) -> Scale:
-    """A scale over three powers of ten at most, up to the highest value."""
+    """A scale up to the highest value, from one that few are below, so that an odd one leaves shades to the rest."""
     high = max(values)
-    positive = [value for value in values if value > 0]
-    low = max(min(positive), high / 1000) if positive else 1.0
+    positive = sorted(value for value in values if value > 0)
+    low = positive[len(positive) // 20] if positive else 1.0
     return Scale(name, low, max(high, low), write, logarithmic=True)

@@ -109,8 +109,12 @@ def hidden(text: str) -> Markup:
     return element("span", text, class_="hidden")
 
 
-def pairs(rows: Sequence[tuple[Child, Child]]) -> Markup:
-    """Names and values."""
-    return element(
-        "dl", [element("div", element("dt", name), element("dd", value)) for name, value in rows], class_="pairs"
-    )
+def pairs(rows: Sequence[tuple[Child, Child]], *, short: bool = False) -> Markup:
+    """Names and values.
+
+    Args:
+        rows: of each.
+        short: whether they are so short that several stand side by side.
+    """
+    entries = [element("div", element("dt", name), element("dd", value)) for name, value in rows]
+    return element("dl", entries, class_="pairs short" if short else "pairs")

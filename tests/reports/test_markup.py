@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.html_pages import parse
 
-from svdconvert.reports.figures import decimals, duration, perplexity, rounded, share
+from svdconvert.reports.figures import decimals, duration, in_column, perplexity, rounded, share
 from svdconvert.reports.markup import Markup, element, joined, printable
 
 
@@ -43,6 +43,8 @@ def test_figures() -> None:
         "1.23e-04",
         "1.00e+300",
     ]
+    assert [in_column([5e-4, 1.1e-3, 1.4e-4])(n) for n in (5e-4, 1.1e-3, 0.0)] == ["0.00050", "0.00110", "0.00000"]
+    assert [in_column(n)(0.25) for n in ([0.3, 0.4], [0.0], [1e-20])] == ["0.2500"] * 3
     assert [duration(n) for n in (0.0031, 12.34, 312.2, 3780)] == ["3 ms", "12.3 s", "5 min 12 s", "1 h 3 min"]
     assert [perplexity(n) for n in (0.0, 4.4349, 20.0, 1e9)] == ["1.00", "84.34", "4.85e+08", "beyond 1e+304"]
     assert [rounded(n) for n in (12, 4211712, 70553706496)] == ["12", "4.212 M", "70.55 B"]

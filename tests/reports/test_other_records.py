@@ -64,6 +64,20 @@ def test_a_matrix_with_one_field_less(document: Document, name: str) -> None:
     assert "None" not in page(document).text
 
 
+def test_a_measured_budget(document: Document) -> None:
+    sizes = [{"share": 0.5, "kl": 0.25, "added": 0.125}, {"share": 0.7, "kl": 0.0625, "added": -0.03125}]
+    budget = {"kl": 0.0625, "added": -0.03125, "dense_loss": 4.5, "tokens": 12345, "share": 0.7, "sizes": sizes}
+    root = page({**document, "budget": budget})
+    table = list(root.named("loss").all("table"))[1]
+    rows = [[cell.text for cell in row.children] for row in next(table.all("tbody")).children]
+    assert rows == [["50.0 %", "+0.1250", "0.2500"], ["70.0 %", "-0.0312", "0.0625"]]
+    assert "On 12,345 held-out tokens" in root.text
+    for name in ("measured_loss", "predicted_loss", "dense_loss"):
+        document.pop(name)
+    del budget["sizes"]
+    assert "On 12,345 held-out tokens" in page({**document, "budget": budget}).text
+
+
 def test_no_settings_and_no_times(document: Document) -> None:
     root = page({**document, "settings": {}, "timing": []})
     assert "time" not in sections(root)
@@ -149,6 +163,7 @@ def put(*path: Any) -> Callable[[Document], None]:
         put("notes", "a note"),
         put("versions", {"torch": 2}),
         put("repeat", 3),
+        put("budget", {"kl": 1, "added": 1, "dense_loss": 1, "tokens": 1, "sizes": [{"share": 1}]}),
         put("refit", "yes"),
     ],
 )

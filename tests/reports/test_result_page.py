@@ -19,6 +19,7 @@ from support.checkpoints import TARGETS, read_weights
 from support.html_pages import LOADING, Node, contrast, parse, rules
 
 from svdconvert import report
+from svdconvert.reports.chart import SERIES
 from svdconvert.reports.document import document
 from svdconvert.reports.markup import element
 
@@ -45,8 +46,10 @@ def table_of(page: Node, name: str, number: int = 0) -> Node:
 
 
 def near(text: str, number: float) -> bool:
-    """Whether a text is a number in at least two digits, or four decimals."""
-    return math.isclose(float(text), number, rel_tol=5e-3, abs_tol=6e-5)
+    """Whether a text is a number with the digits that it shows, two of which count."""
+    mantissa, _, power = text.partition("e")
+    unit = 10.0 ** (int(power or 0) - len(mantissa.partition(".")[2]))
+    return abs(float(text) - number) <= 0.501 * unit and (unit <= abs(number) / 9 or unit <= 1e-4)
 
 
 def parameters(folder: Path, module: str) -> tuple[int, int]:
@@ -250,7 +253,7 @@ def test_the_same_record_gives_the_same_page(results: dict[str, Path], tmp_path:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_contrast(dark: bool) -> None:
     """Text on every ground that it stands on."""
-    (style,) = parse(document("t", [element("header")])).all("style")
+    (style,) = parse(document("t", [element("header")], made_of="it")).all("style")
     found = rules(style.text, dark)
     shades = {name: said for name, said in found.items() if re.fullmatch(r"\.[kl]\d", name)}
     assert len(shades) == 20
@@ -260,6 +263,7 @@ def test_contrast(dark: bool) -> None:
         for ink in ("--ink", "--soft", "--blue"):
             assert contrast(root[ink], root[ground]) >= 4.5, (ink, ground)
         assert contrast(root["--orange"], root[ground]) >= 3, "of drawings"
+    assert all(contrast(found[f".s{series}"]["color"], root["--paper"]) >= 3 for series in range(SERIES))
     # Shades of a scale are told apart by lightness alone.
     for scale in "kl":
         steps = [contrast(shades[f".{scale}{step}"]["background"], root["--paper"]) for step in range(10)]
