@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -41,3 +42,28 @@ def reason(error: BaseException) -> str:
     line = next((line.strip() for line in str(told).splitlines() if line.strip()), "")
     line = line if len(line) <= 300 else f"{line[:300]}..."
     return f"{type(told).__name__} {line}".rstrip() if isinstance(told, _BARE) or not line else line
+
+
+class quiet_transformers:
+    """Context in which transformers draws no progress bars and prints no load reports; ours say what matters."""
+
+    def __enter__(self) -> None:
+        """Silence it."""
+        from transformers.utils import logging
+
+        self._verbosity, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        with warnings.catch_warnings():
+            # Where HF_HUB_DISABLE_PROGRESS_BARS is set, huggingface_hub warns that it decides.
+            warnings.simplefilter("ignore")
+            logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        """Let it speak as before."""
+        from transformers.utils import logging
+
+        logging.set_verbosity(self._verbosity)
+        if self._bars:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                logging.enable_progress_bar()

@@ -144,7 +144,8 @@ def load_causal(
     from transformers import AutoModelForCausalLM
     from transformers import __version__ as version
 
-    from svdconvert.models.loading import factored_classes, quiet_transformers
+    from svdconvert.foreign import quiet_transformers
+    from svdconvert.models.loading import factored_classes
 
     config = start_in(folder).config
     spelling = "dtype" if tuple(map(int, version.split(".")[:2])) >= (4, 56) else "torch_dtype"

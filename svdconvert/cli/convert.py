@@ -27,8 +27,8 @@ from svdconvert.settings.options import SECTIONS
 def convert(model: str, out: Path | None, dry_run: bool, as_json: bool, verbose: bool, **options: Any) -> None:
     """Factor MODEL and write the result to a folder (the default command).
 
-    MODEL is a local folder, `owner/name` on the Hub, or a short name: polyglot-ko-1.3b, -3.8b, -5.8b, -12.8b. Run the
-    same command again to continue an interrupted run.
+    MODEL is a local folder, a GGUF file, `owner/name` on the Hub, or a short name: polyglot-ko-1.3b, -3.8b, -5.8b,
+    -12.8b. Run the same command again to continue an interrupted run.
     """
     request = conversion_of(options)
     if dry_run:

@@ -33,9 +33,10 @@ from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import find_targets, target_tensors
 from svdconvert.sentences import asked
+from svdconvert.storage.gguf_source import source_of_view
 from svdconvert.storage.opening import local_folder
 from svdconvert.storage.reader import WeightReader
-from svdconvert.storage.source import LocalSource
+from svdconvert.storage.source import LocalSource, Source
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def ablate(
     """
     events = events or Events()
     folder = local_folder(os.fspath(model), revision)
-    source = LocalSource(folder)
+    source = source_of_view(folder) or LocalSource(folder)
     row = dense_architecture(source.config, source.where)
     chosen = find_targets(source, targets, split_fused=split_fused)
     fewest = min(min(target.shape) for target in chosen)
@@ -128,7 +129,7 @@ class _Ablation:
 
     def __init__(
         self,
-        source: LocalSource,
+        source: Source,
         row: Architecture,
         targets: Sequence[Target],
         store: Decompositions,

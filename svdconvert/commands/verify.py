@@ -12,13 +12,13 @@ import torch
 from svdconvert.commands.comparing import Check, compare
 from svdconvert.errors import InputError, JobError
 from svdconvert.families.table import Architecture, dense_architecture, factored_architecture
-from svdconvert.foreign import foreign_code
+from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.jobs.model_files import modeling_source
 from svdconvert.jobs.record import RECORD, read_record
 from svdconvert.jobs.shard_writer import new_digest
 from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.models.index_tensors import unsound
-from svdconvert.models.loading import factored_classes, portable, quiet_transformers
+from svdconvert.models.loading import factored_classes, portable
 from svdconvert.models.probe import PROBE, probe
 from svdconvert.paths import user_path
 from svdconvert.storage.documents import read_bytes

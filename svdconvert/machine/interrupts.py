@@ -25,6 +25,7 @@ class _State:
     installed = False
     held = 0
     asked = False
+    lasting: list[tuple[int, Path]] = []  # noqa: RUF012 - the state of the one process
 
 
 def install() -> None:
@@ -84,6 +85,26 @@ def temporary_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+def lasting_folder() -> Path:
+    """A folder that is removed when the process ends, also after Ctrl-C."""
+    import atexit
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="svdconvert-"))
+    if not _State.lasting:
+        atexit.register(_remove_lasting)
+    _State.lasting.append((os.getpid(), folder))
+    return folder
+
+
+def _remove_lasting() -> None:
+    import shutil
+
+    for process, folder in _State.lasting:
+        if process == os.getpid():  # not those of the process that this one was forked from
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _interrupted(number: int, frame: FrameType | None) -> None:
     if _State.held and not _State.asked:
         _State.asked = True
@@ -95,6 +116,7 @@ def end() -> None:
     """Print the sentence and end the process, whatever its threads are doing."""
     if sys.__stdout__ is not None and sys.__stdout__.isatty():
         os.write(1, b"\x1b[?25h\r\n")  # a progress bar has hidden the cursor
+    _remove_lasting()
     several = os.environ.get("WORLD_SIZE", "1") not in ("", "1")
     if not several or os.environ.get("RANK", "0") in ("", "0"):  # one process speaks for all
         os.write(2, f"Error: {SENTENCE}\n".encode())

@@ -18,7 +18,8 @@ from svdconvert.errors import JobError
 from svdconvert.fields import NUMBER, OBJECT, POSITIVE, optional, problem, record
 from svdconvert.storage.disk import atomic_write, create, disk_errors, refuse_full, sync, sync_folder, write_all
 from svdconvert.storage.documents import fill, in_json_types, json_or_none, open_regular
-from svdconvert.storage.reader import as_bytes, read_errors
+from svdconvert.storage.reader import as_bytes
+from svdconvert.storage.tensor_data import read_errors
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import copy
 import importlib
 import json
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import ARCHITECTURES, FACTORED, Architecture, dense_architecture, dense_shapes
-from svdconvert.foreign import foreign_code
+from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.storage.documents import json_or_none, read_json
+from svdconvert.storage.gguf_source import source_of_view
 from svdconvert.storage.headers import read_header
 from svdconvert.storage.other_models import refuse_other_model
 from svdconvert.storage.pickled import pickled_header
@@ -55,6 +55,9 @@ def load_model(
     Raises:
         InputError: the folder is no model, is of an unknown kind, or its weights and config do not fit.
     """
+    viewed = source_of_view(folder)
+    if viewed is not None:
+        return _from_source(viewed, device, dtype)
     from transformers import AutoModelForCausalLM
 
     found = portable(config or read_config(folder))
@@ -78,6 +81,54 @@ def load_model(
     if wrong:
         raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
     return model.to(device).eval()
+
+
+def _from_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A dense model whose weights transformers has no file of; in memory once, whatever their stored type is."""
+    import torch
+    from accelerate import init_empty_weights
+
+    from svdconvert.models.piece_weights import PieceWeights
+    from svdconvert.storage.reader import WeightReader
+
+    row = dense_architecture(source.config, source.where)
+    full, expected = row.full_names(source.tensors, source.config), dense_shapes(row, source.config, source.where)
+    refuse_other_model(source.tensors, full, expected, row, source)
+    strange = [name for name in source.tensors if full[name] not in expected]
+    if strange:
+        raise InputError(f"{source.where} has the tensor {strange[0]}, which {row.dense_class} does not know")
+    problem = f"config.json of {source.where} cannot be used"
+    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+        model = stock_model(row, portable(source.config))
+    model.tie_weights()  # leaving weights out has made the head one of its own
+    named = {full[name]: info for name, info in source.tensors.items()}
+    weights = PieceWeights(source, named, device=torch.device(device), dtype=dtype, stored_as={})
+    with WeightReader(source) as reader:
+        for key, empty in list(model.named_parameters()):  # a tied head is not among them
+            path, _, last = key.rpartition(".")
+            whole = torch.nn.Parameter(weights.read(reader, key, empty), requires_grad=False)
+            setattr(model.get_submodule(path), last, whole)
+    model.tie_weights()
+    found: torch.nn.Module = model.to(device).eval()
+    return found
+
+
+def stock_model(row: Architecture, config: Mapping[str, Any]) -> Any:
+    """The dense causal model of a config, with whatever weights it is created with.
+
+    Args:
+        row: its architecture.
+        config: config.json's content, see :func:`portable`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # spelled as in our checkpoints: some old spellings are understood by one version only, or by none
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    settings |= row.config_overrides(config)
+    made = AutoConfig.for_model(config["model_type"], **settings)
+    # Otherwise buffers would be computed in the config's half type.
+    return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype_option(torch.float32))
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, Any]:
@@ -148,28 +199,3 @@ def compute_dtype(config: Mapping[str, Any], device: str) -> torch.dtype:
     if not isinstance(stored, torch.dtype):
         raise InputError(f"config.json says torch_dtype {named!r}, but it must be a type of torch; correct it")
     return stored if device.startswith("cuda") else torch.float32
-
-
-class quiet_transformers:
-    """Context in which transformers draws no progress bars and prints no load reports; ours say what matters."""
-
-    def __enter__(self) -> None:
-        """Silence it."""
-        from transformers.utils import logging
-
-        self._verbosity, self._bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        with warnings.catch_warnings():
-            # Where HF_HUB_DISABLE_PROGRESS_BARS is set, huggingface_hub warns that it decides.
-            warnings.simplefilter("ignore")
-            logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        """Let it speak as before."""
-        from transformers.utils import logging
-
-        logging.set_verbosity(self._verbosity)
-        if self._bars:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                logging.enable_progress_bar()

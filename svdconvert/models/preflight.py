@@ -11,9 +11,8 @@ import transformers
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture, dense_architecture, dense_shapes, factored_architecture
-from svdconvert.foreign import foreign_code
+from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.models.blocks import ModelBlocks
-from svdconvert.models.loading import quiet_transformers
 from svdconvert.models.skeleton import is_factored
 from svdconvert.storage.other_models import refuse_other_model
 from svdconvert.storage.reader import same_values

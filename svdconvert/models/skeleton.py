@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from svdconvert.families.table import Architecture
-from svdconvert.foreign import foreign_code
-from svdconvert.models.loading import dtype_option, factored_classes, portable, quiet_transformers
+from svdconvert.foreign import foreign_code, quiet_transformers
+from svdconvert.models.loading import factored_classes, portable, stock_model
 from svdconvert.storage.source import Source
 
 
@@ -35,21 +35,10 @@ def skeleton(source: Source, row: Architecture) -> Any:
     """
     from accelerate import init_empty_weights
 
-    build = _factored if is_factored(source) else _dense
+    build = _factored if is_factored(source) else stock_model
     problem = f"config.json of {source.where} cannot be used"
     with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
         return build(row, portable(source.config)).eval()
-
-
-def _dense(row: Architecture, config: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    # spelled as in our checkpoints: some old spellings are understood by one version only, or by none
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    settings |= row.config_overrides(config)
-    made = AutoConfig.for_model(config["model_type"], **settings)
-    # Otherwise buffers would be computed in the config's half type.
-    return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype_option(torch.float32))
 
 
 def _factored(row: Architecture, config: Mapping[str, Any]) -> Any:

@@ -8,8 +8,7 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import FACTORED
-from svdconvert.foreign import foreign_code
-from svdconvert.models.loading import quiet_transformers
+from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.storage.documents import read_json
 
 # Files that hold a tokenizer's vocabulary, for any class of tokenizer.

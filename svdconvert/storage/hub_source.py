@@ -15,8 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_url, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    LocalEntryNotFoundError,
     build_hf_headers,
     hf_raise_for_status,
     http_backoff,
@@ -26,6 +27,7 @@ from svdconvert.errors import InputError, JobError, SvdconvertError
 from svdconvert.storage.disk import refuse_full
 from svdconvert.storage.documents import read_bytes, read_json
 from svdconvert.storage.folders import ModelFolder
+from svdconvert.storage.gguf_files import is_gguf
 from svdconvert.storage.headers import MAX_HEADER_BYTES, parse_header, read_header
 from svdconvert.storage.hub_client import TIMEOUT, hub_api, hub_errors, retried
 from svdconvert.storage.other_formats import refuse_other_format
@@ -52,7 +54,7 @@ _HEADER_THREADS = 8
 _BOOKKEEPING = Path(".cache") / "huggingface"
 
 
-class _Checkout:
+class Checkout:
     """The files of one commit of a repository, fetched when they are needed.
 
     Attributes:
@@ -81,18 +83,28 @@ class _Checkout:
 
     def _cached_files(self) -> dict[str, int]:
         """Pin the commit and find its files in offline mode, name -> bytes."""
-        config = try_to_load_from_cache(self.repo, "config.json", revision=self.revision)
-        if not isinstance(config, str):
+        snapshot = self._snapshot()
+        if snapshot is None:
             raise InputError(
                 f"HF_HUB_OFFLINE is set and {self.where} is not in the cache; "
                 f"unset it, or fetch the model with `hf download {self.repo}` while there is a network"
             )
-        snapshot = Path(config).parent
         self.commit = snapshot.name
         self.where = f"the cached copy of {self.where} (HF_HUB_OFFLINE is set)"
         files = ModelFolder(snapshot)
-        files.check(read_names(files.sizes))
+        files.check([*read_names(files.sizes), *filter(is_gguf, files.sizes)])
         return files.sizes
+
+    def _snapshot(self) -> Path | None:
+        """The commit's folder in the cache; None where it does not hold a model."""
+        config = try_to_load_from_cache(self.repo, "config.json", revision=self.revision)
+        if isinstance(config, str):
+            return Path(config).parent
+        try:
+            found = Path(snapshot_download(self.repo, revision=self.revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return None
+        return found if any(is_gguf(path.name) for path in found.rglob("*")) else None
 
     def weights(self) -> tuple[list[str], bool, str | None]:
         """Find the weight files.
@@ -187,19 +199,27 @@ class HubSource(Source):
     commit: str
     fetched = True
 
-    def __init__(self, repo: str, revision: str | None = None, *, download_folder: Path | None) -> None:
+    def __init__(
+        self,
+        repo: str,
+        revision: str | None = None,
+        *,
+        download_folder: Path | None,
+        checkout: Checkout | None = None,
+    ) -> None:
         """Resolve the revision and read config, index and headers.
 
         Args:
             repo: ``owner/name``.
             revision: branch, tag or commit; None for the default branch.
             download_folder: where weight files are put, one at a time; None if only headers are needed.
+            checkout: the repository at that revision, if it has been listed already.
 
         Raises:
             InputError: the checkpoint does not exist, is not accessible, or cannot be used.
             JobError: pickled weights could not be downloaded.
         """
-        self._checkout = _Checkout(repo, revision)
+        self._checkout = checkout or Checkout(repo, revision)
         self.name = self.where = self.repo = repo
         self.revision = revision
         self.commit = self._checkout.commit
@@ -361,12 +381,13 @@ class HubSource(Source):
         )
 
 
-def download_model(repo: str, revision: str | None = None) -> Path:
+def download_model(repo: str, revision: str | None = None, *, checkout: Checkout | None = None) -> Path:
     """Download a model into the Hugging Face cache: its weights in one format, and its other files.
 
     Args:
         repo: ``owner/name``.
         revision: branch, tag or commit; None for the default branch.
+        checkout: the repository at that revision, if it has been listed already.
 
     Returns:
         The folder that holds it.
@@ -375,7 +396,7 @@ def download_model(repo: str, revision: str | None = None) -> Path:
         InputError: there is no such model, or no access to it.
         JobError: the download broke off.
     """
-    checkout = _Checkout(repo, revision)
+    checkout = checkout or Checkout(repo, revision)
     config = checkout.config()
     files, _, index = checkout.weights()
     code = [name for name in checkout.sizes if "/" not in name and name.endswith(".py")]

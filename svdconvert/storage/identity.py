@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from svdconvert.storage.documents import open_regular, read_bytes, reading
@@ -32,6 +33,25 @@ def weights_digest(path: Path, tensors: Iterable[TensorInfo]) -> str:
     Raises:
         InputError: it cannot be read.
     """
+
+    def archived(handle: io.FileIO) -> bytes:
+        return repr(_archived(path)).encode()
+
+    starts = [(info.start, info.nbytes) for info in tensors if info.start >= 0]
+    return sampled_digest(path, starts or None, header_bytes if starts else archived)
+
+
+def sampled_digest(path: Path, starts: Iterable[tuple[int, int]] | None, header: Callable[[io.FileIO], bytes]) -> str:
+    """Size of a weight file and a digest of its header and of samples of its data; of all bytes where asked.
+
+    Args:
+        path: the file.
+        starts: ``(position, bytes)`` of each tensor's data; None where only the file's loader knows.
+        header: reads what stands before the data.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     with reading(path), open_regular(path) as handle:
         count = os.fstat(handle.fileno()).st_size
@@ -39,13 +59,8 @@ def weights_digest(path: Path, tensors: Iterable[TensorInfo]) -> str:
             while piece := handle.read(2**24):
                 digest.update(piece)
             return f"{count}-all-{digest.hexdigest()}"
-        starts = sorted((info.start, info.nbytes) for info in tensors if info.start >= 0)
-        if starts:
-            digest.update(header_bytes(handle))
-        else:
-            digest.update(repr(_archived(path)).encode())
-            starts = [(count * place // PLACES, 1) for place in range(PLACES)]
-        for start, length in starts:
+        digest.update(header(handle))
+        for start, length in sorted(starts or [(count * place // PLACES, 1) for place in range(PLACES)]):
             last = max(length - BLOCK, 0)
             for offset in dict.fromkeys((0, last // 2, last)):
                 handle.seek(start + offset)

@@ -70,9 +70,8 @@ _FORMATS = (
     ),
     _Format(
         r".*\.gguf",
-        "a model for llama.cpp (GGUF)",
-        "give the checkpoint that it was made from, or, if it is not quantised, what "
-        'AutoModelForCausalLM.from_pretrained(..., gguf_file="{file}").save_pretrained(DIR) writes',
+        "a model for llama.cpp (GGUF), not one that svdconvert wrote",
+        "give the folder of a conversion",
     ),
     _Format(
         r"consolidated(\.\d+)?\.(pth|pt|safetensors)",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdconvert.errors import JobError
 from svdconvert.storage.source import Source
+from svdconvert.storage.tensor_data import TensorData
 from svdconvert.tensors import DTYPES, TensorInfo
 
 CHUNK = 16 * 2**20
@@ -28,14 +26,13 @@ def torch_dtype(code: str) -> torch.dtype:
 class WeightReader:
     """Reads tensors of a source, fetching its files as they are needed.
 
-    Files are read into buffers instead of being mapped: mapped pages count as the process's memory and cost a page
-    fault each. One reader serves one thread. Use it as a context manager: it keeps the file that it read last open.
+    One reader serves one thread. Use it as a context manager: it keeps the file that it read last open.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._file = ""
-        self._handle = -1
+        self._data: TensorData | None = None
 
     def __enter__(self) -> WeightReader:
         """No file is open yet."""
@@ -75,29 +72,21 @@ class WeightReader:
 
     def close(self) -> None:
         """Close the open file; reading opens it again."""
-        if self._handle >= 0:
-            os.close(self._handle)
-        self._file, self._handle = "", -1
+        if self._data is not None:
+            self._data.close()
+        self._file, self._data = "", None
 
     def _fill(self, info: TensorInfo, view: memoryview, offset: int) -> None:
-        if info.file != self._file:
+        if self._data is None or info.file != self._file:
             self.close()
-            path = self._source.path(info.file)
-            with read_errors(info.file):
-                self._handle = os.open(path, os.O_RDONLY)
+            self._data = self._source.data(info.file)
             self._file = info.file
         # The positions in a Hub file are certain only once it is here.
-        start = self._source.tensors[info.cut.tensor if info.cut else info.name].start
-        begin = 0
+        stored = self._source.tensors[info.cut.tensor if info.cut else info.name]
+        done = 0
         for place, length in info.cut.runs(offset, len(view)) if info.cut else [(offset, len(view))]:
-            done, end = begin, begin + length
-            while done < end:
-                with read_errors(info.file):
-                    count = os.preadv(self._handle, [view[done:end]], start + place + done - begin)
-                if count == 0:
-                    raise JobError(f"{info.file} ended inside tensor {info.name}; fetch the file again")
-                done += count
-            begin = end
+            self._data.fill(stored, view[done : done + length], place)
+            done += length
 
     def _pickled_bytes(self, info: TensorInfo) -> Tensor:
         from svdconvert.storage.pickled import load_pickled
@@ -130,21 +119,6 @@ def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:
             if not torch.equal(one, other):
                 return False
     return True
-
-
-@contextmanager
-def read_errors(file: object) -> Iterator[None]:
-    """Turn an operating system's error about a file that a job reads into one sentence.
-
-    Raises:
-        JobError: it cannot be read now.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise JobError(
-            f"{file} cannot be read ({error.strerror}); fix that and run the same command to continue"
-        ) from None
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

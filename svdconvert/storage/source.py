@@ -22,6 +22,7 @@ from svdconvert.storage.headers import read_header
 from svdconvert.storage.identity import file_digest, weights_digest
 from svdconvert.storage.other_formats import ADAPTER_CONFIG, refuse_other_format
 from svdconvert.storage.side_files import choose_side_files, is_side_file, side_notes
+from svdconvert.storage.tensor_data import PlainData, TensorData
 from svdconvert.storage.wrappers import unwrap
 from svdconvert.tensors import CODES, TensorInfo
 from svdconvert.words import listing
@@ -77,6 +78,14 @@ class Source(ABC):
             JobError: it could not be fetched.
         """
 
+    def data(self, file: str) -> TensorData:
+        """The data of a weight file that is no pickle, opened.
+
+        Raises:
+            JobError: it could not be fetched or opened.
+        """
+        return PlainData(self.path(file), file)
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What must be the same when an interrupted job continues: weights and config, in JSON types."""
@@ -100,7 +109,42 @@ class Source(ABC):
         return None
 
 
-class LocalSource(Source):
+class FileSource(Source):
+    """A checkpoint in local files that somebody may change while they are read."""
+
+    def __init__(self) -> None:
+        """Nothing is known of the files yet."""
+        self._known: dict[str, Any] = {}
+
+    @abstractmethod
+    def _content(self) -> dict[str, Any]:
+        """What the files hold now, as :meth:`identity` has it."""
+
+    @abstractmethod
+    def _watched(self) -> list[Path]:
+        """The files that it comes from."""
+
+    def identity(self) -> dict[str, Any]:
+        times = self._times()
+        identity = self._content()
+        self._known = self._known or {"times": times, "identity": identity}
+        return identity
+
+    def refuse_changed(self) -> None:
+        times = self._times()
+        if not self._known or self._known["times"] == times:
+            return
+        if self._content() != self._known["identity"]:
+            raise InputError(f"{self.where} was changed while it was read; run the command again")
+        self._known["times"] = times
+
+    def _times(self) -> list[tuple[int, int, int]]:
+        """Inodes, sizes and times, which change with any of the files but may also change alone."""
+        found = [path.stat() if path.is_file() else None for path in self._watched()]
+        return [(s.st_ino, s.st_size, s.st_mtime_ns) if s else (0, 0, 0) for s in found]
+
+
+class LocalSource(FileSource):
     """A checkpoint in a local folder."""
 
     def __init__(self, folder: Path, *, need_weights: bool = True) -> None:
@@ -113,9 +157,9 @@ class LocalSource(Source):
         Raises:
             InputError: something is missing, damaged or inconsistent.
         """
+        super().__init__()
         self.folder = folder
         self.name = folder.resolve().name
-        self._known: dict[str, Any] = {}
         if (cached := cached_repo(folder)) is not None:
             self.repo, self.commit = cached
             self.name = self.repo
@@ -168,33 +212,19 @@ class LocalSource(Source):
     def path(self, file: str) -> Path:
         return self.folder / file
 
-    def identity(self) -> dict[str, Any]:
-        times = self._times()
+    def _content(self) -> dict[str, Any]:
         weights = {
             file: weights_digest(self.path(file), [info for info in self.tensors.values() if info.file == file])
             for file in self.files
         }
-        identity = {"weights": weights, "config": self.read_config()}
-        self._known = self._known or {"times": times, "identity": identity}
-        return identity
+        return {"weights": weights, "config": self.read_config()}
+
+    def _watched(self) -> list[Path]:
+        return [self.path(file) for file in [*self.files, "config.json"]]
 
     def side_identity(self) -> dict[str, Any]:
         names = [*self.side_files, *(["README.md"] if (self.folder / "README.md").is_file() else [])]
         return {"side_file": {name: file_digest(self.path(name)) for name in names}}
-
-    def refuse_changed(self) -> None:
-        times = self._times()
-        if not self._known or self._known["times"] == times:
-            return
-        if LocalSource.identity(self) != self._known["identity"]:
-            raise InputError(f"{self.folder} was changed while it was read; run the command again")
-        self._known["times"] = times
-
-    def _times(self) -> list[tuple[int, int, int]]:
-        """Inodes, sizes and times, which change with any of the files but may also change alone."""
-        paths = [self.path(file) for file in [*self.files, "config.json"]]
-        found = [path.stat() if path.is_file() else None for path in paths]
-        return [(s.st_ino, s.st_size, s.st_mtime_ns) if s else (0, 0, 0) for s in found]
 
     def card(self) -> str | None:
         readme = self.folder / "README.md"

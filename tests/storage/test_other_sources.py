@@ -74,8 +74,7 @@ def in_cache(folder: Path) -> None:
 
 OTHERS: dict[str, tuple[Any, ...]] = {
     "PEFT": (peft_adapter, "PEFT adapter of EleutherAI/polyglot-ko-1.3b", "merge", "svdconvert fold"),
-    "GGUF": (files("model-Q4_K_M.gguf"), "llama.cpp (GGUF)", 'gguf_file="model-Q4_K_M.gguf"'),
-    "GGUF alone": (files("model-f16.gguf", config=False), "llama.cpp (GGUF)"),
+    "GGUF that is none": (files("model-Q4_K_M.gguf"), "model-Q4_K_M.gguf is not a GGUF file"),
     "Flax": (files("flax_model.msgpack"), "Flax", "from_flax=True"),
     "Flax in parts": (files("flax_model-00001-of-00002.msgpack", "flax_model.msgpack.index.json"), "from_flax=True"),
     "TensorFlow": (files("tf_model.h5"), "TensorFlow", "from_tf=True"),
@@ -116,7 +115,7 @@ def test_what_it_is_is_said(case: str, run: Run, tmp_path: Path) -> None:
     assert tree(model) == before
 
 
-@pytest.mark.parametrize("case", ["GGUF", "Flax", "ZeRO", "PEFT"])
+@pytest.mark.parametrize("case", ["Flax", "ZeRO", "PEFT"])
 def test_what_it_is_on_the_hub(case: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, *words = OTHERS[case]
     (tmp_path / "model").mkdir()
