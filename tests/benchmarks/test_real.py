@@ -43,11 +43,11 @@ def test_remembered_states_give_the_model_itself(tmp_path: Path) -> None:
     dense = load_model(write_family(tmp_path / "model", "llama"), "cpu", torch.float32)
     other = load_model(write_family(tmp_path / "other", "llama", hidden_act="relu"), "cpu", torch.float32)
     ids = torch.randint(4, 160, (50,), generator=torch.Generator().manual_seed(0))
-    passage, reference = Passage(ids, 50, 10, 10, "disjoint"), Remembered(dense)
+    passage, reference = Passage(ids, 50, 10, 10, "disjoint"), Remembered(dense, tmp_path / "hidden")
     expected = likelihoods(other, passage, 2, reference=dense)
     assert likelihoods(other, passage, 2, reference=reference) == expected
     assert likelihoods(other, passage, 2, reference=reference) == expected
-    assert len(reference.hidden) == 3
+    assert len(list((tmp_path / "hidden").iterdir())) == 3
 
 
 def test_a_question_is_asked_without_its_choices() -> None:

@@ -12,6 +12,7 @@ one: those that are there are not measured again unless ``--again`` says so.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import resource
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svdconvert import Calibration, Report, calibrate, convert
@@ -46,24 +48,26 @@ class Readout:
 
 
 class Remembered(nn.Module):
-    """A model whose last hidden states are computed once: for every further row it costs its head alone."""
+    """A model whose last hidden states are computed once and kept: for every further row it costs its head alone."""
 
-    def __init__(self, dense: Any) -> None:
+    def __init__(self, dense: Any, folder: Path) -> None:
         """Keep the model.
 
         Args:
             dense: of a family whose logits are its head's output, as those of the subjects are.
+            folder: keeps the states, a file for every batch.
         """
         super().__init__()
-        self.dense = dense
-        self.hidden: dict[bytes, Tensor] = {}
+        self.dense, self.folder = dense, folder
+        folder.mkdir(parents=True, exist_ok=True)
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Readout:
         """Logits [batch, length, vocabulary]."""
-        key = input_ids.numpy().tobytes()
-        if key not in self.hidden:
-            self.hidden[key] = self.dense.base_model(input_ids, use_cache=use_cache).last_hidden_state
-        return Readout(self.dense.lm_head(self.hidden[key]))
+        file = self.folder / f"{hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()}.safetensors"
+        if not file.is_file():
+            hidden = self.dense.base_model(input_ids, use_cache=use_cache).last_hidden_state
+            save_file({"hidden": hidden.contiguous()}, file)
+        return Readout(self.dense.lm_head(load_file(file)["hidden"]))
 
 
 class Bench:
@@ -87,7 +91,9 @@ class Bench:
         self.calibration = Calibration(str(valid), samples=samples, length=LENGTH)
         read = read_passage(self.model, read_config(self.model), texts / "wiki.test.tokens", WINDOW, None, "disjoint")
         self.passage: Passage = replace(read, ids=read.ids[: windows * WINDOW])
-        self.reference = Remembered(load_model(self.model, "cpu", torch.float32))
+        self.reference = Remembered(
+            load_model(self.model, "cpu", torch.float32), folder / f"{subject.name}.work" / "hidden"
+        )
 
     def statistics(self, labels: str) -> Path:
         """Statistics for all methods, collected where they are not there yet; an interrupted run goes on."""
