@@ -15,7 +15,7 @@ from svdconvert.models.divergence import likelihoods
 from svdconvert.models.loading import load_model
 from svdconvert.models.passages import Passage
 
-from .real import book, questions, subjects
+from .real import book, law, questions, subjects
 from .real.losses import Remembered
 from .real.rows import KEEPS, LAW, LAW_KEEPS, ROWS
 
@@ -70,6 +70,8 @@ def test_the_page_is_what_the_file_says() -> None:
     page, whole = book.OUT.with_suffix(".md").read_text(), json.loads(book.OUT.with_suffix(".json").read_text())
     assert book.rendered(page, whole) == page
     wanted = {(row.name, keep) for row in ROWS for keep in (LAW_KEEPS if row is LAW else KEEPS)}
+    prediction = law.PAGE.read_text()
+    assert book.placed(prediction, "law", law.table()) == prediction
     for line in whole["losses"]:
         assert (line["name"], line["keep"]) in wanted
         assert line["kl"] > 0

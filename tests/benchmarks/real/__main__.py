@@ -17,7 +17,7 @@ from tests.benchmarks.measure import ROOT
 
 from .subjects import SUBJECTS
 
-PARTS = ("losses", "law", "answers")
+PARTS = ("losses", "answers", "law")
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     for part in options.only:
         line = [sys.executable, "-m", f"tests.benchmarks.real.{part}"]
-        if part != "law":  # which has no subject of its own but the bundled model
+        if part != "law":  # which reads the files of others
             line += ["--texts", str(options.texts.resolve()), "--subjects", *options.subjects]
         subprocess.run(line, cwd=ROOT, check=True)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.benchmarks.measure import machine, machine_line, markdown_table
 
-from .rows import KEEPS, LAW
+from .rows import KEEPS
 from .subjects import SUBJECTS, Subject
 
 OUT = Path("docs/real")
@@ -27,7 +27,7 @@ def read(out: Path) -> dict[str, Any]:
     """What has been measured so far."""
     numbers = out.with_suffix(".json")
     found: dict[str, Any] = json.loads(numbers.read_text()) if numbers.is_file() else {}
-    return {"machine": machine(), "subjects": {}, "losses": [], "law": [], "tasks": []} | found
+    return {"machine": machine(), "subjects": {}, "losses": [], "tasks": []} | found
 
 
 def line(lines: Sequence[Line], subject: str, name: str, keep: float, calibration_tokens: int) -> Line | None:
@@ -61,11 +61,18 @@ def write(out: Path, whole: Mapping[str, Any]) -> None:
 def rendered(page: str, whole: Mapping[str, Any]) -> str:
     """The page with today's tables."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        if begin in page and whole["subjects" if name == "sources" else name]:
-            before, _, rest = page.partition(begin)
-            page = f"{before}{begin}\n{table(whole)}\n\n{end}{rest.partition(end)[2]}"
+        if whole["subjects" if name == "sources" else name]:
+            page = placed(page, name, table(whole))
     return page
+
+
+def placed(page: str, name: str, table: str) -> str:
+    """The page with a table in its place, if it has one."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if begin not in page:
+        return page
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{table}\n\n{end}{rest.partition(end)[2]}"
 
 
 def sources(whole: Mapping[str, Any]) -> str:
@@ -112,21 +119,6 @@ def _perplexity(found: Line, added: float = 0.0) -> float:
     return math.exp(found["cross_entropy"] + added)
 
 
-def law(whole: Mapping[str, Any]) -> str:
-    """Predicted and measured loss, and how many times as much is measured."""
-    heads = ("subject", "kept", "predicted", "KL", "of predicted", "added", "of predicted")
-    lines = [*whole["law"], *(line for line in whole["losses"] if line["name"] == LAW.name)]
-    rows = [
-        (
-            _title(line), f"{line['keep']:.0%}", f"{line['predicted']:.4f}",
-            f"{line['kl']:.4f}", f"{line['kl'] / line['predicted']:.2f}",
-            f"{line['added']:+.4f}", f"{line['added'] / line['predicted']:.2f}",
-        )
-        for line in sorted(lines, key=lambda line: (-line["keep"], _title(line)))
-    ]  # fmt: skip
-    return markdown_table(heads, rows)
-
-
 def tasks(whole: Mapping[str, Any]) -> str:
     """Accuracies, and what is left of them above chance."""
     heads = ("subject", "questions of", "number", "chance", "dense", "factored")
@@ -135,7 +127,7 @@ def tasks(whole: Mapping[str, Any]) -> str:
         lines = [line for line in whole["tasks"] if line["subject"] == name]
         rows += [
             (
-                _title(line), line["task"], f"{line['questions']}", f"{line['chance']:.1%}",
+                title(line), line["task"], f"{line['questions']}", f"{line['chance']:.1%}",
                 *(f"{line[side]:.1%} ± {line[side + '_error']:.1%}" for side in ("dense", "factored")),
             )
             for line in lines
@@ -146,15 +138,16 @@ def tasks(whole: Mapping[str, Any]) -> str:
         }
         share = (mean["factored"] - mean["chance"]) / (mean["dense"] - mean["chance"])
         count = sum(line["questions"] for line in lines)
-        rows.append((_title(lines[0]), "all", str(count), *(f"{mean[side]:.1%}" for side in mean)))
+        rows.append((title(lines[0]), "all", str(count), *(f"{mean[side]:.1%}" for side in mean)))
         left.append(
-            f"{_title(lines[0])} keeps {share:.0%} of its accuracy above chance ({lines[0]['row']}, "
+            f"{title(lines[0])} keeps {share:.0%} of its accuracy above chance ({lines[0]['row']}, "
             f"{lines[0]['keep']:.0%} kept)."
         )
     return "\n\n".join([markdown_table(heads, rows), " ".join(left)])
 
 
-def _title(found: Line) -> str:
+def title(found: Line) -> str:
+    """Name of a line's model, for tables."""
     name: str = found["subject"]
     return SUBJECTS[name].title if name in SUBJECTS else name
 
@@ -163,7 +156,6 @@ def _title(found: Line) -> str:
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "sources": sources,
     "losses": losses,
-    "law": law,
     "tasks": tasks,
 }
 

@@ -1,66 +1,54 @@
-"""Predicted against measured loss of a small model at five budgets, beside those of the real ones.
+"""Measured over predicted loss, of every model that has been measured: the table of docs/prediction.md.
 
     python -m tests.benchmarks.real.law
 
-The real subjects have their lines in the table of losses. The bundled GPT-NeoX is measured here, on its own texts. What
-counts is the loss on held-out text: KL from the dense model, and log-perplexity added.
+Runs no model: it reads docs/real.json, docs/quality.json and docs/quality_llama.json. Measured is the log-perplexity
+that held-out text loses, predicted what the conversion says.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from svdconvert import Calibration, convert, evaluate
-from tests.benchmarks.harness import BUNDLED
+from tests.benchmarks.measure import ROOT, markdown_table
 
 from . import book
-from .rows import LAW, LAW_KEEPS
+from .rows import KEEPS, LAW, LAW_KEEPS
 
-SMALL = "bundled GPT-NeoX"
+PAGE = Path("docs/prediction.md")
+SMALL = {"LLaMA, 1M": "docs/quality_llama.json", "bundled GPT-NeoX, 4M": "docs/quality.json"}
+NAMES = ("kfac, uniform", "kfac, global", LAW.name)
+BUDGETS = sorted({*KEEPS, *LAW_KEEPS, 0.4}, reverse=True)
 
 
-def small(windows: int) -> list[dict[str, Any]]:
-    """The lines of the bundled model, calibrated as docs/quality.md has it.
+def table(root: Path = ROOT) -> str:
+    """Markdown: a line for every model and row, a column for every budget."""
+    found: dict[tuple[str, str], dict[float, float]] = {}
+    for title, line in _lines(root):
+        if line["name"] in NAMES and line["predicted"]:
+            found.setdefault((title, line["name"]), {})[line["keep"]] = line["added"] / line["predicted"]
+    rows = [
+        (f"{title}: {name}", *(f"{ratios[keep]:.2f}" if keep in ratios else "" for keep in BUDGETS))
+        for (title, name), ratios in found.items()
+    ]
+    return markdown_table(("measured / predicted", *(f"{keep:.0%} kept" for keep in BUDGETS)), rows)
 
-    Args:
-        windows: of 256 tokens, from the beginning of its held-out text; about 560 bytes each.
-    """
-    text = Calibration(str(BUNDLED / "calibration.txt"), samples=256, length=256, batch_size=16)
-    lines = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        held_out = (BUNDLED / "heldout.txt").read_text(encoding="utf-8")
-        (folder / "text.txt").write_text(held_out[: 230 * windows], encoding="utf-8")
-        for keep in LAW_KEEPS:
-            report = convert(
-                BUNDLED / "model", folder / "out", keep=keep, method=LAW.method, allocation=LAW.allocation,
-                layout=LAW.layout, calibration=text, work=folder / "work", device="cpu", check=False, overwrite=True,
-            )  # fmt: skip
-            found = evaluate(
-                folder / "out", folder / "text.txt", protocol="disjoint", window=256, against=BUNDLED / "model",
-                device="cpu",
-            )  # fmt: skip
-            assert found.divergence is not None
-            lines.append(
-                {"subject": SMALL, "name": LAW.name, "keep": keep, "calibration_tokens": 65_536, "tokens": found.tokens}
-                | {"predicted": report.outcome.record["predicted_loss"]}
-                | {"kl": found.divergence.kl, "added": found.divergence.added}
-            )
-            print(lines[-1], flush=True)
-    return lines
+
+def _lines(root: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for line in json.loads((root / "docs/real.json").read_text())["losses"]:
+        yield book.title(line), line
+    for title, file in SMALL.items():
+        for line in json.loads((root / file).read_text())["rows"]:
+            yield title, line
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.real.law")
-    parser.add_argument("--windows", type=int, default=64, help="of 256 tokens")
-    parser.add_argument("--out", type=Path, default=book.OUT, help="file name without its ending")
-    options = parser.parse_args()
-    lines = small(options.windows)
-    book.write(options.out, book.read(options.out) | {"law": lines})
+    """Put the table into the page."""
+    page = ROOT / PAGE
+    page.write_text(book.placed(page.read_text(), "law", table()))
 
 
 if __name__ == "__main__":

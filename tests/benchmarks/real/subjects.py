@@ -71,7 +71,7 @@ SUBJECTS: Mapping[str, Subject] = {
             tuple(_GEMMA.format(part, part - 1) for part in range(1, 5)),
             "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
             calibration=48,
-            windows=4,
+            windows=3,
         ),
     )
 }
