@@ -45,6 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_has_everything(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"svdconvert/py.typed", "svdconvert/modeling/modeling_polyglot_svd.py", "svdconvert/__main__.py"} <= names
+    assert "svdconvert/reports/style.css" in names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "svdconvert").rglob("*.py")}
     modules |= {f"svdconvert/modeling/{path.name}" for path in (ROOT / "modeling").glob("modeling_*.py")}
     assert modules <= names

@@ -167,12 +167,12 @@ class Facts:
         return after / before if before > 0 else None
 
     @cached_property
-    def ranks(self) -> Mapping[str, tuple[int, int]]:
-        """Kind of matrix -> lowest and highest rank of the factored ones."""
+    def ranks(self) -> Mapping[str, Sequence[int]]:
+        """Kind of matrix -> ranks of the factored ones."""
         found: dict[str, list[int]] = {}
         for module, matrix in self.matrices.items():
             found.setdefault(kind_of(module), []).append(matrix.rank)
-        return {kind: (min(ranks), max(ranks)) for kind, ranks in found.items()}
+        return found
 
     @property
     def counted(self) -> dict[str, KindSize]:

@@ -25,29 +25,30 @@ def size_section(facts: Facts) -> Markup | None:
     rows: list[list[Child]] = [
         [
             name,
-            figures.count(kind.matrices),
-            _ranks(facts.ranks.get(name)),
             *_cells(kind.params, longest),
+            figures.count(kind.matrices),
+            _ranks(facts.ranks.get(name, ()), kind.matrices),
             *_bytes(kind.bytes, with_bytes),
         ]
         for name, kind in list(facts.kinds.items())[:MOST_ROWS]
     ]
-    rows.append(["everything else", "", "", *_cells(rest, longest), *_bytes(rest_bytes, with_bytes)])
-    rows.append(["whole model", "", "", element("td"), *_numbers(whole), *_bytes(facts.bytes, with_bytes)])
-    heads: list[Child] = ["kind", "matrices", "rank", hidden("bars"), "before", "after", "kept"]
+    rows.append(["everything else", *_cells(rest, longest), "", "", *_bytes(rest_bytes, with_bytes)])
+    rows.append(["whole model", element("td"), *_numbers(whole), "", "", *_bytes(facts.bytes, with_bytes)])
+    heads: list[Child] = ["kind", hidden("bars"), "kept", "before", "after", "matrices", "rank"]
     heads += ["bytes before", "bytes after"] if with_bytes else []
     caption = "Parameters by kind of matrix: the frame is before, the bar after"
     if facts.dense and not with_bytes:
         caption += "; matrices that stayed dense are under everything else"
-    return section("sizes", "Sizes", scrolling(caption, simple_table(caption, heads, rows, aligned="tnntnnnnn")))
+    return section("sizes", "Sizes", scrolling(caption, simple_table(caption, heads, rows, aligned="ttnnnnnnn")))
 
 
-def _ranks(ends: tuple[int, int] | None) -> str:
-    """``48``, ``42 to 49``, ``dense``."""
-    if ends is None:
+def _ranks(ranks: Sequence[int], matrices: int) -> str:
+    """``48``, ``42 to 49``, ``dense``, ``42 to 49, 1 dense``, of so many matrices."""
+    if not ranks:
         return "dense"
-    low, high = ends
-    return figures.count(low) if low == high else f"{figures.count(low)} to {figures.count(high)}"
+    low, high = min(ranks), max(ranks)
+    words = figures.count(low) if low == high else f"{figures.count(low)} to {figures.count(high)}"
+    return f"{words}, {figures.count(matrices - len(ranks))} dense" if matrices > len(ranks) else words
 
 
 def _rest(whole: Change, parts: Sequence[Change]) -> Change:
@@ -61,7 +62,7 @@ def _cells(change: Change, longest: int) -> list[Child]:
 
 def _numbers(change: Change) -> list[Child]:
     share = figures.share(change.after, change.before)
-    return [figures.count(change.before), figures.count(change.after), share]
+    return [share, figures.count(change.before), figures.count(change.after)]
 
 
 def _bytes(change: Change | None, with_bytes: bool) -> list[Child]:

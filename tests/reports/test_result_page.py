@@ -99,7 +99,7 @@ def test_kept_shares_are_those_of_the_weights(results: dict[str, Path], name: st
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_are_those_of_the_files(results: dict[str, Path], dense: Path, name: str) -> None:
     rows = cells(table_of(page_of(results[name]), "sizes"))
-    numbers = {row[0]: [int(text.replace(",", "")) for text in row[4:6]] for row in rows}
+    numbers = {row[0]: [int(text.replace(",", "")) for text in row[3:5]] for row in rows}
     before, after = read_weights(dense), read_weights(results[name])
     floats = [sum(tensor.numel() for tensor in one.values() if tensor.is_floating_point()) for one in (before, after)]
     assert numbers.pop("whole model") == floats
@@ -111,7 +111,14 @@ def test_sizes_are_those_of_the_files(results: dict[str, Path], dense: Path, nam
             assert old == sum(t.numel() for key, t in before.items() if key.endswith(f"{kind}.weight"))
         new_weights = [t for key, t in after.items() if f".{kind}." in key and key.endswith("weight")]
         assert new == sum(t.numel() for t in new_weights)
-    kinds = record_of(results[name])["kinds"]
+    record = record_of(results[name])
+    kinds = record["kinds"]
+    for kind, words in ((row[0], row[6]) for row in rows[:-2]):
+        ranks = [matrix["rank"] for module, matrix in record["matrices"].items() if module.endswith(f".{kind}")]
+        dense = sum(module.endswith(f".{kind}") for module in record["dense_targets"])
+        lowest, *_, highest = sorted({min(ranks, default=0), max(ranks, default=0)}) * 2
+        said = "dense" if not ranks else f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
+        assert words == (f"{said}, {dense} dense" if ranks and dense else said)
     assert sum(kind["matrices"] for kind in kinds.values()) == len(TARGETS) + (6 if name == "shared" else 0)
     for kind, sizes in kinds.items():
         tensors = [t for key, t in after.items() if f".{kind}." in key and not key.endswith("bias")]
@@ -264,6 +271,7 @@ def test_contrast(dark: bool) -> None:
             assert contrast(root[ink], root[ground]) >= 4.5, (ink, ground)
         assert contrast(root["--orange"], root[ground]) >= 3, "of drawings"
     assert all(contrast(found[f".s{series}"]["color"], root["--paper"]) >= 3 for series in range(SERIES))
+    assert found[".box"]["position"] == "relative", "else the page is wider than a phone"
     # Shades of a scale are told apart by lightness alone.
     for scale in "kl":
         steps = [contrast(shades[f".{scale}{step}"]["background"], root["--paper"]) for step in range(10)]
