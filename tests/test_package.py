@@ -239,6 +239,7 @@ LIGHT = [
     "svdconvert.jobs.job",
     "svdconvert.cli.report",
     "svdconvert.commands.sweep_book",
+    "svdconvert.commands.html_report",
     "svdconvert.planning.targets",
     "svdconvert.jobs.output",
 ]

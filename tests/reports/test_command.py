@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.html_pages import parse
+from support.hub_server import WRITE_TOKEN, HubServer, use_hub
 
 from svdconvert import convert, densify, verify
 from svdconvert.commands.verify import failed
@@ -105,3 +106,13 @@ def test_the_weights_do_not_depend_on_it(dense: Path, results: dict[str, Path], 
     ours, theirs = tmp_path / "out", results["plain"]
     for name in ("model.safetensors", "config.json", "modeling_polyglot_svd.py"):
         assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def test_it_is_pushed_with_the_model(
+    results: dict[str, Path], monkeypatch: pytest.MonkeyPatch, run: Run, tmp_path: Path
+) -> None:
+    with HubServer() as hub:
+        use_hub(monkeypatch, hub, tmp_path / "home", token=WRITE_TOKEN)
+        result = run("push", results["shared"], "owner/result")
+        assert result.code == 0, result.err
+        assert hub.files("owner/result")["report.html"] == (results["shared"] / "report.html").read_bytes()
