@@ -81,7 +81,7 @@ def measured_section(facts: Facts) -> Markup | None:
             after = "" if dense is None else figures.perplexity(dense + value)
             rows.append((name, bar(abs(value) / longest, kind=kind), figures.signed_nats(value), after))
     caption = "Added loss on the calibration text, nats per token"
-    heads = ("", hidden("bars"), "added", "perplexity")
+    heads = (hidden("loss"), hidden("bars"), "added", "perplexity")
     notes = []
     if dense is not None:
         notes.append(

@@ -86,7 +86,7 @@ def _table(lines: Mapping[str, Sequence[Row]], dense: Row, text: str) -> Markup:
     rows: list[Sequence[Child]] = [("dense", *_cells(dense, dense))]
     rows += [(name, *_cells(row, dense)) for name, line in lines.items() for row in line][:MOST_ROWS]
     caption = f"Measured on {printable(text)}; losses in nats per token"
-    heads = ("", "budget", "parameters", "of dense", "weight files", "perplexity", "added", "KL")
+    heads = ("way to convert", "budget", "parameters", "of dense", "weight files", "perplexity", "added", "KL")
     return section(
         "numbers", "All points", scrolling(caption, simple_table(caption, heads, rows, aligned="tnnnnnnn"), tall=True)
     )
