@@ -55,6 +55,8 @@ _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padd
 # LLaMA 3.1's scaling of its rotation, which all of its files share but for the factor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 ROPE_FREQS = "rope_freqs.weight"
+# Phi-3's, for inputs beyond and within the context that it was trained with first.
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 _ADVICE = "give the checkpoint that it was made from"
 
@@ -76,14 +78,16 @@ def architecture_of(header: GgufHeader, where: object) -> GgufArchitecture:
     return row
 
 
-def config_of(header: GgufHeader, row: GgufArchitecture, where: object, rope_freqs: Sequence[float]) -> dict[str, Any]:
+def config_of(
+    header: GgufHeader, row: GgufArchitecture, where: object, tables: Mapping[str, Sequence[float]]
+) -> dict[str, Any]:
     """What config.json would say.
 
     Args:
         header: of the file, or of the first of its parts with the tensors of all.
         row: its architecture.
         where: the file, for messages.
-        rope_freqs: values of the tensor :data:`ROPE_FREQS`; empty where there is none.
+        tables: tables of rotary factors among its tensors, by name.
 
     Raises:
         InputError: a setting is missing, or is one that config.json cannot say.
@@ -112,8 +116,10 @@ def config_of(header: GgufHeader, row: GgufArchitecture, where: object, rope_fre
         if scaling := settings.take_scaling():
             config["rope_scaling"] = scaling
     config |= _particular(row, header, config)
-    if rope_freqs:
-        config["rope_scaling"] = _llama3(rope_freqs, config, where)
+    if ROPE_FREQS in tables:
+        config["rope_scaling"] = _llama3(tables[ROPE_FREQS], config, where)
+    if row.name == "phi3" and ROPE_LONG in tables and ROPE_SHORT in tables:
+        config["rope_scaling"] = _longrope(settings, tables, config)
     settings.finish()
     for key, name in _TOKENS.items():
         token = header.metadata.get(f"tokenizer.ggml.{key}")
@@ -151,6 +157,12 @@ class _Settings:
             return None
         kind, factor = self._left.pop("rope.scaling.type", "none"), self.take("rope.scaling.factor") or 1.0
         return {"rope_type": "linear", "factor": float(factor)} if kind == "linear" and factor != 1.0 else None
+
+    def take_factor(self, expected: float) -> None:
+        """The factor of attention that goes with a scaling; another one is left for :meth:`finish`."""
+        factor = self._left.get("rope.scaling.attn_factor")
+        if isinstance(factor, float) and math.isclose(factor, expected, rel_tol=1e-4):
+            del self._left["rope.scaling.attn_factor"]
 
     def wrong_head(self, key: str, value: object, expected: object) -> InputError:
         return self._wrong(key, value, f"but heads have {expected} channels")
@@ -229,6 +241,14 @@ def _llama3(found: Sequence[float], config: Mapping[str, Any], where: object) ->
             f"not say; {_ADVICE}"
         )
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+
+
+def _longrope(settings: _Settings, tables: Mapping[str, Sequence[float]], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Phi-3's rotary scaling from its tables; the factor of attention follows from its contexts."""
+    longest, first = config["max_position_embeddings"], config.get("original_max_position_embeddings") or 0
+    if longest > first > 1:
+        settings.take_factor(math.sqrt(1 + math.log(longest / first) / math.log(first)))
+    return {"type": "longrope", "short_factor": list(tables[ROPE_SHORT]), "long_factor": list(tables[ROPE_LONG])}
 
 
 def _main_type(header: GgufHeader) -> str:

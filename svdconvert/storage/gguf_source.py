@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,6 +14,8 @@ from svdconvert.errors import InputError
 from svdconvert.storage.documents import read_bytes, reading
 from svdconvert.storage.gguf_config import (
     ROPE_FREQS,
+    ROPE_LONG,
+    ROPE_SHORT,
     architecture_of,
     config_of,
     quantised_types,
@@ -26,8 +29,8 @@ from svdconvert.storage.identity import sampled_digest
 from svdconvert.storage.source import FileSource
 from svdconvert.storage.tensor_data import TensorData
 
-# Rotary tables have one value for two channels of a head.
-_MOST_FREQS = 4096
+# They have one value for two channels of a head.
+_TABLES, _MOST_FACTORS = {"llama": (ROPE_FREQS,), "phi3": (ROPE_LONG, ROPE_SHORT)}, 4096
 
 
 class GgufSource(FileSource):
@@ -63,12 +66,13 @@ class GgufSource(FileSource):
         self._headers = {path.name: read_gguf_header(path) for path in files}
         header = _joined(self._headers, where)
         row = architecture_of(header, where)
-        self.config = config_of(header, row, where, self._rope_freqs())
+        tables = self._tables(_TABLES.get(row.name, ()))
+        self.config = config_of(header, row, where, tables)
         self._places: dict[str, GgufPlace] = {}
         self.tensors = {}
         for file, part in self._headers.items():
             for tensor in part.tensors.values():
-                if tensor.name != ROPE_FREQS:
+                if tensor.name not in tables:
                     self._add(part, tensor.name, file, row)
         self.notes = _notes(header, where)
 
@@ -91,26 +95,28 @@ class GgufSource(FileSource):
         self._places[own] = place
         self.tensors[own] = place.info(own, file)
 
-    def _rope_freqs(self) -> list[float]:
-        """Values of the table of rotary factors; empty where there is none.
+    def _tables(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """The tables of rotary factors that are there, by name.
 
         Raises:
-            InputError: it is no such table.
+            InputError: one is no such table.
         """
+        found = {}
         for file, header in self._headers.items():
-            tensor = header.tensors.get(ROPE_FREQS)
-            if tensor is None:
-                continue
-            if tensor.type != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_FREQS:
-                raise InputError(
-                    f"{ROPE_FREQS} of {self.where} is of type {tensor.type} and shape {list(tensor.shape)}, so it is "
-                    "no table of rotary factors; fetch the file again"
-                )
-            path = self._paths[file]
-            with reading(path), path.open("rb") as handle:
-                handle.seek(tensor.start)
-                return list(struct.unpack(f"<{tensor.shape[0]}f", handle.read(tensor.nbytes)))
-        return []
+            for tensor in (header.tensors[name] for name in names if name in header.tensors):
+                if tensor.type != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_FACTORS:
+                    raise InputError(
+                        f"{tensor.name} of {self.where} is of type {tensor.type} and shape {list(tensor.shape)}, so it "
+                        "is no table of rotary factors; fetch the file again"
+                    )
+                path = self._paths[file]
+                with reading(path), path.open("rb") as handle:
+                    handle.seek(tensor.start)
+                    values = struct.unpack(f"<{tensor.shape[0]}f", handle.read(tensor.nbytes))
+                if not all(map(math.isfinite, values)):
+                    raise InputError(f"{tensor.name} of {self.where} has infinite entries; fetch the file again")
+                found[tensor.name] = list(values)
+        return found
 
     def path(self, file: str) -> Path:
         return self._paths[file] if file in self._paths else self.view() / file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import gguf
@@ -114,6 +115,28 @@ def test_scaled_rotation(scaling: str, tmp_path: Path) -> None:
     with torch.no_grad():
         found = load_model(local_folder(str(path)), "cpu", torch.float32)(input_ids=IDS).logits
         assert torch.allclose(found, model(input_ids=IDS).logits, atol=2e-4)
+
+
+def test_phi3_with_long_contexts(tmp_path: Path) -> None:
+    """Its two tables and the factor that goes with them, as llama.cpp's converter writes them."""
+    short, long = [1.0 + 0.1 * n for n in range(8)], [2.0 + 0.2 * n for n in range(8)]
+    rope = {"rope_type": "longrope", "type": "longrope", "short_factor": short, "long_factor": long}
+    model = tiny("phi3", rope_scaling=rope, original_max_position_embeddings=16)
+    tables = {"rope_factors_short.weight": short, "rope_factors_long.weight": long}
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        model,
+        tokenizer=False,
+        extra={name: np.array(values, np.float32) for name, values in tables.items()},
+        changes={
+            "phi3.rope.scaling.original_context_length": 16,
+            "phi3.rope.scaling.attn_factor": math.sqrt(1 + math.log(64 / 16) / math.log(16)),
+        },
+    )
+    loaded = load_model(local_folder(str(path)), "cpu", torch.float32)
+    with torch.no_grad():
+        for ids in (IDS[:, :9], IDS):  # within the first context, and beyond it
+            assert torch.allclose(loaded(input_ids=ids).logits, model(input_ids=ids).logits, atol=2e-4)
 
 
 def test_every_type_is_that_of_the_package() -> None:
