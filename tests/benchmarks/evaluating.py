@@ -55,7 +55,7 @@ def plain(model: Path, text: Path, protocol: str, window: int) -> float:
             batch = slice(begin, begin + BATCH)
             logits = loaded(input_ids=inputs[batch], use_cache=False).logits
             losses = functional.cross_entropy(logits.transpose(1, 2), labels[batch], reduction="none")
-            total += sum(float(row[-n:].sum()) for row, n in zip(losses, counted[batch], strict=True))
+            total += sum(float(row[-n:].double().sum()) for row, n in zip(losses, counted[batch], strict=True))
     return math.exp(total / sum(counted))
 
 
