@@ -16,7 +16,7 @@ from svdconvert.models.loading import load_model
 from svdconvert.models.passages import Passage
 
 from .real import book, law, questions, subjects
-from .real.losses import Remembered
+from .real.losses import WINDOW, Remembered, opened
 from .real.rows import KEEPS, LAW, LAW_KEEPS, ROWS
 
 
@@ -48,6 +48,15 @@ def test_remembered_states_give_the_model_itself(tmp_path: Path) -> None:
     assert likelihoods(other, passage, 2, reference=reference) == expected
     assert likelihoods(other, passage, 2, reference=reference) == expected
     assert len(list((tmp_path / "hidden").iterdir())) == 3
+
+
+def test_every_window_opens_as_the_text_does() -> None:
+    ids = torch.arange(5 * WINDOW)
+    assert torch.equal(opened(ids, 7, 2), ids[: 2 * WINDOW])
+    assert torch.equal(opened(ids, None, 2), ids[: 2 * WINDOW])
+    one, two = opened(ids, 0, 2).split(WINDOW)
+    assert torch.equal(one, ids[:WINDOW])
+    assert torch.equal(two, torch.cat([ids[:1], ids[WINDOW : 2 * WINDOW - 1]]))
 
 
 def test_a_question_is_asked_without_its_choices() -> None:

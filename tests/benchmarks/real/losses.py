@@ -29,6 +29,7 @@ from svdconvert.methods.table import METHODS
 from svdconvert.models.divergence import Likelihoods, likelihoods
 from svdconvert.models.loading import load_model
 from svdconvert.models.passages import Passage, read_passage
+from svdconvert.models.tokenizer import load_tokenizer, opening_token
 from svdconvert.storage.source import read_config
 from tests.benchmarks.quality import Row
 
@@ -70,6 +71,23 @@ class Remembered(nn.Module):
         return Readout(self.dense.lm_head(load_file(file)["hidden"]))
 
 
+def opened(ids: Tensor, opening: int | None, windows: int) -> Tensor:
+    """The first windows of a text, each with the token that opens it; models that are used to it are lost without.
+
+    Args:
+        ids: [N], as the tokenizer gives them.
+        opening: that token, or None.
+        windows: how many.
+
+    Returns:
+        [windows * WINDOW].
+    """
+    if opening is None or int(ids[0]) != opening:  # the tokenizer puts none there
+        return ids[: windows * WINDOW]
+    each = ids[1 : 1 + windows * (WINDOW - 1)].view(windows, WINDOW - 1)
+    return torch.cat([torch.full((windows, 1), opening), each], 1).flatten()
+
+
 class Bench:
     """A subject, its calibration and its test text."""
 
@@ -90,7 +108,7 @@ class Bench:
         valid = shutil.copyfile(texts / "wiki.valid.tokens", self.work / "wiki.valid.txt")
         self.calibration = Calibration(str(valid), samples=samples, length=LENGTH)
         read = read_passage(self.model, read_config(self.model), texts / "wiki.test.tokens", WINDOW, None, "disjoint")
-        self.passage: Passage = replace(read, ids=read.ids[: windows * WINDOW])
+        self.passage: Passage = replace(read, ids=opened(read.ids, opening_token(load_tokenizer(self.model)), windows))
         self.reference = Remembered(
             load_model(self.model, "cpu", torch.float32), folder / f"{subject.name}.work" / "hidden"
         )
