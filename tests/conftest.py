@@ -11,8 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-# Matrices this small are faster on one thread, far more so on a busy machine.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Matrices this small are faster on one thread, far more so on a busy machine. And the last bits of a sum depend on the
+# number of threads, whatever the shell asks for.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from support.checkpoints import LAYERS, TARGETS, random_tensors, read_config, read_weights, write_checkpoint
-from support.results import files, products
+from support.checkpoints import LAYERS, TARGETS, random_tensors, read_config, read_weights, tree, write_checkpoint
+from support.results import products
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from svdconvert import convert, plan
@@ -132,7 +132,7 @@ def test_shards_of_the_result(limit: str, dense: Path, factored: Path, tmp_path:
 
 def test_deterministic(dense: Path, factored: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "out", rank=16, device="cpu")
-    assert files(tmp_path / "out") == files(factored)
+    assert tree(tmp_path / "out") == tree(factored)
 
 
 def test_pivoted_stores_less(dense: Path, factored: Path, pivoted: Path) -> None:
@@ -151,7 +151,7 @@ def test_pivoted_stores_less(dense: Path, factored: Path, pivoted: Path) -> None
 
 def test_workers_change_nothing(dense: Path, factored: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "out", rank=16, device="cpu", workers=3)
-    assert files(tmp_path / "out") == files(factored)
+    assert tree(tmp_path / "out") == tree(factored)
 
 
 def test_a_plan_knows_what_a_worker_costs(dense: Path) -> None:
@@ -284,7 +284,7 @@ def test_overwrite_leaves_nothing_of_the_old_result(dense: Path, factored: Path,
     convert(dense, out, rank=16, device="cpu", overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
-    assert files(out) == files(factored)
+    assert tree(out) == tree(factored)
 
 
 def test_report(dense: Path, factored: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.results import files, products
+from support.checkpoints import tree
+from support.results import products
 from transformers import AutoModelForCausalLM, GPTNeoXForCausalLM
 
 from svdconvert import Calibration, JobError, calibrate, convert
@@ -135,7 +136,7 @@ def test_a_refit_that_does_not_help_is_not_taken(
     plain = convert(dense, tmp_path / "plain", keep=0.5, calibration=calibration, device="cpu")
     monkeypatch.setattr(Refit, "accepted", False)
     report = convert(dense, tmp_path / "out", keep=0.5, calibration=calibration, refit="sequential", device="cpu")
-    assert files(tmp_path / "out")["model.safetensors"] == files(tmp_path / "plain")["model.safetensors"]
+    assert tree(tmp_path / "out")["model.safetensors"] == tree(tmp_path / "plain")["model.safetensors"]
     assert "refit" in report.outcome.record
     assert not any("refit" in matrix for matrix in report.matrices.values())
     assert plain.outcome.record["measured_loss"] == report.outcome.record["measured_loss"]
@@ -187,7 +188,7 @@ def test_refit_goes_on_where_it_was_broken_off(
         convert(dense, tmp_path / "out", **settings)
     convert(dense, tmp_path / "out", **settings)
     assert calls[:3] == [0, 1, 1]
-    assert files(tmp_path / "out")["model.safetensors"] == files(tmp_path / "whole")["model.safetensors"]
+    assert tree(tmp_path / "out")["model.safetensors"] == tree(tmp_path / "whole")["model.safetensors"]
 
 
 def test_statistics_folder_suffices_for_a_refit(dense: Path, calibration: Calibration, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.checkpoints import LINEARS, TARGETS, read_config, read_weights, write_checkpoint
+from support.checkpoints import LINEARS, TARGETS, read_config, read_weights, tree, write_checkpoint
 from support.methods import gradients
 from support.metrics import dense as full
 from support.metrics import metric, normal, root
-from support.results import files, products
+from support.results import products
 from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, InputError, convert, plan
@@ -336,7 +336,7 @@ def test_every_method_gives_a_model(
 def test_shared_by_one_is_not_shared(dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "one", rank=16, device="cpu", share_layers=1)
     convert(dense, tmp_path / "default", rank=16, device="cpu")
-    assert files(tmp_path / "one") == files(tmp_path / "default")
+    assert tree(tmp_path / "one") == tree(tmp_path / "default")
     assert read_config(tmp_path / "one")["svd_shared"] == {}
 
 
@@ -487,7 +487,7 @@ def test_interrupted_and_continued(
     convert(dense, tmp_path / "out", **settings)
     # per kind of matrix one group of two, whose layers are learnt, and one layer by itself
     assert len(calls) - 1000 == {"outer_statistic": 8, "decompose_shared": 4, "decompose": 4}[name] - after
-    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+    assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
 
 
 def test_one_work_folder_serves_all_groupings(
@@ -500,7 +500,7 @@ def test_one_work_folder_serves_all_groupings(
     for layers in (1, 2, 3):
         convert(dense, tmp_path / f"kept-{layers}", share_layers=layers, work=tmp_path / "work", **settings)
         convert(dense, tmp_path / f"fresh-{layers}", share_layers=layers, **settings)
-        assert files(tmp_path / f"kept-{layers}") == files(tmp_path / f"fresh-{layers}")
+        assert tree(tmp_path / f"kept-{layers}") == tree(tmp_path / f"fresh-{layers}")
     assert not list((tmp_path / "work" / "decompositions").glob("*.outer"))
 
     def fail(*_: object, **__: object) -> None:
@@ -509,7 +509,7 @@ def test_one_work_folder_serves_all_groupings(
     for name in ("decompose", "decompose_shared", "outer_statistic"):
         monkeypatch.setattr(decomposer, name, fail)
     convert(dense, tmp_path / "again", share_layers=2, work=tmp_path / "work", **settings)
-    assert files(tmp_path / "again") == files(tmp_path / "kept-2")
+    assert tree(tmp_path / "again") == tree(tmp_path / "kept-2")
 
 
 @pytest.mark.parametrize(("shards", "pickled"), [(2, False), (7, False), (3, True)])

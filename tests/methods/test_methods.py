@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.checkpoints import LINEARS, TARGETS, random_tensors, read_config, read_weights, write_checkpoint
+from support.checkpoints import LINEARS, TARGETS, random_tensors, read_config, read_weights, tree, write_checkpoint
 from support.methods import DATA_AWARE, gradients
-from support.results import files, products
+from support.results import products
 from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, Events, InputError, calibrate, convert
@@ -159,7 +159,7 @@ def test_kept_decompositions_spare_the_calibration(
 
     monkeypatch.setattr(decomposer, "decompose", fail)
     convert(dense, tmp_path / "two", keep=0.5, work=work, **settings)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
 @pytest.mark.parametrize("method", ["whiten", "kfac"])
@@ -190,7 +190,7 @@ def test_interrupted_and_continued(
     calls.extend([1] * 1000)
     convert(dense, tmp_path / "out", **settings)
     assert len(calls) - 1000 == len(TARGETS) - after
-    assert files(tmp_path / "out") == files(tmp_path / "undisturbed")
+    assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
 
 
 def test_statistics_collected_beforehand(dense: Path, calibration: Calibration, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from support.accelerator import accelerator  # noqa: F401 - a fixture
-from support.checkpoints import read_weights, write_checkpoint
+from support.checkpoints import read_weights, tree, write_checkpoint
 from support.launching import torchrun
-from support.results import files, products
+from support.results import products
 
 from svdconvert import Events, InputError, convert, plan
 from svdconvert.planning.partition import step_cost
@@ -157,14 +157,14 @@ def test_pivoted(dense: Path, tmp_path: Path) -> None:
 def test_workers_change_nothing(workers: int, dense: Path, converted: Path, tmp_path: Path) -> None:
     torch.manual_seed(workers)
     convert(dense, tmp_path / "out", rank=RANK, solver="fast", device="cpu", workers=workers, check=False)
-    assert files(tmp_path / "out") == files(converted)
+    assert tree(tmp_path / "out") == tree(converted)
 
 
 def test_processes_change_nothing(dense: Path, converted: Path, tmp_path: Path) -> None:
     line = ["-m", "svdconvert", dense, "--rank", RANK, "--solver", "fast", "--device", "cpu", "--no-check"]
     done = torchrun(2, *line, "--workers", 1, "--out", tmp_path / "out")
     assert done.code == 0, done.err
-    assert files(tmp_path / "out") == files(converted)
+    assert tree(tmp_path / "out") == tree(converted)
 
 
 class _Stop(Events):
@@ -191,7 +191,7 @@ def test_resumed(dense: Path, converted: Path, run: Run, tmp_path: Path) -> None
     torch.manual_seed(7)
     report = convert(dense, out, **settings, solver="fast")
     assert 0 < report.outcome.resumed < 4
-    assert files(out) == files(converted)
+    assert tree(out) == tree(converted)
     again = run(dense, "--rank", RANK, "--solver", "fast", "--device", "cpu", "--out", out)
     assert again.code == 0
     assert f"fast solver     {ACTS}" in again.out

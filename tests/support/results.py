@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -29,14 +28,3 @@ def products(folder: Path) -> dict[str, torch.Tensor]:
         elif not name.endswith(".down.weight"):
             result[name.replace("lm_head", "embed_out")] = tensor
     return result
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """All files of a result, the record without its times."""
-    content = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    record = json.loads(content["svdconvert.json"])
-    record.pop("timing")
-    for matrix in record["matrices"].values():
-        matrix.pop("seconds")
-    content["svdconvert.json"] = json.dumps(record).encode()
-    return content
