@@ -59,7 +59,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
         )
     show_table(console, table)
     trained = plan.training_bytes
-    peak, worker = plan.peak_bytes(), plan.peak_bytes(2) - plan.peak_bytes()
+    peak, worker = plan.peak_bytes(), plan.worker_bytes
     rows = [
         (
             "parameters",

@@ -125,4 +125,5 @@ def plan_for(
         bytes_after=files_bytes(shards),
         notes=tuple(notes) if of_solver is None else (*notes, of_solver),
         settings=request.planned(),
+        opening_bytes=source.opening_bytes,
     )

@@ -30,6 +30,7 @@ class Plan:
         bytes_before, bytes_after: bytes of the weight files.
         notes: what the user should know: dropped buffers, matrices that stay dense.
         settings: what the result depends on; a job continues only under the same.
+        opening_bytes: memory that reading the source's tokenizer takes before the work begins.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Plan:
     bytes_after: int
     notes: tuple[str, ...]
     settings: Mapping[str, Any]
+    opening_bytes: int = 0
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -72,7 +74,12 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        return memory.host_bytes(self._solved(), workers)
+        return max(memory.host_bytes(self._solved(), workers), memory.BASE_BYTES + self.opening_bytes)
+
+    @property
+    def worker_bytes(self) -> int:
+        """What every further worker adds to that while matrices are solved."""
+        return memory.host_bytes(self._solved(), 2) - memory.host_bytes(self._solved(), 1)
 
     def device_bytes(self, workers: int = 1) -> int:
         """Estimated peak of a GPU's memory when solving on one.
@@ -106,7 +113,7 @@ class Plan:
             "svd_shared": self.shared,
             "shards": {file: sum(info.nbytes for info in infos) for file, infos in self.shards.items()},
             "peak_memory_bytes": self.peak_bytes(),
-            "peak_memory_bytes_per_worker": self.peak_bytes(2) - self.peak_bytes(1),
+            "peak_memory_bytes_per_worker": self.worker_bytes,
             "training_bytes": {"before": before, "after": after},
             "notes": list(self.notes),
             "settings": dict(self.settings),

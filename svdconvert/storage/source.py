@@ -53,6 +53,7 @@ class Source(ABC):
         download_bytes: size of the weight files that have to be downloaded, by name.
         stored: tensor -> its name in the file, where the two differ (``storage/wrappers.py``).
         notes: for the user, about how it was read.
+        opening_bytes: memory that its tokenizer takes where it has to be made, before any work.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Source(ABC):
     download_bytes: Mapping[str, int] = MappingProxyType({})
     stored: Mapping[str, str] = MappingProxyType({})
     notes: tuple[str, ...] = ()
+    opening_bytes: int = 0
 
     @abstractmethod
     def path(self, file: str) -> Path:

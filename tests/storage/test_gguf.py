@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType
 from transformers import AutoConfig, AutoTokenizer
 
+from svdconvert import plan
 from svdconvert.models.loading import load_model
 from svdconvert.storage.gguf_header import TYPES, read_gguf_header
 from svdconvert.storage.gguf_source import GgufSource
@@ -252,3 +253,14 @@ def test_identity(tmp_path: Path) -> None:
         data[place] ^= 1
         copy.write_bytes(data)
         assert open_source(str(copy)).identity() != known
+
+
+def test_a_plan_counts_the_tokenizer(tmp_path: Path) -> None:
+    """transformers takes thousands of bytes for a token while it makes one; small matrices take less."""
+    text = {"tokenizer.ggml.tokens": [str(number) for number in range(100_000)], "tokenizer.ggml.merges": None}
+    path = write_gguf(tmp_path / "model.gguf", tiny("llama"), changes=text | {"tokenizer.ggml.token_type": None})
+    few = plan(write_gguf(tmp_path / "few.gguf", tiny("llama")), rank=8)
+    made = plan(path, rank=8)
+    assert few.peak_bytes() < made.peak_bytes() == made.to_json()["peak_memory_bytes"]
+    assert made.peak_bytes() > 600_000_000
+    assert made.worker_bytes == few.worker_bytes > 0
