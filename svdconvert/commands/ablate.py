@@ -80,7 +80,7 @@ def ablate(
     The whole model is loaded, since it is evaluated.
 
     Args:
-        model: a local folder, or a model on the Hub, which is then downloaded into the Hugging Face cache.
+        model: a local folder or GGUF file, or a model on the Hub, which is then downloaded into the Hugging Face cache.
         text: UTF-8 text file.
         groups: number of groups.
         targets: patterns that choose among the linear layers; empty means all of them.

@@ -82,7 +82,7 @@ def evaluate(
     """Perplexity of a text file under a dense or factored model, and how faithful it is to another one.
 
     Args:
-        model: a local folder, or a model on the Hub, which is then downloaded into the Hugging Face cache.
+        model: a local folder or GGUF file, or a model on the Hub, which is then downloaded into the Hugging Face cache.
         text: UTF-8 text file.
         protocol: ``sliding``, or ``disjoint`` as the literature has it, see :mod:`svdconvert.models.passages`.
         window: tokens per input; by default 1024 (disjoint: 2048), or the model's longest context if that is less.

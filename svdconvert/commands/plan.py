@@ -34,7 +34,7 @@ def plan(
     """What :func:`convert` would do, from config and headers alone.
 
     Args:
-        model: local folder, ``owner/name`` on the Hub, or a short name such as ``polyglot-ko-3.8b``.
+        model: local folder or GGUF file, ``owner/name`` on the Hub, or a short name such as ``polyglot-ko-3.8b``.
         rank: rank of every target, or pattern -> rank; the pattern ``*`` stands for all that no other names.
         keep: instead, the fraction of the target parameters to keep.
         params: instead, the parameters of the whole converted model, a number or ``1.4B``.
