@@ -104,7 +104,7 @@ def show_result(console: Console, report: Report) -> None:
         measured = f"{record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
         rows.append(("loss added", f"{measured}, measured on the calibration text{guess}"))
     if "budget" in record:
-        from svdconvert.commands.budgets import MeasuredBudget
+        from svdconvert.commands.measured_budgets import MeasuredBudget
 
         rows.append(("budget measured", str(MeasuredBudget(**record["budget"]))))
     rows += _times(outcome)

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from svdconvert.commands.budgets import MeasuredBudget, check_sequences, choose_ranks
+from svdconvert.commands.budgets import spend
+from svdconvert.commands.measured_budgets import MeasuredBudget, check_sequences, measured_ranks
 from svdconvert.commands.work import Work
 from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.layouts.table import layout_named
@@ -60,8 +61,10 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
     store = _decompose(work, plan)
     targets: Sequence[Target] = plan.targets
     budget: MeasuredBudget | None = None
-    if work.chooses:
-        targets, budget = choose_ranks(work, plan, store)
+    if work.measures:
+        targets, budget = measured_ranks(work, plan, store)
+    elif work.chooses:
+        targets = spend(plan, work.request.size, store)
     plan = plan_for(work.source, work.request, targets, store.files(targets))
     if work.chooses:
         work.events.planned(plan, free_bytes(work.folder))

@@ -79,7 +79,7 @@ def make_grid(
     for row in rows:
         keywords = {**common, "work": work if len(rows) == 1 else work / row.name}
         # A text that no method uses stays, so that the check refuses it.
-        if row.statistics or common["refit"] != "none" or not aware:
+        if row.statistics or common["refit"] != "none" or common["allocation"] == "measured" or not aware:
             keywords |= {"calibration": calibration, "stats": stats}
         for name in _for_others(row, rows):
             keywords[name] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from svdconvert.calibration.text import CalibrationTokens
@@ -9,12 +10,13 @@ from svdconvert.errors import InputError
 from svdconvert.factoring.refit_streams import is_held_out
 from svdconvert.sentences import asked
 
-# Tokens that are measured each time; more would tell apart what matters little.
-TOKENS = 2**14
+# Tokens that are judged by, and corrected by in one round; more would tell apart what matters little.
+JUDGED = 2**13
+CORRECTED = 2**12
 
 
 def held_out_sample(tokens: CalibrationTokens) -> Tensor:
-    """Numbers of sequences to judge by: those that are held out, :data:`TOKENS` tokens of them at most; int64.
+    """Numbers of the sequences to judge by: those that are held out, about :data:`JUDGED` tokens of them; int64.
 
     Raises:
         InputError: there are too few sequences.
@@ -24,11 +26,18 @@ def held_out_sample(tokens: CalibrationTokens) -> Tensor:
             "measuring needs at least 2 calibration sequences, one of them held out; raise "
             f"{asked('calibration.samples')}"
         )
-    return _some(tokens, is_held_out(len(tokens.ids)))
+    held_out = is_held_out(len(tokens.ids)).nonzero()[:, 0]
+    return held_out[: max(1, JUDGED // tokens.ids.shape[1])]
 
 
-def correction_sample(tokens: CalibrationTokens) -> Tensor:
-    """Numbers of sequences to correct by: two or more of the others, :data:`TOKENS` tokens of them at most; int64.
+def correction_sample(tokens: CalibrationTokens, number: int) -> Tensor:
+    """Numbers of the sequences to correct by, two or more of those that are not held out; int64.
+
+    Every round has others as long as there are some: the noise of one is then not that of the next.
+
+    Args:
+        tokens: the text.
+        number: of the round, from 0 on.
 
     Raises:
         InputError: there are too few sequences.
@@ -38,9 +47,6 @@ def correction_sample(tokens: CalibrationTokens) -> Tensor:
             f"{asked('allocation', 'measured')} needs at least 3 calibration sequences, one of them held out; raise "
             f"{asked('calibration.samples')}"
         )
-    return _some(tokens, ~is_held_out(len(tokens.ids)), least=2)
-
-
-def _some(tokens: CalibrationTokens, chosen: Tensor, least: int = 1) -> Tensor:
-    numbers = chosen.nonzero()[:, 0]
-    return numbers[: max(least, TOKENS // tokens.ids.shape[1])]
+    others = (~is_held_out(len(tokens.ids))).nonzero()[:, 0]
+    count = min(max(2, CORRECTED // tokens.ids.shape[1]), len(others))
+    return others[(torch.arange(count) + number * count) % len(others)].sort().values

@@ -7,7 +7,7 @@ forward (``calls.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from svdconvert.foreign import foreign_code
 from svdconvert.layouts.table import shared_layers
 from svdconvert.models.calls import BlockCalls, Call
 from svdconvert.models.head import LOGITS, Logits
-from svdconvert.models.matrices import is_linear, matrix, replaced
+from svdconvert.models.matrices import differentiable, is_linear, matrix, replaced
 from svdconvert.models.piece_weights import Part, PieceWeights
 from svdconvert.models.skeleton import is_factored, move_buffers, skeleton
 from svdconvert.names import layer_number, suffix
@@ -48,7 +48,7 @@ class ModelBlocks:
     """A model, dense or factored, of which only one piece has weights at a time.
 
     Weights are read into ``dtype`` on ``device``, whatever type they are stored in; stored integers stay integers.
-    Gradients of weights are never computed; those of inputs are, if a caller asks for them.
+    Gradients of inputs and of linear layers' weights are computed where a caller asks for them.
 
     Attributes:
         shapes: of the class's tensors, by their names in it.
@@ -228,6 +228,13 @@ class ModelBlocks:
     def replaced(self, block: nn.Module, matrices: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Context with other weights [out, in] in some linear layers of a block, or parts of them, by path."""
         return replaced(block, matrices, self.place)
+
+    def differentiable(
+        self, block: nn.Module, paths: Sequence[str]
+    ) -> AbstractContextManager[Callable[[], dict[str, Tensor]]]:
+        """Context in which backward passes differentiate by weights; see
+        :func:`svdconvert.models.matrices.differentiable`."""
+        return differentiable(block, paths, self.place)
 
     def _present(self, names: Sequence[str]) -> dict[str, nn.Module]:
         """Those of the modules that exist in this model."""

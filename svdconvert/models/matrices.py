@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,42 @@ def replaced(block: nn.Module, matrices: Mapping[str, Tensor], places: Places) -
     finally:
         for name, weight in dense.items():
             block.get_submodule(name).weight = weight
+
+
+@contextmanager
+def differentiable(block: nn.Module, paths: Sequence[str], places: Places) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Context in which backward passes differentiate by the weights of linear layers of a block, or parts of them.
+
+    Args:
+        block: with the weights that count.
+        paths: of the layers.
+        places: see :data:`Places`.
+
+    Yields:
+        Takes the gradients that have been summed up: path -> [out, in]. The sums begin anew.
+    """
+    layers = {path: places(path) for path in paths}
+    weights = {name: block.get_submodule(name).weight for name, _ in layers.values()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+
+    def take() -> dict[str, Tensor]:
+        found = {}
+        for path, (name, section) in layers.items():
+            gradient = weights[name].grad
+            assert isinstance(gradient, Tensor), f"no backward pass has reached {name}"
+            whole = gradient if isinstance(block.get_submodule(name), nn.Linear) else gradient.T
+            found[path] = whole if section is None else section.of(whole)
+        for weight in weights.values():
+            weight.grad = None
+        return found
+
+    try:
+        yield take
+    finally:
+        for weight in weights.values():
+            weight.grad = None
+            weight.requires_grad_(False)
 
 
 def _matrix(layer: nn.Module) -> Tensor:

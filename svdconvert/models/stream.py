@@ -97,6 +97,16 @@ class Stream:
             for batch in self.batches:
                 write(self.run(block, index, batch))
 
+    def differentiate(self, block: nn.Module, index: int, batch: slice, gradient: Tensor) -> Tensor:
+        """The gradient with respect to a block's input, from that with respect to its output."""
+        hidden = self.read(index, batch).requires_grad_()
+        with torch.enable_grad():
+            output = self._blocks.run(block, hidden, self._mask[batch])
+        torch.autograd.backward(output, gradient)
+        assert hidden.grad is not None
+        self._check(hidden.grad, f"block {index} of {self._name} gives", "gradients")
+        return hidden.grad
+
     def forget(self, index: int) -> None:
         """Remove the input of a block."""
         self.store.remove(f"hidden-{index}")
@@ -148,6 +158,6 @@ class Stream:
                 write(slope)
         return sums
 
-    def _check(self, values: Tensor, what: str) -> None:
+    def _check(self, values: Tensor, what: str, kind: str = "activations") -> None:
         if not bool(torch.isfinite(values).all()):
-            raise InputError(f"{what} NaN or infinite activations on the calibration text; check the source model")
+            raise InputError(f"{what} NaN or infinite {kind} on the calibration text; check the source model")

@@ -10,7 +10,7 @@ from svdconvert.methods.table import METHODS
 from svdconvert.settings.row import option
 from svdconvert.solvers.table import DEFAULT_SOLVER, SOLVERS
 
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("uniform", "global", "measured")
 REFITS = ("none", "sequential")
 
 
@@ -79,7 +79,8 @@ class Recipe:
     allocation: str | None = option(
         None,
         "--allocation",
-        "Spend a budget evenly, or where it helps most; the latter is for kfac, and often hurts others.",
+        "Spend a budget evenly, or where it helps most: by the singular values, which is for kfac and often hurts "
+        "others, or corrected by what is measured on the compressed model.",
         keyword="allocation",
         group="Method",
         kind="choice",

@@ -39,7 +39,8 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"keep": 0.5, "calibration": TEXT, "shrinkage": -0.1}, "shrinkage=-0.1 must lie between 0 and 1"),
     ],
     "allocation": [
-        ({"keep": 0.5, "allocation": "even"}, "allocation='even' is unknown; choose uniform or global"),
+        ({"keep": 0.5, "allocation": "even"}, "allocation='even' is unknown; choose uniform, global or measured"),
+        ({"rank": {"a": 8}, "allocation": "measured", "calibration": TEXT}, "allocation='measured' chooses the ranks"),
         ({"rank": {"a": 8}, "allocation": "global"}, "allocation='global' chooses the ranks itself"),
     ],
     "refit": [
@@ -56,6 +57,7 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
     "text": [
         ({"keep": 0.5, "method": "kfac"}, "method='kfac' needs a text"),
         ({"keep": 0.5, "refit": "sequential"}, "refit='sequential' needs a text"),
+        ({"keep": 0.5, "allocation": "measured"}, "allocation='measured' needs a text"),
         ({"max_loss": 0.5}, "max_loss=0.5 needs a text"),
         ({"max_kl": 0.5, "method": "svd"}, "max_kl=0.5 needs a text"),
         ({"keep": 0.5, "method": "svd", "calibration": TEXT}, "calibration has no effect on method='svd'"),

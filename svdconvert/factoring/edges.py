@@ -1,0 +1,181 @@
+"""What single directions of the matrices are worth at the really compressed model.
+
+A global budget compares squared singular values, an estimate that holds near the dense model. At the compressed model
+with its gradient G of the mean KL(dense || compressed), direction i of a matrix, A_i (``linalg/edges.py``), is worth
+-<G, A_i> to first order: what KL falls by where it is added, and rises by where it is left out. Directions around the
+edge of the truncation are summed up.
+
+One pass forward keeps every block's input on disk, with the compressed matrices in place; the head gives the gradient
+at the last hidden state, and the blocks are gone through from last to first. In memory are one block, the activations
+of one batch in it, and the gradients of its matrices, [out, in] each in the computing type. The sequences are two
+halves that are summed up apart; where they agree, the sums can be trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.factoring.decompositions import Decompositions, load_decomposition, load_metric
+from svdconvert.factoring.sampled import Bench, Sampled
+from svdconvert.factoring.samples import correction_sample
+from svdconvert.factoring.truncations import Truncations
+from svdconvert.fields import NUMBER, few, record, table
+from svdconvert.linalg.edges import direction_terms, shared_terms
+from svdconvert.models.stream import Stream
+from svdconvert.names import layer_number, suffix
+from svdconvert.planning.correction import Edge, edge_of
+from svdconvert.planning.ranks import Target
+from svdconvert.planning.steps import Step
+from svdconvert.planning.targets import target_tensors
+from svdconvert.storage.reader import WeightReader
+from svdconvert.storage.source import Source
+
+_EDGES = {"edges": table(record({"measured": few(NUMBER, 2, 2), "predicted": NUMBER}))}
+
+
+@dataclass
+class _Found:
+    """What is known of a target so far: a sum for each half, of all its layers."""
+
+    measured: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    predicted: float = 0.0
+
+
+class Edges:
+    """Edges of one model, text and set of decompositions."""
+
+    def __init__(self, bench: Bench, store: Decompositions) -> None:
+        """Prepare; nothing is computed before an edge is needed."""
+        self._bench, self._store = bench, store
+
+    def measure(self, targets: Sequence[Target], steps: Sequence[Step], number: int) -> dict[str, Edge]:
+        """Module path -> what the directions around the edge of its truncation are worth.
+
+        Args:
+            targets: all targets, with their ranks; of those that stay dense, the last directions count.
+            steps: of the plan with these ranks.
+            number: of the round, from 0 on, which has sequences of its own.
+
+        Raises:
+            InputError: something is NaN or infinite, there are too few sequences, or the disk is too small.
+            JobError: reading or writing failed; the same call goes on.
+        """
+        sample = correction_sample(self._bench.tokens, number)
+        # Two batches at least, one for each half.
+        sampled = Sampled(self._bench, sample, min(self._bench.batch_size, (len(sample) + 1) // 2), "correction")
+        places = {target.module: edge_of(target.rank, min(target.shape)) for target in targets}
+        key = {**sampled.key(steps), "edges": places}
+        found = self._bench.kept(
+            key, _EDGES, lambda: self._measured(sampled, targets, steps, places, f"correction {number + 1}")
+        )["edges"]
+        return {
+            target.module: Edge(
+                (found[target.module]["measured"][0], found[target.module]["measured"][1]),
+                found[target.module]["predicted"],
+            )
+            for target in targets
+        }
+
+    def _measured(
+        self,
+        sampled: Sampled,
+        targets: Sequence[Target],
+        steps: Sequence[Step],
+        places: Mapping[str, tuple[int, int]],
+        name: str,
+    ) -> dict[str, Any]:
+        dense, blocks = sampled.dense, self._bench.blocks
+        stream = sampled.compressed(targets, steps, name, keep=True)
+        with blocks.head() as head, stream.store.writing(f"gradient-{blocks.count}") as write:
+            tokens = stream.divergence(head, dense, write).tokens
+        found = {target.module: _Found() for target in targets}
+        for target in targets:
+            start, stop = places[target.module]
+            found[target.module].predicted = float(self._store.spectrum(target)[start:stop].sum())
+        matrices = Truncations(self._bench.source, targets, steps, blocks.device)
+        terms = _Terms(self._bench.source, self._store, places)
+        for index in reversed(range(blocks.count)):
+            self._bench.events.progress("differentiating", blocks.count - 1 - index, blocks.count, name)
+            layers = [
+                (target, place)
+                for target in targets
+                for place, part in enumerate(target.parts)
+                if layer_number(part.module) == index
+            ]
+            for half, target, value in self._block(stream, index, matrices, layers, terms):
+                found[target.module].measured[half] -= value / tokens
+        self._bench.events.progress("differentiating", blocks.count, blocks.count, name)
+        stream.store.clear()
+        return {"edges": {module: vars(one) for module, one in found.items()}}
+
+    def _block(
+        self,
+        stream: Stream,
+        index: int,
+        matrices: Truncations,
+        layers: Sequence[tuple[Target, int]],
+        terms: _Terms,
+    ) -> list[tuple[int, Target, float]]:
+        """The gradient at a block's output -> that at its input; gives ``(half, target, sum of its terms)``."""
+        blocks, found, store = self._bench.blocks, [], stream.store
+        cut = (len(stream.batches) + 1) // 2
+        paths = {suffix(target.parts[place].module): (target, place) for target, place in layers}
+        with blocks.block(index) as block:
+            dense = {path: blocks.matrix(block, path).detach() for path in paths}
+            with (
+                blocks.replaced(block, matrices(index)),
+                blocks.differentiable(block, list(paths)) as gradients,
+                store.writing(f"gradient-{index}") as write,
+            ):
+                for half, batches in enumerate((stream.batches[:cut], stream.batches[cut:])):
+                    for batch in batches:
+                        above = store.read(f"gradient-{index + 1}", batch).to(blocks.device)
+                        write(stream.differentiate(block, index, batch, above))
+                    for path, gradient in gradients().items():
+                        target, place = paths[path]
+                        found.append((half, target, terms(target, place, dense[path], gradient)))
+        stream.forget(index + 1)
+        store.remove(f"gradient-{index + 1}")
+        return found
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Inner products of gradients with the directions around the edges of targets."""
+
+    source: Source
+    store: Decompositions
+    places: Mapping[str, tuple[int, int]]
+
+    def __call__(self, target: Target, place: int, weight: Tensor, gradient: Tensor) -> float:
+        """The sum of one layer of a target.
+
+        Args:
+            target: what it is, or is a part of.
+            place: its place among the target's parts.
+            weight, gradient: [out, in], the dense matrix and the gradient at the compressed one.
+        """
+        (start, stop), device = self.places[target.module], gradient.device
+        found, inner, _ = load_decomposition(self.store.path(target), device)
+        if not target.followers:
+            return float(direction_terms(weight, gradient, found, inner, start, stop).sum())
+        metrics = self.store.options(target)["metrics"]
+        own = load_metric(Path(metrics[place]), device) if metrics else None
+        rows = found.basis.double().flip(1)
+        if not metrics and target.shape[0] < target.shape[1]:  # vectors on the side of the outputs
+            rows = self._stack(target, device).T @ rows
+        return float(shared_terms(weight, gradient, rows, own, start, stop).sum())
+
+    def _stack(self, target: Target, device: torch.device) -> Tensor:
+        """The matrices of a group, one above the other, float64."""
+        tensors = target_tensors(self.source, [target])
+        with WeightReader(self.source) as reader:
+            infos = [tensors[part.weight] for part in target.parts]
+            weights = [reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(device) for info in infos]
+        return torch.cat([(weight.T if target.transposed else weight).double() for weight in weights])
