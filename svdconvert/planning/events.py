@@ -36,8 +36,8 @@ class Events:
         """Progress within a long phase.
 
         ``embedding``, ``forward``, ``head`` and ``backward`` of a calibration in batches, ``refit``, ``measuring`` and
-        ``differentiating`` in blocks, ``tokens`` of a perplexity; a total of 0 is not known. ``detail`` says where in it
-        the work is.
+        ``differentiating`` in blocks, ``tokens`` of a perplexity; a total of 0 is not known. ``detail`` says where in
+        it the work is.
         """
 
     def note(self, text: str) -> None:
