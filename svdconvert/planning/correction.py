@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Corrections of a budget, each from the ranks of the one before.
+# Corrections of a budget, each from the best ranks so far.
 ROUNDS = 4
 # Directions on each side of the edge, as a share of the rank, and how many at least.
 WINDOW, LEAST = 0.15, 4
 # A matrix's own measurement counts between these multiples of the median.
 LOWEST, HIGHEST = 0.2, 5.0
-# How far the logarithms of the prices move each round.
+# How far the logarithms of the prices move; half as far after a correction that has not helped.
 DAMPING = 0.5
 # What pulls the effects of blocks and kinds towards zero, beside one for each matrix that has them.
 _RIDGE = 1e-2
@@ -72,7 +72,7 @@ def corrected(
 
     Args:
         prices: module path -> its price so far, what its squared singular values were multiplied with; above 0.
-        edges: what was measured with these prices.
+        edges: what was measured at the ranks of these prices.
         places: where the modules are.
         damping: how far the logarithms of the prices move, 0 to 1.
 
