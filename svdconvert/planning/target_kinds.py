@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,10 +65,9 @@ def sizes_by_kind(targets: Iterable[Target], steps: Iterable[Step]) -> dict[str,
     by_key = {step.key: step for step in steps}
     kinds: dict[str, dict[str, Any]] = {}
     for target in targets:
-        weights = [part.weight for part in target.parts] if target.rank is None else [target.weight]
-        own = [by_key[weight] for weight in weights]
-        before = {"params": target.dense_params, "bytes": sum(info.nbytes for step in own for info in step.inputs)}
-        after = {"params": target.params, "bytes": sum(info.nbytes for step in own for info in step.outputs)}
+        read, written = _bytes(target, by_key)
+        before = {"params": target.dense_params, "bytes": read}
+        after = {"params": target.params, "bytes": written}
         kind = kinds.setdefault(
             suffix(target.module), {"matrices": 0, **{name: {"before": 0, "after": 0} for name in before}}
         )
@@ -77,6 +76,20 @@ def sizes_by_kind(targets: Iterable[Target], steps: Iterable[Step]) -> dict[str,
             kind[name]["before"] += before[name]
             kind[name]["after"] += after[name]
     return kinds
+
+
+def _bytes(target: Target, by_key: Mapping[str, Step]) -> tuple[int, int]:
+    """Bytes of the tensors that a target takes before and after."""
+    read = written = 0
+    for part in target.parts if target.rank is None else target.parts[:1]:
+        step, share = by_key.get(part.weight), 1.0
+        if step is None:  # all parts of a fused projection stay dense, so that it stays whole
+            own = part.module.removeprefix(part.fused or "")
+            step = by_key[f"{part.weight.removesuffix(f'{own}.weight')}.weight"]
+            share = part.rows * target.shape[1] / step.inputs[0].size
+        read += round(share * sum(info.nbytes for info in step.inputs))
+        written += round(share * sum(info.nbytes for info in step.outputs))
+    return read, written
 
 
 def _sum(name: str, shape: tuple[int, int], same: list[Target]) -> TargetKind:

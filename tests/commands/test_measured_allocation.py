@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import tree
 from support.refusals import assert_refused
-from support.results import files
 
 from svdconvert import Calibration, JobError, calibrate, convert
 from svdconvert.commands import measured_budgets
@@ -60,7 +60,7 @@ def test_never_worse_than_global_and_the_same_again(
     assert budget["kl"] == min(one["kl"] for one in budget["rounds"])
     assert report.outcome.record["settings"]["allocation"] == "measured"
     again = convert(dense, tmp_path / "again", **common, work=tmp_path / "other")
-    assert files(tmp_path / "again") == files(tmp_path / "out")
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
     assert again.outcome.record["budget"] == budget
     if "rank_multiple" in settings:
         assert all(rank % 4 == 0 for rank in report.plan.ranks.values())
@@ -80,7 +80,7 @@ def test_global_is_kept_where_corrections_do_harm(
     convert(dense, tmp_path / "global", allocation="global", **settings)
     first, *others = report.outcome.record["budget"]["rounds"]
     assert all(one["kl"] > first["kl"] for one in others)
-    assert files(tmp_path / "out")["model.safetensors"] == files(tmp_path / "global")["model.safetensors"]
+    assert tree(tmp_path / "out")["model.safetensors"] == tree(tmp_path / "global")["model.safetensors"]
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -89,7 +89,7 @@ def test_a_broken_round_goes_on(
 ) -> None:
     settings = {"keep": 0.3, "allocation": "measured", "calibration": calibration, "device": "cpu", "check": False}
     convert(dense, tmp_path / "whole", **settings)
-    name, at = {"forward": ("run", 45), "backward": ("differentiate", 19)}[where]
+    name, at = {"forward": ("run", 30), "backward": ("differentiate", 10)}[where]
     original, calls = getattr(Stream, name), []
 
     def dying(self: Stream, *args: Any) -> torch.Tensor:
@@ -102,9 +102,9 @@ def test_a_broken_round_goes_on(
     with pytest.raises(JobError, match="disk is full"):
         convert(dense, tmp_path / "out", **settings)
     kept = list((tmp_path / "out" / ".svdconvert" / "work" / "trials").iterdir())
-    assert len(kept) >= 2
+    assert len(kept) == 1
     convert(dense, tmp_path / "out", **settings)
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_a_limit_with_corrected_prices(calibration: Calibration, dense: Path, tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import tree
 from support.families import write_family
 from support.refusals import assert_refused
-from support.results import files
 from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, JobError, convert
@@ -73,7 +73,7 @@ def test_the_smallest_size_is_found(
     # It is what that size gives when it is asked for.
     del settings["work"]
     same = convert(dense, tmp_path / "same", keep=found["share"], **settings)
-    assert files(tmp_path / "same")["model.safetensors"] == files(tmp_path / "out")["model.safetensors"]
+    assert tree(tmp_path / "same")["model.safetensors"] == tree(tmp_path / "out")["model.safetensors"]
     assert "budget" not in same.outcome.record
     assert record["settings"] | {"keep": found["share"]} == same.outcome.record["settings"] | limit
     # Another limit measures only what is new.
@@ -111,7 +111,7 @@ def test_a_broken_search_goes_on(
     steps += [-1] * 20
     convert(dense, tmp_path / "out", **settings)
     assert steps[20:22] == [1, 2], "the dense model and two sizes were there, and a block of the third"
-    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert not (tmp_path / "out" / ".svdconvert").exists()
 
 
