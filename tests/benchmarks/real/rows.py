@@ -13,6 +13,7 @@ ROWS = (
     Row("kfac, uniform", "kfac", "uniform"),
     Row("kfac, global", "kfac", "global"),
     LAW,
+    Row("kfac, measured, pivoted", "kfac", "measured", "pivoted"),
     Row("kfac, global, pivoted, refit", "kfac", "global", "pivoted", refit="sequential"),
 )
 KEEPS = (0.8, 0.6)
