@@ -52,10 +52,7 @@ class Whole:
         source = LocalSource(dense)
         self.row, self.config = dense_architecture(source.config, source.where), source.config
         self.dense, self.model = (
-            AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32, attn_implementation="eager")
-            .double()
-            .eval()
-            for _ in range(2)
+            AutoModelForCausalLM.from_pretrained(dense, attn_implementation="eager").double().eval() for _ in range(2)
         )
         self.plan = plan
 

@@ -109,3 +109,20 @@ def test_densify(factored: Path, device: str, tmp_path: Path) -> None:
         densify(factored, tmp_path / name, device=name, check=False)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("cpu", device))
     assert all(torch.allclose(tensor.float(), other[name].float(), atol=1e-3) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("settings", [{"layout": "pivoted"}, {"share_layers": 3}], ids=["pivoted", "shared"])
+def test_measured_budgets(
+    settings: dict[str, Any], device: str, dense: Path, calibration: Calibration, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Gradients of weights and the measured divergence are those of the CPU."""
+    monkeypatch.setattr("svdconvert.commands.measured_budgets.ROUNDS", 1)
+    common = {"keep": 0.3, "allocation": "measured", "calibration": calibration, "check": False, **settings}
+    found, wanted = (
+        convert(dense, tmp_path / name, device=name, **common).outcome.record["budget"] for name in (device, "cpu")
+    )
+    assert found["dense_loss"] == pytest.approx(wanted["dense_loss"], rel=1e-4)
+    assert len(found["rounds"]) == 2
+    for one, other in zip(found["rounds"], wanted["rounds"], strict=True):
+        assert one["kl"] == pytest.approx(other["kl"], rel=0.02)
