@@ -13,6 +13,7 @@ from svdconvert import InputError, plan
 from svdconvert.layouts.table import LAYOUTS
 from svdconvert.names import layer_number, natural, suffix
 from svdconvert.planning.steps import index_json
+from svdconvert.planning.target_kinds import sizes_by_kind
 from svdconvert.words import parse_size
 
 POLYGLOT = {
@@ -198,6 +199,20 @@ def test_groups_sum_to_the_model(dense: Path) -> None:
     saved = sum(group.dense_params - group.params for group in made.groups)
     assert made.params_before - made.params_after == saved
     assert [group.name for group in made.groups][:2] == ["attention.query_key_value", "attention.dense"]
+
+
+def test_sizes_by_kind_of_a_split_projection_that_stays_whole(dense: Path) -> None:
+    """Where all its parts stay dense there is no step for any of them, and each takes its share of the whole."""
+    ranks = {name: 8 for name in TARGETS if "query_key_value" not in name or name.startswith("layers.1.")}
+    made = plan(dense, rank=ranks, split_fused=True)
+    kinds = sizes_by_kind(made.targets, made.steps)
+    fused = [target for target in made.targets if "query_key_value" in target.module]
+    for part in ("query", "key", "value"):
+        own = [target for target in fused if target.module.endswith(f".{part}")]
+        kind = kinds[f"attention.query_key_value.{part}"]
+        assert kind["matrices"] == len(own) == 3
+        assert kind["bytes"]["before"] == 2 * kind["params"]["before"] == 2 * sum(t.dense_params for t in own)
+        assert kind["bytes"]["after"] == 2 * kind["params"]["after"] == 2 * sum(t.params for t in own)
 
 
 def test_json(dense: Path) -> None:
