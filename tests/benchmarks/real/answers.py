@@ -27,7 +27,7 @@ from .subjects import SUBJECTS
 HERE = Path(__file__).parent / "harness"
 
 
-def accuracies(model: Path, questions_folder: Path, batch: int) -> dict[str, tuple[float, float]]:
+def accuracies(model: Path, questions_folder: Path, tasks: list[str], batch: int) -> dict[str, tuple[float, float]]:
     """Task -> accuracy and its standard error, by the harness in a process of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -35,7 +35,7 @@ def accuracies(model: Path, questions_folder: Path, batch: int) -> dict[str, tup
         shutil.copytree(questions_folder, folder / ".cache/real/questions", ignore=shutil.ignore_patterns("*.tar.gz"))
         line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", str(batch)]
         line += ["--model_args", f"pretrained={model.resolve()},trust_remote_code=True,dtype=float32"]
-        line += ["--include_path", str(HERE), "--tasks", ",".join(f"bigbench_{name}" for name in TASKS)]
+        line += ["--include_path", str(HERE), "--tasks", ",".join(f"bigbench_{name}" for name in tasks)]
         environment = {
             **os.environ,
             "HF_DATASETS_OFFLINE": "1",
@@ -45,7 +45,7 @@ def accuracies(model: Path, questions_folder: Path, batch: int) -> dict[str, tup
         subprocess.run([*line, "--output_path", str(folder / "it.json")], cwd=folder, env=environment, check=True)
         (path,) = folder.glob("it*.json")
         results = json.loads(path.read_text())["results"]
-    found = {name: results[f"bigbench_{name}"] for name in TASKS}
+    found = {name: results[f"bigbench_{name}"] for name in tasks}
     return {name: (each["acc,none"], each["acc_stderr,none"]) for name, each in found.items()}
 
 
@@ -61,7 +61,8 @@ def ask(options: argparse.Namespace) -> None:
             out = Path(temporary) / "out"
             bench.convert(row, options.at, out)
             dense, factored = (
-                accuracies(model, options.folder / "questions", options.batch) for model in (bench.model, out)
+                accuracies(model, options.folder / "questions", options.tasks, options.batch)
+                for model in (bench.model, out)
             )
         found = [
             {
@@ -70,7 +71,7 @@ def ask(options: argparse.Namespace) -> None:
                 "dense": dense[task][0], "dense_error": dense[task][1],
                 "factored": factored[task][0], "factored_error": factored[task][1],
             }
-            for task in TASKS
+            for task in options.tasks
         ]  # fmt: skip
         whole = book.read(options.out)
         whole["tasks"] = [line for line in whole["tasks"] if line["subject"] != name] + found
@@ -83,6 +84,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--row", default="kfac, global, pivoted", help="of the table of losses")
     parser.add_argument("--at", type=float, default=0.8, help="its budget")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", type=int, default=150, help="questions of each task")
     parser.add_argument("--batch", type=int, default=8)
     ask(parser.parse_args())
