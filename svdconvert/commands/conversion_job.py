@@ -102,8 +102,7 @@ class _Results:
     @property
     def command(self) -> str:
         """The command line that makes the same result."""
-        source = self.work.source
-        return repeatable(self.work).command(source.repo or source.name)
+        return repeatable(self.work).command(self.work.source.name)
 
     def card(self, reports: Reports) -> str:
         """The model card."""

@@ -18,7 +18,7 @@ _NOT_SHOWN = {"svdconvert", "command", "config", "weights", "side_file", "adapte
 def making_section(facts: Facts) -> Markup:
     """The part of the page."""
     record = facts.record
-    rows: list[tuple[Child, Child]] = [("model", record.source.repo or record.source.name)]
+    rows: list[tuple[Child, Child]] = [("model", record.source.name)]
     if record.source.commit is not None:
         rows.append(("commit", element("code", record.source.commit)))
     architecture = _architecture(facts.settings)

@@ -111,7 +111,7 @@ class GgufData(TensorData):
     def _decoded(self, info: TensorInfo, place: GgufPlace, begin: int, rows: int) -> memoryview:
         """The piece of a tensor that begins with a row, in the type and order in which the checkpoint has it."""
         if self._key != (info.name, begin):
-            self._piece = memoryview(b"")  # not two at a time
+            self._key, self._piece = ("", 0), memoryview(b"")  # not two at a time
             tensor = place.tensor
             height, width = _matrix(tensor.shape)
             values = self._rows(tensor, begin, min(begin + rows, height), width, info.name)

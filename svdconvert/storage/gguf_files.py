@@ -36,7 +36,7 @@ def gguf_files(place: Path) -> list[Path] | None:
         None where the place is something else.
 
     Raises:
-        InputError: the folder has several models, or a part is missing or outside of the folder.
+        InputError: the folder has several models, or a part is missing, or it or README.md is outside of the folder.
     """
     if place.is_file() and is_gguf(place.name):
         names = {path.name for path in place.parent.iterdir()} if _PART.fullmatch(place.name) else {place.name}
@@ -49,7 +49,7 @@ def gguf_files(place: Path) -> list[Path] | None:
     listed = ModelFolder(place)
     name = only_model([name for name in listed.sizes if "/" not in name], place)
     found = with_parts(name, listed.sizes, place)
-    listed.check(found)
+    listed.check([*found, "README.md"])
     return [place / part for part in found]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.errors import InputError
+from svdconvert.fields import short
 from svdconvert.storage.documents import open_regular, reading
 from svdconvert.storage.headers import check_name
 from svdconvert.words import listing
@@ -27,6 +28,8 @@ _VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 256_000_000
 # Chat templates are the longest texts.
 _MAX_TEXT = 16_000_000
+# Keys are words with dots between them; they are shown in messages.
+_MAX_KEY = 200
 _MAX_DIMENSIONS = 4
 _MAX_ALIGNMENT = 2**20
 _MAX_ENTRIES, _MAX_TENSORS = 65_536, 1_000_000
@@ -150,6 +153,8 @@ class _Parser:
         metadata: dict[str, Any] = {}
         for _ in range(count):
             key = self._text(65_535, "a key")
+            if len(key) > _MAX_KEY or not key.isprintable():
+                raise self._damaged(f"{short(key)} is no key")
             if key in metadata:
                 raise self._damaged(f"{key} stands in it twice")
             metadata[key] = self._value(self._number("I"), key)

@@ -13,12 +13,14 @@ from gguf import GGMLQuantizationType
 from transformers import AutoConfig, AutoTokenizer
 
 from svdconvert import plan
+from svdconvert.errors import JobError
 from svdconvert.models.loading import load_model
 from svdconvert.storage.gguf_header import TYPES, read_gguf_header
 from svdconvert.storage.gguf_source import GgufSource
 from svdconvert.storage.opening import local_folder, open_source
 from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import Source
+from svdconvert.storage.tensor_data import OpenFile
 
 from support.families import FAMILIES, VERSION, VOCAB  # isort: skip
 from support.gguf_files import AS_TRANSFORMERS, as_transformers_reads, tiny, write_gguf  # isort: skip
@@ -181,6 +183,26 @@ def test_blocks_are_multiplied_out_in_pieces(kind: str, tmp_path: Path, monkeypa
         half = values.shape[0] // heads // 2
         rows = [(head * half + i) * 2 + j for head in range(heads) for j in range(2) for i in range(half)]
         assert np.array_equal(found[f"{layer}{own}.weight"].numpy(), values[rows], equal_nan=True)
+
+
+def test_a_piece_is_read_again_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdconvert.storage.gguf_data.PIECE", 2_000)
+    path = write_gguf(tmp_path / "model.gguf", tiny("llama"), kind="Q8_0", tokenizer=False)
+    source = open_source(str(path))
+    info = source.tensors["model.layers.0.mlp.up_proj.weight"]
+    data, whole, again = source.data(info.file), bytearray(info.nbytes), bytearray(64)
+    data.fill(info, memoryview(whole), 0)
+    data.fill(info, memoryview(again), 0)
+
+    def broken(*_: object) -> None:
+        raise JobError("the disk is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(JobError, match="the disk is gone"):
+        patch.setattr(OpenFile, "read", broken)
+        data.fill(info, memoryview(again), info.nbytes - 64)
+    data.fill(info, memoryview(again), 0)
+    data.close()
+    assert again == whole[:64]
 
 
 def test_double_precision_stays(tmp_path: Path) -> None:

@@ -83,11 +83,16 @@ def test_one_of_several(hub: HubServer, whole: bytes, parts: dict[str, bytes], r
     assert_refused(run("plan", f"{REPO}/../tiny-Q8_0.gguf", "--rank", 8), "has no ../tiny-Q8_0.gguf")
 
 
-def test_beside_other_weights(hub: HubServer, whole: bytes, run: Any) -> None:
-    """They come first, and a GGUF file is then asked for by name."""
+def test_beside_other_weights(hub: HubServer, whole: bytes, run: Any, tmp_path: Path) -> None:
+    """They come first, and a GGUF file is then asked for by name; the command on the card asks for it, too."""
     hub.add(REPO, {"tiny-Q8_0.gguf": whole, "config.json": b"{}", "model.safetensors": b""})
     assert_refused(run("plan", REPO, "--rank", 8), "model_type None")
-    assert open_source(f"{REPO}/tiny-Q8_0.gguf").config["model_type"] == "llama"
+    model, out = f"{REPO}/tiny-Q8_0.gguf", tmp_path / "out"
+    done = run(model, "--rank", 8, "--device", "cpu", "--no-check", "--out", out)
+    assert done.code == 0, done.err
+    command = json.loads((out / "svdconvert.json").read_text())["repeat"]
+    assert command.split()[:2] == ["svdconvert", model]
+    assert command in (out / "README.md").read_text()
 
 
 def test_a_part_is_missing(hub: HubServer, parts: dict[str, bytes], run: Any) -> None:

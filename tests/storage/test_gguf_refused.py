@@ -65,6 +65,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a long list": (at(b"tokenizer.ggml.token_type", 8, HUGE), "more entries of tokenizer.ggml.token_type"),
     "a long text": (at(b"tokenizer.chat_template", 4, HUGE), "tokenizer.chat_template claims"),
     "no such type of value": (at(b"general.name", 0, struct.pack("<I", 99)), "general.name is of type 99"),
+    "a key in two lines": (replaced(b"general.name", b"general\nname"), 'is damaged: "general\\nname" is no key'),
     "a key twice": (replaced(b"llama.context_length", b"llama.embedding_lengt"[:20]), "lacks llama.context_length"),
     "a tensor twice": (replaced(TENSOR, b"blk.0.attn_v.weight"), "blk.0.attn_v.weight is in it twice"),
     "2**60 rows": (at(TENSOR, 12, HUGE), "damaged: tensor blk.0.ffn_up.weight of type F32 has the shape"),
@@ -193,6 +194,15 @@ def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     last.symlink_to(outside)
     for place in (tmp_path / "one", tmp_path / "one" / names[0]):
         assert "is not followed" in refusal(place)
+
+
+def test_a_card_from_elsewhere(whole: bytes, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "model", tmp_path / "outside.md"
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(whole)
+    outside.write_text("secret")
+    (folder / "README.md").symlink_to(outside)
+    assert "is not followed" in refusal(folder)
 
 
 def test_no_such_file(run: Any, tmp_path: Path) -> None:
