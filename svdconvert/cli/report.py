@@ -106,7 +106,7 @@ def show_result(console: Console, report: Report) -> None:
     if "budget" in record:
         from svdconvert.commands.measured_budgets import MeasuredBudget
 
-        rows.append(("budget measured", str(MeasuredBudget(**record["budget"]))))
+        rows.append(("budget measured", str(MeasuredBudget.from_json(record["budget"]))))
     rows += _times(outcome)
     memory = size(outcome.peak_memory_bytes)
     if outcome.peak_device_bytes:

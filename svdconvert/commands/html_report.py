@@ -11,10 +11,12 @@ from svdconvert.errors import InputError
 from svdconvert.jobs.own_files import claim
 from svdconvert.jobs.record import RECORD, REPORT, read_record
 from svdconvert.paths import user_path
+from svdconvert.reports.document import BEGINNING
 from svdconvert.reports.result_page import result_page
 from svdconvert.reports.sweep_page import Row, sweep_page
 from svdconvert.sentences import asked
 from svdconvert.storage.disk import atomic_write, disk_errors
+from svdconvert.storage.documents import open_regular, reading
 
 
 def report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
@@ -76,10 +78,15 @@ def _checked(out: Path) -> Path:
     """A file that can be written.
 
     Raises:
-        InputError: it is a folder, or in one that does not exist.
+        InputError: it is a folder, in one that does not exist, or there and no page.
     """
     if out.is_dir():
         raise InputError(f"{asked('out', out)} is a folder; give the name of a file")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{asked('out', out)} is in a folder that does not exist; create it first")
+    if out.exists():
+        with reading(out), open_regular(out) as handle:
+            begins = handle.read(len(BEGINNING))
+        if begins not in (b"", BEGINNING):
+            raise InputError(f"{asked('out', out)} is there and is no HTML page; give the name of another file")
     return out

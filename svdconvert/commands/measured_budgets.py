@@ -56,6 +56,11 @@ class MeasuredBudget:
     sizes: Sequence[Mapping[str, float]] = ()
     rounds: Sequence[Mapping[str, float]] = ()
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> MeasuredBudget:
+        """What :meth:`to_json` has given, as svdconvert.json has it; fields that are not known here are left out."""
+        return cls(**{name: told[name] for name in cls.__dataclass_fields__ if told.get(name) is not None})
+
     def to_json(self) -> dict[str, Any]:
         """The fields in JSON types, without those that do not apply."""
         return {name: value for name, value in asdict(self).items() if value not in (None, ())}

@@ -21,6 +21,15 @@ FORMAT = 1
 
 # What to do about a damaged one.
 ANEW = f"convert again with {asked('overwrite', True)}"
+_TRIAL = {"kl": NUMBER, "added": NUMBER}
+_BUDGET = {
+    **_TRIAL,
+    "dense_loss": NUMBER,
+    "tokens": COUNT,
+    "share": optional(NUMBER),
+    "sizes": optional(many(record({"share": NUMBER, **_TRIAL}))),
+    "rounds": optional(many(record(_TRIAL))),
+}
 _MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
 _FIELDS = {
     "command": TEXT,
@@ -32,7 +41,7 @@ _FIELDS = {
     "predicted_loss": optional(NUMBER),
     "dense_loss": optional(NUMBER),
     "measured_loss": optional(NUMBER),
-    "budget": optional(record({"kl": NUMBER, "added": NUMBER, "dense_loss": NUMBER, "tokens": COUNT})),
+    "budget": optional(record(_BUDGET)),
     "timing": many(table(record({"wall_seconds": NUMBER, "cpu_seconds": NUMBER}))),
 }
 

@@ -12,6 +12,9 @@ from importlib.resources import files
 from svdconvert.reports.markup import Markup, element, joined
 from svdconvert.version import __version__
 
+# Every page begins with it.
+BEGINNING = b"<!DOCTYPE html>"
+
 
 def document(title: str, parts: Sequence[Markup | None], *, made_of: str) -> bytes:
     """The page, in UTF-8.
@@ -38,7 +41,7 @@ def document(title: str, parts: Sequence[Markup | None], *, made_of: str) -> byt
     first, *rest = [part for part in parts if part is not None]
     body = element("body", first, _links(rest), element("main", rest), _foot(made_of))
     page = element("html", head, body, lang="en")
-    return f"<!DOCTYPE html>\n{page}\n".encode()
+    return b"%b\n%b\n" % (BEGINNING, page.encode())
 
 
 def _links(parts: Sequence[Markup]) -> Markup:

@@ -47,7 +47,6 @@ _FIELDS: Mapping[str, Kind] = {
     "matrices": optional(either(COUNT, table(_MATRIX))),
     "folded": optional(many(TEXT)),
     "refit": optional(OBJECT),
-    "budget": optional(record({"sizes": optional(many(record({"share": NUMBER, "kl": NUMBER, "added": NUMBER})))})),
     "repeat": optional(TEXT),
 }
 

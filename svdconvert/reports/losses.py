@@ -103,14 +103,26 @@ def _budget(budget: Mapping[str, Any]) -> Markup:
         f"{figures.signed_nats(budget['added'])} to a loss of {figures.nats(budget['dense_loss'])}; "
         f"KL(dense || model) is {figures.nats(budget['kl'])}."
     )
-    sizes = (budget.get("sizes") or [])[:MOST_ROWS]
-    caption = "Sizes that were tried, nats per token"
+    sizes = [(figures.share(size["share"], 1), size) for size in budget.get("sizes") or []]
+    names = ("global", *(f"correction {number}" for number in range(1, MOST_ROWS)))
+    rounds = list(zip(names, budget.get("rounds") or [], strict=False))
+    return element(
+        "div",
+        element("h3", "Measured to choose the ranks"),
+        element("p", said),
+        _trials("Sizes that were tried, nats per token", "kept", sizes),
+        _trials("The global budget and its corrections, nats per token", "ranks", rounds),
+    )
+
+
+def _trials(caption: str, head: str, trials: Sequence[tuple[str, Mapping[str, float]]]) -> Markup | None:
+    """A table of what was measured, by name; None where nothing was."""
+    if not trials:
+        return None
     rows = [
-        (figures.share(size["share"], 1), figures.signed_nats(size["added"]), figures.nats(size["kl"]))
-        for size in sizes
+        (name, figures.signed_nats(trial["added"]), figures.nats(trial["kl"])) for name, trial in trials[:MOST_ROWS]
     ]
-    tried = scrolling(caption, simple_table(caption, ("kept", "added", "KL"), rows, aligned="tnn")) if rows else None
-    return element("div", element("h3", "Measured to choose the ranks"), element("p", said), tried)
+    return scrolling(caption, simple_table(caption, (head, "added", "KL"), rows, aligned="tnn"))
 
 
 def lost_section(facts: Facts, grid: Grid) -> Markup | None:

@@ -36,6 +36,7 @@ def test_the_command(plain: Path, run: Run, tmp_path: Path) -> None:
     result = run("report", plain, "--out", elsewhere)
     assert (result.code, result.out) == (0, f"{elsewhere}\n")
     assert (plain / "svdconvert.json").read_bytes() == before, "a page elsewhere is nobody's"
+    assert run("report", plain, "--out", elsewhere).code == 0, "over an earlier page"
     result = run("report", plain)
     assert (result.code, result.out) == (0, f"{plain / 'report.html'}\n")
     assert (plain / "report.html").read_bytes() == elsewhere.read_bytes()
@@ -81,10 +82,12 @@ def test_what_has_no_page(run: Run, dense: Path, tmp_path: Path, plain: Path) ->
     for folder, words in ((tmp_path / "nothing", "no folder"), (dense, "no finished result")):
         result = run("report", folder)
         assert (result.code, words in result.err) == (2, True)
-    for out in (tmp_path, tmp_path / "no" / "page.html"):
+    config = (plain / "config.json").read_bytes()
+    for out in (tmp_path, tmp_path / "no" / "page.html", plain / "config.json"):
         result = run("report", plain, "--out", out)
         assert result.code == 2
         assert f"--out {out} is" in result.err
+    assert (plain / "config.json").read_bytes() == config
     (plain / "svdconvert.json").write_text('{"command": "convert"}')
     result = run("report", plain)
     assert result.code == 2

@@ -72,6 +72,10 @@ def test_a_measured_budget(document: Document) -> None:
     rows = [[cell.text for cell in row.children] for row in next(table.all("tbody")).children]
     assert rows == [["50.0 %", "+0.1250", "0.2500"], ["70.0 %", "-0.0312", "0.0625"]]
     assert "On 12,345 held-out tokens" in root.text
+    corrected = page({**document, "budget": {**budget, "sizes": None, "rounds": [sizes[0], sizes[1]]}})
+    table = list(corrected.named("loss").all("table"))[1]
+    rows = [[cell.text for cell in row.children] for row in next(table.all("tbody")).children]
+    assert rows == [["global", "+0.1250", "0.2500"], ["correction 1", "-0.0312", "0.0625"]]
     for name in ("measured_loss", "predicted_loss", "dense_loss"):
         document.pop(name)
     del budget["sizes"]
@@ -164,6 +168,7 @@ def put(*path: Any) -> Callable[[Document], None]:
         put("versions", {"torch": 2}),
         put("repeat", 3),
         put("budget", {"kl": 1, "added": 1, "dense_loss": 1, "tokens": 1, "sizes": [{"share": 1}]}),
+        put("budget", {"kl": 1, "added": 1, "dense_loss": 1, "tokens": 1, "rounds": [1]}),
         put("refit", "yes"),
     ],
 )
