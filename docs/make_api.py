@@ -40,10 +40,16 @@ def page() -> str:
     functions = [pair for pair in exported if not inspect.isclass(pair[1])]
     parts = [_HEAD]
     for title, pairs in (("Functions", functions), ("Classes", classes), ("Errors", errors)):
-        links = ", ".join(f"[{name}](#{name.lower()})" for name, _ in pairs)
+        links = ", ".join(f"[{name}](#{anchor(name)})" for name, _ in pairs)
         parts.append(f"## {title}\n\n{links}\n")
         parts += [entry(name, thing) for name, thing in pairs]
     return "\n".join(parts)
+
+
+def anchor(name: str) -> str:
+    """Where a link to an entry leads; of two headings that differ in their case alone, the second has a number."""
+    second = name != name.lower() and name.lower() in svdconvert.__all__
+    return f"{name.lower()}-1" if second else name.lower()
 
 
 def entry(name: str, thing: Any) -> str:
@@ -144,7 +150,7 @@ def _code(text: str) -> str:
     def linked(role: re.Match[str]) -> str:
         name = role[1].removeprefix("svdconvert.")
         exported = name.partition(".")[0]
-        return f"[`{name}`](#{exported.lower()})" if exported in svdconvert.__all__ else f"`{role[1]}`"
+        return f"[`{name}`](#{anchor(exported)})" if exported in svdconvert.__all__ else f"`{role[1]}`"
 
     return _ROLE.sub(linked, text).replace("``", "`")
 

@@ -10,7 +10,7 @@ from typing import Any
 from svdconvert.methods.table import Method
 from svdconvert.sentences import Sentence, asked
 
-# Measured by tests/benchmarks/real.py, docs/real.md: dense 23.42; 95, 90 and 80 % kept 353,345, 4,860,799 and
+# Measured, docs/real.md: dense 23.42; 95, 90 and 80 % kept 353,345, 4,860,799 and
 # 108,540,214. Relative errors do not tell: 0.26 on average there at 95 %, and 0.23 in the bundled model at 80 %, which
 # loses 0.03 nats.
 WITHOUT_A_TEXT = Sentence(

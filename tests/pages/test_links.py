@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -19,9 +20,10 @@ def without_code(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """Those that GitHub gives the headings."""
+    """Those that GitHub gives the headings; what comes again has a number."""
     titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    names = Counter(re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles)
+    return {*names, *(f"{name}-{again}" for name, count in names.items() for again in range(1, count))}
 
 
 def broken(page: Path) -> list[str]:
@@ -43,13 +45,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_what_would_be_found(tmp_path: Path) -> None:
-    (tmp_path / "there.md").write_text("# One title, `code`\n\n```\n# none\n```\n")
+    (tmp_path / "there.md").write_text("# One title, `code`\n\n```\n# none\n```\n## One\n## one\n")
     page = tmp_path / "page.md"
     page.write_text(
-        "[a](there.md) [b](there.md#one-title-code) [c](gone.md) [d](there.md#none) [e](#f) [g](https://x.y)\n\n"
+        "[a](there.md) [b](there.md#one-title-code) [c](gone.md) [d](there.md#none) [e](#f) [j](there.md#one-1) [k](there.md#one-2) [g](https://x.y)\n\n"
         "    [h](i)\n"
     )
-    assert broken(page) == ["gone.md", "there.md#none", "#f"]
+    assert broken(page) == ["gone.md", "there.md#none", "#f", "there.md#one-2"]
 
 
 def test_every_page_is_reached() -> None:
