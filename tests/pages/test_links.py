@@ -48,7 +48,8 @@ def test_what_would_be_found(tmp_path: Path) -> None:
     (tmp_path / "there.md").write_text("# One title, `code`\n\n```\n# none\n```\n## One\n## one\n")
     page = tmp_path / "page.md"
     page.write_text(
-        "[a](there.md) [b](there.md#one-title-code) [c](gone.md) [d](there.md#none) [e](#f) [j](there.md#one-1) [k](there.md#one-2) [g](https://x.y)\n\n"
+        "[a](there.md) [b](there.md#one-title-code) [c](gone.md) [d](there.md#none) [e](#f) "
+        "[j](there.md#one-1) [k](there.md#one-2) [g](https://x.y)\n\n"
         "    [h](i)\n"
     )
     assert broken(page) == ["gone.md", "there.md#none", "#f", "there.md#one-2"]
