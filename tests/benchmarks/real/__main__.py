@@ -1,6 +1,6 @@
 """All measurements of docs/real.md, one after the other, each in a process of its own.
 
-    pip install gguf "svdconvert[harness]"
+    pip install "svdconvert[gguf,harness]"
     python -m tests.benchmarks.real --texts wikitext2        # hours on two cores
 
 Lines that docs/real.json already has are not measured again, except for the questions.

