@@ -104,6 +104,7 @@ class _Chooser:
         trials: measures ranks.
         edges: measures directions; None unless the allocation is corrected.
         sizes, rounds: what was measured so far, see :class:`MeasuredBudget`.
+        refusal: of the last size that no model can have.
     """
 
     work: Work
@@ -113,6 +114,7 @@ class _Chooser:
     edges: Edges | None
     sizes: list[dict[str, float]] = field(default_factory=list)
     rounds: list[dict[str, float]] = field(default_factory=list)
+    refusal: InputError | None = None
 
     def choose(self) -> _Choice:
         """The ranks of the request.
@@ -130,6 +132,9 @@ class _Chooser:
 
         bounds, found = self._smallest(nats, lost, None, {})
         if bounds.high == STEPS:
+            if bounds.low not in found:  # not even the largest can be made
+                assert self.refusal is not None
+                raise self.refusal
             most = self.sizes[-1]
             raise InputError(
                 f"{asked(name, nats)} cannot be met: {most['share']:.1%} of the target parameters kept, the most that "
@@ -156,7 +161,8 @@ class _Chooser:
             size = self.work.request.size.at(share)
             try:
                 targets = self._ranks(size, prices)
-            except InputError:  # below the lowest ranks
+            except InputError as refusal:  # below the lowest ranks, as a rule
+                self.refusal = refusal
                 return math.inf
             found[step] = self._measured(size, targets, f"{share:.1%} kept", prices)
             trial = found[step].trial

@@ -15,7 +15,7 @@ from support.families import write_family
 from support.refusals import assert_refused
 from transformers import AutoModelForCausalLM
 
-from svdconvert import Calibration, JobError, convert
+from svdconvert import Calibration, InputError, JobError, convert
 from svdconvert.factoring.refit_streams import HELD_OUT
 from svdconvert.models.stream import Stream
 from svdconvert.planning.size_search import STEPS
@@ -151,6 +151,19 @@ def test_what_cannot_be(
     calib = ["--calib", text, "--calib-length", 32, "--device", "cpu"]
     calib += [] if "--calib-samples" in options else ["--calib-samples", 8]
     assert_refused(run(dense, *options, *calib, "--out", tmp_path / "out"), *words)
+
+
+def test_decompositions_that_cannot_be_read(
+    dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage is no size that is too small."""
+
+    def damaged(*_: object) -> None:
+        raise InputError("the file is damaged")
+
+    monkeypatch.setattr("svdconvert.commands.measured_budgets.spend", damaged)
+    with pytest.raises(InputError, match="the file is damaged"):
+        convert(dense, tmp_path / "out", max_kl=0.01, calibration=calibration, device="cpu")
 
 
 def test_without_a_text(dense: Path, tmp_path: Path, run: Callable[..., SimpleNamespace]) -> None:
