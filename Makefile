@@ -9,7 +9,8 @@ PYTEST := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 QUICK := tests/test_rooms.py tests/test_sentences.py tests/pages tests/families/test_claims.py tests/planning \
 	tests/linalg/test_lapack.py tests/linalg/test_pivoting.py tests/linalg/test_solver.py tests/linalg/test_stacked.py \
 	tests/machine/test_lanes.py tests/machine/test_threads.py tests/storage/test_headers.py \
-	tests/storage/test_documents.py tests/calibration/test_corpus.py tests/cli/test_tables.py tests/benchmarks/test_against.py
+	tests/storage/test_documents.py tests/calibration/test_corpus.py tests/cli/test_tables.py tests/benchmarks/test_against.py \
+	tests/reports/test_markup.py tests/settings/test_rules.py
 
 .PHONY: demo check test test-all coverage lint format hooks modeling pages bench real real-tasks table1 clean
 

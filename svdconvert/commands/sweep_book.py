@@ -36,7 +36,7 @@ class Setting:
         method: row of :data:`svdconvert.methods.table.METHODS`, or ``dense`` for the untouched model.
         options: the method's settings, names and values.
         layout: row of :data:`svdconvert.layouts.table.LAYOUTS`; empty for the untouched model.
-        allocation: ``uniform`` or ``global``; empty for the untouched model.
+        allocation: ``uniform``, ``global`` or ``measured``; empty for the untouched model.
         keep: fraction of the target parameters kept, or None.
         rank: instead, the rank of every target.
         refit: ``none`` or ``sequential``.
