@@ -222,5 +222,5 @@ def _notes(header: GgufHeader, where: str) -> tuple[str, ...]:
     beside = f", beside {', '.join(sorted(floats))}" if floats else ""
     return (
         f"{where} holds weights that were rounded to few bits ({types}{beside}); what is read, factored and compared "
-        "with is those rounded weights, multiplied out to float32",
+        "with is those rounded weights, multiplied out to float32; sizes before are those of float32, not of the file",
     )
