@@ -129,6 +129,8 @@ class TerminalEvents(Events):
         )
         self._task = self._progress.add_task("", total=None, current="", start=False)
         self._shown: tuple[str, int] | None = None
+        # Whether matrices are what the phase counts: those of a block are decomposed amid a pass over the model.
+        self._matrices = False
         self._lines = None if console.is_terminal else Lines(self._print, clock)
         self._ended = threading.Event()
         self._clockwork: threading.Thread | None = None
@@ -161,7 +163,7 @@ class TerminalEvents(Events):
         if done_before:
             self.note(f"{done_before} matrices were done by an earlier run; continuing with {len(steps)}")
         what = "decomposing" if any(step.kind == "decompose" for step in steps) else "factors"
-        self._shown = None
+        self._shown, self._matrices = None, True
         self._at(what, done_before, len(steps) + done_before, "")
 
     def solving(self, step: Step) -> None:
@@ -185,6 +187,7 @@ class TerminalEvents(Events):
 
     def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
         interrupts.check()
+        self._matrices = False
         self._at(phase, done, total, detail)
 
     def shard(self, name: str, size_in_bytes: int) -> None:
@@ -204,7 +207,10 @@ class TerminalEvents(Events):
         self._progress.update(self._task, completed=done, current=detail)
 
     def _advance(self) -> None:
-        if self._lines is not None:
+        if not self._matrices:
+            if self._lines is not None:
+                self._lines.tick()
+        elif self._lines is not None:
             self._lines.step()
         else:
             self._progress.advance(self._task)

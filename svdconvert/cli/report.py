@@ -14,7 +14,7 @@ from svdconvert.cli.tables import new_table, show_pairs, show_table
 from svdconvert.jobs.record import REPORT
 from svdconvert.machine.timing import StageTime
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
-from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps
+from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps, unmeasured
 from svdconvert.settings.told import told
 from svdconvert.solvers.table import SOLVERS
 from svdconvert.words import size
@@ -72,7 +72,7 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     if free is not None:
         rows.append(("disk", f"{size(plan.bytes_after)} needed, {size(free)} free"))
     show_pairs(console, rows)
-    notes = plan.notes if METHODS[plan.method].statistics else (*plan.notes, WITHOUT_A_TEXT)
+    notes = (*plan.notes, WITHOUT_A_TEXT) if unmeasured(METHODS[plan.method], plan.settings) else plan.notes
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(told(note))}")
 

@@ -22,6 +22,8 @@ def need_folder(folder: Path) -> None:
         InputError: it does not exist.
     """
     if not folder.is_dir():
+        if folder.exists():
+            raise InputError(f"{folder} is a file; give the folder that svdconvert wrote")
         raise InputError(f"there is no folder {folder}")
 
 

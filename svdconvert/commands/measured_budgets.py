@@ -63,7 +63,8 @@ class MeasuredBudget:
 
     def to_json(self) -> dict[str, Any]:
         """The fields in JSON types, without those that do not apply."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        told = {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in told.items()}
 
     def __str__(self) -> str:
         """A sentence for the user."""

@@ -19,6 +19,16 @@ WITHOUT_A_TEXT = Sentence(
 )
 
 
+def unmeasured(method: Method, settings: Mapping[str, Any]) -> bool:
+    """Whether a model is truncated without a text that says what this costs: :data:`WITHOUT_A_TEXT` then applies.
+
+    Args:
+        method: that converts.
+        settings: of the plan or the record.
+    """
+    return not method.statistics and settings.get("max_loss") is None and settings.get("max_kl") is None
+
+
 def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sentence:
     """Advice on a result.
 
@@ -28,9 +38,11 @@ def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sen
         folder: the result's folder.
     """
     measure = f"svdconvert evaluate {shlex.quote(str(folder))} --text FILE --against MODEL"
-    if not method.statistics:
+    if unmeasured(method, settings):
         return Sentence(f"{WITHOUT_A_TEXT.marked}; measure it: {measure}")
-    if settings.get("refit") == "none" and settings.get("share_layers") == 1:
+    # A refit lowers the loss, and may move the predictions further away.
+    refitted = method.statistics and settings.get("max_kl") is None
+    if refitted and settings.get("refit") == "none" and settings.get("share_layers") == 1:
         refit = asked("refit", "sequential")
         return Sentence(f"measure it: {measure}; {refit} may win back some of the loss, and fine-tuning more")
     return Sentence(f"measure it: {measure}; fine-tuning wins back some of the loss")

@@ -176,7 +176,7 @@ class Size:
         if self.limit is not None:
             name, nats = self.limit
             if not 0 < nats < math.inf:
-                raise InputError(f"{asked(name, nats)} must be above 0 (nats per token)")
+                raise InputError(f"{asked(name, nats)} must be above 0 and finite (nats per token)")
 
     @property
     def limit(self) -> tuple[str, float] | None:

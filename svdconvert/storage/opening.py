@@ -108,12 +108,15 @@ def _resolve(model: str, revision: str | None) -> Path | tuple[str, str | None]:
         return place
     if place.exists():
         raise InputError(f"{model} is a file; give the folder that holds config.json and the weights")
+    missing = f"there is no file {model!r}; give a GGUF file, or `owner/name/file.gguf` on the Hub"
     repo = ALIASES.get(model, model)
     match = re.fullmatch(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:/([\w. /-]+\.gguf))?", repo)
     if match is None:
+        if is_gguf(repo):
+            raise InputError(missing)
         close = difflib.get_close_matches(model, ALIASES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; short names are {', '.join(ALIASES)}"
         raise InputError(f"there is no folder {model!r} and it is not an `owner/name` on the Hub{hint}")
     if match[2] is None and is_gguf(repo):
-        raise InputError(f"there is no file {model!r}; give a GGUF file, or `owner/name/file.gguf` on the Hub")
+        raise InputError(missing)
     return match[1], match[2]

@@ -119,8 +119,12 @@ def test_a_broken_search_goes_on(
 
 def test_on_the_command_line(dense: Path, text: Path, tmp_path: Path, run: Callable[..., SimpleNamespace]) -> None:
     words = [dense, "--max-kl", 0.01, "--calib", text, "--calib-samples", 16, "--calib-length", 32, "--device", "cpu"]
-    said = run(*words, "--out", tmp_path / "out")
+    said = run(*words, "--out", tmp_path / "out", "--report")
     assert said.code == 0, said.err
+    page = (tmp_path / "out" / "report.html").read_bytes()
+    assert run("report", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "report.html").read_bytes() == page
+    assert "--refit" not in said.out, "it might exceed the limit"
     record = json.loads((tmp_path / "out" / "svdconvert.json").read_text())
     share = f"{record['budget']['share']:.1%} of the target parameters kept"
     assert said.out.count(share) == 2, "when it is found, and at the end"
@@ -164,6 +168,17 @@ def test_decompositions_that_cannot_be_read(
     monkeypatch.setattr("svdconvert.commands.measured_budgets.spend", damaged)
     with pytest.raises(InputError, match="the file is damaged"):
         convert(dense, tmp_path / "out", max_kl=0.01, calibration=calibration, device="cpu")
+
+
+def test_plain_svd_that_was_measured(
+    dense: Path, text: Path, tmp_path: Path, run: Callable[..., SimpleNamespace]
+) -> None:
+    """Nobody is warned of a loss that was measured, or told to give the text that is there."""
+    words = ["--calib", text, "--calib-samples", 16, "--calib-length", 32, "--device", "cpu"]
+    said = run(dense, "--max-kl", 0.1, "--method", "svd", *words, "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    assert "without a text" not in said.out
+    assert "evaluate" in said.out
 
 
 def test_without_a_text(dense: Path, tmp_path: Path, run: Callable[..., SimpleNamespace]) -> None:

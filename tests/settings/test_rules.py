@@ -30,7 +30,7 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"keep": float("nan")}, "keep=nan must lie between 0 and 1"),
         ({"max_kl": 0.1, "max_loss": 0.1}, "give exactly one of"),
         ({"max_loss": 0.0}, "max_loss=0.0 must be above 0"),
-        ({"max_kl": float("inf")}, "max_kl=inf must be above 0"),
+        ({"max_kl": float("inf")}, "max_kl=inf must be above 0 and finite"),
     ],
     "method": [
         ({"keep": 0.5, "method": "magic"}, "method='magic' is unknown; choose one of svd"),

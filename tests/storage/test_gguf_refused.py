@@ -206,6 +206,7 @@ def test_a_card_from_elsewhere(whole: bytes, tmp_path: Path) -> None:
 
 
 def test_no_such_file(run: Any, tmp_path: Path) -> None:
-    assert_refused(run("plan", "nowhere/model.gguf", "--rank", 8), "there is no file 'nowhere/model.gguf'")
+    for name in ("nowhere/model.gguf", "nowhere.gguf", "/nowhere/at/all/model.gguf"):
+        assert_refused(run("plan", name, "--rank", 8), f"there is no file '{name}'; give a GGUF file")
     (tmp_path / "model.gguf").symlink_to(tmp_path / "gone")
     assert_refused(run("plan", tmp_path / "model.gguf", "--rank", 8), tmp_path / "model.gguf")
