@@ -38,7 +38,7 @@ class DefaultGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         if args[:1] == ["help"] and not Path("help").exists():
-            args = [*args[1:2], "--help"]
+            args = self._help_of(args[1:2])
         if args and args[0] not in self.commands and args[0] not in own:
             close = difflib.get_close_matches(args[0], self.commands, cutoff=0.7)
             # While a shell completes a line, nothing in it is an error yet.
@@ -46,6 +46,17 @@ class DefaultGroup(click.Group):
                 raise InputError(f"there is no command {args[0]!r}; did you mean {close[0]!r}?")
             args = [DEFAULT_COMMAND, *args]
         return super().parse_args(ctx, args)
+
+    def _help_of(self, names: list[str]) -> list[str]:
+        """Arguments that show the help of a command, or of the program.
+
+        Raises:
+            InputError: there is no such command, and none with a similar name.
+        """
+        name = names[0] if names and not names[0].startswith("-") else None
+        if name and name not in self.commands and not difflib.get_close_matches(name, self.commands, cutoff=0.7):
+            raise InputError(f"there is no command {name!r}; `svdconvert help` lists them")
+        return [*names, "--help"]
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Completions of a first word: a command, or an argument of the default command."""

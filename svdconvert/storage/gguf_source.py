@@ -28,6 +28,7 @@ from svdconvert.storage.gguf_view import gguf_view
 from svdconvert.storage.identity import sampled_digest
 from svdconvert.storage.source import FileSource
 from svdconvert.storage.tensor_data import TensorData
+from svdconvert.words import size
 
 # What transformers takes for a token while it makes a tokenizer; measured: 2,800 bytes for Gemma 3, 3,400 for SmolLM2.
 _TOKEN_BYTES = 3_500
@@ -76,7 +77,7 @@ class GgufSource(FileSource):
             for tensor in part.tensors.values():
                 if tensor.name not in tables:
                     self._add(part, tensor.name, file, row)
-        self.notes = _notes(header, where)
+        self.notes = _notes(header, where, sum(info.nbytes for info in self.tensors.values()))
         self.opening_bytes = _TOKEN_BYTES * _tokens(header)
 
     def _add(self, part: GgufHeader, name: str, file: str, row: GgufArchitecture) -> None:
@@ -214,13 +215,16 @@ def _tokens(header: GgufHeader) -> int:
     return tokens.length if isinstance(tokens, Counted) else len(tokens) if isinstance(tokens, list) else 0
 
 
-def _notes(header: GgufHeader, where: str) -> tuple[str, ...]:
+def _notes(header: GgufHeader, where: str, multiplied_out: int) -> tuple[str, ...]:
+    """What a user should know of a file whose weights take so many bytes as they are read."""
     types = quantised_types(header)
     if not types:
         return ()
     floats = {tensor.type for tensor in header.tensors.values() if stored_code(tensor.type) == tensor.type}
     beside = f", beside {', '.join(sorted(floats))}" if floats else ""
+    stored = sum(tensor.nbytes for tensor in header.tensors.values())
     return (
         f"{where} holds weights that were rounded to few bits ({types}{beside}); what is read, factored and compared "
-        "with is those rounded weights, multiplied out to float32; sizes before are those of float32, not of the file",
+        "with is those rounded weights, multiplied out to float32; sizes before are those of float32, "
+        f"{size(multiplied_out)}, not of the file, {size(stored)}",
     )

@@ -140,6 +140,8 @@ def test_help_as_a_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     assert run("help") == run("--help")
     assert run("help", "verify") == run("verify", "--help")
+    assert "there is no command 'frobnicate'; `svdconvert help` lists them" in run("help", "frobnicate").err
+    assert "did you mean 'verify'?" in run("help", "verfy").err
     (tmp_path / "help").mkdir()
     assert "help has no config.json" in run("plan", "help", "--rank", "4").err
     assert "help has no config.json" in run("help", "--rank", "4", "--out", "out").err

@@ -157,6 +157,26 @@ def test_the_time_left_is_that_of_the_phase() -> None:
     ]
 
 
+def test_a_matrix_counts_only_where_matrices_are_counted() -> None:
+    """Those of a block are decomposed amid a pass over the model, which counts batches."""
+    clock, stream = Clock(), io.StringIO()
+    events, step = (
+        TerminalEvents(Console(file=stream, width=140), clock=clock),
+        Step("decompose", "layers.0.dense", (), ()),
+    )
+    events.begin([step] * 4, 0)
+    events.decomposed(step)
+    clock.now += 30
+    events.decomposed(step)
+    events.progress("backward", 12, 12)
+    clock.now += 30
+    events.decomposed(step)
+    assert stream.getvalue().splitlines() == [
+        "decomposing: 2 of 4, 30 s so far, about 30 s left",
+        "backward: 12 of 12, 30 s so far",
+    ]
+
+
 def test_counting_in_a_pipe_and_in_a_terminal() -> None:
     stream = io.StringIO()
     with counting(Console(file=stream, width=140), "tokens") as tell:

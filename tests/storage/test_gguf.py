@@ -21,6 +21,7 @@ from svdconvert.storage.opening import local_folder, open_source
 from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import Source
 from svdconvert.storage.tensor_data import OpenFile
+from svdconvert.words import size as in_bytes
 
 from support.families import FAMILIES, VERSION, VOCAB  # isort: skip
 from support.gguf_files import AS_TRANSFORMERS, as_transformers_reads, tiny, write_gguf  # isort: skip
@@ -173,6 +174,9 @@ def test_blocks_are_multiplied_out_in_pieces(kind: str, tmp_path: Path, monkeypa
     )
     source = open_source(str(path))
     assert kind in source.notes[0]
+    stored = gguf.GGUFReader(path).tensors
+    read, written = 4 * sum(int(one.n_elements) for one in stored), sum(int(one.n_bytes) for one in stored)
+    assert source.notes[0].endswith(f"those of float32, {in_bytes(read)}, not of the file, {in_bytes(written)}")
     found = weights(source)
     layer = "model.layers.0."
     for name, own in (("ffn_down", "mlp.down_proj"), ("ffn_up", "mlp.up_proj")):
