@@ -172,8 +172,10 @@ def sample_tokens(
     """Choose token sequences.
 
     Documents are joined to one stream with the end-of-text token after each, as in pretraining, and the stream is cut
-    into sequences; what remains at its end is dropped. ``samples`` of the first ``POOL * samples`` sequences are chosen
-    at random, in the order of the text; fewer where the text has no more.
+    into sequences; what remains at its end is dropped. Where the tokenizer opens every text with a token, every
+    sequence begins with it, as everything does that the model reads in use. Some models are lost without it, and so are
+    statistics of them: on 500 tokens of WikiText-2, Gemma 3 270M has perplexity 75 instead of 25. ``samples`` of the
+    first ``POOL * samples`` sequences are chosen at random, in the order of the text; fewer where the text has no more.
 
     Args:
         texts: documents.
@@ -190,7 +192,8 @@ def sample_tokens(
         given = f"{asked('calibration.samples', samples)} and {asked('calibration.length', length)}"
         raise InputError(f"{given} are too small; use at least 1 sequence of at least 2 tokens")
     digest = _TextDigest()
-    rows = _Rows(_tokenized(digest.over(texts), tokenizer), length)
+    opening = opening_token(tokenizer)
+    rows = _Rows(_tokenized(digest.over(texts), tokenizer, opening), length, opening)
     pool = list(islice(rows.iterate(), POOL * samples))
     if not pool:
         raise InputError(
@@ -244,26 +247,39 @@ class _TextDigest:
 
 
 class _Rows:
-    """A stream of documents cut into rows of tokens, and how many tokens there were in all."""
+    """A stream of documents cut into rows of tokens, and how many tokens there were in all.
 
-    def __init__(self, documents: Iterator[array[int]], length: int) -> None:
-        self._documents, self._length, self.tokens = documents, length, 0
+    The opening token is put before every row that does not begin with it anyway, as one with a whole document does.
+    """
+
+    def __init__(self, documents: Iterator[array[int]], length: int, opening: int | None) -> None:
+        self._documents, self._length, self._opening, self.tokens = documents, length, opening, 0
 
     def iterate(self) -> Iterator[array[int]]:
         """Yield the rows."""
-        stream = array("q")
+        stream, begin = array("q"), 0
         for document in self._documents:
             self.tokens += len(document)
             stream.extend(document)
-            whole = len(stream) // self._length * self._length
-            for begin in range(0, whole, self._length):
-                yield stream[begin : begin + self._length]
-            del stream[:whole]
+            while True:
+                first = self._first(stream, begin)
+                end = begin + self._length - len(first)
+                if end > len(stream):
+                    break
+                yield first + stream[begin:end]
+                begin = end
+            del stream[:begin]
+            begin = 0
+
+    def _first(self, stream: array[int], begin: int) -> array[int]:
+        """What is put before a row that begins there."""
+        if self._opening is None or (begin < len(stream) and stream[begin] == self._opening):
+            return array("q")
+        return array("q", [self._opening])
 
 
-def _tokenized(texts: Iterator[str], tokenizer: Any) -> Iterator[array[int]]:
+def _tokenized(texts: Iterator[str], tokenizer: Any, opening: int | None) -> Iterator[array[int]]:
     """Token ids of each document, with what belongs before and after a text; a document without tokens gives none."""
-    opening = opening_token(tokenizer)
     begin = [] if opening is None else [opening]
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     while group := list(islice(texts, _BATCH)):

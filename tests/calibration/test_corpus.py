@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from svdconvert.calibration.text import (
     POOL,
@@ -248,6 +250,21 @@ class TestDataset:
             read("some/set")
 
 
+class _Opened:
+    """A tokenizer that opens every text with a token, as LLaMA's and Gemma's do: every character is a token."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, **_: object) -> dict[str, Any]:
+        first = [self.bos_token_id] if add_special_tokens else []
+        if isinstance(text, str):
+            return {"input_ids": [*first, *[5] * len(text)]}
+        return {"input_ids": [[*first, *[5] * len(one)] for one in text]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"<s>": 1, "</s>": 2, "x": 5}
+
+
 class TestPacked:
     def test_documents_are_joined(self, tokenizer: Any) -> None:
         texts = ["abc", "", "defgh", "i"]
@@ -260,6 +277,32 @@ class TestPacked:
         assert tokens.mask.all()
         assert (tokens.texts_used, tokens.tokens) == (4, 12)
         assert tokens.ids.dtype == torch.int64
+
+    @given(
+        lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+        length=st.integers(2, 12),
+    )
+    def test_every_sequence_begins_as_a_text_does(self, lengths: list[int], length: int) -> None:
+        """With the token that the tokenizer opens texts with; without those put in, the stream is what it was."""
+        opened = _Opened()
+        documents = ["x" * n for n in lengths]
+        stream = [token for n in lengths for token in [_Opened.bos_token_id, *[5] * n, _Opened.eos_token_id]]
+        rows: list[list[int]] = []
+        at = 0
+        while True:  # the rule, token by token
+            row = [] if stream[at : at + 1] == [_Opened.bos_token_id] else [_Opened.bos_token_id]
+            taken = stream[at : at + length - len(row)]
+            if len(row) + len(taken) < length:
+                break
+            rows.append(row + taken)
+            at += len(taken)
+        if not rows:
+            with pytest.raises(InputError, match="too short"):
+                sample_tokens(documents, opened, samples=1000, length=length)
+            return
+        found = sample_tokens(documents, opened, samples=1000, length=length).ids.tolist()
+        assert found == rows[: POOL * 1000]
+        assert all(row[0] == _Opened.bos_token_id for row in found)
 
     def test_choice(self, tokenizer: Any) -> None:
         texts = ["".join(chr(97 + i % 26) for i in range(start, start + 50)) for start in range(40)]
