@@ -39,7 +39,7 @@ def report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
     """
     path, place = user_path(folder), None if out is None else _checked(user_path(out))
     if (path / RESULT).is_file() and not (path / RECORD).exists():
-        return _written(place or path / PAGE, _sweep_page(read_sweep(path)))
+        return _written(place or _checked(path / PAGE), _sweep_page(read_sweep(path)))
     if not (path / "config.json").is_file() or not (path / RECORD).is_file():
         raise InputError(f"{path} holds no finished result of svdconvert; convert a model into it first")
     return write_report(path, place)

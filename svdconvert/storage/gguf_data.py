@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,31 @@ def need_gguf(where: object) -> None:
     """
     if importlib.util.find_spec("gguf") is None:
         raise InputError(f"{where} is read with the package gguf, which is missing; pip install 'svdconvert[gguf]'")
+
+
+def need_types(kinds: Iterable[int], where: object) -> None:
+    """Refuse types that the installed package cannot multiply out, before any work: newer ones need a newer package.
+
+    Args:
+        kinds: rows of :data:`~svdconvert.storage.gguf_header.TYPES`.
+        where: the model, for the message.
+
+    Raises:
+        InputError: there is one.
+    """
+    for kind in sorted(kinds):
+        name, _, size = TYPES[kind]
+        if stored_code(name) == name:
+            continue
+        import gguf
+
+        try:
+            gguf.dequantize(np.zeros((1, size), np.uint8), gguf.GGMLQuantizationType(kind))
+        except Exception as error:  # whatever it raises for a type that it does not know
+            raise InputError(
+                f"{where} has weights of the type {name}, which the installed package gguf cannot multiply out; "
+                "pip install --upgrade gguf, or give the checkpoint that it was made from"
+            ) from error
 
 
 class GgufData(TensorData):
@@ -135,10 +160,10 @@ class GgufData(TensorData):
         self._file.read(_bytes(raw), tensor.start + begin * length, name)
         if stored_code(tensor.type) == tensor.type:
             return raw.view(_NUMPY[tensor.type])
-        from gguf import GGMLQuantizationType, dequantize
+        import gguf
 
         with foreign_code(f"tensor {name} of {self._path} cannot be multiplied out"), np.errstate(all="ignore"):
-            found: np.ndarray[Any, Any] = dequantize(raw, GGMLQuantizationType(tensor.kind))
+            found: np.ndarray[Any, Any] = gguf.dequantize(raw, gguf.GGMLQuantizationType(tensor.kind))
         return found
 
 

@@ -21,7 +21,7 @@ from svdconvert.storage.gguf_config import (
     quantised_types,
     stored_code,
 )
-from svdconvert.storage.gguf_data import GgufData, GgufPlace, need_gguf
+from svdconvert.storage.gguf_data import GgufData, GgufPlace, need_gguf, need_types
 from svdconvert.storage.gguf_header import Counted, GgufHeader, read_gguf_header
 from svdconvert.storage.gguf_rows import GgufArchitecture
 from svdconvert.storage.gguf_view import gguf_view
@@ -68,6 +68,7 @@ class GgufSource(FileSource):
         self.files = list(self._paths)
         self._headers = {path.name: read_gguf_header(path) for path in files}
         header = _joined(self._headers, where)
+        need_types({tensor.kind for tensor in header.tensors.values()}, where)
         row = architecture_of(header, where)
         tables = self._tables(_TABLES.get(row.name, ()))
         self.config = config_of(header, row, where, tables)

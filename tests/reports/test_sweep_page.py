@@ -113,6 +113,12 @@ def test_the_command(tmp_path: Path, run: Run) -> None:
     result = run("report", folder)
     assert (result.code, result.out) == (0, f"{folder / 'sweep.html'}\n")
     assert (folder / "sweep.html").read_bytes() == made
+    (folder / "sweep.html").write_text("mine")
+    refused = run("report", folder)
+    assert refused.code == 2
+    assert "sweep.html is there and is no HTML page" in refused.err.replace("\n", " ")
+    assert (folder / "sweep.html").read_text() == "mine"
+    (folder / "sweep.html").write_bytes(made)
     (folder / "sweep.json").write_text(json.dumps(book(dense=None)))
     result = run("report", folder)
     assert result.code == 2

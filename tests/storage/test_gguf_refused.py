@@ -210,3 +210,14 @@ def test_no_such_file(run: Any, tmp_path: Path) -> None:
         assert_refused(run("plan", name, "--rank", 8), f"there is no file '{name}'; give a GGUF file")
     (tmp_path / "model.gguf").symlink_to(tmp_path / "gone")
     assert_refused(run("plan", tmp_path / "model.gguf", "--rank", 8), tmp_path / "model.gguf")
+
+
+def test_a_type_that_the_package_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, not in the middle of a job."""
+    path = write_gguf(tmp_path / "model.gguf", tiny("llama", num_hidden_layers=1), kind="Q8_0")
+
+    def unknown(data: Any, kind: Any) -> Any:
+        raise NotImplementedError("Quantization for Q8_0 is not yet implemented")
+
+    monkeypatch.setattr("gguf.dequantize", unknown)
+    assert "weights of the type Q8_0, which the installed package gguf cannot multiply out" in refusal(path)
