@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -22,8 +23,8 @@ from svdconvert.errors import InputError
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES, FACTORED
 from svdconvert.jobs.model_files import modeling_source
+from svdconvert.models import preflight
 from svdconvert.models.head import LOGITS
-from svdconvert.models.preflight import _check_version
 from svdconvert.storage.source import LocalSource
 
 ROOT = Path(__file__).parents[2]
@@ -56,9 +57,9 @@ def test_an_older_transformers_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     """Transformers 4.57 has Gemma 3, but reads none of the rotary settings that 5 writes."""
     model = write_family(tmp_path / "model", "llama")
     rewrite_config(model, model_type="gemma3_text")
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(preflight, "transformers", SimpleNamespace(__version__="4.57.1"))
     with pytest.raises(InputError, match=r"'gemma3_text', which needs transformers 5\.0 or newer.* is 4\.57\.1"):
-        _check_version(ARCHITECTURES["gemma3_text"], LocalSource(model))
+        preflight._check_version(ARCHITECTURES["gemma3_text"], LocalSource(model))
 
 
 def test_what_is_rendered() -> None:

@@ -260,7 +260,7 @@ def test_another_text_is_refused(dense: Path, calibration: Calibration, tmp_path
         ({"method": "svd", "alpha": 0.3}, "alpha has no effect on method=.svd."),
         ({"method": "asvd", "alpha": 3.0}, "between 0 and 1"),
         ({"method": "whiten", "shrinkage": -0.1}, "between 0 and 1"),
-        ({"allocation": "nonsense"}, "unknown; choose uniform or global"),
+        ({"allocation": "nonsense"}, "unknown; choose uniform, global or measured"),
         ({"layout": "nonsense"}, "unknown; choose balanced or pivoted"),
     ],
 )
