@@ -136,6 +136,10 @@ class OutputFolder:
         if over:
             self._clean_up()
         self._lock.release(remove=over)
+        if not self.group.leader and not self._job_file.exists():
+            # The leader has cleaned up while this process still shared the lock: then it is the last one's to remove.
+            over = True
+            self._lock.discard()
         if over:
             for folder in (self.job, self.folder):
                 with contextlib.suppress(OSError):

@@ -117,6 +117,15 @@ class FolderLock:
                     self._file.unlink()
         self._close()
 
+    def discard(self) -> None:
+        """Delete the file of a lock that was let go, if nobody else holds it."""
+        with contextlib.suppress(OSError):
+            self._handle = os.open(self._file, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_current():
+                self._file.unlink()
+        self._close()
+
     def _close(self) -> None:
         handle, self._handle = self._handle, -1
         if handle >= 0:

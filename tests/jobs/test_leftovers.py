@@ -17,7 +17,9 @@ from support.moments import Zygote, command, mid_job
 
 from svdconvert import convert
 from svdconvert.errors import InputError
+from svdconvert.jobs.output import OutputFolder
 from svdconvert.jobs.own_files import JOB_FOLDER
+from svdconvert.machine.processes import Group
 from svdconvert.methods import table as metrics
 
 
@@ -202,3 +204,37 @@ def test_damaged_leftovers_are_done_again(
     ended = zygote.run(*command(small, unfinished))
     assert (ended.status, ended.err) == (0, ""), ended
     assert tree(unfinished) == tree(reference[0])
+
+
+class _Member(Group):
+    """The second of two processes, or the first."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size, self.local_rank = rank, 2, rank
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_last_process_of_a_finished_job_leaves_nothing(first: int, tmp_path: Path) -> None:
+    """Whichever that is: of a shared lock the file goes with its last holder."""
+    out = tmp_path / "out"
+    processes = [OutputFolder(out, {}, group=_Member(rank)) for rank in (0, 1)]
+    for process in processes:
+        process.__enter__()
+    (out / "config.json").write_text("{}")
+    processes[0].finished = True
+    for rank in (first, 1 - first):
+        processes[rank].__exit__()
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def test_a_process_that_leaves_an_unfinished_job_keeps_its_lock(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    leader, other = (OutputFolder(out, {}, group=_Member(rank)) for rank in (0, 1))
+    leader.__enter__()
+    other.__enter__()
+    other.__exit__()
+    assert (out / JOB_FOLDER / "lock").exists()
+    with pytest.raises(InputError, match="in use by another svdconvert"):
+        OutputFolder(out, {}).__enter__()
+    leader.__exit__()
+    assert not out.exists()

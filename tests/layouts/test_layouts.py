@@ -161,7 +161,7 @@ def test_a_refit_beside_a_kept_factor_is_rounded_in_its_metric(r: int, seed: int
     def cost(found: torch.Tensor) -> float:
         return float(((found.double() - up) @ gram * (found.double() - up)).sum())
 
-    assert cost(rounded[1]) < cost(up.bfloat16())
+    assert cost(rounded[1]) <= cost(up.bfloat16()) * (1 + 1e-12)
     assert torch.equal(layout.refit(stored, up, gram, torch.float32)[1], up.float())
 
 
