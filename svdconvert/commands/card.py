@@ -194,7 +194,8 @@ def _measured(losses: Mapping[str, float]) -> list[str]:
     predicted = f" ({losses['predicted_loss']:+.4f} predicted)" if "predicted_loss" in losses else ""
     return [
         f"Loss on the calibration text, nats per token: {losses['dense_loss']:.4f} before, "
-        f"{losses['measured_loss']:+.4f} by this conversion{predicted}.",
+        f"{losses['measured_loss']:+.4f} by this conversion{predicted}. It was fitted to "
+        "this text, so that others may lose more.",
         "",
     ]
 

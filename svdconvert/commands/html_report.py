@@ -8,6 +8,7 @@ from pathlib import Path
 
 from svdconvert.commands.sweep_book import PAGE, RESULT, Point, Sweep, read_sweep
 from svdconvert.errors import InputError
+from svdconvert.jobs.output import held_result
 from svdconvert.jobs.own_files import claim
 from svdconvert.jobs.record import RECORD, REPORT, read_record
 from svdconvert.paths import user_path
@@ -51,11 +52,16 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     Args:
         folder: of the result.
         out: file to write; None for ``report.html`` in the folder.
+
+    Raises:
+        InputError: a job is at the folder, or as :func:`report`.
     """
-    page = result_page(read_record(folder), folder / RECORD)
-    if out is None:
+    if out is not None:
+        return _written(out, result_page(read_record(folder), folder / RECORD))
+    with held_result(folder):
+        page = result_page(read_record(folder), folder / RECORD)
         claim(folder, REPORT)
-    return _written(out or folder / REPORT, page)
+        return _written(folder / REPORT, page)
 
 
 def _written(place: Path, page: bytes) -> Path:

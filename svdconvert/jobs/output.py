@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,24 @@ class OutputFolder:
         with disk_errors(self.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, data)
+
+
+@contextlib.contextmanager
+def held_result(folder: Path) -> Iterator[None]:
+    """Keep jobs away from a finished result while something is added to it.
+
+    Raises:
+        InputError: one is at it, or the folder cannot be written.
+    """
+    job = folder / JOB_FOLDER
+    lock = FolderLock(folder, job / "lock", f"give another file as {asked('out')}")
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
+        with contextlib.suppress(OSError):
+            job.rmdir()
 
 
 def clear_folder(job: Path, *, ignore_errors: bool = False) -> None:

@@ -14,6 +14,8 @@ from support.hub_server import WRITE_TOKEN, HubServer, use_hub
 
 from svdconvert import convert, densify, verify
 from svdconvert.commands.verify import failed
+from svdconvert.jobs.output import held_result
+from svdconvert.jobs.own_files import JOB_FOLDER
 
 Run = Callable[..., SimpleNamespace]
 
@@ -44,6 +46,19 @@ def test_the_command(plain: Path, run: Run, tmp_path: Path) -> None:
     assert run("report", plain).code == 0
     assert not failed(verify(plain))
     assert "somewhere" not in parse(elsewhere.read_bytes()).text, "where the folder is does not matter"
+
+
+def test_a_job_is_at_the_folder(plain: Path, run: Run, tmp_path: Path) -> None:
+    """The record is not written while another command replaces the result; a page elsewhere only reads it."""
+    before = (plain / "svdconvert.json").read_bytes()
+    with held_result(plain):
+        result = run("report", plain)
+        assert result.code == 2
+        assert "in use by another svdconvert" in result.err.replace("\n", " ")
+        assert run("report", plain, "--out", tmp_path / "page.html").code == 0
+    assert (plain / "svdconvert.json").read_bytes() == before
+    assert run("report", plain).code == 0
+    assert not (plain / JOB_FOLDER).exists()
 
 
 def test_the_page_of_a_conversion(dense: Path, run: Run, tmp_path: Path) -> None:
