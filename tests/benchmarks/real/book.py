@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.benchmarks.measure import machine, machine_line, markdown_table
 
+from . import text_tables
 from .rows import KEEPS
 from .subjects import SUBJECTS, Subject
 
@@ -27,7 +28,7 @@ def read(out: Path) -> dict[str, Any]:
     """What has been measured so far."""
     numbers = out.with_suffix(".json")
     found: dict[str, Any] = json.loads(numbers.read_text()) if numbers.is_file() else {}
-    return {"machine": machine(), "subjects": {}, "losses": [], "tasks": []} | found
+    return {"machine": machine(), "subjects": {}, "losses": [], "tasks": [], "texts": []} | found
 
 
 def line(lines: Sequence[Line], subject: str, name: str, keep: float, calibration_tokens: int) -> Line | None:
@@ -49,6 +50,19 @@ def add(out: Path, subject: Subject, found: Line) -> None:
     write(out, whole)
 
 
+def same(lines: Sequence[Line], key: Line) -> Line | None:
+    """The line with these fields, or None."""
+    return next((known for known in lines if all(known[field] == key[field] for field in key)), None)
+
+
+def put(out: Path, kind: str, key: Line, found: Line) -> None:
+    """Put a line in the place of the one with the same key, or at the end of the lines of its kind."""
+    whole = read(out)
+    known = same(whole[kind], key)
+    whole[kind] = [each for each in whole[kind] if each is not known] + [found]
+    write(out, whole)
+
+
 def write(out: Path, whole: Mapping[str, Any]) -> None:
     """The file, and the page's tables where there is a page."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +75,7 @@ def write(out: Path, whole: Mapping[str, Any]) -> None:
 def rendered(page: str, whole: Mapping[str, Any]) -> str:
     """The page with today's tables."""
     for name, table in TABLES.items():
-        if whole["subjects" if name == "sources" else name]:
+        if whole.get({"sources": "subjects", "amounts": "texts"}.get(name, name)):
             page = placed(page, name, table(whole))
     return page
 
@@ -157,6 +171,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "sources": sources,
     "losses": losses,
     "tasks": tasks,
+    "texts": text_tables.texts,
+    "amounts": text_tables.amounts,
 }
 
 

@@ -68,7 +68,7 @@ class Remembered(nn.Module):
         if not file.is_file():
             hidden = self.dense.base_model(input_ids, use_cache=use_cache).last_hidden_state
             save_file({"hidden": hidden.contiguous()}, file)
-        return Readout(self.dense.lm_head(load_file(file)["hidden"]))
+        return Readout(self.dense.get_output_embeddings()(load_file(file)["hidden"]))
 
 
 def opened(ids: Tensor, opening: int | None, windows: int) -> Tensor:
