@@ -12,7 +12,7 @@ from svdconvert.jobs.output import held_result
 from svdconvert.jobs.own_files import claim
 from svdconvert.jobs.record import RECORD, REPORT, read_record
 from svdconvert.paths import user_path
-from svdconvert.reports.document import BEGINNING
+from svdconvert.reports.document import HEAD_BYTES, is_page
 from svdconvert.reports.result_page import result_page
 from svdconvert.reports.sweep_page import Row, sweep_page
 from svdconvert.sentences import asked
@@ -84,7 +84,7 @@ def _checked(out: Path) -> Path:
     """A file that can be written.
 
     Raises:
-        InputError: it is a folder, in one that does not exist, or there and no page.
+        InputError: it is a folder, in one that does not exist, or there and no page of ours.
     """
     if out.is_dir():
         raise InputError(f"{asked('out', out)} is a folder; give the name of a file")
@@ -92,7 +92,10 @@ def _checked(out: Path) -> Path:
         raise InputError(f"{asked('out', out)} is in a folder that does not exist; create it first")
     if out.exists():
         with reading(out), open_regular(out) as handle:
-            begins = handle.read(len(BEGINNING))
-        if begins not in (b"", BEGINNING):
-            raise InputError(f"{asked('out', out)} is there and is no HTML page; give the name of another file")
+            begins = handle.read(HEAD_BYTES)
+        if begins and not is_page(begins):
+            raise InputError(
+                f"{asked('out', out)} is there and is no page that svdconvert wrote; move it away, or give the name of "
+                "another file"
+            )
     return out

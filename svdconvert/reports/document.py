@@ -12,8 +12,13 @@ from importlib.resources import files
 from svdconvert.reports.markup import Markup, element, joined
 from svdconvert.version import __version__
 
-# Every page begins with it.
-BEGINNING = b"<!DOCTYPE html>"
+_BEGINNING = b"<!DOCTYPE html>"
+# A page of ours says in its head, of which there is nothing from outside yet, what wrote it.
+_GENERATOR = re.compile(
+    rb'%b\n<html lang="en"><head>(?:<meta [^<>]*>)*?<meta name="generator" content="svdconvert ' % _BEGINNING
+)
+# Its first bytes, which reach beyond that.
+HEAD_BYTES = 4096
 
 
 def document(title: str, parts: Sequence[Markup | None], *, made_of: str) -> bytes:
@@ -41,7 +46,16 @@ def document(title: str, parts: Sequence[Markup | None], *, made_of: str) -> byt
     first, *rest = [part for part in parts if part is not None]
     body = element("body", first, _links(rest), element("main", rest), _foot(made_of))
     page = element("html", head, body, lang="en")
-    return b"%b\n%b\n" % (BEGINNING, page.encode())
+    return b"%b\n%b\n" % (_BEGINNING, page.encode())
+
+
+def is_page(beginning: bytes) -> bool:
+    """Whether a file is a page that :func:`document` made, of any version.
+
+    Args:
+        beginning: the file's first :data:`HEAD_BYTES` bytes.
+    """
+    return _GENERATOR.match(beginning) is not None
 
 
 def _links(parts: Sequence[Markup]) -> Markup:

@@ -16,6 +16,7 @@ from svdconvert import convert, densify, verify
 from svdconvert.commands.verify import failed
 from svdconvert.jobs.output import held_result
 from svdconvert.jobs.own_files import JOB_FOLDER
+from svdconvert.version import __version__
 
 Run = Callable[..., SimpleNamespace]
 
@@ -91,6 +92,26 @@ def test_a_page_of_somebody_else(dense: Path, plain: Path, run: Run, tmp_path: P
     assert "report.html" in result.err
     assert theirs.read_text() == "mine"
     assert (plain / "model.safetensors").exists(), "nothing was removed"
+
+
+def test_only_a_page_of_ours_is_replaced(plain: Path, run: Run, tmp_path: Path) -> None:
+    """Another HTML page stays, also one that tells of svdconvert; a page of an earlier version does not."""
+    out = tmp_path / "page.html"
+    said = '<meta name="generator" content="svdconvert 1">'
+    for theirs in ("<!DOCTYPE html>", f'<!DOCTYPE html>\n<html lang="en"><head><title>t</title>{said}</head></html>'):
+        out.write_text(theirs)
+        result = run("report", plain, "--out", out)
+        assert result.code == 2
+        assert f"--out {out} is there and is no page that svdconvert wrote; move it away" in " ".join(
+            result.err.split()
+        )
+        assert out.read_text() == theirs
+    (tmp_path / "first.html").write_bytes(b"")
+    assert run("report", plain, "--out", tmp_path / "first.html").code == 0, "of a file that is empty nothing is lost"
+    ours = (tmp_path / "first.html").read_bytes()
+    out.write_bytes(ours.replace(f"svdconvert {__version__}".encode(), b"svdconvert 0.1"))
+    assert run("report", plain, "--out", out).code == 0
+    assert out.read_bytes() == ours
 
 
 def test_what_has_no_page(run: Run, dense: Path, tmp_path: Path, plain: Path) -> None:

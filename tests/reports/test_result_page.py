@@ -277,3 +277,13 @@ def test_contrast(dark: bool) -> None:
         steps = [contrast(shades[f".{scale}{step}"]["background"], root["--paper"]) for step in range(10)]
         assert steps == sorted(steps)
         assert min(b / a for a, b in pairwise(steps)) > 1.1
+
+
+def test_dark_rules_are_for_screens() -> None:
+    """Paper is light whatever the reader's screen is, and no rule stands in the style twice to make it so."""
+    (style,) = parse(document("t", [element("header")], made_of="it")).all("style")
+    queries = re.findall(r"@media ([^{]*dark[^{]*)\{", style.text)
+    assert queries
+    assert all(query.startswith("screen and ") for query in queries)
+    shades = re.findall(r"^\.[kls]\d \{.*\}$", style.text, re.MULTILINE)
+    assert len(shades) == len(set(shades)) == 2 * (20 + SERIES)

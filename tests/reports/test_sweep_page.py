@@ -116,7 +116,7 @@ def test_the_command(tmp_path: Path, run: Run) -> None:
     (folder / "sweep.html").write_text("mine")
     refused = run("report", folder)
     assert refused.code == 2
-    assert "sweep.html is there and is no HTML page" in refused.err.replace("\n", " ")
+    assert "sweep.html is there and is no page that svdconvert wrote" in refused.err.replace("\n", " ")
     assert (folder / "sweep.html").read_text() == "mine"
     (folder / "sweep.html").write_bytes(made)
     (folder / "sweep.json").write_text(json.dumps(book(dense=None)))
