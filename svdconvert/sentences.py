@@ -28,13 +28,32 @@ def asked(field: str, value: object = ...) -> str:
     return f"\x1e{field}={_ALONE if value is ... else json.dumps(value, default=str)}\x1e"
 
 
+def printable(text: str, most: int | None = 2000) -> str:
+    """A text from outside for people: what does not print is spelled out, and what is too long is cut.
+
+    Names in files and of files may hold anything, and must not control a terminal.
+
+    >>> printable("layers.0\\x1b[2J")
+    'layers.0\\\\x1b[2J'
+
+    Args:
+        text: of one line.
+        most: its longest length; None cuts nothing.
+    """
+    if most is not None and len(text) > most:
+        text = text[: most - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def in_python(field: str, value: object) -> str:
     """How a caller of the library writes it: ``share_layers=3``; ``share_layers`` alone without a value (``...``)."""
     return field if value is ... else f"{field}={value!r}"
 
 
 class Sentence(str):
-    """A text in the words of the library; :meth:`told` has it in other words.
+    """A text in the words of the library; :meth:`told` has it in other words. What does not print is spelled out.
 
     >>> text = Sentence(f"{asked('share_layers', 3)} does not go with {asked('layout', 'pivoted')}")
     >>> str(text)
@@ -53,14 +72,14 @@ class Sentence(str):
     def __new__(cls, text: str) -> Sentence:
         """A sentence with fields in it, as :func:`asked` writes them."""
         marked = text.marked if isinstance(text, Sentence) else text
-        self = super().__new__(cls, _told(marked, in_python))
+        self = super().__new__(cls, printable(_told(marked, in_python), None))
         self.marked = marked
         self.fields = tuple(found[1] for found in _ASKED.finditer(marked))
         return self
 
     def told(self, words: Callable[[str, Any], str]) -> str:
         """The sentence with each field as ``words(field, value)``; the value is ``...`` where the field is alone."""
-        return _told(self.marked, words)
+        return printable(_told(self.marked, words), None)
 
 
 def _told(marked: str, words: Callable[[str, Any], str]) -> str:

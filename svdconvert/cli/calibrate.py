@@ -13,10 +13,11 @@ from svdconvert.cli.groups import option
 from svdconvert.cli.parameters import (
     device_option,
     model_argument,
+    quiet_option,
     revision_option,
 )
 from svdconvert.cli.program import main
-from svdconvert.cli.screen import console_for
+from svdconvert.cli.screen import console_for, job_events
 from svdconvert.cli.types import FOLDER
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
@@ -37,14 +38,16 @@ from svdconvert.settings.text import Text
 @ask_all(Text)
 @revision_option
 @device_option
-def calibrate(model: str, out: Path, methods: Sequence[str], revision: str | None, device: str, **text: Any) -> None:
+@quiet_option
+def calibrate(
+    model: str, out: Path, methods: Sequence[str], revision: str | None, device: str, quiet: bool, **text: Any
+) -> None:
     """Collect the statistics of data-aware methods once, for many conversions (`--stats`)."""
     calibration = take_calibration(text)
     if calibration is None:
         raise InputError(f"{asked('calibration')} is missing: the text to collect statistics from")
-    from svdconvert.cli.progress import TerminalEvents
     from svdconvert.commands.calibrate import calibrate as run
 
-    with TerminalEvents(console_for(False)) as events:
+    with job_events(console_for(False), quiet=quiet) as events:
         run(model, calibration, out, methods=methods, revision=revision, device=device, events=events)
-    click.echo(f"statistics written to {out}")
+    click.echo(out if quiet else f"statistics written to {out}")

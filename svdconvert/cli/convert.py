@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
+
 from svdconvert.cli.fields import ask_all, conversion_of
 from svdconvert.cli.groups import option
-from svdconvert.cli.parameters import json_option, model_argument, verbose_option
+from svdconvert.cli.parameters import json_option, model_argument, quiet_option, verbose_option
 from svdconvert.cli.plan import print_plan
 from svdconvert.cli.program import main
-from svdconvert.cli.screen import console_for, print_json
+from svdconvert.cli.screen import console_for, job_events, print_json
 from svdconvert.cli.types import FOLDER
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
@@ -24,7 +26,10 @@ from svdconvert.settings.options import SECTIONS
 @ask_all(*SECTIONS)
 @json_option
 @verbose_option
-def convert(model: str, out: Path | None, dry_run: bool, as_json: bool, verbose: bool, **options: Any) -> None:
+@quiet_option
+def convert(
+    model: str, out: Path | None, dry_run: bool, as_json: bool, verbose: bool, quiet: bool, **options: Any
+) -> None:
     """Factor MODEL and write the result to a folder (the default command).
 
     MODEL is a local folder, a GGUF file, `owner/name` on the Hub, or a short name: polyglot-ko-1.3b, -3.8b, -5.8b,
@@ -36,14 +41,15 @@ def convert(model: str, out: Path | None, dry_run: bool, as_json: bool, verbose:
         return
     if out is None:
         raise InputError(f"{asked('out')} is missing: the folder to write the factored model to")
-    from svdconvert.cli.progress import TerminalEvents
     from svdconvert.cli.report import show_result
     from svdconvert.commands.convert import run_conversion
 
     console = console_for(as_json)
-    with TerminalEvents(console, verbose=verbose) as events:
+    with job_events(console, verbose=verbose, quiet=quiet) as events:
         result = run_conversion(model, out, request, events)
     if as_json:
         print_json(result.to_json())
+    elif quiet:
+        click.echo(result.url or result.folder)
     else:
         show_result(console, result)

@@ -10,11 +10,12 @@ from svdconvert.cli.parameters import (
     device_option,
     folder_argument,
     overwrite_option,
+    quiet_option,
     shard_option,
     verbose_option,
 )
 from svdconvert.cli.program import main
-from svdconvert.cli.screen import job_events, need_folder, print_outcome
+from svdconvert.cli.screen import console_for, job_events, need_folder, print_outcome
 from svdconvert.cli.types import FOLDER
 
 
@@ -25,11 +26,12 @@ from svdconvert.cli.types import FOLDER
 @device_option
 @overwrite_option
 @verbose_option
-def densify(folder: Path, out: Path, **options: Any) -> None:
+@quiet_option
+def densify(folder: Path, out: Path, verbose: bool, quiet: bool, **options: Any) -> None:
     """Multiply the factors out: back to the stock architecture, for GGUF and engines without remote code."""
     need_folder(folder)
     from svdconvert.commands.densify import densify as run
 
-    with job_events(options) as events:
+    with job_events(console_for(False), verbose=verbose, quiet=quiet) as events:
         outcome = run(folder, out, **options, events=events)
-    print_outcome(outcome)
+    print_outcome(outcome, quiet=quiet)

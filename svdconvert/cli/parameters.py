@@ -18,6 +18,9 @@ json_option = option(
     "--json", "as_json", is_flag=True, group="Running", help="Print the result as JSON on standard output."
 )
 verbose_option = option("-v", "--verbose", is_flag=True, group="Running", help="A line for every matrix.")
+quiet_option = option(
+    "-q", "--quiet", is_flag=True, group="Running", help="No progress and no notes: what was written, and errors."
+)
 device_option = ask("device")
 workers_option = ask("workers")
 work_option = ask("work")

@@ -16,12 +16,15 @@ from click.shell_completion import CompletionItem
 from svdconvert.cli.groups import GroupedCommand
 from svdconvert.errors import InputError, JobError, SvdconvertError, out_of_memory
 from svdconvert.machine import interrupts, processes
+from svdconvert.sentences import printable
 from svdconvert.settings.told import told
 from svdconvert.version import __version__
 
 DEFAULT_COMMAND = "convert"
 # Commands that several processes can share; under a launcher, the first process runs the others alone.
 SHARED_COMMANDS = ("convert", "calibrate", "densify", "fold")
+# Longest message, in characters.
+_LONGEST = 2000
 # Launchers end all processes when one fails: seconds in which another one can report its error first.
 _LET_SPEAK = 1.0
 _OUT_OF_MEMORY = {
@@ -129,8 +132,9 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
-    # Names in files may hold anything; they must not control the terminal.
-    message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    message = printable(message, None)
+    if len(message) > _LONGEST:  # a name in it; what is wrong stands first, and what to do last
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 4 :]}"
     interrupts.settle()
     group = processes.current()
     if group.size == 1:

@@ -17,6 +17,7 @@ from svdconvert.cli.report import show_plan
 from svdconvert.machine import interrupts
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step
+from svdconvert.sentences import printable
 from svdconvert.settings.told import told
 from svdconvert.words import size
 
@@ -120,7 +121,7 @@ class TerminalEvents(Events):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[current]}"),
+            TextColumn("{task.fields[current]}", markup=False),
             console=console,
             # A matrix can take a minute; the default window forgets the speed in between.
             speed_estimate_period=600,
@@ -171,7 +172,7 @@ class TerminalEvents(Events):
         if self._lines is not None:
             self._lines.tick()
         else:
-            self._progress.update(self._task, current=step.key)
+            self._progress.update(self._task, current=printable(step.key))
 
     def decomposed(self, step: Step) -> None:
         self._advance()
@@ -217,6 +218,16 @@ class TerminalEvents(Events):
 
     def _print(self, text: str) -> None:
         self._progress.console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+class QuietEvents(Events):
+    """Nothing is shown; Ctrl-C still ends the work."""
+
+    def solving(self, step: Step) -> None:
+        interrupts.check()
+
+    def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        interrupts.check()
 
 
 @contextmanager

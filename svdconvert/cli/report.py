@@ -102,7 +102,8 @@ def show_result(console: Console, report: Report) -> None:
     if "measured_loss" in record:
         guess = f" ({record['predicted_loss']:+.4f} predicted; {ROUGH_GUESS})" if "predicted_loss" in record else ""
         measured = f"{record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
-        rows.append(("loss added", f"{measured}, measured on the calibration text, to which it was fitted{guess}"))
+        text = "the calibration text" if "tokens" not in settings else f"the {settings['tokens']:,} calibration tokens"
+        rows.append(("loss added", f"{measured}, measured on {text}, to which it was fitted{guess}"))
     if "budget" in record:
         from svdconvert.commands.measured_budgets import MeasuredBudget
 

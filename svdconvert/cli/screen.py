@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import click
 
 from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 from svdconvert.settings.told import told
 
 
@@ -29,16 +31,18 @@ def need_folder(folder: Path) -> None:
 
 def console_for(as_json: bool) -> Any:
     """The console for people: standard output, or standard error while standard output carries JSON."""
-    from rich.console import Console
+    from svdconvert.cli.tables import PlainConsole
 
     stream = sys.stderr if as_json else sys.stdout
     # Without a terminal lines are not wrapped: give tables the width they need.
-    return Console(file=stream, width=None if stream.isatty() else 140)
+    return PlainConsole(file=stream, width=None if stream.isatty() else 140)
 
 
 def print_json(value: object) -> None:
     """Print a value for programs."""
-    click.echo(json.dumps(_told(value), indent=2, ensure_ascii=False))
+    text = json.dumps(_told(value), indent=2, ensure_ascii=False)
+    # a terminal may obey what JSON does not escape by itself
+    click.echo("".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text))
 
 
 def _told(value: object) -> object:
@@ -51,16 +55,39 @@ def _told(value: object) -> object:
 
 
 @contextmanager
-def job_events(options: dict[str, Any]) -> Iterator[Any]:
-    """Progress of a job; takes ``verbose`` out of the options of its command."""
-    from svdconvert.cli.progress import TerminalEvents
+def job_events(console: Any, *, verbose: bool = False, quiet: bool = False) -> Iterator[Any]:
+    """Progress of a job.
 
-    with TerminalEvents(console_for(False), verbose=options.pop("verbose")) as events:
-        yield events
+    Args:
+        console: where it is shown.
+        verbose: with a line for every matrix.
+        quiet: not at all, and no downloads are announced.
+
+    Raises:
+        InputError: it is to be both.
+    """
+    from svdconvert.cli.progress import QuietEvents, TerminalEvents
+
+    if not quiet:
+        with TerminalEvents(console, verbose=verbose) as events:
+            yield events
+        return
+    if verbose:
+        raise InputError(f"{asked('quiet')} and {asked('verbose')} exclude each other; leave one of them out")
+    logger = logging.getLogger("svdconvert")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield QuietEvents()
+    finally:
+        logger.setLevel(level)
 
 
-def print_outcome(outcome: Any) -> None:
-    """Say how a job ended."""
+def print_outcome(outcome: Any, *, quiet: bool) -> None:
+    """Say how a job ended, or where its result is."""
     from svdconvert.cli.report import show_outcome
 
-    show_outcome(console_for(False), outcome)
+    if quiet:
+        click.echo(outcome.folder)
+    else:
+        show_outcome(console_for(False), outcome)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
+
 from svdconvert.cli.fields import ask, take_calibration
 from svdconvert.cli.groups import option
 from svdconvert.cli.parameters import (
@@ -16,6 +18,7 @@ from svdconvert.cli.parameters import (
     method_options,
     model_argument,
     overwrite_option,
+    quiet_option,
     refit_option,
     revision_option,
     split_option,
@@ -26,7 +29,7 @@ from svdconvert.cli.parameters import (
     workers_option,
 )
 from svdconvert.cli.program import main
-from svdconvert.cli.screen import console_for, print_json
+from svdconvert.cli.screen import console_for, job_events, print_json
 from svdconvert.cli.types import FILE, FOLDER
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
@@ -61,6 +64,7 @@ from svdconvert.sentences import asked
 @option("--no-plot", is_flag=True, group="Output", help="Write no sweep.png; needs no matplotlib.")
 @overwrite_option
 @json_option
+@quiet_option
 def sweep(
     model: str,
     text: Path,
@@ -69,6 +73,7 @@ def sweep(
     out: Path | None,
     no_plot: bool,
     as_json: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Perplexity of MODEL at several sizes, from one calibration: a table and a picture.
@@ -84,15 +89,16 @@ def sweep(
         from svdconvert.commands.figures import need_matplotlib
 
         need_matplotlib()
-    from svdconvert.cli.progress import TerminalEvents
     from svdconvert.cli.report import show_sweep
     from svdconvert.commands.sweep import sweep as run
 
     console = console_for(as_json)
-    with TerminalEvents(console) as events:
+    with job_events(console, quiet=quiet) as events:
         result = run(model, text, out, **budgets, **options, calibration=calibration, plot=not no_plot, events=events)
     if as_json:
         print_json(result.to_json())
+    elif quiet:
+        click.echo(result.folder)
     else:
         show_sweep(console, result)
 

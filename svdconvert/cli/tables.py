@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
+
+from svdconvert.sentences import printable
 
 _GAP = 2
 
 
+class PlainConsole(Console):
+    """A console on which names from files are only text: they neither control the terminal nor become pictures."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does it, after what does not print is spelled out."""
+        return super().render_str("\n".join(printable(line, None) for line in text.split("\n")), **options)
+
+
+class _PlainTable(Table):
+    """A table whose cells are no markup."""
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add one, of texts."""
+        super().add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def new_table(left: Sequence[str], right: Sequence[str]) -> Table:
     """An empty table without lines: the columns that name a row, to the left, and those of numbers, to the right."""
-    table = Table(box=None, pad_edge=False)
+    table = _PlainTable(box=None, pad_edge=False)
     for heading in left:
         table.add_column(heading, no_wrap=True)
     for heading in right:
@@ -64,9 +86,9 @@ def _width(columns: Sequence[Column]) -> int:
 
 def show_pairs(console: Console, rows: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns."""
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = _PlainTable(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     console.print(table)

@@ -50,12 +50,14 @@ def verify(
             }
         )
     else:
+        from rich.markup import escape
+
         from svdconvert.cli.report import show_checks, show_evaluation
 
         console = console_for(as_json)
         show_checks(console, checks)
         for evaluation in evaluations:
-            console.print(f"[bold]{evaluation.model}[/]")
+            console.print(f"[bold]{escape(evaluation.model)}[/]")
             show_evaluation(console, evaluation)
     if failed(checks):
         raise JobError(f"{folder} did not pass: {', '.join(check.name for check in failed(checks))}")

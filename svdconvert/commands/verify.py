@@ -14,14 +14,14 @@ from svdconvert.errors import InputError, JobError
 from svdconvert.families.table import Architecture, dense_architecture, factored_architecture
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.jobs.model_files import modeling_source
-from svdconvert.jobs.record import RECORD, read_record
+from svdconvert.jobs.record import RECORD, SEAL, is_changed, read_record
 from svdconvert.jobs.shard_writer import new_digest
 from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.models.index_tensors import unsound
 from svdconvert.models.loading import factored_classes, portable
 from svdconvert.models.probe import PROBE, probe
 from svdconvert.paths import user_path
-from svdconvert.storage.documents import read_bytes
+from svdconvert.storage.documents import read_bytes, read_json
 from svdconvert.storage.opening import open_source
 from svdconvert.storage.reader import WeightReader, as_bytes
 from svdconvert.storage.source import LocalSource, Source
@@ -101,13 +101,17 @@ def _modeling_file(folder: Path, row: Architecture) -> Check:
 
 
 def _as_written(folder: Path, source: Source) -> list[Check]:
-    """Whether every tensor has the data that svdconvert wrote: errors alone do not tell, being least at the factors.
+    """Whether record and tensors are what svdconvert wrote: errors alone do not tell, being least at the factors.
 
-    Nothing for a result that has no record of it, of a version before 0.2.0 or saved by another program.
+    Nothing for a result that has no record of it, of an early version or saved by another program.
     """
-    told = read_record(folder).tensors if (folder / RECORD).is_file() else None
-    if told is None:
+    if not (folder / RECORD).is_file():
         return []
+    document = read_json(folder / RECORD, "")
+    checks = [_record(document)] if SEAL in document else []
+    told = read_record(folder).tensors
+    if told is None:
+        return checks
     changed = []
     with WeightReader(source) as reader:
         for name, info in source.tensors.items():
@@ -117,7 +121,13 @@ def _as_written(folder: Path, source: Source) -> list[Check]:
             if told.get(name) != digest.hexdigest():
                 changed.append(name)
     detail = f"{len(source.tensors)} tensors as svdconvert wrote them"
-    return [Check("data", not changed, f"changed since: {listing(changed)}" if changed else detail)]
+    return [*checks, Check("data", not changed, f"changed since: {listing(changed)}" if changed else detail)]
+
+
+def _record(document: Mapping[str, Any]) -> Check:
+    """Whether what the record says of the result was changed."""
+    changed = is_changed(document)
+    return Check("record", not changed, f"{RECORD} {'was changed since' if changed else 'as svdconvert wrote it'}")
 
 
 def _ranks(source: Source, row: Architecture) -> Check:

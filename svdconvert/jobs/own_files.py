@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from svdconvert.errors import InputError
-from svdconvert.jobs.record import ANEW, RECORD
+from svdconvert.jobs.record import ANEW, RECORD, SEAL, is_changed, sealed
 from svdconvert.sentences import asked
 from svdconvert.storage.disk import atomic_write, disk_errors
 from svdconvert.storage.documents import json_bytes, json_or_none, read_json
@@ -97,9 +97,11 @@ def claim(folder: Path, name: str) -> None:
         return
     if os.path.lexists(folder / name):
         raise InputError(f"{folder} holds {name}, which svdconvert did not write; move it away, or give {asked('out')}")
-    document["files"] = sorted([*files, name])
+    longer = {**document, "files": sorted([*files, name])}
+    if SEAL in document and not is_changed(document):  # what somebody changed does not become right
+        longer = sealed(longer)
     with disk_errors(folder):
-        atomic_write(path, json_bytes(document))
+        atomic_write(path, json_bytes(longer))
 
 
 def _is_inside(folder: Path, name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, either, many, optional, record, require, table
 from svdconvert.machine.timing import StageTime
 from svdconvert.sentences import asked
-from svdconvert.storage.documents import read_json
+from svdconvert.storage.documents import in_json_types, read_json
 from svdconvert.storage.source import Source
 from svdconvert.version import versions
 
@@ -18,6 +20,9 @@ RECORD = "svdconvert.json"
 # Beside it, where it was asked for: a page about the result.
 REPORT = "report.html"
 FORMAT = 1
+
+# Field with the digest of the others, and fields that differ from run to run, at any depth.
+SEAL, _TIMES = "digest", ("seconds", "timing")
 
 # What to do about a damaged one.
 ANEW = f"convert again with {asked('overwrite', True)}"
@@ -95,7 +100,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """The record in JSON types, as it is written."""
         last = {"files": self.files, "tensors": self.tensors}
-        return {
+        document = {
             "format": FORMAT,
             "command": self.command,
             "versions": dict(self.versions),
@@ -105,6 +110,7 @@ class Record:
             **{name: value for name, value in last.items() if value is not None},
             "timing": [{stage: time.to_json() for stage, time in stages.items()} for stages in self.timing],
         }
+        return sealed(document)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], where: object) -> Record:
@@ -119,7 +125,8 @@ class Record:
         """
         require(document, _FIELDS, where, ANEW)
         results = dict(document)
-        fields = {name: results.pop(name, None) for name in (*cls.__dataclass_fields__, "format") if name != "results"}
+        known = {*cls.__dataclass_fields__, "format", SEAL} - {"results"}
+        fields = {name: results.pop(name, None) for name in known}
         return cls(
             command=fields["command"],
             source=Origin(**{name: fields["source"].get(name) for name in Origin.__dataclass_fields__}),
@@ -132,6 +139,32 @@ class Record:
             ],
             versions=fields["versions"] or {},
         )
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with the digest of all that it says, by which a later change is noticed.
+
+    Args:
+        document: in JSON types; a digest that it has is replaced.
+    """
+    return {**{name: value for name, value in document.items() if name != SEAL}, SEAL: _digest(document)}
+
+
+def is_changed(document: Mapping[str, Any]) -> bool:
+    """Whether a record was changed since it was written; not known of one without a digest, of an earlier version."""
+    return SEAL in document and document[SEAL] != _digest(document)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    """Of what the same job always writes: without times."""
+    said = in_json_types(_timeless({name: value for name, value in document.items() if name != SEAL}))
+    return hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _timeless(one) for name, one in value.items() if name not in _TIMES}
+    return [_timeless(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def read_record(folder: Path) -> Record:

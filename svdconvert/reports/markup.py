@@ -6,10 +6,10 @@ import html
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from svdconvert.sentences import printable
+
 # Elements that have no end tag.
 _VOID = frozenset({"meta", "wbr"})
-# Longest text of a file that is shown whole.
-_MOST = 2000
 
 
 class Markup(str):
@@ -46,15 +46,6 @@ def joined(children: Child) -> Markup:
     if isinstance(children, str | int | float):
         return Markup(html.escape(printable(str(children))))
     return Markup("".join(map(joined, children)))
-
-
-def printable(text: str, most: int = _MOST) -> str:
-    """A text from outside for people: what does not print is spelled out, and what is too long is cut."""
-    if len(text) > most:
-        text = text[: most - 3] + "..."
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _attribute(key: str, value: str | int | float | bool | None) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from svdconvert.reports import figures
 from svdconvert.reports.chart import Point, line_chart, shape
 from svdconvert.reports.document import document
-from svdconvert.reports.markup import Child, Markup, element, printable
+from svdconvert.reports.markup import Child, Markup, element
 from svdconvert.reports.tables import MOST_ROWS, scrolling, section, simple_table
+from svdconvert.sentences import printable
 
 # So many lines can be told apart in a chart; more are in the table alone.
 _MOST_LINES = 14

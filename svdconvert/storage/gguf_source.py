@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.errors import InputError
-from svdconvert.storage.documents import read_bytes, reading
+from svdconvert.storage.documents import fill, open_regular, read_bytes, reading
 from svdconvert.storage.gguf_config import (
     ROPE_FREQS,
     ROPE_LONG,
@@ -25,7 +25,7 @@ from svdconvert.storage.gguf_data import GgufData, GgufPlace, need_gguf, need_ty
 from svdconvert.storage.gguf_header import Counted, GgufHeader, read_gguf_header
 from svdconvert.storage.gguf_rows import GgufArchitecture
 from svdconvert.storage.gguf_view import gguf_view
-from svdconvert.storage.identity import sampled_digest
+from svdconvert.storage.identity import file_digest, sampled_digest
 from svdconvert.storage.source import FileSource
 from svdconvert.storage.tensor_data import TensorData
 from svdconvert.words import size
@@ -115,9 +115,12 @@ class GgufSource(FileSource):
                         "is no table of rotary factors; fetch the file again"
                     )
                 path = self._paths[file]
-                with reading(path), path.open("rb") as handle:
+                data = bytearray(tensor.nbytes)
+                with reading(path), open_regular(path) as handle:
                     handle.seek(tensor.start)
-                    values = struct.unpack(f"<{tensor.shape[0]}f", handle.read(tensor.nbytes))
+                    if not fill(handle, memoryview(data)):
+                        raise InputError(f"{path} ends within its tensor {tensor.name}; fetch it again")
+                values = struct.unpack(f"<{tensor.shape[0]}f", data)
                 if not all(map(math.isfinite, values)):
                     raise InputError(f"{tensor.name} of {self.where} has infinite entries; fetch the file again")
                 found[tensor.name] = list(values)
@@ -130,7 +133,7 @@ class GgufSource(FileSource):
         return GgufData(self._paths[file], file, self._places)
 
     def view(self) -> Path:
-        """A folder that stands for the model where one is needed: config.json and the tokenizer, without weights.
+        """A folder that stands for the model where one is needed: its settings and the tokenizer, without weights.
 
         It is made when it is first asked for, and removed when the process ends. :func:`source_of_view` leads back.
 
@@ -161,6 +164,12 @@ class GgufSource(FileSource):
             # the header holds vocabulary and settings, so all of it counts
             weights[file] = sampled_digest(self._paths[file], places, partial(_beginning, header.data))
         return {"weights": weights, "config": self.config}
+
+    def side_identity(self) -> dict[str, Any]:
+        # another version of transformers may make another tokenizer of the same file
+        made = {name: file_digest(self.path(name)) for name in self.side_files}
+        card = self._readme if self._readme is not None and self._readme.is_file() else None
+        return {"side_file": made | ({} if card is None else {"README.md": file_digest(card)})}
 
     def _watched(self) -> list[Path]:
         return list(self._paths.values())

@@ -17,6 +17,7 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, TEXT, Kind, few, problem, table
+from svdconvert.sentences import printable
 from svdconvert.storage.documents import open_regular, parse_json, reading
 from svdconvert.tensors import DTYPES, TensorInfo
 
@@ -78,11 +79,16 @@ def parse_header(raw: bytes, file: str, file_size: int | None = None) -> list[Te
 
 
 def check_name(name: str, file: str) -> None:
-    """Refuse a tensor name that is too long for a file system.
+    """Refuse a tensor name that is too long for a file system, or that cannot be printed.
 
     Raises:
         InputError: naming the file.
     """
+    if not name.isprintable():
+        raise InputError(
+            f"{file} has a tensor whose name holds characters that cannot be printed ({printable(name, 80)}); "
+            "fetch it again"
+        )
     if not 0 < len(name.encode()) <= MAX_NAME:
         raise InputError(
             f"{file} has a tensor whose name has {len(name.encode()):,} bytes ({name[:40]}...); 1 to {MAX_NAME} are "

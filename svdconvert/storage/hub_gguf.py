@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from svdconvert.errors import InputError, JobError
+from svdconvert.sentences import printable
 from svdconvert.storage.gguf_files import is_gguf, only_model, with_parts
 from svdconvert.storage.gguf_source import GgufSource
 from svdconvert.storage.hub_source import Checkout
@@ -33,7 +34,9 @@ def hub_gguf(checkout: Checkout, file: str | None) -> GgufSource:
             raise InputError(f"{checkout.where} has a file {part!r} outside of itself; do not trust it")
     missing = {part: checkout.sizes[part] for part in parts if checkout.cached(part) is None}
     if missing:
-        logger.warning("fetching %s of %s (%s)", listing(list(missing)), checkout.repo, size(sum(missing.values())))
+        logger.warning(
+            "fetching %s of %s (%s)", printable(listing(list(missing))), checkout.repo, size(sum(missing.values()))
+        )
     paths = [checkout.fetch(part, JobError) for part in parts]
     readme = checkout.fetch("README.md", JobError) if "README.md" in checkout.sizes else None
     where = checkout.repo if file is None else f"{checkout.repo}/{file}"

@@ -24,6 +24,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from svdconvert.errors import InputError, JobError, SvdconvertError
+from svdconvert.sentences import printable
 from svdconvert.storage.disk import refuse_full
 from svdconvert.storage.documents import read_bytes, read_json
 from svdconvert.storage.folders import ModelFolder
@@ -359,7 +360,7 @@ class HubSource(Source):
             logger.warning(
                 "%s has no safetensors; fetching %s (%s) as a whole",
                 self.repo,
-                listing(list(self.download_bytes)),
+                printable(listing(list(self.download_bytes))),
                 size(sum(self.download_bytes.values())),
             )
         return {file: pickled_header(self.path(file)) for file in self.files}

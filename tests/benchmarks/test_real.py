@@ -74,6 +74,17 @@ def test_every_task_has_its_file() -> None:
     assert {path.stem for path in folder.glob("[a-z]*.yaml")} == questions.TASKS.keys()
 
 
+def test_a_row_of_something_else_is_not_there() -> None:
+    """The lines of the file hold for its texts, windows and version; another one is measured anew, in their place."""
+    lines = json.loads(book.OUT.with_suffix(".json").read_text())["losses"]
+    asked = [lines[0][field] for field in ("subject", "name", "keep", "calibration_tokens")]
+    on = {"tokens": lines[0]["tokens"], **{field: lines[0].get(field, said) for field, said in book.UNSAID.items()}}
+    assert book.there(lines, *asked, on)
+    assert not any(book.there(lines, *asked, on | {field: "another"}) for field in on)
+    assert not book.there(lines, asked[0], "another", *asked[2:], on)
+    assert book.there([lines[0] | on], *asked, on)
+
+
 def test_the_page_is_what_the_file_says() -> None:
     """And what is between its tables is not touched."""
     page, whole = book.OUT.with_suffix(".md").read_text(), json.loads(book.OUT.with_suffix(".json").read_text())

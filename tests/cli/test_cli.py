@@ -385,6 +385,27 @@ def test_plain_lines_elsewhere(dense: Path, run: Run, tmp_path: Path) -> None:
     assert str(tmp_path / "out") in result.out.replace("\n", "")
 
 
+def test_quiet_prints_what_was_written(dense: Path, run: Run, tmp_path: Path) -> None:
+    """And errors; no progress, no plan, no notes."""
+    out, options = tmp_path / "out", ("--device", "cpu", "--no-check")
+    assert_quiet(run(dense, "--rank", 16, *options, "-q", "--out", out), out)
+    assert_quiet(run(dense, "--rank", 16, *options, "--quiet", "--out", out), out)
+    assert_quiet(run("densify", out, "-q", "--device", "cpu", "--out", tmp_path / "dense"), tmp_path / "dense")
+    result = run(dense, "--rank", 8, *options, "-q", "--json", "--out", tmp_path / "json")
+    assert (json.loads(result.out)["folder"], result.err) == (str(tmp_path / "json"), "")
+    result = run(dense, "--rank", 8, *options, "-q", "--out", out)
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Error: ")
+    result = run(dense, "--rank", 8, *options, "-q", "-v", "--out", tmp_path / "both")
+    assert result.code == 2
+    assert "--quiet and --verbose exclude each other" in result.err
+    assert not (tmp_path / "both").exists()
+
+
+def assert_quiet(result: SimpleNamespace, out: Path) -> None:
+    assert (result.code, result.out, result.err) == (0, f"{out}\n", "")
+
+
 def test_verbose_prints_a_line_for_every_matrix(dense: Path, run: Run, tmp_path: Path) -> None:
     result = run(dense, "--rank", 16, "-v", "--device", "cpu", "--no-check", "--out", tmp_path / "out")
     found = re.findall(

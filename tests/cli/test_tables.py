@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from rich.console import Console
 
 from svdconvert import Evaluation, MatrixSpectrum, Spectra, Sweep, plan
 from svdconvert.cli import report
+from svdconvert.cli.progress import TerminalEvents
+from svdconvert.cli.screen import console_for, print_json
 from svdconvert.cli.tables import new_table, show_table
 from svdconvert.commands.ablate import GroupResult
 from svdconvert.commands.sweep_book import Point, Setting
@@ -24,6 +28,30 @@ def shown(width: int, show: Any, *args: Any, **options: Any) -> str:
     stream = io.StringIO()
     show(Console(file=stream, width=width), *args, **options)
     return stream.getvalue()
+
+
+STRANGE = "a[red]\x1b[2J\x9b[b]:smile:\u202e\udc80"
+SPELLED = "a[red]\\x1b[2J\\x9b[b]:smile:\\u202e\\udc80"
+
+
+def test_names_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """They do not control the terminal, are no markup and no pictures, wherever a command prints them."""
+    made = replace(plan(BUNDLED, rank=16), source=STRANGE, notes=(f"look at {STRANGE}",))
+    made.__dict__["groups"] = [replace(kind, name=STRANGE) for kind in made.groups[:1]]
+    show, evaluation = WIDE["evaluation"]()
+    console = console_for(False)
+    report.show_plan(console, made, 10**9)
+    show(console, replace(evaluation, text=STRANGE, against=STRANGE))
+    report.show_checks(console, [Check("weights", False, STRANGE)])
+    with TerminalEvents(console) as events:
+        events.note(STRANGE)
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable()
+    assert "".join(out.split()).count(SPELLED) == 6
+    print_json({STRANGE: [STRANGE]})
+    said = capsys.readouterr().out
+    assert said.replace("\n", "").isprintable()
+    assert json.loads(said) == {STRANGE: [STRANGE]}
 
 
 def words(text: str) -> set[str]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from svdconvert import InputError, convert, densify, evaluate, fold, verify
+from svdconvert import InputError, convert, densify, evaluate, fold, report, verify
 from svdconvert.commands.evaluate import negative_log_likelihood
 from svdconvert.commands.verify import failed
 from svdconvert.models.passages import Passage
@@ -41,6 +41,7 @@ def test_a_good_result_passes(factored: Path, dense: Path) -> None:
         "modeling file",
         "ranks",
         "keys and shapes",
+        "record",
         "data",
         "logits",
         "copied tensors",
@@ -105,10 +106,33 @@ def test_a_change_that_the_errors_do_not_show(copy: Path, dense: Path) -> None:
 def test_a_result_without_a_record_of_its_data(copy: Path) -> None:
     record = json.loads((copy / "svdconvert.json").read_text())
     assert record.pop("tensors").keys() == load_file(copy / "model.safetensors").keys()
+    assert len(record.pop("digest")) == 32
     (copy / "svdconvert.json").write_text(json.dumps(record))
     checks = verify(copy)
     assert not failed(checks)
-    assert "data" not in [check.name for check in checks]
+    assert not {"record", "data"} & {check.name for check in checks}
+
+
+def test_a_changed_record_is_found(copy: Path) -> None:
+    """Whatever it says of the result; times and the way in which it is written do not count."""
+    path = copy / "svdconvert.json"
+    record = json.loads(path.read_text())
+    name = next(iter(record["matrices"]))
+    record["matrices"][name]["seconds"] += 1
+    path.write_text(json.dumps(dict(reversed(record.items()))))
+    report(copy)
+    assert not failed(verify(copy)), "a page is added by svdconvert"
+    record = json.loads(path.read_text())
+    assert "report.html" in record["files"]
+    record["matrices"][name]["relative_error"] /= 2
+    record["files"].remove("report.html")
+    (copy / "report.html").unlink()
+    path.write_text(json.dumps(record))
+    for _ in ("as it was changed", "with a page beside it"):
+        (bad,) = failed(verify(copy))
+        assert (bad.name, bad.detail) == ("record", "svdconvert.json was changed since")
+        report(copy)
+    assert "report.html" in json.loads(path.read_text())["files"]
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from svdconvert import InputError
-from svdconvert.jobs.record import Origin, Record
+from svdconvert.jobs.record import Origin, Record, is_changed, sealed
 from svdconvert.machine.timing import StageTime
 
 RECORD = Record(
@@ -39,6 +40,19 @@ def test_a_record_without_digests_stays_without() -> None:
     early = replace(RECORD, tensors=None, files=None)
     assert not {"tensors", "files"} & early.to_json().keys()
     assert Record.from_json(early.to_json(), "it") == early
+
+
+def test_a_change_is_noticed_in_what_does_not_differ_from_run_to_run() -> None:
+    document = RECORD.to_json()
+    later = replace(RECORD, timing=[{"read": StageTime(3.0, 3.0)}]).to_json()
+    assert later["digest"] == document["digest"]
+    read = json.loads(json.dumps(document, indent=2))
+    assert not is_changed(read)
+    assert is_changed(read | {"measured_loss": 0.4})
+    assert is_changed({name: value for name, value in read.items() if name != "files"})
+    early = {name: value for name, value in read.items() if name != "digest"}
+    assert not is_changed(early), "not known"
+    assert sealed(early) == read
 
 
 @pytest.mark.parametrize("field", ["command", "source", "settings", "params", "timing"])

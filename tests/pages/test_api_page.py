@@ -31,7 +31,7 @@ def test_it_is_current(name: str) -> None:
 def test_every_option_of_the_command_has_a_row() -> None:
     shown = set(re.findall(r"^\| `(--[\w-]+)", script("make_options").page(), re.MULTILINE))
     options = {name for parameter in main.commands["convert"].params for name in parameter.opts if name[:2] == "--"}
-    assert options - shown == {"--dry-run", "--json", "--out", "--verbose"}
+    assert options - shown == {"--dry-run", "--json", "--out", "--quiet", "--verbose"}
     assert shown <= options
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from support.html_pages import parse
 
 from svdconvert.reports.figures import decimals, duration, in_column, perplexity, rounded, share
-from svdconvert.reports.markup import Markup, element, joined, printable
+from svdconvert.reports.markup import Markup, element, joined
+from svdconvert.sentences import printable
 
 
 def test_elements() -> None:

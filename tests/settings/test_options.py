@@ -30,7 +30,7 @@ SIGNATURE = inspect.signature(svdconvert.convert).parameters
 
 def test_every_option_is_a_field_or_the_programs_own() -> None:
     flags = {parameter.opts[-1] for parameter in COMMAND.params if isinstance(parameter, click.Option)}
-    assert flags - {one.option.flag for one in FIELDS} == {"--out", "--dry-run", "--json", "--verbose"}
+    assert flags - {one.option.flag for one in FIELDS} == {"--out", "--dry-run", "--json", "--quiet", "--verbose"}
     assert flags >= {one.option.flag for one in FIELDS}
 
 

@@ -40,7 +40,7 @@ def parsed(line: str) -> Conversion:
     program, *words = shlex.split(line)
     assert program == "svdconvert"
     values = COMMAND.make_context("convert", words).params
-    own = ("model", "out", "dry_run", "as_json", "verbose")
+    own = ("model", "out", "dry_run", "as_json", "verbose", "quiet")
     return conversion_of({name: value for name, value in values.items() if name not in own})
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from svdconvert import plan
 from svdconvert.errors import JobError
 from svdconvert.models.loading import load_model
+from svdconvert.storage import gguf_view
 from svdconvert.storage.gguf_header import TYPES, read_gguf_header
 from svdconvert.storage.gguf_source import GgufSource
 from svdconvert.storage.opening import local_folder, open_source
@@ -241,7 +244,21 @@ def test_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     source = open_source(str(write_gguf(tmp_path / "model.gguf", tiny("llama"), tokenizer=False)))
-    assert source.side_files == []
+    assert source.side_files == ["generation_config.json"]
+
+
+@pytest.mark.skipif(VERSION < (5, 23), reason="older readers lack architectures")
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_generation_is_that_of_transformers(model_type: str, tmp_path: Path) -> None:
+    """The file that transformers saves with the model, but for what says which transformers it was."""
+    path = write_gguf(tmp_path / "model.gguf", tiny(model_type))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    model.generation_config.save_pretrained(tmp_path / "theirs")
+    theirs = json.loads((tmp_path / "theirs" / "generation_config.json").read_text())
+    ours = json.loads(open_source(str(path)).path("generation_config.json").read_text())
+    assert theirs.pop("transformers_version")
+    assert ours == theirs
+    assert ours["eos_token_id"] is not None
 
 
 @pytest.mark.parametrize("given", ["folder", "first", "last"])
@@ -280,6 +297,30 @@ def test_identity(tmp_path: Path) -> None:
         data[place] ^= 1
         copy.write_bytes(data)
         assert open_source(str(copy)).identity() != known
+
+
+def test_the_tokenizer_is_a_part_of_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same file another version of transformers may make another one, and a card may be replaced."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", tiny("llama"))
+    (folder / "README.md").write_text("one")
+    known = open_source(str(folder)).side_identity()
+    assert {"tokenizer.json", "generation_config.json", "README.md"} <= known["side_file"].keys()
+    monkeypatch.setattr(gguf_view, "_VIEWS", {})
+    assert open_source(str(folder)).side_identity() == known, "made anew, byte by byte the same"
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def with_another_token(self: Any, place: Path, **options: Any) -> Any:
+        self.add_tokens(["<another>"])
+        return save(self, place, **options)
+
+    monkeypatch.setattr(gguf_view, "_VIEWS", {})
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", with_another_token)
+    changed = open_source(str(folder)).side_identity()
+    assert changed["side_file"]["tokenizer.json"] != known["side_file"]["tokenizer.json"]
+    (folder / "README.md").write_text("two")
+    assert open_source(str(folder)).side_identity()["side_file"]["README.md"] != known["side_file"]["README.md"]
 
 
 def test_a_plan_counts_the_tokenizer(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from svdconvert.errors import InputError
+from svdconvert.storage import gguf_source
+from svdconvert.storage.gguf_header import GgufHeader, read_gguf_header
 from svdconvert.storage.opening import open_source
 
 from support.gguf_files import tiny, write_gguf  # isort: skip
@@ -68,6 +70,10 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a key in two lines": (replaced(b"general.name", b"general\nname"), 'is damaged: "general\\nname" is no key'),
     "a key twice": (replaced(b"llama.context_length", b"llama.embedding_lengt"[:20]), "lacks llama.context_length"),
     "a tensor twice": (replaced(TENSOR, b"blk.0.attn_v.weight"), "blk.0.attn_v.weight is in it twice"),
+    "a name that is a command": (
+        replaced(TENSOR, b"blk.0.ffn\x1b[2Jweight"),
+        "printed (blk.0.ffn\\x1b[2Jw",
+    ),
     "2**60 rows": (at(TENSOR, 12, HUGE), "damaged: tensor blk.0.ffn_up.weight of type F32 has the shape"),
     "2**50 rows": (at(TENSOR, 12, struct.pack("<Q", 2**50)), "truncated or damaged: tensor"),
     "no rows": (at(TENSOR, 12, struct.pack("<Q", 0)), "has the shape [0, 64]"),
@@ -221,3 +227,35 @@ def test_a_type_that_the_package_does_not_know(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("gguf.dequantize", unknown)
     assert "weights of the type Q8_0, which the installed package gguf cannot multiply out" in refusal(path)
+
+
+def test_cut_short_between_two_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its header is read, and then somebody writes the file anew, or removes it."""
+    model = tiny("llama", num_hidden_layers=1)
+    extra = {"rope_freqs.weight": np.ones(8, np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", model, extra=extra, tokenizer=False)
+    whole = path.read_bytes()
+    place = read_gguf_header(path).tensors["rope_freqs.weight"].start
+
+    def then(change: Callable[[], object]) -> Callable[[Path], GgufHeader]:
+        def read(path: Path) -> GgufHeader:
+            found = read_gguf_header(path)
+            change()
+            return found
+
+        return read
+
+    for cut in (place, place + 5):
+        path.write_bytes(whole)
+        change = then(lambda cut=cut: path.write_bytes(whole[:cut]))  # type: ignore[misc]
+        monkeypatch.setattr(gguf_source, "read_gguf_header", change)
+        assert refusal(path) == f"{path} ends within its tensor rope_freqs.weight; fetch it again"
+    path.write_bytes(whole)
+    monkeypatch.setattr(gguf_source, "read_gguf_header", then(path.unlink))
+    assert refusal(path) == f"{path} cannot be read (No such file or directory)"
+    monkeypatch.undo()
+    path.write_bytes(whole)
+    source = open_source(str(path))
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        source.side_files  # noqa: B018

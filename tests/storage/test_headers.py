@@ -98,14 +98,17 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (header_of({"a": ENTRY, "b": ENTRY | {"data_offsets": [4, 12]}}), "damaged header at tensor b"),
         (header_of({"a" * 201: ENTRY}), "name has 201 bytes"),
         (header_of({"": ENTRY}), "name has 0 bytes"),
+        (header_of({"a\x1b[2J": ENTRY}), r"cannot be printed \(a\\x1b\[2J\)"),
+        (header_of({"a\u202e" * 99: ENTRY}), r"\.\.\.\); fetch it again$"),
         (header_of({"a": [ENTRY]}), "not an object"),
         (struct.pack("<Q", 18) + b'{"a": {}, "a": {}}', "'a' stands in it twice"),
         (struct.pack("<Q", 200_000) + b"[" * 200_000, "nested more than 64 levels"),
     ],
 )
 def test_damage_is_named(raw: bytes, words: str) -> None:
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=words) as caught:
         parse_header(raw, "file", len(raw))
+    assert str(caught.value).isprintable()
 
 
 def test_truncated_file(tmp_path: Path) -> None:

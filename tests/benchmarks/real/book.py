@@ -22,6 +22,12 @@ from .subjects import SUBJECTS, Subject
 
 OUT = Path("docs/real")
 Line = Mapping[str, Any]
+# What the figures were measured on where a line does not say it: WikiText-2's texts, by their SHA-256.
+UNSAID = {
+    "version": "0.2.0",
+    "validation_sha256": "fad4e864edb80cad960afa6d709a3aef79466ed3b14cd39588ec0e677f874835",
+    "test_sha256": "de76f21c9c9ffd6daaa88626bf8685824cc7427b401d5d2af3958a060d161a38",
+}
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -29,6 +35,12 @@ def read(out: Path) -> dict[str, Any]:
     numbers = out.with_suffix(".json")
     found: dict[str, Any] = json.loads(numbers.read_text()) if numbers.is_file() else {}
     return {"machine": machine(), "subjects": {}, "losses": [], "tasks": [], "texts": []} | found
+
+
+def there(lines: Sequence[Line], subject: str, name: str, keep: float, calibration_tokens: int, on: Line) -> bool:
+    """Whether a row was measured, and on the same: tokens of the test text, texts and version."""
+    known = line(lines, subject, name, keep, calibration_tokens)
+    return known is not None and all(known.get(field, UNSAID.get(field)) == on[field] for field in on)
 
 
 def line(lines: Sequence[Line], subject: str, name: str, keep: float, calibration_tokens: int) -> Line | None:

@@ -31,11 +31,12 @@ from svdconvert.models.loading import load_model
 from svdconvert.models.passages import Passage, read_passage
 from svdconvert.models.tokenizer import load_tokenizer, opening_token
 from svdconvert.storage.source import read_config
+from svdconvert.version import __version__
 from tests.benchmarks.quality import Row
 
 from . import book
 from .rows import KEEPS, LAW, LAW_KEEPS, ROWS
-from .subjects import FOLDER, SUBJECTS, Subject, model
+from .subjects import FOLDER, SUBJECTS, Subject, digest, model
 
 LENGTH = 512  # tokens of a calibration sequence
 WINDOW = 2048
@@ -102,13 +103,19 @@ class Bench:
             windows: of the test text, from its beginning.
         """
         self.subject = subject
+        self.validation, self.test = texts / "wiki.valid.tokens", texts / "wiki.test.tokens"
         self.model = model(subject, folder)
         self.work = folder / f"{subject.name}.work" / f"{samples * LENGTH // 1024}k"
         self.work.mkdir(parents=True, exist_ok=True)
-        valid = shutil.copyfile(texts / "wiki.valid.tokens", self.work / "wiki.valid.txt")
+        valid = shutil.copyfile(self.validation, self.work / "wiki.valid.txt")
         self.calibration = Calibration(str(valid), samples=samples, length=LENGTH)
-        read = read_passage(self.model, read_config(self.model), texts / "wiki.test.tokens", WINDOW, None, "disjoint")
+        read = read_passage(self.model, read_config(self.model), self.test, WINDOW, None, "disjoint")
         self.passage: Passage = replace(read, ids=opened(read.ids, opening_token(load_tokenizer(self.model)), windows))
+        # what a line holds for, beside its row, budget and calibration
+        self.on = {
+            "tokens": self.passage.tokens, "version": __version__,
+            "validation_sha256": digest(self.validation), "test_sha256": digest(self.test),
+        }  # fmt: skip
         self.reference = Remembered(
             load_model(self.model, "cpu", torch.float32), folder / f"{subject.name}.work" / "hidden"
         )
@@ -141,7 +148,7 @@ class Bench:
         return {
             "subject": self.subject.name, "keep": keep, **asdict(row),
             "calibration_tokens": self.calibration.samples * LENGTH if METHODS[row.method].statistics else 0,
-            "tokens": self.passage.tokens, "params": report.plan.params_after,
+            **self.on, "params": report.plan.params_after,
             "params_before": report.plan.params_before, **asdict(found.divergence),
             "predicted": report.outcome.record.get("predicted_loss"), "cpu_s": round(converted, 1),
         }  # fmt: skip
@@ -169,7 +176,8 @@ def run(options: argparse.Namespace) -> None:
         for row in rows:
             for keep in options.keep or (LAW_KEEPS if row is LAW else KEEPS):
                 found = book.read(options.out)
-                if not options.again and book.line(found["losses"], name, row.name, keep, samples * LENGTH):
+                known = book.there(found["losses"], name, row.name, keep, samples * LENGTH, bench.on)
+                if known and not options.again:
                     continue
                 with tempfile.TemporaryDirectory() as temporary:
                     line = bench.measured(row, keep, Path(temporary) / "out")
