@@ -53,7 +53,7 @@ def in_python(field: str, value: object) -> str:
 
 
 class Sentence(str):
-    """A text in the words of the library; :meth:`told` has it in other words. What does not print is spelled out.
+    """A text in the words of the library; :meth:`told` has it in other words.
 
     >>> text = Sentence(f"{asked('share_layers', 3)} does not go with {asked('layout', 'pivoted')}")
     >>> str(text)
@@ -72,14 +72,14 @@ class Sentence(str):
     def __new__(cls, text: str) -> Sentence:
         """A sentence with fields in it, as :func:`asked` writes them."""
         marked = text.marked if isinstance(text, Sentence) else text
-        self = super().__new__(cls, printable(_told(marked, in_python), None))
+        self = super().__new__(cls, _told(marked, in_python))
         self.marked = marked
         self.fields = tuple(found[1] for found in _ASKED.finditer(marked))
         return self
 
     def told(self, words: Callable[[str, Any], str]) -> str:
         """The sentence with each field as ``words(field, value)``; the value is ``...`` where the field is alone."""
-        return printable(_told(self.marked, words), None)
+        return _told(self.marked, words)
 
 
 def _told(marked: str, words: Callable[[str, Any], str]) -> str:

@@ -191,7 +191,7 @@ class _Parser:
     def _entry(self) -> tuple[str, int, tuple[int, ...], int]:
         """``(name, type, shape, offset)`` of a tensor."""
         name = self._text(65_535, "a tensor's name")
-        check_name(name, self._path.name)
+        check_name(name, str(self._path))
         dimensions = self._number("I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise self._damaged(f"tensor {name} has {dimensions} dimensions")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from support.checkpoints import pickle_weights, write_checkpoint
 from support.families import write_family
+from support.gguf_files import tiny, write_gguf
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 DEVICE = ("--device", "cpu")
@@ -76,6 +77,8 @@ def _targets() -> list[Target]:
         Target("neox", ("m/config.json", "m/tokenizer*"), CALIBRATE, "stats"),
         Target("work", ("work/**/*",), WORK, "out", "same"),
         Target("sweep", ("out/sweep.json",), SWEEP),
+        Target("gguf", ("m.gguf",), ("plan", "m.gguf", "--rank", "8")),
+        Target("gguf", ("m.gguf",), ("convert", "m.gguf", *CONVERT[2:]), "out"),
     ]
     return found
 
@@ -127,6 +130,7 @@ def _dense(root: Path) -> None:
     write_family(root / "pickle" / "m", "llama", generation=True, tie_word_embeddings=False, **SMALL)
     pickle_weights(root / "pickle" / "m")
     write_checkpoint(root / "pickles" / "m", shards=3, pickled=True, legacy=True, generation=None)
+    write_gguf(root / "gguf" / "m.gguf", tiny("llama", num_hidden_layers=1), kind="Q8_0")
     for name in DENSE:
         (root / name / "text.txt").write_text(text, encoding="utf-8")
 

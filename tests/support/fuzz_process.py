@@ -224,6 +224,7 @@ def main() -> None:
 
 def _warm_up(bases: Path, runs: Sequence[tuple[str, str]], options: Sequence[str]) -> None:
     """Import what commands import, so that forks need not."""
+    import gguf  # noqa: F401
     import scipy.linalg
     import torch
 
