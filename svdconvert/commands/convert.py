@@ -207,7 +207,7 @@ def _run(work: Work, plan: Plan) -> tuple[Plan, Outcome]:
             lambda: conversion_job(work, prepared(), settings),
             work.folder,
             device=work.device,
-            workers=request.runtime.workers or usual_workers(work.device, plan.peak_bytes, plan.device_bytes),
+            workers=request.runtime.workers or usual_workers(work.device, plan.solving_bytes, plan.device_bytes),
             overwrite=request.output.overwrite,
             check=self_check if request.output.check else None,
             events=events,

@@ -20,6 +20,7 @@ from svdconvert.planning.ranks import Target, assign
 from svdconvert.planning.size_search import LARGEST
 from svdconvert.planning.steps import files_bytes, in_order, shard, with_copies
 from svdconvert.planning.targets import choose_targets, in_parts, share
+from svdconvert.planning.text_memory import text_passes
 from svdconvert.settings.conversion import Conversion
 from svdconvert.solvers.table import SOLVERS
 from svdconvert.storage.source import Source
@@ -126,4 +127,6 @@ def plan_for(
         notes=tuple(notes) if of_solver is None else (*notes, of_solver),
         settings=request.planned(),
         opening_bytes=source.opening_bytes,
+        passes=text_passes(source, row, targets, request),
+        checked=request.output.check,
     )

@@ -1,7 +1,8 @@
 """How much memory a conversion and a fine-tuning take, estimated from shapes alone.
 
-The counts of arrays below follow the code that makes them (``linalg/exact.py``, ``jobs/pipeline.py``); what they leave
-out, a process with torch in it, was measured (docs/measurements.md, which also compares the estimate with the peak).
+Where the model is run on a text, ``planning/text_memory.py`` says what that takes. The counts of arrays below follow
+the code that makes them (``linalg/exact.py``, ``jobs/pipeline.py``); what they leave out, a process with torch in it,
+was measured (docs/measurements.md, which also compares the estimate with the peak).
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 
 FLOAT32, FLOAT64 = 4, 8  # bytes
 
-# A Python process with torch loaded and buffers for copying, measured.
-BASE_BYTES = 400_000_000
+# A Python process with torch and transformers loaded and buffers for copying, measured.
+BASE_BYTES = 440_000_000
+# Results whose weights in float32 and files are below it are loaded whole to be checked (models/probe.py).
+LOADED_BYTES = 500_000_000
 
 # Full fine-tuning with AdamW: weight, gradient and two moments in float32; activations come on top of it.
 TRAINING_BYTES_PER_PARAMETER = 4 * FLOAT32
@@ -79,6 +82,12 @@ def decomposition_bytes(sides: Iterable[int], workers: int, *, on_gpu: bool = Fa
     """
     squares = GPU_DECOMPOSITION_SQUARES if on_gpu else DECOMPOSITION_SQUARES
     return workers * squares * FLOAT64 * max(sides) ** 2
+
+
+def check_bytes(parameters: int, file_bytes: int) -> int:
+    """Estimated peak of host memory while a result is loaded to be checked; a larger one is run block by block."""
+    needed = FLOAT32 * parameters + file_bytes
+    return BASE_BYTES + (needed if needed <= LOADED_BYTES else 0)
 
 
 def training_bytes(parameters: int) -> int:

@@ -11,6 +11,7 @@ from svdconvert.planning import memory
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
 from svdconvert.planning.target_kinds import TargetKind, kinds_of
+from svdconvert.planning.text_memory import TextPasses
 from svdconvert.tensors import TensorInfo
 
 
@@ -31,6 +32,8 @@ class Plan:
         notes: what the user should know: dropped buffers, matrices that stay dense.
         settings: what the result depends on; a job continues only under the same.
         opening_bytes: memory that reading the source's tokenizer takes before the work begins.
+        passes: what is run on a text; None where none is needed.
+        checked: whether the result is loaded at the end.
     """
 
     source: str
@@ -47,6 +50,8 @@ class Plan:
     notes: tuple[str, ...]
     settings: Mapping[str, Any]
     opening_bytes: int = 0
+    passes: TextPasses | None = None
+    checked: bool = True
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -69,17 +74,30 @@ class Plan:
         return memory.training_bytes(self.params_before), memory.training_bytes(self.params_after)
 
     def peak_bytes(self, workers: int = 1) -> int:
-        """Estimated peak of host memory when solving on the CPU.
+        """Estimated peak of host memory of the whole conversion, calibration and check included, on the CPU.
 
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        return max(memory.host_bytes(self._solved(), workers), memory.BASE_BYTES + self.opening_bytes)
+        return max(
+            self.solving_bytes(workers),
+            memory.BASE_BYTES + self.opening_bytes,
+            memory.check_bytes(self.params_after, self.bytes_after) if self.checked else 0,
+            0 if self.passes is None else self.passes.peak_bytes(workers),
+        )
+
+    def solving_bytes(self, workers: int = 1) -> int:
+        """Estimated peak while matrices are solved on the CPU.
+
+        Args:
+            workers: matrices, or groups of them, in work at the same time.
+        """
+        return memory.host_bytes(self._solved(), workers)
 
     @property
     def worker_bytes(self) -> int:
-        """What every further worker adds to that while matrices are solved."""
-        return memory.host_bytes(self._solved(), 2) - memory.host_bytes(self._solved(), 1)
+        """What every further worker adds to that."""
+        return self.solving_bytes(2) - self.solving_bytes(1)
 
     def device_bytes(self, workers: int = 1) -> int:
         """Estimated peak of a GPU's memory when solving on one.

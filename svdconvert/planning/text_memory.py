@@ -1,0 +1,182 @@
+"""How much host memory a conversion takes where it runs the model on a text, estimated from shapes alone.
+
+The model is run block by block, so the peak is that of one piece: the embeddings, a block with its statistics, the
+matrices of a block as they are decomposed, or the head with some of its logits. The counts follow the code
+(``calibration/run.py``, ``calibration/collector.py``, ``models/loss.py``, ``models/head_divergence.py``,
+``factoring/edges.py``); what stands beside them was measured (docs/measurements.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from svdconvert.families.row import Architecture
+from svdconvert.families.table import longest_input
+from svdconvert.names import layer_number
+from svdconvert.planning.memory import FLOAT32, FLOAT64, decomposition_bytes
+from svdconvert.planning.ranks import Target
+from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.text import Stats, Text
+from svdconvert.storage.source import Source
+from svdconvert.tensors import TensorInfo
+
+# A process that has run a model: torch, transformers, and what the allocator keeps between two passes.
+TEXT_BASE_BYTES = 550_000_000
+# A tokenizer, for each token of its vocabulary.
+TOKEN_BYTES = 1_000
+# Logits are computed in pieces of at most so many bytes (models/loss.py). So many pieces are alive at a time: for a
+# loss, for a loss and its gradient, and where two models are compared.
+LOGIT_BYTES = 2**26
+LOSS, SLOPE, COMPARED = 3, 6, 7
+# Numbers that a block keeps for each number that goes into or out of one of its matrices: without and with a gradient.
+FORWARD, BACKWARD = 1.0, 2.5
+# Copies of a block's matrices where compressed ones are put into it, and where their gradients are taken.
+PLACED, DIFFERENTIATED = 2, 3
+# A refit sums up two Gram matrices of inputs, and runs two models.
+REFITTED = 2
+
+
+@dataclass(frozen=True)
+class TextPasses:
+    """What is run on a text, and what it is run with.
+
+    Attributes:
+        vocabulary, hidden: of the embeddings.
+        batch, length: sequences at a time, and tokens in each.
+        weights: parameters of the largest block.
+        widths: inputs and outputs of its matrices, added up.
+        inputs, outputs: the same of the factored ones, squared.
+        largest: the largest side of a factored matrix.
+        gradients: whether statistics of gradients are collected.
+        input_grams, output_grams: whether Gram matrices of inputs are, and of gradients.
+        decomposes: whether matrices are decomposed.
+        compares: whether compressed models are compared with the dense one.
+        corrects: whether what single directions are worth is measured, too.
+        refits: whether outer factors are fitted again.
+    """
+
+    vocabulary: int
+    hidden: int
+    batch: int
+    length: int
+    weights: int
+    widths: int
+    inputs: int
+    outputs: int
+    largest: int
+    gradients: bool
+    input_grams: bool
+    output_grams: bool
+    decomposes: bool
+    compares: bool
+    corrects: bool
+    refits: bool
+
+    def peak_bytes(self, workers: int = 1) -> int:
+        """Estimated peak.
+
+        Args:
+            workers: matrices that are decomposed at the same time.
+        """
+        pieces = [self._embeddings, self._head, self._block]
+        if self.decomposes:
+            pieces.append(self._grams + decomposition_bytes([self.largest], workers))
+        if self.compares:
+            pieces.append(PLACED * self._weights + self._kept(BACKWARD if self.corrects else FORWARD))
+        if self.corrects:
+            pieces.append(DIFFERENTIATED * self._weights + self._kept(BACKWARD))
+        if self.refits:
+            pieces.append(REFITTED * (FLOAT64 * self.inputs + self._weights + self._kept(FORWARD)))
+        return TEXT_BASE_BYTES + TOKEN_BYTES * self.vocabulary + max(pieces)
+
+    @property
+    def _tokens(self) -> int:
+        return self.batch * self.length
+
+    @property
+    def _weights(self) -> int:
+        return FLOAT32 * self.weights
+
+    @property
+    def _grams(self) -> int:
+        """Statistics of a block."""
+        return FLOAT64 * (self.input_grams * self.inputs + self.output_grams * self.outputs)
+
+    @property
+    def _states(self) -> int:
+        """A batch between two blocks, and the one that becomes of it."""
+        return 2 * FLOAT32 * self._tokens * self.hidden
+
+    @property
+    def _embeddings(self) -> int:
+        return FLOAT32 * self.vocabulary * self.hidden + self._states
+
+    @property
+    def _head(self) -> int:
+        pieces = COMPARED if self.compares else SLOPE if self.gradients else LOSS
+        logits = min(LOGIT_BYTES, FLOAT32 * self._tokens * self.vocabulary)
+        return FLOAT32 * self.vocabulary * self.hidden + self._states + pieces * logits
+
+    @property
+    def _block(self) -> int:
+        return self._weights + self._grams + self._kept(BACKWARD if self.gradients else FORWARD)
+
+    def _kept(self, share: float) -> int:
+        """Activations of a batch in a block, and the mask of its attention."""
+        mask = FLOAT32 * self.batch * self.length**2
+        return self._states + mask + int(share * FLOAT32 * self._tokens * self.widths)
+
+
+def text_passes(source: Source, row: Architecture, targets: Sequence[Target], request: Conversion) -> TextPasses | None:
+    """What a conversion runs on a text; None where it needs none.
+
+    A plan may be made without the text that the conversion will have; the usual length and number are taken then.
+
+    Args:
+        source: the dense model.
+        row: its architecture.
+        targets: the matrices that may be factored.
+        request: what is asked for, settled.
+    """
+    statistics, given = request.method.statistics, request.calibration
+    if given is None and not statistics:
+        return None
+    text = given if isinstance(given, Text) else Text("")
+    collected = set() if isinstance(given, Stats) else set(statistics)
+    named = row.full_names(source.tensors, source.config)
+    blocks: dict[int, list[TensorInfo]] = {}
+    for name, info in source.tensors.items():
+        if not row.is_dropped(name):
+            blocks.setdefault(layer_number(named[name]), []).append(info)
+    vocabulary, hidden = next(info.shape for name, info in source.tensors.items() if named[name] == row.embedding)
+    layers = [infos for block, infos in blocks.items() if block >= 0]
+    matrices = _shapes(targets)
+    limited = request.size.limit is not None
+    return TextPasses(
+        vocabulary=vocabulary,
+        hidden=hidden,
+        batch=min(text.batch_size, text.samples),
+        length=text.length or min(2048, longest_input(source.config, 2048)),
+        weights=max(sum(info.size for info in infos) for infos in layers),
+        widths=max(sum(sum(info.shape) for info in infos if len(info.shape) == 2) for infos in layers),
+        inputs=max(sum(columns**2 for _, columns in shapes) for shapes in matrices.values()),
+        outputs=max(sum(rows**2 for rows, _ in shapes) for shapes in matrices.values()),
+        largest=max(max(shape) for shapes in matrices.values() for shape in shapes),
+        gradients=bool({"output_gram", "fisher"} & collected),
+        input_grams="input_gram" in collected,
+        output_grams="output_gram" in collected,
+        decomposes=bool(statistics) or request.allocation != "uniform" or limited or request.recipe.refit != "none",
+        compares=request.allocation == "measured" or limited,
+        corrects=request.allocation == "measured",
+        refits=request.recipe.refit != "none",
+    )
+
+
+def _shapes(targets: Sequence[Target]) -> dict[int, list[tuple[int, int]]]:
+    """Block -> (outputs, inputs) of its layers that may be factored."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for target in targets:
+        for part in target.parts:
+            found.setdefault(layer_number(part.module), []).append((part.rows, target.shape[1]))
+    return found
