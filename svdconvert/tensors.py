@@ -106,3 +106,11 @@ class TensorInfo:
 def parameters(tensors: Iterable[TensorInfo]) -> int:
     """Number of parameters; tensors of integers are buffers."""
     return sum(info.size for info in tensors if info.dtype in FLOATS)
+
+
+def majority_dtype(infos: Iterable[TensorInfo]) -> str:
+    """The torch type that most of the bytes are in."""
+    sizes: dict[str, int] = {}
+    for info in infos:
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return DTYPES[max(sizes, key=lambda code: sizes[code])][1]

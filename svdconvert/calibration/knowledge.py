@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from svdconvert.errors import InputError
 from svdconvert.families.fused import fused_layer, section_of
 from svdconvert.families.table import dense_architecture, longest_input
+from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.methods.table import Method
 from svdconvert.names import layer_number
 from svdconvert.planning.events import Events
@@ -19,6 +22,7 @@ from svdconvert.version import __version__
 
 if TYPE_CHECKING:
     from svdconvert.calibration.run import StatisticsRun
+    from svdconvert.calibration.self_text import SelfText
     from svdconvert.calibration.text import CalibrationTokens
     from svdconvert.methods.statistics import ModuleStatistics, Needs
 
@@ -36,22 +40,35 @@ class Calibration(Text):
     """The text that a data-aware method uses.
 
     Attributes:
-        text: a .txt, .jsonl or .parquet file, a folder of such files, or the name of a dataset.
+        text: a .txt, .jsonl or .parquet file, a folder of such files, or the name of a dataset; or ``self``, for text
+            that the dense model writes, with all its weights in memory (a file of that name is ``./self``).
         field: the field of a record that holds its text.
-        samples: sequences to read.
+        samples: sequences to read, or to write.
         length: tokens in each; None takes the model's longest context, at most 2048.
-        seed: chooses the sequences.
+        seed: chooses the sequences, or draws their tokens.
         batch_size: sequences at a time.
         labels: ``empirical``, the next token of the text, or ``sampled`` from the model's own prediction.
     """
 
-    def tokens(self, source: Source) -> CalibrationTokens:
+    def tokens(
+        self, source: Source, *, folder: Path | None = None, device: str = "cpu", events: Events | None = None
+    ) -> CalibrationTokens:
         """The text in the model's own tokens.
 
+        Args:
+            source: the dense model.
+            folder: keeps a text that the model writes, which is read from there where it was written before; None
+                keeps nothing.
+            device: that the model writes it on.
+            events: receiver of progress.
+
         Raises:
-            InputError: the model has no tokenizer, or the text cannot be read or is too short.
+            InputError: the model has no tokenizer, or the text cannot be read or is too short; the model has no room
+                to write it.
         """
-        return read_tokens(source, self)
+        if not self.by_model:
+            return read_tokens(source, self)
+        return write_tokens(self_text(source, self), folder, device, events or Events())
 
 
 def read_tokens(source: Source, text: Text) -> CalibrationTokens:
@@ -61,16 +78,53 @@ def read_tokens(source: Source, text: Text) -> CalibrationTokens:
         InputError: the model has no tokenizer, or the text cannot be read or is too short.
     """
     from svdconvert.calibration.text import EmptyRows, load_texts, sample_tokens
+
+    empty = EmptyRows()
+    texts = load_texts(text.text, field=text.field, empty=empty)
+    length = _length(source, text)
+    return sample_tokens(texts, _tokenizer(source), samples=text.samples, length=length, seed=text.seed, empty=empty)
+
+
+def self_text(source: Source, text: Text) -> SelfText:
+    """A text that the model writes, not written yet.
+
+    Raises:
+        InputError: the model has no tokenizer.
+    """
+    from svdconvert.calibration.self_text import SelfText
+
+    length = _length(source, text)
+    return SelfText(source, _tokenizer(source), samples=text.samples, length=length, seed=text.seed)
+
+
+def write_tokens(text: SelfText, folder: Path | None, device: str, events: Events) -> CalibrationTokens:
+    """The tokens of a text that the model writes; see :meth:`svdconvert.calibration.self_text.SelfText.tokens`.
+
+    Args:
+        text, device, events: see there.
+        folder: None keeps nothing.
+    """
+    with temporary_folder() if folder is None else nullcontext(folder) as place:
+        return text.tokens(place, device=device, events=events)
+
+
+def _length(source: Source, text: Text) -> int:
+    """Tokens of a sequence."""
+    return text.length or min(2048, longest_input(source.config, 2048))
+
+
+def _tokenizer(source: Source) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: it has none.
+    """
     from svdconvert.models.tokenizer import load_tokenizer
 
     folder = tokenizer_folder(source)
     if folder is None:
         raise InputError(f"{source.where} has no tokenizer, so no text can be read with it")
-    tokenizer = load_tokenizer(folder)
-    length = text.length or min(2048, longest_input(source.config, 2048))
-    empty = EmptyRows()
-    texts = load_texts(text.text, field=text.field, empty=empty)
-    return sample_tokens(texts, tokenizer, samples=text.samples, length=length, seed=text.seed, empty=empty)
+    return load_tokenizer(folder)
 
 
 @dataclass(frozen=True)
@@ -79,8 +133,8 @@ class Knowledge:
 
     Attributes:
         name: where they come from, for messages.
-        key: what they depend on beside the model, in JSON types.
-        text: the text itself, in the model's tokens.
+        key: what they depend on beside the model, in JSON types; of a text that the model writes, what was asked for.
+        read: gives the text, in the model's tokens.
         batch_size: sequences at a time.
         repeatable: the request for the same, with actual numbers and stand-ins for file names.
         collect: (method, modules, device, work folder, events) -> their provider.
@@ -88,24 +142,57 @@ class Knowledge:
 
     name: str
     key: Mapping[str, Any]
-    text: CalibrationTokens
+    read: Callable[[], CalibrationTokens]
     batch_size: int
     repeatable: Text | Stats
     collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
 
+    @cached_property
+    def text(self) -> CalibrationTokens:
+        """The text itself. One that the model writes is written when it is first asked for, by all processes of a job
+        together.
 
-def find_knowledge(source: Source, calibration: Text | Stats | None, events: Events) -> Knowledge | None:
+        Raises:
+            InputError, JobError: the model cannot write it.
+        """
+        return self.read()
+
+    @property
+    def content(self) -> Mapping[str, Any]:
+        """:attr:`key` with the digest of the text's tokens, whatever wrote it."""
+        return {**self.key, "calibration": self.text.digest}
+
+
+def find_knowledge(
+    source: Source,
+    calibration: Text | Stats | None,
+    events: Events,
+    *,
+    folder: Path | None = None,
+    device: str = "cpu",
+) -> Knowledge | None:
     """Statistics from a text or from the folder that :func:`calibrate` has written; None without either.
+
+    Args:
+        source: the dense model.
+        calibration: what is asked for.
+        events: receiver of notes and progress.
+        folder: keeps a text that the model writes; None keeps nothing.
+        device: that it is written on.
 
     Raises:
         InputError: the text or the folder cannot be used.
     """
-    if isinstance(calibration, Text):
-        found = from_text(source, calibration)
-        for note in found.text.notes:
-            events.note(note)
-        return found
-    return None if calibration is None else from_folder(source, calibration.folder)
+    if isinstance(calibration, Stats):
+        return from_folder(source, calibration.folder)
+    if calibration is None:
+        return None
+    if calibration.by_model:
+        return from_model(source, calibration, folder, device, events)
+    found = from_text(source, calibration)
+    for note in found.text.notes:
+        events.note(note)
+    return found
 
 
 def from_text(source: Source, calibration: Text) -> Knowledge:
@@ -115,26 +202,54 @@ def from_text(source: Source, calibration: Text) -> Knowledge:
         InputError: the text cannot be used.
     """
     tokens = read_tokens(source, calibration)
-    samples, length = tokens.ids.shape
+    request = replace(calibration, text="TEXT")
+    return _from_tokens(source, request, calibration.text, tokens.digest, tokens.ids.shape, lambda: tokens)
+
+
+def from_model(source: Source, calibration: Text, folder: Path | None, device: str, events: Events) -> Knowledge:
+    """Statistics to be computed from a text that the model writes; it is written when it is needed.
+
+    Args:
+        source, calibration, folder, device, events: see :func:`find_knowledge`.
+
+    Raises:
+        InputError: the model has no tokenizer.
+    """
+    written = self_text(source, calibration)
+    read = partial(write_tokens, written, folder, device, events)
+    return _from_tokens(source, calibration, "its own text", written.digest, (written.samples, written.length), read)
+
+
+def _from_tokens(
+    source: Source,
+    calibration: Text,
+    name: str,
+    digest: str,
+    shape: Sequence[int],
+    read: Callable[[], CalibrationTokens],
+) -> Knowledge:
+    """Statistics to be computed from sequences of a shape, [samples, length]."""
+    samples, length = shape
 
     def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
         def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
             return run_statistics(
-                source, tokens, calibration, method.statistics, modules, device, work, events, skip_blocks
+                source, found.text, calibration, method.statistics, modules, device, work, events, skip_blocks
             )
 
         return provide
 
     key = {
-        "calibration": tokens.digest,
-        "tokens": tokens.tokens,
+        "calibration": digest,
+        "tokens": samples * length,
         "samples": samples,
         "length": length,
         "labels": calibration.labels,
         "seed": calibration.seed,
     }
-    repeatable = replace(calibration, text="TEXT", samples=samples, length=length)
-    return Knowledge(calibration.text, key, tokens, calibration.batch_size, repeatable, collect)
+    repeatable = replace(calibration, samples=samples, length=length)
+    found = Knowledge(name, key, read, calibration.batch_size, repeatable, collect)
+    return found
 
 
 def from_folder(source: Source, folder: Path) -> Knowledge:
@@ -177,7 +292,7 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
 
     settings = {name: key[name] for name in ("samples", "length", "labels", "seed")}
     settings = {"calibration": text.digest, "tokens": text.tokens, **settings}
-    return Knowledge(str(folder), settings, text, BATCH_SIZE, Stats(Path("STATS")), collect)
+    return Knowledge(str(folder), settings, lambda: text, BATCH_SIZE, Stats(Path("STATS")), collect)
 
 
 def tokenizer_folder(source: Source) -> Path | None:

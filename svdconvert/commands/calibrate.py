@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from svdconvert.calibration.knowledge import Calibration, needs_of, run_statistics
+from svdconvert.calibration.knowledge import Calibration, needs_of, run_statistics, self_text, write_tokens
 from svdconvert.errors import InputError
 from svdconvert.families.table import dense_architecture
 from svdconvert.machine import processes
@@ -20,6 +22,10 @@ from svdconvert.settings.text import Text, refused
 from svdconvert.storage import locks
 from svdconvert.storage.folders import refuse_foreign_files
 from svdconvert.storage.opening import open_source
+from svdconvert.storage.source import Source
+
+if TYPE_CHECKING:
+    from svdconvert.calibration.text import CalibrationTokens
 
 
 def calibrate(
@@ -68,14 +74,15 @@ def calibrate(
     architecture = dense_architecture(source.config, source.where)
     modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
     check_model(source)
-    tokens = calibration.tokens(source)
-    for note in (*source.notes, *tokens.notes):
+    read = None if calibration.by_model else calibration.tokens(source)
+    for note in (*source.notes, *(read.notes if read else ())):
         events.note(note)
-    key = statistics_key(source, tokens, needs_of(kinds), labels=calibration.labels, seed=calibration.seed)
+    work = folder / "work"
     with locks.writing(folder, locks.STATISTICS_LOCK, f"give another {asked('out')}"):
+        tokens = read or _written(source, calibration, folder, work, used, events)
+        key = statistics_key(source, tokens, needs_of(kinds), labels=calibration.labels, seed=calibration.seed)
         with group.leader_first():
             store = StatisticsFolder(folder, key, create=True)
-        work = folder / "work"
         run = run_statistics(source, tokens, calibration, kinds, modules, used, work, events, group.share(store.blocks))
         if group.leader:
             store.save_tokens(tokens)
@@ -85,3 +92,16 @@ def calibrate(
             shutil.rmtree(left, ignore_errors=True)
         loss = group.share(store.loss)
     return loss.perplexity if loss else None
+
+
+def _written(
+    source: Source, calibration: Text, folder: Path, work: Path, device: str, events: Events
+) -> CalibrationTokens:
+    """The text that the model writes; that of a folder of statistics which were collected from it is read there."""
+    from svdconvert.calibration.folder import TOKENS, StatisticsFolder
+
+    text, group, kept = self_text(source, calibration), processes.current(), None
+    if group.leader and (folder / "stats.json").is_file():
+        found = StatisticsFolder(folder)
+        kept = found.tokens() if found.key["text"] == text.digest and (folder / TOKENS).is_file() else None
+    return group.share(kept) or write_tokens(text, work, device, events)

@@ -19,6 +19,8 @@ from svdconvert.planning.plan import Plan
 from svdconvert.planning.target_kinds import sizes_by_kind
 from svdconvert.reports.result_page import result_page
 from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.text import Text
+from svdconvert.tensors import majority_dtype
 
 
 def conversion_job(work: Work, prepared: Prepared, settings: Mapping[str, Any]) -> Job:
@@ -34,7 +36,7 @@ def conversion_job(work: Work, prepared: Prepared, settings: Mapping[str, Any]) 
     config = model_files.factored_config(
         source.config, row, plan.ranks, work.request.output.dtype, work.request.recipe.layout, plan.shared
     )
-    config.setdefault("torch_dtype", model_files.majority_dtype([step.outputs[0] for step in plan.steps]))
+    config.setdefault("torch_dtype", majority_dtype([step.outputs[0] for step in plan.steps]))
     results = _Results(work, prepared, settings)
     return Job(
         steps=plan.steps,
@@ -94,10 +96,19 @@ class _Results:
             "matrices": self.matrices(reports),
             **self.predicted(reports),
             **self.losses,
+            **self.written_text,
             **({} if refit is None else {"refit": asdict(refit)}),
             **({} if budget is None else {"budget": budget.to_json()}),
             "repeat": self.command,
         }
+
+    @property
+    def written_text(self) -> dict[str, str]:
+        """The digest of the tokens that the model wrote to calibrate with; empty for a text of another origin."""
+        calibration, knowledge = self.work.request.calibration, self.work.knowledge
+        if knowledge is None or not isinstance(calibration, Text) or not calibration.by_model:
+            return {}
+        return {"self_text": knowledge.text.digest}
 
     @property
     def command(self) -> str:

@@ -163,7 +163,9 @@ def run_conversion(
     from svdconvert.models.preflight import check_model
 
     check_model(source)
-    work = Work(source, settled, find_knowledge(source, request.calibration, events), folder, device, events)
+    work = Work(source, settled, None, folder, device, events)
+    knowledge = find_knowledge(source, request.calibration, events, folder=work.place, device=device)
+    work = replace(work, knowledge=knowledge)
     plan, outcome = _run(work, plan)
     if request.runtime.keep_work and kept_work(folder).is_dir():
         events.note(Sentence(f"the decompositions are kept in {kept_work(folder)} ({asked('work')})"))

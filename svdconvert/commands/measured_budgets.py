@@ -271,7 +271,7 @@ def _bench(work: Work) -> Bench:
         work.source,
         work.knowledge.text,
         decompositions_key(work.source, request.method, request.options, work.knowledge, work.device),
-        folder=(work.kept or work.job / "work") / "trials",
+        folder=work.place / "trials",
         states=work.job / "trials",
         device=work.device,
         batch_size=work.knowledge.batch_size,

@@ -90,7 +90,7 @@ def spectrum(
             stack.enter_context(locks.working(place))
         if isinstance(request.calibration, Stats):
             stack.enter_context(locks.collected(request.calibration.folder))
-        knowledge = find_knowledge(source, request.calibration, events)
+        knowledge = find_knowledge(source, request.calibration, events, folder=place, device=used)
         if method not in (None, row.name):
             events.note(f"{method} has the same optimum as {row.name}, which computes it")
         values = _Values()

@@ -55,6 +55,8 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
         held.enter_context(locks.working(work.kept))
     if isinstance(work.request.calibration, Stats):
         held.enter_context(locks.collected(work.request.calibration.folder))
+    if work.knowledge is not None:
+        _ = work.knowledge.text  # one that the model writes is written by all processes, so here
     if not work.decomposes:
         return Prepared(plan)
     check_sequences(work)
@@ -83,7 +85,7 @@ def _decompose(work: Work, plan: Plan) -> Decompositions:
         work.request.method,
         work.request.options,
         work.knowledge,
-        work.kept or work.folder / JOB_FOLDER / "work",
+        work.place,
         work.device,
         work.events,
         work.request.runtime.workers,

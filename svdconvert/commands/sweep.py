@@ -111,7 +111,7 @@ def sweep(
     models = (folder if keep_models else internal) / "models"
     measuring = {"window": window, "stride": stride, "batch_size": batch_size, "device": used}
     bench = Bench.of(model, source, dense, user_path(text), measuring, models, events, keep=keep_models)
-    knowledge = find_knowledge(source, grid.looks_at, events)
+    knowledge = find_knowledge(source, grid.looks_at, events, folder=place, device=used)
     conditions, key = bench.conditions(grid.requests[0]), None if knowledge is None else knowledge.key
     with _held(folder, internal):
         book = Book(folder, source.name, str(text), conditions, key, overwrite)

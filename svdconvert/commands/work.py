@@ -38,6 +38,11 @@ class Work:
         return kept_work(self.folder) if self.request.runtime.keep_work else self.request.runtime.work
 
     @property
+    def place(self) -> Path:
+        """Where statistics and decompositions are: the folder that keeps them, or the job's own."""
+        return self.kept or self.job / "work"
+
+    @property
     def must_decompose(self) -> bool:
         """Whether the result is made from whole decompositions, kept or not."""
         return bool(self.request.method.statistics) or self.chooses or self.request.recipe.refit != "none"

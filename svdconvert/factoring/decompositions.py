@@ -207,6 +207,6 @@ def decompositions_key(
         **source.identity(),
         "method": method.name,
         **options,
-        **({} if knowledge is None else knowledge.key),
+        **({} if knowledge is None else knowledge.content),
         "device": device.split(":")[0],
     }

@@ -15,7 +15,7 @@ from svdconvert.planning.steps import index_json
 from svdconvert.storage.documents import json_bytes, read_bytes
 from svdconvert.storage.side_files import code_classes
 from svdconvert.storage.source import SAFE_INDEX, Source
-from svdconvert.tensors import DTYPES, TensorInfo
+from svdconvert.tensors import TensorInfo
 
 
 def modeling_source(row: Architecture) -> bytes:
@@ -70,14 +70,6 @@ def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, An
     if kept := code_classes(factored):
         config["auto_map"] = kept
     return config | {"architectures": [row.dense_class], "model_type": row.model_type}
-
-
-def majority_dtype(infos: Sequence[TensorInfo]) -> str:
-    """The torch type that most of the bytes are in."""
-    sizes: dict[str, int] = {}
-    for info in infos:
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return DTYPES[max(sizes, key=lambda code: sizes[code])][1]
 
 
 def write_model_files(

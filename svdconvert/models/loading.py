@@ -57,7 +57,7 @@ def load_model(
     """
     viewed = source_of_view(folder)
     if viewed is not None:
-        return _from_source(viewed, device, dtype)
+        return load_source(viewed, device, dtype)
     from transformers import AutoModelForCausalLM
 
     found = portable(config or read_config(folder))
@@ -83,8 +83,17 @@ def load_model(
     return model.to(device).eval()
 
 
-def _from_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A dense model whose weights transformers has no file of; in memory once, whatever their stored type is."""
+def load_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A dense model in evaluation mode, in memory once, whatever type its weights are stored in.
+
+    Args:
+        source: the checkpoint; transformers need have no file of its weights.
+        device: where to put it.
+        dtype: type of its weights.
+
+    Raises:
+        InputError: it is of an unknown kind, or its weights and config do not fit.
+    """
     import torch
     from accelerate import init_empty_weights
 
@@ -94,7 +103,11 @@ def _from_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Mo
     row = dense_architecture(source.config, source.where)
     full, expected = row.full_names(source.tensors, source.config), dense_shapes(row, source.config, source.where)
     refuse_other_model(source.tensors, full, expected, row, source)
-    strange = [name for name in source.tensors if full[name] not in expected]
+    strange = [
+        name
+        for name in source.tensors
+        if full[name] not in expected and full[name] not in row.head and not row.is_dropped(name)
+    ]
     if strange:
         raise InputError(f"{source.where} has the tensor {strange[0]}, which {row.dense_class} does not know")
     problem = f"config.json of {source.where} cannot be used"
@@ -106,7 +119,8 @@ def _from_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Mo
     with WeightReader(source) as reader:
         for key, empty in list(model.named_parameters()):  # a tied head is not among them
             path, _, last = key.rpartition(".")
-            whole = torch.nn.Parameter(weights.read(reader, key, empty), requires_grad=False)
+            stored = row.head[0] if key in row.head else key  # transformers 5 has another name for GPT-NeoX's head
+            whole = torch.nn.Parameter(weights.read(reader, stored, empty), requires_grad=False)
             setattr(model.get_submodule(path), last, whole)
     model.tie_weights()
     found: torch.nn.Module = model.to(device).eval()

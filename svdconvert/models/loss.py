@@ -55,7 +55,7 @@ def next_token_loss(
             losses = nn.functional.cross_entropy(logits, targets[part], reduction="none")
             total += float(losses.double().sum())
         if gradient:
-            wanted = targets[part] if drawn is None else _draw(logits.detach(), drawn[part])
+            wanted = targets[part] if drawn is None else draw(logits.detach(), drawn[part])
             with torch.enable_grad():
                 loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
             (slope[rows[part]],) = torch.autograd.grad(loss, inputs)
@@ -76,7 +76,7 @@ def wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """One label per row of [n, vocabulary] logits, by inverting the distribution function at ``uniform`` [n]."""
     cumulative = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)
     # Rounding may leave the total below 1.

@@ -12,6 +12,8 @@ from svdconvert.settings.row import REQUIRED, option
 # Sequences at a time, unless the user says otherwise.
 BATCH_SIZE = 8
 LABELS = ("empirical", "sampled")
+# In the place of a text: one that the model writes.
+SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,12 @@ class Text:
     """A text, and how much of it is read.
 
     Attributes:
-        text: a .txt, .jsonl or .parquet file, a folder of such files, or the name of a dataset.
+        text: a .txt, .jsonl or .parquet file, a folder of such files, or the name of a dataset; or ``self``, for text
+            that the dense model writes, with all its weights in memory (a file of that name is ``./self``).
         field: the field of a record that holds its text.
-        samples: sequences to read.
+        samples: sequences to read, or to write.
         length: tokens in each; None takes the model's longest context, at most 2048.
-        seed: chooses the sequences.
+        seed: chooses the sequences, or draws their tokens.
         batch_size: sequences at a time.
         labels: ``empirical``, the next token of the text, or ``sampled`` from the model's own prediction.
     """
@@ -31,7 +34,8 @@ class Text:
     text: str = option(
         REQUIRED,
         "--calib",
-        "Text for data-aware methods: .txt, .jsonl or .parquet, a folder of them, or a dataset's name.",
+        "Text for data-aware methods: .txt, .jsonl or .parquet, a folder of them, or a dataset's name; or `self`, text "
+        "that the model writes, whole in memory (a file of that name is `./self`).",
         keyword="calibration.text",
         group="Calibration",
         kind="path",
@@ -48,7 +52,7 @@ class Text:
     samples: int = option(
         128,
         "--calib-samples",
-        "Sequences to read.",
+        "Sequences to read, or to write.",
         keyword="calibration.samples",
         group="Calibration",
         kind="whole",
@@ -65,7 +69,7 @@ class Text:
     seed: int = option(
         0,
         "--seed",
-        "Chooses the sequences.",
+        "Chooses the sequences, or draws their tokens.",
         keyword="calibration.seed",
         group="Calibration",
         kind="whole",
@@ -88,7 +92,17 @@ class Text:
         words=LABELS,
     )
 
+    @property
+    def by_model(self) -> bool:
+        """Whether the model writes it."""
+        return self.text == SELF
+
     def __post_init__(self) -> None:
+        if self.by_model and self.field is not None:
+            raise InputError(
+                f"{asked('calibration.field', self.field)} has no effect on {asked('calibration.text', SELF)}, text "
+                f"that the model writes; leave it out, or give a file of that name as ./{SELF}"
+            )
         for name in ("samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{asked(f'calibration.{name}')} must be at least 1")
