@@ -85,8 +85,6 @@ class SelfText:
         files = {batch: place / f"{batch.start:06d}-{batch.stop:06d}.safetensors" for batch in batches}
         missing = group.share([batch for batch in batches if not files[batch].is_file()])
         if missing:
-            with disk_errors(place):
-                place.mkdir(parents=True, exist_ok=True)
             self._write(sampler, {batch: files[batch] for batch in missing[group.rank :: group.size]}, key, events)
             group.wait()
         ids = torch.cat([self._read(file, len(batch), key) for batch, file in files.items()])
@@ -121,6 +119,8 @@ class SelfText:
 
             ids = sampler.write(model, starts, uniform, after=after, progress=tell)
             self._source.refuse_changed()
+            with disk_errors(file.parent):
+                file.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(file, {"ids": ids}, note=key)
             before += ids.numel()
 

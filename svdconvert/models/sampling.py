@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -62,7 +63,15 @@ class Sampler:
         longest = getattr(config, "max_position_embeddings", None)  # models without a limit lack the field
         if longest is not None and length > longest:
             raise InputError(
-                f"calibration sequences of {length:,} tokens are too long; {source.name} reads up to {longest:,}"
+                f"calibration sequences of {length:,} tokens are too long; {source.name} reads up to {longest:,}, so "
+                f"lower {asked('calibration.length')}"
+            )
+        if getattr(config, "cache_implementation", None) == "hybrid" and length > config.sliding_window:
+            # Measured with 4.46.3: from the end of the window on, logits are others than without a cache.
+            raise InputError(
+                f"transformers {transformers.__version__} gets sequences wrong that {source.name} writes beyond its "
+                f"window of {config.sliding_window:,} tokens; update transformers, or lower "
+                f"{asked('calibration.length', length)}"
             )
         self.dtype = sampling_dtype(source, device)
         weights = sum(info.size for info in source.tensors.values()) * self.dtype.itemsize
@@ -115,7 +124,7 @@ class Sampler:
         """
         drawing = _Drawing(uniform.to(self._device), self._source, after, progress)
         settings = GenerationConfig(
-            max_length=self._length,
+            max_new_tokens=self._length - 1,
             do_sample=False,  # of the one token that is left possible
             use_cache=True,
             pad_token_id=0,

@@ -35,9 +35,9 @@ class Events:
     def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
         """Progress within a long phase.
 
-        ``embedding``, ``forward``, ``head`` and ``backward`` of a calibration in batches, ``refit``, ``measuring`` and
-        ``differentiating`` in blocks, ``tokens`` of a perplexity; a total of 0 is not known. ``detail`` says where in
-        it the work is.
+        ``writing text`` of a model's own text in tokens; ``embedding``, ``forward``, ``head`` and ``backward`` of a
+        calibration in batches, ``refit``, ``measuring`` and ``differentiating`` in blocks, ``tokens`` of a perplexity;
+        a total of 0 is not known. ``detail`` says where in it the work is.
         """
 
     def note(self, text: str) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import VOCAB, random_tensors
-from support.families import FAMILIES, write_family
+from support.families import FAMILIES, stock_config, write_family
+from support.gguf_files import tiny, write_gguf
 from support.launching import torchrun
+from support.refusals import assert_refused
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +26,7 @@ from svdconvert.models import sampling
 from svdconvert.models.sampling import Sampler
 from svdconvert.models.tokenizer import load_tokenizer
 from svdconvert.planning.events import Events
+from svdconvert.storage.opening import open_source
 from svdconvert.storage.source import LocalSource
 from svdconvert.storage.tensor_files import write_tensors
 
@@ -101,11 +104,15 @@ def quantiles(source: LocalSource, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_tokens_are_drawn_from_the_model(model_type: str, tmp_path: Path) -> None:
-    """Longer than the window of layers that have one; caches differ between families and versions of transformers."""
+    """Longer than the window of layers that have one, where the version of transformers can do that with a cache."""
     write_family(tmp_path / "model", model_type)
-    source = LocalSource(tmp_path / "model")
-    ids = written(source, tmp_path, samples=6, length=40)
-    assert ids.shape == (6, 40)
+    source, length = LocalSource(tmp_path / "model"), 40
+    if model_type == "gemma2" and getattr(stock_config(model_type), "cache_implementation", None) == "hybrid":
+        with pytest.raises(InputError, match=r"beyond its window of 7 tokens; update transformers, or lower calib"):
+            written(source, tmp_path, length=8)
+        length = 7
+    ids = written(source, tmp_path, samples=6, length=length)
+    assert ids.shape == (6, length)
     assert set(ids[:, 0].tolist()) == {END}
     low, high = quantiles(source, ids)
     drawn = uniform(source, ids)[:, 1:]
@@ -178,6 +185,30 @@ def test_half_types(dense: Path, tmp_path: Path) -> None:
     low, high = quantiles(source, ids)
     drawn = uniform(source, ids)[:, 1:]
     assert float(((low - drawn).clamp_min(0) + (drawn - high).clamp_min(0)).max()) < 0.1
+
+
+@pytest.mark.parametrize("form", [{"pickled": True, "legacy": True}, {"shards": 3, "tied": True}], ids=str)
+def test_forms_of_files(form: dict[str, Any], fresh: Callable[..., Path], tmp_path: Path) -> None:
+    """Pickled with buffers that the class does not have; in three files, with a head that is the embedding."""
+    tensors, config = random_tensors(dtype=torch.float32), {"torch_dtype": "float32"}
+    if form.pop("tied", False):
+        del tensors["embed_out.weight"]
+        tensors["gpt_neox.embed_in.weight"] *= 0.3
+        config["tie_word_embeddings"] = True  # type: ignore[assignment]
+    source = LocalSource(fresh(tensors, config=config, **form))
+    ids = written(source, tmp_path)
+    low, high = quantiles(source, ids)
+    drawn = uniform(source, ids)[:, 1:]
+    assert bool(((low - 1e-4 <= drawn) & (drawn <= high + 1e-4)).all())
+
+
+def test_gguf(tmp_path: Path) -> None:
+    """In 16 bits where the CPU has them, and by the file's own tokenizer."""
+    source = open_source(str(write_gguf(tmp_path / "tiny.gguf", tiny("llama"))), None)
+    found = Calibration("self", samples=3, length=12).tokens(source)
+    assert found.ids.shape == (3, 12)
+    assert sampling.sampling_dtype(source, "cuda:0") == torch.bfloat16
+    assert set(found.ids[:, 0].tolist()) == {2}  # its tokenizer opens no text
 
 
 def test_an_interrupted_one_goes_on(exact: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +285,12 @@ def test_commands(exact: LocalSource, tmp_path: Path, run: Callable[..., Any], m
     """A conversion: what is kept or finished is not written again, and the card's command says `self`."""
     out, options = tmp_path / "out", ["--calib", "self", "--calib-samples", 8, "--calib-length", 16]
     command = [exact.folder, "--keep", 0.7, *options, "--device", "cpu", "--work", tmp_path / "work", "--out"]
+    with monkeypatch.context() as small:
+        small.setattr(sampling, "available_memory_bytes", lambda: 10_000)
+        assert_refused(
+            run(*command[:-3], "--out", out), "to write its own text (--calib self)", "give a text as --calib"
+        )
+        assert not out.exists()
     done = run(*command, out)
     assert done.code == 0, done.err
     assert "model writes 128 tokens to calibrate with" in done.out + done.err
