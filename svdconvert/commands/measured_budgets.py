@@ -12,7 +12,7 @@ from svdconvert.commands.work import Work
 from svdconvert.errors import InputError
 from svdconvert.machine import processes
 from svdconvert.names import layer_number, suffix
-from svdconvert.planning.correction import DAMPING, ROUNDS, Place, corrected
+from svdconvert.planning.correction import ROUNDS, Edge, Place, corrected
 from svdconvert.planning.make import plan_for
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target
@@ -183,18 +183,16 @@ class _Chooser:
         places = {
             target.module: Place(layer_number(target.module), suffix(target.module)) for target in self.plan.targets
         }
-        best = self._measured(size, self._ranks(size, None), "global", None)
+        best = current = self._measured(size, self._ranks(size, None), "global", None)
         self.rounds = [{"kl": best.trial.kl, "added": best.trial.added}]
-        damping = DAMPING
+        measured: list[Mapping[str, Edge]] = []
         for number in range(ROUNDS):
-            edges = self.edges.measure(best.plan.targets, best.plan.steps, number)
-            prices = corrected(best.prices or {}, edges, places, damping)
+            measured.append(self.edges.measure(current.plan.targets, current.plan.steps, number))
+            prices = corrected(measured, places)
             current = self._measured(size, self._ranks(size, prices), f"correction {number + 1}", prices)
             self.rounds.append({"kl": current.trial.kl, "added": current.trial.added})
             if current.trial.kl < best.trial.kl and allowed(current.trial):
                 best = current
-            else:
-                damping /= 2  # too far: from the best so far, on other sequences, half as far
         return best
 
     def _ranks(self, size: Size, prices: Prices | None) -> list[Target]:

@@ -7,14 +7,14 @@ edge of the truncation are summed up.
 
 One pass forward keeps every block's input on disk, with the compressed matrices in place; the head gives the gradient
 at the last hidden state, and the blocks are gone through from last to first. In memory are one block, the activations
-of one batch in it, and the gradients of its matrices, [out, in] each in the computing type. The sequences are two
-halves that are summed up apart; where they agree, the sums can be trusted.
+of one batch in it, and the gradients of its matrices, [out, in] each in the computing type. Batches are equal parts of
+the text that are summed up apart; where they agree, the sums can be trusted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from svdconvert.factoring.decompositions import Decompositions, load_decomposition, load_metric
 from svdconvert.factoring.sampled import Bench, Sampled
-from svdconvert.factoring.samples import correction_sample
+from svdconvert.factoring.samples import CORRECTED, PARTS, READ, correction_sample
 from svdconvert.factoring.truncations import Truncations
 from svdconvert.fields import NUMBER, few, record, table
 from svdconvert.linalg.edges import direction_terms, shared_terms
@@ -36,15 +36,7 @@ from svdconvert.planning.targets import target_tensors
 from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import Source
 
-_EDGES = {"edges": table(record({"measured": few(NUMBER, 2, 2), "predicted": NUMBER}))}
-
-
-@dataclass
-class _Found:
-    """What is known of a target so far: a sum for each half, of all its layers."""
-
-    measured: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    predicted: float = 0.0
+_EDGES = {"edges": table(record({"measured": few(NUMBER, 2, CORRECTED), "predicted": NUMBER}))}
 
 
 class Edges:
@@ -67,18 +59,17 @@ class Edges:
             JobError: reading or writing failed; the same call goes on.
         """
         sample = correction_sample(self._bench.tokens, number)
-        # Two batches at least, one for each half.
-        sampled = Sampled(self._bench, sample, min(self._bench.batch_size, (len(sample) + 1) // 2), "correction")
+        part = len(sample) // min(PARTS, len(sample))
+        most = min(part, self._bench.batch_size)
+        batch_size = next(size for size in range(most, 0, -1) if part % size == 0)  # so that batches are equal
+        sampled = Sampled(self._bench, sample, batch_size, "correction", READ)
         places = {target.module: edge_of(target.rank, min(target.shape)) for target in targets}
         key = {**sampled.key(steps), "edges": places}
         found = self._bench.kept(
             key, _EDGES, lambda: self._measured(sampled, targets, steps, places, f"correction {number + 1}")
         )["edges"]
         return {
-            target.module: Edge(
-                (found[target.module]["measured"][0], found[target.module]["measured"][1]),
-                found[target.module]["predicted"],
-            )
+            target.module: Edge(tuple(found[target.module]["measured"]), found[target.module]["predicted"])
             for target in targets
         }
 
@@ -94,10 +85,7 @@ class Edges:
         stream = sampled.compressed(targets, steps, name, keep=True)
         with blocks.head() as head, stream.store.writing(f"gradient-{blocks.count}") as write:
             tokens = stream.divergence(head, dense, write).tokens
-        found = {target.module: _Found() for target in targets}
-        for target in targets:
-            start, stop = places[target.module]
-            found[target.module].predicted = float(self._store.spectrum(target)[start:stop].sum())
+        measured = {target.module: [0.0] * len(stream.batches) for target in targets}
         matrices = Truncations(self._bench.source, targets, steps, blocks.device)
         terms = _Terms(self._bench.source, self._store, places)
         for index in reversed(range(blocks.count)):
@@ -105,14 +93,18 @@ class Edges:
             layers = [
                 (target, place)
                 for target in targets
-                for place, part in enumerate(target.parts)
-                if layer_number(part.module) == index
+                for place, layer in enumerate(target.parts)
+                if layer_number(layer.module) == index
             ]
-            for half, target, value in self._block(stream, index, matrices, layers, terms):
-                found[target.module].measured[half] -= value / tokens
+            for part, target, value in self._block(stream, index, matrices, layers, terms):
+                measured[target.module][part] -= value / tokens
         self._bench.events.progress("differentiating", blocks.count, blocks.count, name)
         stream.store.clear()
-        return {"edges": {module: vars(one) for module, one in found.items()}}
+        return {"edges": {t.module: {"measured": measured[t.module], "predicted": self._predicted(t)} for t in targets}}
+
+    def _predicted(self, target: Target) -> float:
+        start, stop = edge_of(target.rank, min(target.shape))
+        return float(self._store.spectrum(target)[start:stop].sum())
 
     def _block(
         self,
@@ -122,9 +114,8 @@ class Edges:
         layers: Sequence[tuple[Target, int]],
         terms: _Terms,
     ) -> list[tuple[int, Target, float]]:
-        """The gradient at a block's output -> that at its input; gives ``(half, target, sum of its terms)``."""
+        """The gradient at a block's output -> that at its input; gives ``(batch, target, sum of its terms)``."""
         blocks, found, store = self._bench.blocks, [], stream.store
-        cut = (len(stream.batches) + 1) // 2
         paths = {suffix(target.parts[place].module): (target, place) for target, place in layers}
         with blocks.block(index) as block:
             dense = {path: blocks.matrix(block, path).detach() for path in paths}
@@ -133,13 +124,12 @@ class Edges:
                 blocks.differentiable(block, list(paths)) as gradients,
                 store.writing(f"gradient-{index}") as write,
             ):
-                for half, batches in enumerate((stream.batches[:cut], stream.batches[cut:])):
-                    for batch in batches:
-                        above = store.read(f"gradient-{index + 1}", batch).to(blocks.device)
-                        write(stream.differentiate(block, index, batch, above))
+                for number, batch in enumerate(stream.batches):
+                    above = store.read(f"gradient-{index + 1}", batch).to(blocks.device)
+                    write(stream.differentiate(block, index, batch, above))
                     for path, gradient in gradients().items():
                         target, place = paths[path]
-                        found.append((half, target, terms(target, place, dense[path], gradient)))
+                        found.append((number, target, terms(target, place, dense[path], gradient)))
         stream.forget(index + 1)
         store.remove(f"gradient-{index + 1}")
         return found

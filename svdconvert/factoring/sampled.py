@@ -93,7 +93,7 @@ class Bench:
 class Sampled:
     """Some sequences on a bench."""
 
-    def __init__(self, bench: Bench, sample: Tensor, batch_size: int, name: str) -> None:
+    def __init__(self, bench: Bench, sample: Tensor, batch_size: int, name: str, length: int | None = None) -> None:
         """Prepare.
 
         Args:
@@ -101,13 +101,15 @@ class Sampled:
             sample: their numbers, int64.
             batch_size: sequences at a time.
             name: of the folder of their hidden states.
+            length: tokens of a sequence that are read, from its beginning; None for all.
         """
         self.bench, self._name, self._batch_size = bench, name, batch_size
-        self.ids, self.mask = bench.tokens.ids[sample], bench.tokens.mask[sample]
+        self.ids, self.mask = bench.tokens.ids[sample, :length], bench.tokens.mask[sample, :length]
         self._key = {
             **bench.key,
             "text": bench.tokens.digest,
             "sequences": sample.tolist(),
+            "length": self.ids.shape[1],
             "batch_size": batch_size,
         }
 

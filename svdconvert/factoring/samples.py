@@ -13,6 +13,10 @@ from svdconvert.sentences import asked
 # Tokens that are judged by, and corrected by in one round; more would tell apart what matters little.
 JUDGED = 2**13
 CORRECTED = 2**12
+# Parts of the text of a round that are measured apart, at least: what differs between them is noise.
+PARTS = 8
+# What is read of a sequence to correct by, from its beginning, so that there are as many parts.
+READ = CORRECTED // PARTS
 
 
 def held_out_sample(tokens: CalibrationTokens) -> Tensor:
@@ -31,9 +35,10 @@ def held_out_sample(tokens: CalibrationTokens) -> Tensor:
 
 
 def correction_sample(tokens: CalibrationTokens, number: int) -> Tensor:
-    """Numbers of the sequences to correct by, two or more of those that are not held out; int64.
+    """Numbers of the sequences to correct by, of those that are not held out; int64. :data:`READ` tokens of each count.
 
-    Every round has others as long as there are some: the noise of one is then not that of the next.
+    Every round has others as long as there are some: the noise of one is then not that of the next. There are at least
+    two, and where there are more than :data:`PARTS`, a multiple of it.
 
     Args:
         tokens: the text.
@@ -48,5 +53,6 @@ def correction_sample(tokens: CalibrationTokens, number: int) -> Tensor:
             f"{asked('calibration.samples')}"
         )
     others = (~is_held_out(len(tokens.ids))).nonzero()[:, 0]
-    count = min(max(2, CORRECTED // tokens.ids.shape[1]), len(others))
+    count = min(CORRECTED // min(tokens.ids.shape[1], READ), len(others))
+    count -= count % PARTS if count > PARTS else 0
     return others[(torch.arange(count) + number * count) % len(others)].sort().values

@@ -2,9 +2,10 @@
 
 A global budget (``planning/allocation.py``) buys directions by their squared singular values, as if each unit of them
 were worth the same in every matrix. What is measured around the edge of each matrix says what a unit is really worth
-there, but noisily. So its logarithm is pulled towards the sum of what the matrices of its block and those of its kind
-have in common, as far as two halves of the text disagree, and the old prices move a part of the way: the measurement
-holds for small changes, and every change of the ranks changes it.
+there, but noisily, and only for small changes of the ranks. So the ranks are corrected round by round, by the mean of
+all measurements so far, in which later ones, made nearer to the final ranks, weigh more. Each mean is pulled towards
+the sum of what the matrices of its block and those of its kind have in common, as far as the parts of the text disagree
+(empirical Bayes; Efron and Morris, 1975), and the price goes less than the whole way from 1 to it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Corrections of a budget, each from the best ranks so far.
-ROUNDS = 4
+# Corrections of a budget, one after the other.
+ROUNDS = 6
 # Directions on each side of the edge, as a share of the rank, and how many at least.
 WINDOW, LEAST = 0.15, 4
-# A matrix's own measurement counts between these multiples of the median.
+# What a unit is worth in a matrix counts between these multiples of the median.
 LOWEST, HIGHEST = 0.2, 5.0
-# How far the logarithms of the prices move; half as far after a correction that has not helped.
-DAMPING = 0.5
 # What pulls the effects of blocks and kinds towards zero, beside one for each matrix that has them.
 _RIDGE = 1e-2
 
@@ -32,11 +31,11 @@ class Edge:
     """What the directions around the edge of a truncation are worth together.
 
     Attributes:
-        measured: what KL falls by to first order, in nats per token, by the first and the second half of the text.
+        measured: what KL falls by to first order, in nats per token, as a sum over equal parts of the text, at least 2.
         predicted: the sum of their squared singular values.
     """
 
-    measured: tuple[float, float]
+    measured: tuple[float, ...]
     predicted: float
 
 
@@ -65,45 +64,61 @@ def edge_of(rank: int | None, full: int) -> tuple[int, int]:
     return max(rank - width, 0), min(rank + width, full)
 
 
-def corrected(
-    prices: Mapping[str, float], edges: Mapping[str, Edge], places: Mapping[str, Place], damping: float = DAMPING
-) -> dict[str, float]:
-    """New prices.
+def corrected(rounds: Sequence[Mapping[str, Edge]], places: Mapping[str, Place]) -> dict[str, float]:
+    """Prices, what squared singular values are to be multiplied with.
 
     Args:
-        prices: module path -> its price so far, what its squared singular values were multiplied with; above 0.
-        edges: what was measured at the ranks of these prices.
+        rounds: what was measured so far, round by round, each at the ranks that the rounds before it led to.
         places: where the modules are.
-        damping: how far the logarithms of the prices move, 0 to 1.
 
     Returns:
-        Prices whose geometric mean is 1.
+        Module path -> price; their geometric mean is 1.
     """
-    modules = list(edges)
-    halves = [_logarithms([edges[module].measured[half] for module in modules], modules, edges) for half in (0, 1)]
-    whole = _logarithms([sum(edges[module].measured) for module in modules], modules, edges)
-    common = _effects([places[module] for module in modules])
-    residuals = [half - common @ half for half in halves]
-    fitted = common @ whole
-    wanted = fitted + _agreement(*residuals) * (whole - fitted)
-    old = np.log([prices.get(module, 1.0) for module in modules])
-    new = old + damping * (wanted - old)
-    return dict(zip(modules, np.exp(new - new.mean()).tolist(), strict=True))
+    modules = list(places)
+    found = [_ratios([edges[module] for module in modules]) for edges in rounds]
+    # The rounds weigh 3, 4, 5 and so on; the global budget, whose prices are 1, weighs as much as the first one.
+    weights = np.arange(len(rounds)) + 3.0
+    share = weights / weights.sum()
+    ratios = sum(part * one for part, (one, _) in zip(share, found, strict=True))
+    noise = sum(part**2 * one for part, (_, one) in zip(share, found, strict=True))
+    logs = np.log(_believed(ratios, noise, [places[module] for module in modules]))
+    logs *= weights.sum() / (3 + weights.sum())
+    return dict(zip(modules, np.exp(logs - logs.mean()).tolist(), strict=True))
 
 
-def _logarithms(measured: Sequence[float], modules: Sequence[str], edges: Mapping[str, Edge]) -> NDArray[np.float64]:
-    """What a unit is worth in each matrix, as a logarithm, beside the median; bounded."""
-    predicted = np.array([edges[module].predicted for module in modules])
+def _ratios(edges: Sequence[Edge]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What a unit is worth in each matrix, beside the median, and the variance of that."""
+    predicted = np.array([edge.predicted for edge in edges])
     seen = predicted > 0
-    ratios = np.where(seen, np.array(measured) / np.where(seen, predicted, 1.0), np.nan)
-    median = float(np.nanmedian(ratios)) if seen.any() else 0.0
+    parts = np.array([edge.measured for edge in edges]) / np.where(seen, predicted, np.inf)[:, None]
+    median = float(np.median(parts.sum(1)[seen])) if seen.any() else 0.0
     if not median > 0:  # more directions do harm than good: nothing to go by
-        return np.zeros(len(modules))
-    return np.log(np.clip(np.where(seen, ratios / median, 1.0), LOWEST, HIGHEST))
+        return np.ones(len(edges)), np.zeros(len(edges))
+    return np.where(seen, parts.sum(1) / median, 1.0), parts.shape[1] * np.var(parts / median, axis=1, ddof=1)
+
+
+def _believed(ratios: NDArray[np.float64], noise: NDArray[np.float64], places: Sequence[Place]) -> NDArray[np.float64]:
+    """Ratios without most of their noise, and bounded."""
+    common = _effects(places) @ np.clip(ratios, -HIGHEST, HIGHEST)
+    own = ratios - common
+    spread = _spread(own, noise)
+    kept = np.divide(spread, spread + noise, out=np.zeros_like(noise), where=spread + noise > 0)
+    return np.clip(np.clip(common, LOWEST, HIGHEST) + kept * own, LOWEST, HIGHEST)
+
+
+def _spread(values: NDArray[np.float64], noise: NDArray[np.float64]) -> float:
+    """The variance of values without their noise, with which their squares are as expected (Paule and Mandel, 1982)."""
+    low, high = 0.0, float(np.max(values**2))
+    for _ in range(60):
+        middle = (low + high) / 2
+        total = noise + middle
+        squares = np.divide(values**2, total, out=np.zeros_like(total), where=total > 0)
+        low, high = (middle, high) if float(np.mean(squares)) > 1 else (low, middle)
+    return high
 
 
 def _effects(places: Sequence[Place]) -> NDArray[np.float64]:
-    """[n, n]: logarithms -> the sums of the effects of block and kind that fit them best (ridge regression)."""
+    """[n, n]: ratios -> the sums of the effects of block and kind that fit them best (ridge regression)."""
     levels = [sorted({(name, getattr(place, name)) for place in places}) for name in ("block", "kind")]
     columns = {level: i for i, level in enumerate([*levels[0], *levels[1]])}
     design = np.zeros((len(places), len(columns)))
@@ -111,9 +126,3 @@ def _effects(places: Sequence[Place]) -> NDArray[np.float64]:
         design[i, columns["block", place.block]] = design[i, columns["kind", place.kind]] = 1
     gram = design.T @ design + _RIDGE * np.eye(len(columns))
     return np.asarray(design @ np.linalg.solve(gram, design.T))
-
-
-def _agreement(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """How much of the variance of the mean of two measurements is no noise, by what they have in common; 0 to 1."""
-    both = float(np.mean(((one + other) / 2) ** 2))
-    return min(max(float(np.mean(one * other)) / both, 0.0), 1.0) if both > 0 else 0.0

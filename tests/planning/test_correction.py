@@ -7,19 +7,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from svdconvert.factoring.samples import PARTS
 from svdconvert.planning.correction import HIGHEST, LEAST, LOWEST, Edge, Place, corrected, edge_of
 
 BLOCKS, KINDS = 8, ("q", "v", "up", "down")
 PLACES = {f"layers.{block}.{kind}": Place(block, kind) for block in range(BLOCKS) for kind in KINDS}
 
 
-def edges(worth: np.ndarray, noise: float = 0.0, seed: int = 0) -> dict[str, Edge]:
-    """Edges of matrices a unit of which is worth so much, in halves that are off by so much."""
+def edges(worth: np.ndarray, noise: float | np.ndarray = 0.0, seed: int = 0) -> dict[str, Edge]:
+    """Edges of matrices a unit of which is worth so much; each part of the text is off by so much of that."""
     random = np.random.default_rng(seed)
     predicted = 10 ** random.uniform(-6, 0, len(PLACES))
-    halves = [worth * predicted / 2 * np.exp(noise * random.normal(size=len(worth))) for _ in range(2)]
+    wrong = np.reshape(noise, (-1, 1)) * random.normal(size=(len(PLACES), PARTS))
+    measured = (worth * predicted / PARTS)[:, None] * (1 + wrong)
     return {
-        module: Edge((float(a), float(b)), float(p)) for module, a, b, p in zip(PLACES, *halves, predicted, strict=True)
+        module: Edge(tuple(parts.tolist()), float(p))
+        for module, parts, p in zip(PLACES, measured, predicted, strict=True)
     }
 
 
@@ -38,32 +41,46 @@ def logs(prices: dict[str, float]) -> np.ndarray:
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1000), st.floats(1e-6, 1e6))
 def test_a_common_factor_changes_nothing(seed: int, factor: float) -> None:
-    worth = worths(seed, 0.3, 0.3)
-    prices = corrected({}, edges(worth, 0.1, seed), PLACES)
+    """Of the second round too: what counts is what matrices are worth beside each other."""
+    worth, other = worths(seed, 0.3, 0.3), edges(worths(seed + 1, 0.3, 0.3), 0.1, seed)
+    prices = corrected([other, edges(worth, 0.1, seed)], PLACES)
     assert np.mean(logs(prices)) == pytest.approx(0, abs=1e-9)
-    assert logs(corrected({}, edges(worth * factor, 0.1, seed), PLACES)) == pytest.approx(logs(prices), abs=1e-9)
+    assert logs(corrected([other, edges(worth * factor, 0.1, seed)], PLACES)) == pytest.approx(logs(prices), abs=1e-9)
     assert np.abs(logs(prices)).max() <= np.log(HIGHEST / LOWEST)
 
 
-def test_prices_move_a_part_of_the_way_to_what_is_measured() -> None:
-    worth = worths(1, 0.3, 0.2)
+@pytest.mark.parametrize(("rounds", "share"), [(1, 3 / 6), (2, 7 / 10), (4, 18 / 21)])
+def test_prices_go_a_part_of_the_way(rounds: int, share: float) -> None:
+    """What is measured exactly, and always the same: the global budget weighs 3, the rounds 3, 4, 5 and so on."""
+    worth = worths(1, 0.2, 0.1)
     wanted = np.log(worth) - np.log(worth).mean()
-    first = corrected({}, edges(worth), PLACES)
-    assert logs(first) == pytest.approx(wanted / 2, abs=0.01)
-    second = corrected(first, edges(worth), PLACES)
-    assert logs(second) == pytest.approx(wanted * 3 / 4, abs=0.01)
-    assert logs(corrected(first, edges(worth), PLACES, damping=0.0)) == pytest.approx(logs(first), abs=1e-12)
+    assert logs(corrected([edges(worth, seed=i) for i in range(rounds)], PLACES)) == pytest.approx(wanted * share)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_noise_is_taken_for_noise(seed: int) -> None:
-    """Where the halves disagree, what blocks and kinds have in common counts; the result is nearer to the truth."""
-    worth = worths(seed, 0.4, 0.05)
+def error(found: np.ndarray, worth: np.ndarray) -> float:
+    """Of logarithms that were halved, beside those of the truth."""
+    return float(np.std(2 * found - np.log(worth)))
+
+
+def test_noise_is_taken_for_noise() -> None:
+    """Parts that disagree count less than what blocks and kinds have in common; the result is nearer to the truth."""
+    errors = []
+    for seed in range(10):
+        worth = worths(seed, 0.2, 0.1)
+        measured = edges(worth, np.where(np.arange(len(PLACES)) % 2, 0.1, 1.0), seed)
+        believed = {module: Edge((sum(edge.measured) / 2,) * 2, edge.predicted) for module, edge in measured.items()}
+        errors.append([error(logs(corrected([each], PLACES)), worth) for each in (measured, believed)])
+    assert np.mean(errors, 0)[0] < 0.75 * np.mean(errors, 0)[1]
+
+
+def test_later_rounds_average_the_noise_of_earlier_ones() -> None:
+    worth = worths(0, 0.2, 0.2)
     wanted = np.log(worth) - np.log(worth).mean()
-    measured = edges(worth, 0.5, seed)
-    raw = np.log([sum(edge.measured) / edge.predicted for edge in measured.values()])
-    found = logs(corrected({}, measured, PLACES, damping=1.0))
-    assert np.std(found - wanted) < 0.75 * np.std(raw - raw.mean() - wanted)
+    errors = []
+    for rounds, share in ((1, 3 / 6), (6, 33 / 36)):
+        several = ([edges(worth, 1.0, seed + i) for i in range(rounds)] for seed in range(0, 60, 6))
+        errors.append(np.std([logs(corrected(measured, PLACES)) / share - wanted for measured in several]))
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_what_cannot_be_measured() -> None:
@@ -71,13 +88,13 @@ def test_what_cannot_be_measured() -> None:
     worth = np.ones(len(PLACES))
     found = edges(worth)
     one, other, *_ = found
-    found[one] = Edge((0.0, 0.0), 0.0)
-    found[other] = Edge((-1.0, -1.0), found[other].predicted)
-    prices = corrected({}, found, PLACES)
+    found[one] = Edge((0.0,) * PARTS, 0.0)
+    found[other] = Edge(tuple(-part for part in found[other].measured), found[other].predicted)
+    prices = corrected([found], PLACES)
     assert np.isfinite(logs(prices)).all()
     assert prices[other] < min(price for module, price in prices.items() if module != other)
-    assert logs(corrected({}, edges(-worth), PLACES)) == pytest.approx(0)
-    assert logs(corrected({}, {m: Edge((0.0, 0.0), 0.0) for m in PLACES}, PLACES)) == pytest.approx(0)
+    assert logs(corrected([edges(-worth)], PLACES)) == pytest.approx(0)
+    assert logs(corrected([{m: Edge((0.0, 0.0), 0.0) for m in PLACES}], PLACES)) == pytest.approx(0)
 
 
 @given(st.integers(1, 5000), st.integers(0, 5000))
