@@ -16,6 +16,8 @@ FLOAT32, FLOAT64 = 4, 8  # bytes
 BASE_BYTES = 440_000_000
 # Results whose weights in float32 and files are below it are loaded whole to be checked (models/probe.py).
 LOADED_BYTES = 500_000_000
+# Of the head of larger ones so many bytes are in memory at a time (models/blocks.py), beside those of the file.
+HEAD_BYTES = 2**25
 
 # Full fine-tuning with AdamW: weight, gradient and two moments in float32; activations come on top of it.
 TRAINING_BYTES_PER_PARAMETER = 4 * FLOAT32
@@ -84,10 +86,16 @@ def decomposition_bytes(sides: Iterable[int], workers: int, *, on_gpu: bool = Fa
     return workers * squares * FLOAT64 * max(sides) ** 2
 
 
-def check_bytes(parameters: int, file_bytes: int) -> int:
-    """Estimated peak of host memory while a result is loaded to be checked; a larger one is run block by block."""
+def check_bytes(parameters: int, file_bytes: int, block: int) -> int:
+    """Estimated peak of host memory while a result is checked: loaded if it is small, else run block by block.
+
+    Args:
+        parameters: of the result.
+        file_bytes: of its weight files.
+        block: parameters of its largest block.
+    """
     needed = FLOAT32 * parameters + file_bytes
-    return BASE_BYTES + (needed if needed <= LOADED_BYTES else 0)
+    return BASE_BYTES + (needed if needed <= LOADED_BYTES else FLOAT32 * block + 2 * HEAD_BYTES)
 
 
 def training_bytes(parameters: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from svdconvert.names import layer_number
 from svdconvert.planning import memory
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
@@ -82,7 +83,7 @@ class Plan:
         return max(
             self.solving_bytes(workers),
             memory.BASE_BYTES + self.opening_bytes,
-            memory.check_bytes(self.params_after, self.bytes_after) if self.checked else 0,
+            memory.check_bytes(self.params_after, self.bytes_after, self._largest_block()) if self.checked else 0,
             0 if self.passes is None else self.passes.peak_bytes(workers),
         )
 
@@ -106,6 +107,15 @@ class Plan:
             workers: matrices, or groups of them, in work at the same time.
         """
         return memory.device_bytes(self._solved(), workers)
+
+    def _largest_block(self) -> int:
+        """Parameters of the result's largest block."""
+        sizes: dict[int, int] = {}
+        for step in self.steps:
+            for info in step.outputs:
+                block = layer_number(info.name)
+                sizes[block] = sizes.get(block, 0) + info.size
+        return max((count for block, count in sizes.items() if block >= 0), default=0)
 
     def _solved(self) -> Iterator[memory.SolvedMatrix]:
         """The targets that get a rank."""

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from svdconvert import plan
-from svdconvert.models import loss, probe
+from svdconvert.models import blocks, loss, probe
 from svdconvert.planning.memory import (
     BASE_BYTES,
+    HEAD_BYTES,
     LOADED_BYTES,
     SolvedMatrix,
     check_bytes,
@@ -62,11 +63,12 @@ def test_decompositions_are_in_float64() -> None:
 def test_constants_of_the_code_that_takes_it() -> None:
     assert LOGIT_BYTES == loss.LOGIT_BYTES
     assert LOADED_BYTES == probe.LOADED_BYTES
+    assert HEAD_BYTES == blocks.HEAD_BYTES
 
 
 def test_a_result_is_loaded_if_it_is_small() -> None:
-    assert check_bytes(1000, 2000) == BASE_BYTES + 6000
-    assert check_bytes(LOADED_BYTES // 4, 1) == BASE_BYTES
+    assert check_bytes(1000, 2000, 10) == BASE_BYTES + 6000
+    assert check_bytes(LOADED_BYTES // 4, 1, 10) == BASE_BYTES + 2 * HEAD_BYTES + 40
 
 
 PASSES = TextPasses(

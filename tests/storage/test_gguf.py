@@ -236,7 +236,8 @@ def test_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
     )
     text = "thethen<|end|>the"
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
-    assert ours.decode(ours(text)["input_ids"]) == text
+    # transformers 4.46 puts the opening token before a text
+    assert ours.decode(ours(text)["input_ids"]).removeprefix("<s>") == text
     assert ours.chat_template == theirs.chat_template is not None
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<s>", "</s>", "<pad>")
     assert str(tmp_path) not in (folder / "tokenizer_config.json").read_text()
