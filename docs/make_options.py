@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svdconvert.settings.options import BY_KEYWORD
+from svdconvert.settings.options import EVERY
 from svdconvert.settings.row import Option
 
 PAGE = Path(__file__).with_name("options.md")
@@ -16,7 +16,7 @@ _HEAD = """# Options of a conversion
 
 Every option of `svdconvert convert` and its keyword in Python, made from the fields of the request by
 `make pages`. `plan`, `calibrate`, `spectrum` and `sweep` take those that concern them, as `--help`
-shows; [commands](commands.md) has an overview.
+shows; [commands](commands.md) has an overview. What is under Healing is for `svdconvert heal` alone.
 """
 # Their values lie in an object that is the keyword `calibration`.
 _CALIBRATION = "calibration."
@@ -32,7 +32,7 @@ def main() -> None:
 def page() -> str:
     """The page's text."""
     groups: dict[str, list[Option]] = {}
-    for setting in BY_KEYWORD.values():
+    for setting in EVERY.values():
         groups.setdefault(setting.option.group, []).append(setting.option)
     parts = [_HEAD]
     for title, rows in groups.items():

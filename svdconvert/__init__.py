@@ -24,6 +24,7 @@ _EXPORTS = {
     "evaluate": "commands.evaluate",
     "Evaluation": "commands.evaluate",
     "fold": "commands.fold",
+    "heal": "commands.heal",
     "verify": "commands.verify",
     "Check": "commands.comparing",
     "Calibration": "calibration.knowledge",
@@ -64,6 +65,7 @@ __all__ = [
     "densify",
     "evaluate",
     "fold",
+    "heal",
     "plan",
     "push",
     "report",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.densify import densify
     from svdconvert.commands.evaluate import Evaluation, evaluate
     from svdconvert.commands.fold import fold
+    from svdconvert.commands.heal import heal
     from svdconvert.commands.html_report import report
     from svdconvert.commands.plan import plan
     from svdconvert.commands.push import push

@@ -20,7 +20,9 @@ OPTIONS = {name for command in main.commands.values() for option in command.para
     name for option in main.params for name in option.opts
 }
 # The fields of a request with their options, from which the command line is built and commands are written.
-TABLES = {f"settings/{name}.py" for name in "conversion hub options output recipe row runtime scope size text".split()}
+TABLES = {
+    f"settings/{name}.py" for name in "conversion healing hub options output recipe row runtime scope size text".split()
+}
 # What a message tells a user to run.
 COMMAND = re.compile(r"`[^`]*`|^(svdconvert|fold|hf) .*$", re.DOTALL)
 

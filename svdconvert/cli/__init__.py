@@ -3,5 +3,5 @@
 No torch before a command needs it.
 
 May use: families, linalg, layouts, methods, machine, storage, solvers, settings, models, planning, calibration,
-factoring, jobs, reports, commands.
+factoring, healing, jobs, reports, commands.
 """

@@ -12,7 +12,7 @@ from svdconvert.cli.types import COUNT, FOLDER, MethodName, Word
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
 from svdconvert.settings.conversion import Conversion
-from svdconvert.settings.options import BY_KEYWORD
+from svdconvert.settings.options import BY_KEYWORD, EVERY
 from svdconvert.settings.row import Kind, Option
 from svdconvert.settings.size import parse_rank_options
 
@@ -43,11 +43,11 @@ def ask(keyword: str, *, name: str = "", **changes: Any) -> Callable[[_Command],
     """The option of a field.
 
     Args:
-        keyword: a key of :data:`svdconvert.settings.options.BY_KEYWORD`.
+        keyword: a key of :data:`svdconvert.settings.options.EVERY`.
         name: click's name for the value, by default made from the keyword.
         changes: click settings that differ from the field's.
     """
-    row = BY_KEYWORD[keyword].option
+    row = EVERY[keyword].option
     usual = f"  [default: {row.usual}]" if row.usual else ""
     said: dict[str, Any] = {"group": row.group, "help": row.help + usual}
     if row.kind == "flag":
@@ -63,7 +63,7 @@ def ask(keyword: str, *, name: str = "", **changes: Any) -> Callable[[_Command],
 
 def ask_all(*sections: type) -> Callable[[_Command], _Command]:
     """The options of all fields of some sections, in their order."""
-    return options(*(ask(keyword) for keyword, one in BY_KEYWORD.items() if one.section in sections))
+    return options(*(ask(keyword) for keyword, one in EVERY.items() if one.section in sections))
 
 
 def take_calibration(values: dict[str, Any]) -> Calibration | None:

@@ -14,6 +14,7 @@ GROUPS = (
     "What to factor",
     "Method",
     "Calibration",
+    "Healing",
     "Measuring",
     "Output",
     "Running",

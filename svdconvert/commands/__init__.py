@@ -3,5 +3,5 @@
 Each checks a request, plans, and runs a job or measures a model.
 
 May use: families, linalg, layouts, methods, machine, storage, solvers, settings, models, planning, calibration,
-factoring, jobs, reports.
+factoring, healing, jobs, reports.
 """

@@ -62,10 +62,10 @@ def factored_card(
         *_overview(source, plan, settings, matrices),
         *_sizes(plan),
         *_quality(matrices, losses, budget),
-        *_use(source, plan, row),
+        *usage(source, row, plan.ranks),
         *_made_by(command, report),
     ]
-    return _front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+    return front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
 
 
 def _overview(
@@ -114,8 +114,14 @@ def _quality(matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, flo
     return [*_losses(matrices), "", *_measured(losses), *chosen, advice, ""]
 
 
-def _use(source: Source, plan: Plan, row: Architecture) -> list[str]:
-    """How the model is loaded and fine-tuned."""
+def usage(source: Source, row: Architecture, ranks: Mapping[str, int]) -> list[str]:
+    """How a factored model is loaded and fine-tuned.
+
+    Args:
+        source: what it was made from.
+        row: its architecture.
+        ranks: module path -> rank.
+    """
     return [
         "## Use",
         "",
@@ -132,7 +138,7 @@ def _use(source: Source, plan: Plan, row: Architecture) -> list[str]:
         "LoRA (peft) runs in parallel to each whole product, h = B(A x) + scale * LB(LA x), with",
         "",
         "```python",
-        f"target_modules = {_adaptable(plan, row)!r}",
+        f"target_modules = {_adaptable(ranks, row)!r}",
         "```",
         "",
         "To merge such an adapter use `svdconvert fold`; `svdconvert densify` gives a stock "
@@ -155,9 +161,9 @@ def _made_by(command: str, report: bool) -> list[str]:
     ]
 
 
-def _adaptable(plan: Plan, row: Architecture) -> list[str]:
+def _adaptable(ranks: Mapping[str, int], row: Architecture) -> list[str]:
     """Names of the linear layers in a block of the result."""
-    split = {suffix(layer) for layer in split_layers(row, plan.ranks)}
+    split = {suffix(layer) for layer in split_layers(row, ranks)}
     names = [own for target in row.targets for own in (row.fused[target].names if target in split else (target,))]
     return list(dict.fromkeys(name.split(".")[-1] for name in names))
 
@@ -203,7 +209,7 @@ def _measured(losses: Mapping[str, float]) -> list[str]:
 def plain_card(source: Source, title: str, text: str, command: str, tags: Sequence[str]) -> str:
     """Card of a result that needs little explanation (densified, folded)."""
     body = f"# {title}\n\n{text}\n\n```\n{command}\n```\n"
-    return _front_matter(source, ["svdconvert", *tags]) + body
+    return front_matter(source, ["svdconvert", *tags]) + body
 
 
 def _greeting(source: Source) -> str:
@@ -215,7 +221,7 @@ def _link(source: Source) -> str:
     return f"(https://huggingface.co/{source.repo})" if source.repo else ""
 
 
-def _front_matter(source: Source, tags: Sequence[str]) -> str:
+def front_matter(source: Source, tags: Sequence[str]) -> str:
     """YAML metadata: licence and language are the source's."""
     from huggingface_hub import ModelCardData
 

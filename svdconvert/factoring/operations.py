@@ -35,6 +35,7 @@ from svdconvert.planning.steps import Step
 from svdconvert.sentences import asked
 from svdconvert.solvers.table import DEFAULT_SOLVER, SOLVERS
 from svdconvert.storage.reader import torch_dtype
+from svdconvert.storage.tensor_files import read_tensors
 from svdconvert.tensors import TensorInfo
 
 # What an operation gives: the output tensors, and what it has to report.
@@ -203,6 +204,17 @@ def matrix_report(step: Step, weight: Tensor, found: Truncation) -> MatrixReport
     )
 
 
+def _healed(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
+    """The tensors of factored layers -> the same, with the factors that training has left; all else is unchanged."""
+    factors = read_tensors(Path(step.options["file"]), step.options["factors"])
+    # copies of the others: the inputs lie in a buffer that the next step's are read into
+    outputs = [
+        factors[info.name] if info.name in factors else tensor.clone()
+        for info, tensor in zip(step.outputs, inputs, strict=True)
+    ]
+    return outputs, PlainReport(rank=inputs[0].shape[0])
+
+
 def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
     """The tensors of a layout -> W [m, n]."""
     dense = layout_of_step(step).dense(inputs).to(torch_dtype(step.outputs[0].dtype))
@@ -290,6 +302,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "factorize_shared": _factorize_shared,
     "truncate_shared": _truncate_shared,
     "refit": _refitted,
+    "healed": _healed,
     "multiply": _multiply,
     "join": _join,
     "extend": _extend,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, either, many, optional, record, require, table
+from svdconvert.fields import COUNT, FLAG, NUMBER, OBJECT, TEXT, either, many, optional, record, require, table
 from svdconvert.machine.timing import StageTime
 from svdconvert.sentences import asked
 from svdconvert.storage.documents import in_json_types, read_json
@@ -36,6 +36,17 @@ _BUDGET = {
     "rounds": optional(many(record(_TRIAL))),
 }
 _MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
+_JUDGED = {"kl": NUMBER, "added": NUMBER, "perplexity": NUMBER}
+_HEALING = {
+    "changed": FLAG,
+    "before": record(_JUDGED),
+    "after": record(_JUDGED),
+    "dense_perplexity": NUMBER,
+    "held_out_tokens": COUNT,
+    "tokens": COUNT,
+    "steps": COUNT,
+    "lr": optional(NUMBER),
+}
 _FIELDS = {
     "command": TEXT,
     "source": record({"name": TEXT}),
@@ -47,6 +58,7 @@ _FIELDS = {
     "dense_loss": optional(NUMBER),
     "measured_loss": optional(NUMBER),
     "budget": optional(record(_BUDGET)),
+    "healing": optional(record(_HEALING)),
     "timing": many(table(record({"wall_seconds": NUMBER, "cpu_seconds": NUMBER}))),
 }
 

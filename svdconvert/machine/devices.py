@@ -34,3 +34,24 @@ def resolve_device(device: str) -> str:
             f"{asked('device', device)} is not there: torch sees {count} CUDA devices; use {asked('device', 'cpu')}"
         )
     return device
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a device multiplies matrices of bfloat16 by itself, which is then faster than float32.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as handle:
+            for line in handle:
+                name, _, value = line.partition(":")
+                if name.strip() in ("flags", "Features"):  # x86, ARM
+                    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(value.split())
+    except OSError:
+        pass
+    return False

@@ -53,6 +53,7 @@ class ModelBlocks:
     Attributes:
         shapes: of the class's tensors, by their names in it.
         tied: whether the embedding is its head, too.
+        width: channels of the head's input; of some OPTs not those of the hidden states.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class ModelBlocks:
         self.count = len(self._layers)
         self.hidden_size: int = self._model.config.hidden_size
         self.vocabulary: int = self._model.get_output_embeddings().weight.shape[0]
+        self.width: int = self._model.get_output_embeddings().weight.shape[1]
         # Models without a limit lack the field.
         self.longest: int | None = getattr(self._model.config, "max_position_embeddings", None)
 
@@ -187,9 +189,30 @@ class ModelBlocks:
         Yields:
             [..., hidden] -> logits [..., vocabulary], each position by itself.
         """
-        final, head = self._present(self._pieces.final), self._head()
-        with self._weights.given([*(self._part(*part) for part in final.items()), head]):
-            yield nn.Sequential(*final.values(), head[0], Logits(self._pieces.logits, self._model.config))
+        with self.final() as final, self.output() as output:
+            yield nn.Sequential(*final, *output)
+
+    @contextmanager
+    def final(self) -> Iterator[nn.Sequential]:
+        """Have the weights on the device of what lies between the last block and the head: the final norm.
+
+        Yields:
+            [..., hidden] -> the head's input [..., width], each position by itself.
+        """
+        final = self._present(self._pieces.final)
+        with self._weights.given(self._part(*part) for part in final.items()):
+            yield nn.Sequential(*final.values())
+
+    @contextmanager
+    def output(self) -> Iterator[nn.Sequential]:
+        """Have the head's weights on the device, without the final norm's.
+
+        Yields:
+            [..., width] -> logits [..., vocabulary], each position by itself.
+        """
+        head = self._head()
+        with self._weights.given([head]):
+            yield nn.Sequential(head[0], Logits(self._pieces.logits, self._model.config))
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """The logits, with a part of the head's weights on the device at a time.
@@ -203,9 +226,9 @@ class ModelBlocks:
         Raises:
             InputError: a weight has NaN or infinite entries; it is named.
         """
-        final, (head, names) = self._present(self._pieces.final), self._head()
-        with self._weights.given(self._part(*part) for part in final.items()):
-            hidden = nn.Sequential(*final.values())(hidden)
+        head, names = self._head()
+        with self.final() as final:
+            hidden = final(hidden)
         step = max(1, HEAD_BYTES // (hidden.shape[-1] * self.dtype.itemsize))
         for begin in range(0, self.vocabulary, step):
             rows = slice(begin, min(begin + step, self.vocabulary))

@@ -1,4 +1,4 @@
-"""How far the predictions of two models with one head are from each other, from their last hidden states.
+"""How far the predictions of two models are from each other, from their last hidden states.
 
 The same means as those of :mod:`svdconvert.models.divergence`, for models that are run block by block.
 """
@@ -47,14 +47,16 @@ def head_divergence(
     vocabulary: int,
     check: Callable[[Tensor], None],
     gradient: bool = False,
+    reference_head: nn.Module | None = None,
 ) -> tuple[HeadDivergence, Tensor]:
     """Compare two models' last hidden states, some positions at a time.
 
     Args:
-        head: [n, hidden] -> logits [n, vocabulary], of both models.
+        head: [n, hidden] -> logits [n, vocabulary], of both models, or of the other one alone.
         reference, hidden: [batch, length, hidden], the last block's outputs of the reference and of the other model.
         ids, mask, vocabulary, check: see :func:`svdconvert.models.loss.next_token_loss`.
         gradient: whether to differentiate.
+        reference_head: that of the reference, where it is another one.
 
     Returns:
         ``(the sums, gradient [batch, length, hidden] of the sum of KL with respect to hidden)``; the gradient is zero
@@ -66,7 +68,7 @@ def head_divergence(
     step = max(1, LOGIT_BYTES // (4 * vocabulary))
     for part in torch.arange(rows.numel(), device=hidden.device).split(step):
         with torch.no_grad():
-            p = wide(head(theirs[rows[part]]))
+            p = wide((reference_head or head)(theirs[rows[part]]))
             check(p)
             p = p.log_softmax(-1)
         inputs = ours[rows[part]].requires_grad_(gradient)

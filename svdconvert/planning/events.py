@@ -36,8 +36,9 @@ class Events:
         """Progress within a long phase.
 
         ``writing text`` of a model's own text in tokens; ``embedding``, ``forward``, ``head`` and ``backward`` of a
-        calibration in batches, ``refit``, ``measuring`` and ``differentiating`` in blocks, ``tokens`` of a perplexity;
-        a total of 0 is not known. ``detail`` says where in it the work is.
+        calibration in batches, ``refit``, ``measuring``, ``differentiating`` and ``dense model`` in blocks,
+        ``healing`` in steps, ``tokens`` of a perplexity; a total of 0 is not known. ``detail`` says where in it the
+        work is.
         """
 
     def note(self, text: str) -> None:

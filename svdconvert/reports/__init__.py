@@ -3,5 +3,5 @@
 Made from data alone, without scripts, and with nothing from elsewhere. All that came from a file is escaped.
 
 May use: families, linalg, layouts, methods, machine, storage, solvers, settings, models, planning, calibration,
-factoring, jobs.
+factoring, healing, jobs.
 """

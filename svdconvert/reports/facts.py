@@ -47,6 +47,7 @@ _FIELDS: Mapping[str, Kind] = {
     "matrices": optional(either(COUNT, table(_MATRIX))),
     "folded": optional(many(TEXT)),
     "refit": optional(OBJECT),
+    "healing": optional(OBJECT),
     "repeat": optional(TEXT),
 }
 

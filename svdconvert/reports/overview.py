@@ -13,7 +13,7 @@ from svdconvert.reports.tables import tiles
 from svdconvert.settings.told import told
 
 # What a command did with its source.
-_DONE = {"convert": "factored", "densify": "multiplied out", "fold": "adapter folded in"}
+_DONE = {"convert": "factored", "densify": "multiplied out", "fold": "adapter folded in", "heal": "healed"}
 
 
 def title(facts: Facts) -> str:
@@ -37,7 +37,7 @@ def lead(facts: Facts) -> str:
     """The result in one or two sentences."""
     before, after = facts.params
     if before is None:
-        return f"The model has {figures.count(after)} parameters."
+        return f"The model has {figures.count(after)} parameters.{_healed(facts)}"
     sentence = (
         f"{figures.count(before)} parameters became {figures.count(after)}, {figures.share(after, before)} of them: "
         f"{_matrices(len(facts.matrices))} now products of low rank"
@@ -50,6 +50,22 @@ def lead(facts: Facts) -> str:
     return (
         f"{sentence}. On the calibration text the perplexity went from {figures.perplexity(dense)} to "
         f"{figures.perplexity(dense + measured)}."
+    )
+
+
+def _healed(facts: Facts) -> str:
+    """What training was worth; the record's fields were looked at when it was read."""
+    healing = facts.record.results.get("healing")
+    if healing is None:
+        return ""
+    if not healing["changed"]:
+        return " Training its factors to the dense model brought no gain, so they are what they were."
+    kls = " to ".join(figures.nats(healing[when]["kl"]) for when in ("before", "after"))
+    perplexities = " to ".join(f"{healing[when]['perplexity']:.2f}" for when in ("before", "after"))
+    return (
+        f" Training its factors to the dense model brought KL(dense ‖ model) from {kls} nats per token on "
+        f"{figures.count(healing['held_out_tokens'])} held-out tokens, and the perplexity from {perplexities} (dense "
+        f"{healing['dense_perplexity']:.2f})."
     )
 
 

@@ -1,4 +1,4 @@
-"""All options of a conversion as one table, made from the fields of its request.
+"""All options of a conversion, and those of healing, as tables, made from the fields of their requests.
 
 No click and no torch.
 """
@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from svdconvert.settings.healing import Healing
 from svdconvert.settings.hub import Hub
 from svdconvert.settings.output import Output
 from svdconvert.settings.recipe import Recipe
@@ -41,9 +42,15 @@ FIELDS = tuple(RequestField(section, field, row) for section in SECTIONS for fie
 # One for each option; fields without an option of their own are left out.
 BY_KEYWORD: Mapping[str, RequestField] = {one.option.keyword: one for one in FIELDS if not one.option.part_of}
 
+# The same with the options that healing has of its own.
+EVERY: Mapping[str, RequestField] = {
+    **BY_KEYWORD,
+    **{row.keyword: RequestField(Healing, field, row) for field, row in options_of(Healing).items()},
+}
+
 # Keyword -> option, and the options of other commands whose names differ from their keywords.
 _NAMES: Mapping[str, str] = {
-    **{keyword: one.option.flag for keyword, one in BY_KEYWORD.items()},
+    **{keyword: one.option.flag for keyword, one in EVERY.items()},
     "calibration": "--calib",
     "methods": "--method",
     "layouts": "--layout",

@@ -30,9 +30,13 @@ def test_it_is_current(name: str) -> None:
 
 def test_every_option_of_the_command_has_a_row() -> None:
     shown = set(re.findall(r"^\| `(--[\w-]+)", script("make_options").page(), re.MULTILINE))
-    options = {name for parameter in main.commands["convert"].params for name in parameter.opts if name[:2] == "--"}
-    assert options - shown == {"--dry-run", "--json", "--out", "--quiet", "--verbose"}
-    assert shown <= options
+    options = {
+        command: {name for parameter in main.commands[command].params for name in parameter.opts if name[:2] == "--"}
+        for command in ("convert", "heal")
+    }
+    assert options["convert"] - shown == {"--dry-run", "--json", "--out", "--quiet", "--verbose"}
+    assert options["heal"] - shown == {"--against", "--against-revision", "--out", "--quiet", "--verbose"}
+    assert shown <= options["convert"] | options["heal"]
 
 
 def test_everything_exported_has_an_entry() -> None:

@@ -85,11 +85,12 @@ def test_cards_of_other_jobs_tell_the_size_of_files(
         assert line in (out / "README.md").read_text(encoding="utf-8").splitlines()
 
 
+COMMANDS = ["plan", "sweep", "calibrate", "densify", "fold", "heal", "evaluate", "ablate", "spectrum"]
 # What the library calls otherwise, or leaves to the program.
 OPPOSITE = {"no_plot": "plot"}
 
 
-@pytest.mark.parametrize("command", ["plan", "sweep", "calibrate", "densify", "fold", "evaluate", "ablate", "spectrum"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_and_functions_have_the_same_defaults(command: str) -> None:
     function = inspect.signature(getattr(svdconvert, command)).parameters
     own = main.commands[command]

@@ -57,6 +57,10 @@ def commands(inputs: Path) -> dict[str, list[object]]:
         "shared": [inputs / "two", "--rank", 16, "--share-layers", 2, "--method", "whiten", *text, *small],
         "densify": ["densify", inputs / "factored", *checked],
         "fold": ["fold", inputs / "factored", "--adapter", inputs / "adapter", *checked],
+        "heal": [
+            *("heal", inputs / "factored", "--against", inputs / "one", *text, "--steps", 3, "--batch-size", 2),
+            *("--lr", 1e-3, "--precision", "float32", *small),
+        ],
         "calibrate": ["calibrate", inputs / "one", *text, "--device", "cpu", "--out"],
         "sweep": [
             *("sweep", inputs / "one", "--text", inputs / "heldout.txt", "--rank", 8, "--rank", 16, "--method", "svd"),

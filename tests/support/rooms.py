@@ -10,8 +10,8 @@ PACKAGE = Path(svdconvert.__file__).parent
 
 # From the ground up. `docs/architecture.md` draws them.
 ROOMS = (
-    "families linalg layouts methods machine storage solvers settings models planning calibration factoring jobs "
-    "reports commands cli"
+    "families linalg layouts methods machine storage solvers settings models planning calibration factoring healing "
+    "jobs reports commands cli"
 ).split()
 
 # Beside the rooms: what all of them may use, and what uses all of them.

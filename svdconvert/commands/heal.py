@@ -1,0 +1,210 @@
+"""The factors of a compressed model trained to the dense model's predictions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from svdconvert.calibration.knowledge import Calibration, find_knowledge
+from svdconvert.commands.healed_card import healed_card
+from svdconvert.commands.rewriting import Layer, factored_steps
+from svdconvert.commands.verify import self_check
+from svdconvert.errors import InputError
+from svdconvert.families.table import Architecture, factored_architecture
+from svdconvert.healing.healing import HealingWork, heal_factors, result_file
+from svdconvert.healing.matrices import dense_matrices
+from svdconvert.healing.outcome import Healed
+from svdconvert.healing.precision import precision_of
+from svdconvert.healing.student import factor_names
+from svdconvert.jobs import model_files
+from svdconvert.jobs.job import Job, Outcome, refuse_same_folder, run_job
+from svdconvert.jobs.own_files import JOB_FOLDER, refuse_foreign
+from svdconvert.layouts.table import layout_of
+from svdconvert.machine import processes
+from svdconvert.machine.devices import resolve_device
+from svdconvert.models.index_tensors import refuse_unsound
+from svdconvert.models.preflight import check_model
+from svdconvert.paths import user_path
+from svdconvert.planning.events import Events
+from svdconvert.planning.steps import Step, shard
+from svdconvert.sentences import Sentence
+from svdconvert.settings.healing import HealRequest
+from svdconvert.storage.opening import open_source
+from svdconvert.storage.source import LocalSource
+from svdconvert.tensors import parameters
+
+
+def heal(
+    model: str | os.PathLike[str],
+    against: str | os.PathLike[str],
+    calibration: Calibration,
+    out: str | os.PathLike[str],
+    *,
+    epochs: float = 1.0,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    anchor: float = 0.0,
+    precision: str = "auto",
+    against_revision: str | None = None,
+    device: str = "auto",
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    check: bool = True,
+    events: Events | None = None,
+) -> Outcome:
+    """Train the factors of a compressed model to the predictions of the dense one, and write the result.
+
+    The factors alone are trained: rows that a pivoted matrix keeps are factors, their places and all other tensors stay
+    as they are. What is minimised is KL(dense || model), and every eighth sequence of the text is held out to judge by;
+    if training brings nothing there, the result has the factors as they were. An interrupted call goes on where it
+    stopped when it is made again with the same arguments.
+
+    Args:
+        model: folder of a factored checkpoint.
+        against: the dense model that it was made from: a folder, a GGUF file, or a model on the Hub.
+        calibration: the text; ``batch_size`` of it is the number of sequences in memory at a time.
+        out: folder to write.
+        epochs: times that the text is gone through.
+        steps: instead, steps of the optimiser.
+        batch_size: sequences of a step; by default as many as have 2048 tokens.
+        lr: highest learning rate; by default the best of 1e-4, 3e-4 and 1e-3 in short trials.
+        anchor: pull of the factors towards their start: so many times the learning rate of the distance at each step.
+        precision: ``float32`` or ``bfloat16``, type of the matrix products in training; ``auto`` for bfloat16 where the
+            device computes in it. What is trained, and what decides in the end, is float32.
+        against_revision: branch, tag or commit of the dense model on the Hub.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        max_shard_size: limit of a weight file, in bytes or as ``5GB``.
+        overwrite: replace what the folder holds.
+        check: run a few tokens through the result afterwards and check its logits.
+        events: receiver of progress.
+
+    Returns:
+        How it ended; ``healing`` of the record tells what it was worth.
+
+    Raises:
+        InputError: a model, the text or the folder cannot be used, or the two models do not belong together.
+        JobError: it broke off; the same call continues it.
+    """
+    request = HealRequest.of(
+        calibration,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        anchor=anchor,
+        precision=precision,
+        device=device,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        check=check,
+    )
+    return run_healing(model, against, out, request, against_revision, events or Events())
+
+
+def run_healing(
+    model: str | os.PathLike[str],
+    against: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    request: HealRequest,
+    against_revision: str | None,
+    events: Events,
+) -> Outcome:
+    """:func:`heal` by a typed request; the arguments are those."""
+    folder, start = user_path(out), user_path(model)
+    refuse_foreign(folder, overwrite=request.output.overwrite)
+    request.check()
+    if processes.current().size > 1:
+        raise InputError("heal runs in one process; start it without torchrun")
+    if not start.is_dir():
+        raise InputError(f"there is no folder {start}")
+    device = resolve_device(request.runtime.device)
+    source = LocalSource(start)
+    row = factored_architecture(source.config, source.where)
+    refuse_same_folder(source, folder)
+    dense = open_source(os.fspath(against), against_revision, download_folder=folder / JOB_FOLDER / "source")
+    refuse_same_folder(dense, folder)
+    place = folder / JOB_FOLDER / "work" / "heal"
+    steps = _steps(source, row, result_file(place))
+    dense_matrices(source, dense)
+    precision = precision_of(request.healing.precision, device)
+    for one in (source, dense):
+        check_model(one)
+    for note in (*source.notes, *dense.notes):
+        events.note(note)
+    work = folder / JOB_FOLDER / "work"
+    knowledge = find_knowledge(dense, request.calibration, events, folder=work, device=device)
+    assert knowledge is not None
+    text = {name: value for name, value in knowledge.key.items() if name != "labels"}
+    settings = {
+        **request.key(text, str(precision).removeprefix("torch.")),
+        "layout": layout_of(source.config).name,
+        "against": dense.identity(),
+    }
+
+    def prepare() -> Job:
+        refuse_unsound(source, row)
+        healing = HealingWork(source, dense, knowledge.text, request, place, device, precision, events)
+        healed = heal_factors(healing)
+        events.note(Sentence(str(healed)))
+        return _job(healing, row, steps, healed, request.command(knowledge.repeatable))
+
+    return run_job(
+        "heal",
+        source,
+        settings,
+        prepare,
+        folder,
+        device=device,
+        overwrite=request.output.overwrite,
+        check=self_check if request.output.check else None,
+        events=events,
+    )
+
+
+def _job(work: HealingWork, row: Architecture, steps: Sequence[Step], healed: Healed, command: str) -> Job:
+    """The job that writes trained factors."""
+    source, dense = work.source, work.dense
+    outputs = [info for step in steps for info in step.outputs]
+    params = parameters(outputs)
+    return Job(
+        steps=steps,
+        shards=shard(outputs, work.request.output.max_shard_bytes),
+        config=dict(source.config),
+        extra={f"{row.modeling}.py": model_files.modeling_source(row)},
+        card=lambda reports: healed_card(source, dense, row, command, healed, params),
+        details=lambda reports: {
+            "params": params,
+            "matrices": {module: report.to_json() for module, report in healed.matrices.items()},
+            "healing": _told(work, healed),
+            "repeat": command,
+        },
+    )
+
+
+def _told(work: HealingWork, healed: Healed) -> Mapping[str, Any]:
+    """What svdconvert.json tells of the training."""
+    dense, tokens = work.dense, work.tokens
+    against = {"name": dense.name, "repo": dense.repo, "commit": dense.commit}
+    return {**healed.to_json(), "against": against, "text_digest": tokens.text_digest}
+
+
+def _steps(source: LocalSource, row: Architecture, file: Path) -> list[Step]:
+    """All steps of the job: factors come from a file, everything else is copied.
+
+    Raises:
+        InputError: config.json names a factor that the files do not have.
+    """
+
+    def trained(layers: Sequence[Layer]) -> list[Step]:
+        # the first tensor is that of all layers that share it
+        stored = (*layers[0].stored, *(info for layer in layers[1:] for info in layer.stored[1:]))
+        outputs = tuple(replace(info, file="", start=-1) for info in stored)
+        options = {"file": str(file), "factors": [info.name for info in stored if info.name in factors]}
+        return [Step("healed", layers[0].weight, stored, outputs, options)]
+
+    factors = set(factor_names(source))
+    return factored_steps(source, row, trained, lambda name: name)

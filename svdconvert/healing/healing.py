@@ -1,0 +1,194 @@
+"""Healing: the factors of a compressed model trained to the predictions of the dense one.
+
+What is minimised is the mean over the predicted tokens of KL(dense || compressed) (Hinton et al., arXiv:1503.02531, at
+temperature 1), which is 0 only where both predict the same. A text's own next tokens play no part: fitted to those, a
+model learns the text by heart and gets a lower perplexity without being a better copy.
+
+The dense model is run once, block by block, and its last hidden states lie in files. The compressed one is in memory,
+in float32, with its factors, their gradients and two moments of each. Every eighth sequence is held out; the factors
+with the least divergence there, rounded as they are stored, are the result, and the start is one of the candidates.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdconvert.calibration.text import CalibrationTokens
+from svdconvert.errors import InputError
+from svdconvert.healing.matrices import matrix_reports
+from svdconvert.healing.objective import Diverged, Objective
+from svdconvert.healing.outcome import Healed, Judged, read_healed, write_healed
+from svdconvert.healing.sequences import Order, judges
+from svdconvert.healing.state import StateFile
+from svdconvert.healing.student import Student
+from svdconvert.healing.teacher import Teacher, teacher_head
+from svdconvert.healing.training import Texts, Training
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.head_divergence import HeadDivergence
+from svdconvert.planning.events import Events
+from svdconvert.sentences import asked
+from svdconvert.settings.healing import HealRequest
+from svdconvert.storage.source import LocalSource, Source
+
+
+@dataclass(frozen=True)
+class HealingWork:
+    """What is healed, on what, and where.
+
+    Attributes:
+        source: the factored checkpoint.
+        dense: the model that it was made from.
+        tokens: the text.
+        request: how.
+        folder: of the files.
+        device: that computes.
+        precision: of the matrix products.
+        events: receiver of progress.
+    """
+
+    source: LocalSource
+    dense: Source
+    tokens: CalibrationTokens
+    request: HealRequest
+    folder: Path
+    device: str
+    precision: torch.dtype
+    events: Events
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the files depend on, in JSON types."""
+        return {"dense": self.dense.identity(), "tokens": self.tokens.digest}
+
+
+def result_file(folder: Path) -> Path:
+    """The file of the factors, in the folder of a healing."""
+    return folder / "healed.safetensors"
+
+
+def heal_factors(work: HealingWork) -> Healed:
+    """Train the factors, or do what is left of it; they are in a file then.
+
+    Raises:
+        InputError: a model or the text cannot be used.
+        JobError: the disk fails; the same call goes on.
+    """
+    result = result_file(work.folder)
+    healed = read_healed(result)
+    if healed is None:
+        healed, factors = _trained(work)
+        write_healed(result, healed, factors)
+    for name in ("states", "state.safetensors"):  # what is found in the result's file is not needed any more
+        path = work.folder / name
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    return healed
+
+
+def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
+    """How it ended, and the factors as they are to be stored."""
+    tokens = work.tokens
+    held_out = judges(tokens)
+    others = torch.ones(len(tokens.ids), dtype=torch.bool)
+    others[held_out] = False
+    blocks = ModelBlocks(work.dense, device=work.device)
+
+    def teacher(name: str, sequences: Tensor, precision: torch.dtype) -> Teacher:
+        found = Teacher(
+            blocks,
+            tokens,
+            sequences,
+            work.folder / "states" / name,
+            work.key,
+            batch_size=work.request.calibration.batch_size,
+            precision=precision,
+        )
+        found.run(work.events, f"{name} sequences")
+        return found
+
+    batch = work.request.healing.batch(tokens.ids.shape[1])
+    train = teacher("training", others.nonzero()[:, 0], work.precision)
+    judging = teacher("held-out", held_out, torch.float32)
+    texts = Texts(train, judging, Order(train.sequences, batch, work.request.calibration.seed))
+    student = Student(work.source, work.device, work.precision)
+    with teacher_head(blocks, student.head) as head:
+        objective = Objective(student, head, tokens, work.request.calibration.batch_size, work.precision)
+        before = _first(work, objective, judging)
+        training = Training(
+            objective,
+            texts,
+            work.request.healing.rates,
+            work.request.healing.total_steps(len(train.sequences), batch),
+            work.request.healing.anchor,
+            StateFile(work.folder / "state.safetensors", {**work.key, "start": work.source.identity()}),
+            work.events,
+        )
+        try:
+            training.run()
+        except Diverged:  # only the start's predictions get here
+            raise InputError(
+                f"{work.source.where} gives NaN or infinite logits in {work.precision}; use "
+                f"{asked('precision', 'float32')}"
+            ) from None
+        after, factors = before, dict(student.start)
+        if training.best is not None:
+            student.put(training.best)
+            found = _measured(objective, judging)
+            if found is not None and found.kl < before.kl:
+                after, factors = found, training.best
+    return _told(work, training, batch, before, after, factors), factors
+
+
+def _first(work: HealingWork, objective: Objective, judging: Teacher) -> HeadDivergence:
+    """The start on the held-out sequences.
+
+    Raises:
+        InputError: it gives no finite numbers.
+    """
+    found = _measured(objective, judging)
+    if found is None:
+        raise InputError(f"{work.source.where} or {work.dense.where} gives NaN or infinite logits; check both models")
+    return found
+
+
+def _measured(objective: Objective, judging: Teacher) -> HeadDivergence | None:
+    """The model on the held-out sequences, in float32; None if it gives no finite numbers."""
+    try:
+        return objective.measure(judging, judging.sequences, torch.float32)
+    except Diverged:
+        return None
+
+
+def _told(
+    work: HealingWork,
+    training: Training,
+    batch: int,
+    before: HeadDivergence,
+    after: HeadDivergence,
+    factors: Mapping[str, Tensor],
+) -> Healed:
+    state, changed = training.state, after is not before
+    steps = int(state.checks[-1]["step"] or 0) if state.checks else 0
+    return Healed(
+        changed=changed,
+        before=Judged.of(before),
+        after=Judged.of(after),
+        dense_loss=before.reference / before.tokens,
+        held_out_tokens=before.tokens,
+        tokens=steps * batch * work.tokens.ids.shape[1],
+        steps=steps,
+        best_step=state.best_step if changed else 0,
+        lr=training.rate,
+        batch_size=batch,
+        anchor=work.request.healing.anchor,
+        precision=str(work.precision).removeprefix("torch."),
+        trials=tuple(state.trials),
+        checks=tuple(state.checks),
+        matrices=matrix_reports(work.source, work.dense, {name: tensor.cpu() for name, tensor in factors.items()}),
+    )

@@ -1,0 +1,130 @@
+"""How a healing ended: the factors in a file, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from svdconvert.factoring.matrix_report import MatrixReport
+from svdconvert.models.head_divergence import HeadDivergence
+from svdconvert.storage.disk import disk_errors
+from svdconvert.storage.tensor_files import read_note, write_tensors
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model on the held-out sequences, in nats per predicted token.
+
+    Attributes:
+        kl: KL(dense || model).
+        added: loss that it has above the dense model's.
+    """
+
+    kl: float
+    added: float
+
+    @classmethod
+    def of(cls, sums: HeadDivergence) -> Judged:
+        """The means of sums."""
+        return cls(sums.kl / sums.tokens, (sums.other - sums.reference) / sums.tokens)
+
+
+@dataclass(frozen=True)
+class Healed:
+    """How a healing ended.
+
+    Attributes:
+        changed: whether the trained factors are better; the start's are kept otherwise.
+        before, after: the start, and the result, with the tensors as they are stored, in float32.
+        dense_loss: the dense model's loss on the held-out sequences, nats per token.
+        held_out_tokens: predicted tokens there.
+        tokens: tokens that were trained on, each of them once for every time.
+        steps: of the optimiser, trials aside.
+        best_step: after which of them the factors are those of the result; 0 where they are the start's.
+        lr: highest learning rate; None where the model fell apart at all of them.
+        batch_size: sequences of a step.
+        anchor: see :class:`svdconvert.settings.healing.Healing`.
+        precision: of the matrix products in training.
+        trials, checks: see :class:`svdconvert.healing.state.State`.
+        matrices: module path -> what is known of its factors now.
+    """
+
+    changed: bool
+    before: Judged
+    after: Judged
+    dense_loss: float
+    held_out_tokens: int
+    tokens: int
+    steps: int
+    best_step: int
+    lr: float | None
+    batch_size: int
+    anchor: float
+    precision: str
+    trials: Sequence[Mapping[str, float | None]] = ()
+    checks: Sequence[Mapping[str, float | None]] = ()
+    matrices: Mapping[str, MatrixReport] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the matrices, in JSON types, with perplexities."""
+        told = {name: value for name, value in asdict(self).items() if name != "matrices"}
+        for name, judged in (("before", self.before), ("after", self.after)):
+            told[name]["perplexity"] = math.exp(self.dense_loss + judged.added)
+        return {
+            **told,
+            "dense_perplexity": math.exp(self.dense_loss),
+            "trials": [*self.trials],
+            "checks": [*self.checks],
+        }
+
+    def __str__(self) -> str:
+        """A sentence for the user."""
+        on = f"on {self.held_out_tokens:,} held-out tokens"
+        if not self.changed:
+            return (
+                f"training does not bring the factors nearer to the dense model {on}, so they are kept as they were "
+                f"(KL {self.before.kl:.4f})"
+            )
+        dense = math.exp(self.dense_loss)
+        perplexities = [dense * math.exp(judged.added) for judged in (self.before, self.after)]
+        return (
+            f"healing brought KL(dense || model) from {self.before.kl:.4f} to {self.after.kl:.4f} {on}, and the "
+            f"perplexity from {perplexities[0]:.2f} to {perplexities[1]:.2f} (dense {dense:.2f})"
+        )
+
+
+def write_healed(path: Path, healed: Healed, factors: Mapping[str, Tensor]) -> None:
+    """Keep the result.
+
+    Raises:
+        JobError: the disk fails.
+    """
+    told = {**asdict(healed), "matrices": {name: report.to_json() for name, report in healed.matrices.items()}}
+    with disk_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, factors, json.dumps(told))
+
+
+def read_healed(path: Path) -> Healed | None:
+    """What :func:`write_healed` kept; None if there is no such file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    told = json.loads(read_note(path))
+    return Healed(
+        **told
+        | {
+            "before": Judged(**told["before"]),
+            "after": Judged(**told["after"]),
+            "matrices": {name: MatrixReport.from_json(matrix) for name, matrix in told["matrices"].items()},
+        }
+    )

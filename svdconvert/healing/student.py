@@ -1,0 +1,108 @@
+"""The compressed model in memory, of which the factors alone are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from svdconvert.families.table import factored_architecture
+from svdconvert.healing.precision import computing
+from svdconvert.layouts.table import layout_of, stored_names
+from svdconvert.models.head import Logits
+from svdconvert.models.loading import load_model
+from svdconvert.storage.reader import torch_dtype
+from svdconvert.storage.source import LocalSource
+
+
+class Student:
+    """A factored model, in float32.
+
+    Its blocks keep their inputs alone for the backward pass, and are run again in it.
+
+    Attributes:
+        factors: tensor of the checkpoint -> the parameter that is trained, float32.
+        start: the same -> its values at first, in the type that it is stored in.
+        head: [n, width] -> logits [n, vocabulary].
+        vocabulary: size of a row of logits.
+    """
+
+    def __init__(self, source: LocalSource, device: str, precision: torch.dtype) -> None:
+        """Load it.
+
+        Args:
+            source: the factored checkpoint.
+            device: where it is run.
+            precision: of the matrix products.
+
+        Raises:
+            InputError: it cannot be loaded.
+        """
+        row = factored_architecture(source.config, source.where)
+        model: Any = load_model(source.folder, device, torch.float32)
+        model.requires_grad_(False)
+        self.device, self._precision = torch.device(device), precision
+        self._base: nn.Module = model.base_model
+        self.head = nn.Sequential(model.get_output_embeddings(), Logits(row.pieces.logits, model.config))
+        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        for block in self._base.get_submodule(row.pieces.blocks).children():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        parameters = dict(model.named_parameters())
+        names = factor_names(source)
+        self.factors: Mapping[str, nn.Parameter] = {name: parameters[name].requires_grad_() for name in names}
+        self._types = {name: torch_dtype(source.tensors[name].dtype) for name in names}
+        self.start: dict[str, Tensor] = self.stored()
+
+    def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What goes into the head: [batch, length, width] float32, differentiable by the factors.
+
+        Args:
+            ids, mask: [batch, length], int64 and bool; False is padding.
+        """
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with computing(self.device, self._precision):
+            output = self._base(input_ids=ids, attention_mask=mask, use_cache=False)
+        hidden: Tensor = output.last_hidden_state
+        return hidden.float()
+
+    @contextmanager
+    def computing_in(self, precision: torch.dtype) -> Iterator[None]:
+        """Context in which the matrix products are of another type."""
+        own, self._precision = self._precision, precision
+        try:
+            yield
+        finally:
+            self._precision = own
+
+    def stored(self) -> dict[str, Tensor]:
+        """Copies of the factors as a checkpoint has them, in its types, on the device."""
+        return {name: factor.detach().to(self._types[name], copy=True) for name, factor in self.factors.items()}
+
+    @torch.no_grad()
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the factors these values, of any floating type."""
+        for name, factor in self.factors.items():
+            factor.copy_(tensors[name])
+
+    @contextmanager
+    def having(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Context in which the factors have other values."""
+        own = {name: factor.detach().clone() for name, factor in self.factors.items()}
+        self.put(tensors)
+        try:
+            yield
+        finally:
+            self.put(own)
+
+
+def factor_names(source: LocalSource) -> list[str]:
+    """The tensors of a factored checkpoint that are factors: no biases, and no positions of a layout."""
+    row, layout = factored_architecture(source.config, source.where), layout_of(source.config)
+    kinds = tuple(f".{suffix}" for suffix in layout.weights(1, (2, 2)))
+    stored = (name for module in source.config["svd_ranks"] for name in stored_names(source.config, row.prefix, module))
+    return list(dict.fromkeys(name for name in stored if name.endswith(kinds)))

@@ -1,0 +1,116 @@
+"""The dense model, as its last hidden states: it is run once, block by block, and never in memory beside the other.
+
+The states are those behind the final norm, so that the head alone makes predictions of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdconvert.calibration.text import CalibrationTokens
+from svdconvert.healing.precision import computing
+from svdconvert.models.activations import ActivationStore, check_room
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.stream import Stream
+from svdconvert.planning.events import Events
+from svdconvert.version import __version__
+
+_STATES = "states"
+
+
+class Teacher:
+    """The dense model's last hidden states of some sequences, in a file.
+
+    Attributes:
+        sequences: their numbers in the text, int64.
+    """
+
+    def __init__(
+        self,
+        blocks: ModelBlocks,
+        tokens: CalibrationTokens,
+        sequences: Tensor,
+        folder: Path,
+        key: Mapping[str, Any],
+        *,
+        batch_size: int,
+        precision: torch.dtype,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            blocks: the dense model.
+            tokens: the text.
+            sequences: numbers of those that are needed.
+            folder: where the files are.
+            key: what they depend on beside the sequences, in JSON types.
+            batch_size: sequences at a time.
+            precision: of the matrix products.
+        """
+        self._blocks, self._precision, self.sequences = blocks, precision, sequences
+        self._places = {int(number): place for place, number in enumerate(sequences)}
+        ids, mask = tokens.ids[sequences], tokens.mask[sequences]
+        whole = {**key, "numbers": sequences.tolist(), "precision": str(precision)}
+        self._stream = Stream(blocks, ids, mask, folder / "way", whole, name="the dense model", batch_size=batch_size)
+        whole |= {"batch_size": batch_size, "device": blocks.device.type, "code": [__version__, torch.__version__]}
+        self._store = ActivationStore(folder / "last", whole, (*ids.shape, blocks.width), blocks.dtype)
+
+    def run(self, events: Events, what: str) -> None:
+        """Compute the states, or what is left of them.
+
+        Args:
+            events: receiver of progress.
+            what: the sequences, in a word.
+
+        Raises:
+            InputError: the dense model gives no finite numbers, or the disk is too small.
+            JobError: reading or writing failed; the same call goes on.
+        """
+        blocks, stream = self._blocks, self._stream
+        if self._store.has(_STATES):
+            return
+        check_room([stream.store], 2)
+        with computing(blocks.device, self._precision):
+            for index in range(stream.begin(), blocks.count):
+                events.progress("dense model", index, blocks.count, what)
+                with blocks.block(index) as block:
+                    stream.step(block, index)
+                stream.forget(index)
+        with blocks.final() as final, self._store.writing(_STATES) as write, torch.no_grad():
+            for batch in stream.batches:
+                write(final(stream.read(blocks.count, batch)))
+        stream.forget(blocks.count)
+        events.progress("dense model", blocks.count, blocks.count, what)
+
+    def states(self, sequences: Tensor) -> Tensor:
+        """What goes into the head: [n, length, width] on the device.
+
+        Args:
+            sequences: numbers of n sequences.
+        """
+        places = [self._places[int(number)] for number in sequences]
+        rows = [self._store.read(_STATES, slice(place, place + 1)) for place in places]
+        return torch.cat(rows).to(self._blocks.device)
+
+
+@contextmanager
+def teacher_head(blocks: ModelBlocks, head: nn.Sequential) -> Iterator[nn.Module | None]:
+    """Have the dense model's head on the device, if it is another one than the compressed model's; gives None else.
+
+    Args:
+        blocks: the dense model.
+        head: the compressed model's, which :meth:`ModelBlocks.output` resembles.
+    """
+    with blocks.output() as output:
+        theirs, ours = output.state_dict(), head.state_dict()
+        same = theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
+        if not same:
+            yield output
+            return
+    yield None

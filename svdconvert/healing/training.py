@@ -1,0 +1,200 @@
+"""Training of factors with AdamW, judged by the held-out divergence; it can be killed and goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdconvert.healing.objective import Diverged, Objective
+from svdconvert.healing.schedule import PATIENCE, Course, trials
+from svdconvert.healing.sequences import Order
+from svdconvert.healing.state import Factors, State, StateFile
+from svdconvert.healing.student import Student
+from svdconvert.healing.teacher import Teacher
+from svdconvert.machine import interrupts
+from svdconvert.planning.events import Events
+
+# The longest gradient, over all factors, that is followed; longer ones are shortened to it.
+CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The dense model's states of the text.
+
+    Attributes:
+        train: of the sequences that are trained on.
+        held_out: of those that judge.
+        order: of the first ones.
+    """
+
+    train: Teacher
+    held_out: Teacher
+    order: Order
+
+
+class Training:
+    """Courses of training from one start: trials of learning rates, and the one that counts.
+
+    Attributes:
+        state: how far it is.
+        best: the best factors so far, as a checkpoint has them, on the host; None while that is the start.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        texts: Texts,
+        rates: Sequence[float],
+        steps: int,
+        anchor: float,
+        file: StateFile,
+        events: Events,
+    ) -> None:
+        """Take up what was saved, or begin.
+
+        Args:
+            objective: what is minimised.
+            texts: on what.
+            rates: learning rates to choose from.
+            steps: of the optimiser, after that choice.
+            anchor: see :class:`svdconvert.settings.healing.Healing`.
+            file: keeps the state.
+            events: receiver of progress.
+        """
+        self._objective, self._texts, self._file, self._events = objective, texts, file, events
+        self._rates, self._steps, self._anchor = tuple(rates), steps, anchor
+        self._trials = trials(self._rates, steps)
+        self._factors = Factors(self._student.factors)
+        self.state = State()
+        self.best: dict[str, Tensor] | None = None
+        found = file.load()
+        if found is not None:
+            self.state, tensors = found
+            prefix = "best/"
+            best = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            self.best = best or None
+            if self.state.done:
+                self._factors.restore(tensors, self.state.done)
+
+    @property
+    def _student(self) -> Student:
+        return self._objective.student
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate of the course that counts; None if the model falls apart at all of them."""
+        if not self._trials:
+            return self._rates[0]
+        held = [(trial["kl"], trial["lr"]) for trial in self.state.trials if trial["kl"] is not None]
+        return min(held)[1] if held else None
+
+    def run(self) -> None:
+        """Do what is left.
+
+        Raises:
+            JobError: the disk fails.
+            KeyboardInterrupt: the user asked for it; the state is saved.
+        """
+        with interrupts.held():
+            if self.state.start_kl is None:
+                self.state.start_kl = self.state.best_kl = self._judge(self._student.start)
+            while (course := self._course()) is not None:
+                self._take(course)
+                self._save()
+
+    def _course(self) -> Course | None:
+        """The course at work; None when all are done."""
+        number = self.state.course
+        if number < len(self._trials):
+            return self._trials[number]
+        if number > len(self._trials) or self.rate is None:
+            return None
+        return Course(self.rate, self._steps, trial=False)
+
+    def _take(self, course: Course) -> None:
+        """Take a course, or what is left of it."""
+        state = self.state
+        if not state.done:
+            self._student.put(self._student.start)
+            self._factors.begin()
+        try:
+            while state.done < course.steps and state.stale < PATIENCE:
+                self._step(course)
+                if course.is_check(state.done):
+                    self._check(course)
+                self._pause(course)
+        except Diverged:
+            state.checks.append({"step": state.done, "train_kl": None, "kl": None})
+        if course.trial:
+            state.trials.append({"lr": course.rate, "kl": state.course_kl})
+            state.begin(state.course + 1)
+        else:  # what its checks were is to be told
+            state.course, state.done = state.course + 1, 0
+
+    def _step(self, course: Course) -> None:
+        """One step of the optimiser.
+
+        Raises:
+            Diverged: the predictions or the gradient are not finite.
+        """
+        state, optimiser = self.state, self._factors.optimiser
+        optimiser.zero_grad(set_to_none=True)
+        state.train_kl += self._objective.differentiate(self._texts.train, self._texts.order(state.done))
+        norm = torch.nn.utils.clip_grad_norm_(self._student.factors.values(), CLIP)
+        if not bool(torch.isfinite(norm)):
+            raise Diverged
+        rate = course.rate_at(state.done)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+        if self._anchor:
+            back = min(1.0, rate * self._anchor)
+            with torch.no_grad():
+                for name, factor in self._student.factors.items():
+                    factor.lerp_(self._student.start[name].float(), back)
+        state.done, state.train_steps = state.done + 1, state.train_steps + 1
+
+    def _check(self, course: Course) -> None:
+        """Judge the factors as they would be stored, and keep them if they are the best."""
+        state, stored = self.state, self._student.stored()
+        kl = self._judge(stored)
+        state.checks.append({"step": state.done, "train_kl": state.train_kl / state.train_steps, "kl": kl})
+        state.train_kl, state.train_steps = 0.0, 0
+        better = state.course_kl is None or kl < state.course_kl
+        state.course_kl, state.stale = (kl, 0) if better else (state.course_kl, state.stale + 1)
+        assert state.best_kl is not None
+        if kl < state.best_kl and not course.trial:
+            state.best_kl, state.best_step = kl, state.done
+            self.best = {name: tensor.cpu() for name, tensor in stored.items()}
+
+    def _judge(self, factors: dict[str, Tensor]) -> float:
+        """Held-out KL of some factors, nats per token.
+
+        Raises:
+            Diverged: the predictions are not finite.
+        """
+        with self._student.having(factors):
+            sums = self._objective.measure(self._texts.held_out, self._texts.held_out.sequences)
+        if not math.isfinite(sums.kl):
+            raise Diverged
+        return sums.kl / sums.tokens
+
+    def _pause(self, course: Course) -> None:
+        """Save where it is time to, stop where the user wants it, and tell how far it is."""
+        if self._file.due or interrupts.asked():
+            self._save()
+        state = self.state
+        before = sum(trial.steps for trial in self._trials[: state.course])
+        total = sum(trial.steps for trial in self._trials) + self._steps
+        what = f"trial of learning rate {course.rate:g}" if course.trial else f"held-out KL {state.best_kl:.4f}"
+        self._events.progress("healing", before + state.done, total, what)
+        interrupts.check()
+
+    def _save(self) -> None:
+        best = {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
+        self._file.save(self.state, {**(self._factors.tensors() if self.state.done else {}), **best})

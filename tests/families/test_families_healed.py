@@ -1,0 +1,56 @@
+"""Every family: what healing minimises, and its gradient, against autograd through both whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from support.running import TOKENS, load
+from transformers import AutoModelForCausalLM
+
+from svdconvert.healing.objective import Objective
+from svdconvert.healing.student import Student
+from svdconvert.healing.teacher import Teacher, teacher_head
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.planning.events import Events
+from svdconvert.storage.source import LocalSource
+
+
+def test_divergence_and_gradient(dense: Path, pairs: dict[str, SimpleNamespace], tmp_path: Path) -> None:
+    """Padded sequences, some of them at a time; heads that are tied, capped or divided."""
+    blocks, exact = ModelBlocks(LocalSource(dense)), torch.float32
+    everything = torch.arange(len(TOKENS.ids))
+    teacher = Teacher(blocks, TOKENS, everything, tmp_path, {}, batch_size=2, precision=exact)
+    teacher.run(Events(), "")
+    student = Student(LocalSource(pairs["pivoted"].factored), "cpu", exact)
+    with teacher_head(blocks, student.head) as head:
+        assert head is None, "the head was copied"
+        objective = Objective(student, head, TOKENS, 2, exact)
+        mean = objective.differentiate(teacher, everything)
+        sums = objective.measure(teacher, everything)
+
+    stock, model = AutoModelForCausalLM.from_pretrained(dense).eval(), load(pairs["pivoted"].factored)
+    inputs = {"input_ids": TOKENS.ids, "attention_mask": TOKENS.mask.long()}
+    predicts = TOKENS.mask[:, :-1] & TOKENS.mask[:, 1:]
+    with torch.no_grad():
+        p = stock(**inputs).logits[:, :-1][predicts].float().log_softmax(-1)
+    q = model(**inputs).logits[:, :-1][predicts].float().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    kl.backward()
+    kl = kl.detach()
+    assert abs(mean - float(kl)) < 1e-5 * float(kl)
+    assert abs(sums.kl / sums.tokens - float(kl)) < 1e-5 * float(kl)
+    assert sums.tokens == int(predicts.sum())
+    text = TOKENS.ids[:, 1:][predicts][:, None]
+    assert abs(sums.other / sums.tokens + float(q.gather(1, text).mean())) < 1e-5
+    assert abs(sums.reference / sums.tokens + float(p.gather(1, text).mean())) < 1e-5
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert student.factors
+    for name, factor in student.factors.items():
+        wanted, found = expected[name], factor.grad
+        assert wanted is not None
+        assert found is not None
+        assert float((found - wanted).norm()) < 1e-4 * float(wanted.norm()), name
+    trained = {name for name, parameter in student.factors.items() if parameter.requires_grad}
+    assert trained == {name for name in expected if name.endswith(("down.weight", "up.weight"))}
