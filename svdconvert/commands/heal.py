@@ -127,15 +127,14 @@ def run_healing(
     refuse_same_folder(source, folder)
     dense = open_source(os.fspath(against), against_revision, download_folder=folder / JOB_FOLDER / "source")
     refuse_same_folder(dense, folder)
-    place = folder / JOB_FOLDER / "work" / "heal"
-    steps = _steps(source, row, result_file(place))
+    work = folder / JOB_FOLDER / "work"
+    steps = _steps(source, row, result_file(work / "heal"))
     dense_matrices(source, dense)
     precision = precision_of(request.healing.precision, device)
     for one in (source, dense):
         check_model(one)
     for note in (*source.notes, *dense.notes):
         events.note(note)
-    work = folder / JOB_FOLDER / "work"
     knowledge = find_knowledge(dense, request.calibration, events, folder=work, device=device)
     assert knowledge is not None
     text = {name: value for name, value in knowledge.key.items() if name != "labels"}
@@ -147,7 +146,7 @@ def run_healing(
 
     def prepare() -> Job:
         refuse_unsound(source, row)
-        healing = HealingWork(source, dense, knowledge.text, request, place, device, precision, events)
+        healing = HealingWork(source, dense, knowledge.text, request, work / "heal", device, precision, events)
         healed = heal_factors(healing)
         events.note(Sentence(str(healed)))
         return _job(healing, row, steps, healed, request.command(knowledge.repeatable))

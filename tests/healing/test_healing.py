@@ -245,6 +245,16 @@ def svdconvert_record(folder: Path) -> dict[str, Any]:
     return found
 
 
+def test_text_of_the_dense_model(dense: Path, factored: Path, tmp_path: Path) -> None:
+    """No corpus: the dense model writes what it is healed on, and the card's command says so."""
+    written = Calibration("self", samples=8, length=16)
+    told = heal(factored, dense, written, tmp_path / "out", **{**SHORT, "steps": 2}).record
+    assert told["settings"]["samples"] == 8
+    assert "--calib self" in told["repeat"]
+    assert told["healing"]["held_out_tokens"] == 15
+    assert not (tmp_path / "out" / ".svdconvert").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
