@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from svdconvert.planning.events import Events
 from svdconvert.sentences import asked
 from svdconvert.settings.healing import HealRequest
 from svdconvert.storage.source import LocalSource, Source
+
+# In the folder of a healing: the dense model's hidden states, and how far the training is.
+STATES, STATE = "states", "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,10 @@ def heal_factors(work: HealingWork) -> Healed:
     if healed is None:
         healed, factors = _trained(work)
         write_healed(result, healed, factors)
-    for name in ("states", "state.safetensors"):  # what is found in the result's file is not needed any more
-        path = work.folder / name
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    # Not needed any more; what cannot be removed now is removed with the job.
+    shutil.rmtree(work.folder / STATES, ignore_errors=True)
+    with suppress(OSError):
+        (work.folder / STATE).unlink(missing_ok=True)
     return healed
 
 
@@ -104,7 +109,7 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
             blocks,
             tokens,
             sequences,
-            work.folder / "states" / name,
+            work.folder / STATES / name,
             work.key,
             batch_size=work.request.calibration.batch_size,
             precision=precision,
@@ -126,7 +131,7 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
             work.request.healing.rates,
             work.request.healing.total_steps(len(train.sequences), batch),
             work.request.healing.anchor,
-            StateFile(work.folder / "state.safetensors", {**work.key, "start": work.source.identity()}),
+            StateFile(work.folder / STATE, {**work.key, "start": work.source.identity()}),
             work.events,
         )
         try:
