@@ -108,7 +108,7 @@ class Sampled:
         self._key = {
             **bench.key,
             "text": bench.tokens.digest,
-            "sequences": sample.tolist(),
+            "sample": sample.tolist(),
             "length": self.ids.shape[1],
             "batch_size": batch_size,
         }

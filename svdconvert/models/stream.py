@@ -51,7 +51,7 @@ class Stream:
         self._blocks, self._ids, self._mask, self._name = blocks, ids, mask, name
         self.batches = [slice(i, min(i + batch_size, len(ids))) for i in range(0, len(ids), batch_size)]
         whole = {
-            **key,
+            "key": dict(key),  # apart: a name of its own here must not hide one there
             "sequences": len(ids),
             "batch_size": batch_size,
             "dtype": str(blocks.dtype),

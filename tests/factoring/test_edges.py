@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration
 from svdconvert.factoring import edges as edging
+from svdconvert.factoring import samples
 from svdconvert.factoring.decompositions import Decompositions
 from svdconvert.factoring.edges import Edges
 from svdconvert.factoring.refit_streams import HELD_OUT
@@ -181,3 +182,14 @@ def test_directions_against_autograd(
         near = Whole(folder, plan)
         near.compress({k: v for t in plan.targets for k, v in truncated(t, store, near, t.rank).items()})
         assert total == pytest.approx(2 * float(near.kl(ids).detach()), rel=0.05)
+
+
+def test_another_round_has_other_text(
+    dense: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of one round is left in the next, the dense model's hidden states neither."""
+    monkeypatch.setattr(samples, "CORRECTED", 8 * calibration.length)
+    plan, store = prepared(dense, calibration, tmp_path / "work", 0.4)
+    several, fresh = (Edges(bench(dense, calibration, tmp_path / name), store) for name in ("several", "fresh"))
+    first, second = (several.measure(plan.targets, plan.steps, number) for number in (0, 1))
+    assert second == fresh.measure(plan.targets, plan.steps, 1) != first
