@@ -128,7 +128,7 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
         training = Training(
             objective,
             texts,
-            work.request.healing.rates,
+            work.request.healing.lr,
             work.request.healing.total_steps(len(train.sequences), batch),
             work.request.healing.anchor,
             StateFile(work.folder / STATE, {**work.key, "start": work.source.identity()}),

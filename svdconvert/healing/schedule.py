@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from svdconvert.settings.healing import RATES
 
 # Part of a course in which the learning rate rises.
 WARM_UP = 0.05
-# A trial has this part of the steps, and no fewer than so many.
-TRIAL_PART, TRIAL_STEPS = 0.1, 10
+# A trial has this part of the steps, and no fewer than so many. There are so many trials.
+TRIAL_PART, TRIAL_STEPS, TRIALS = 0.1, 10, 3
 # Times that a course is judged on its way, the end included; so many times without a gain end it. They are many, as
 # much of the gain comes late, with the low learning rates.
 CHECKS, PATIENCE = 10, 5
@@ -41,12 +44,20 @@ class Course:
         return done == self.steps or done % every == 0
 
 
-def trials(rates: tuple[float, ...], steps: int) -> list[Course]:
-    """The courses that a learning rate is chosen by; none where there is no choice.
+def trial_steps(steps: int) -> int:
+    """Steps of a trial, for a course of so many."""
+    return min(steps, max(TRIAL_STEPS, round(TRIAL_PART * steps)))
+
+
+def next_rate(tried: Mapping[float, float]) -> float | None:
+    """The learning rate to be tried next: one of the two in the middle of :data:`RATES`, the other one, and then that
+    beside the better of both; None after these.
 
     Args:
-        rates: to choose from.
-        steps: of the course that is then taken.
+        tried: learning rate -> the divergence that its trial came to, infinite where the model fell apart.
     """
-    short = min(steps, max(TRIAL_STEPS, round(TRIAL_PART * steps)))
-    return [Course(rate, short, True) for rate in rates] if len(rates) > 1 else []
+    lowest, low, high, highest = RATES
+    for rate in (low, high, highest if tried.get(high, math.inf) < tried.get(low, math.inf) else lowest):
+        if rate not in tried:
+            return rate
+    return None

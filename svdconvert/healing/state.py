@@ -24,7 +24,8 @@ class State:
     """How far a healing is.
 
     Attributes:
-        course: number of the course at work.
+        course: number of the course at work; trials come first.
+        finished: whether there is none any more.
         done: steps of it that are done.
         stale: checks of it without a gain, up to now.
         course_kl: the lowest held-out KL of the course; None before its first check.
@@ -39,13 +40,14 @@ class State:
     """
 
     course: int = 0
+    finished: bool = False
     done: int = 0
     stale: int = 0
     course_kl: float | None = None
     start_kl: float | None = None
     best_kl: float | None = None
     best_step: int = 0
-    trials: list[dict[str, float | None]] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
     checks: list[dict[str, float | None]] = field(default_factory=list)
     train_kl: float = 0.0
     train_steps: int = 0

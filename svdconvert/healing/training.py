@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from svdconvert.healing.objective import Diverged, Objective
-from svdconvert.healing.schedule import PATIENCE, Course, trials
+from svdconvert.healing.schedule import PATIENCE, TRIALS, Course, next_rate, trial_steps
 from svdconvert.healing.sequences import Order
 from svdconvert.healing.state import Factors, State, StateFile
 from svdconvert.healing.student import Student
@@ -49,7 +48,7 @@ class Training:
         self,
         objective: Objective,
         texts: Texts,
-        rates: Sequence[float],
+        rate: float | None,
         steps: int,
         anchor: float,
         file: StateFile,
@@ -60,15 +59,14 @@ class Training:
         Args:
             objective: what is minimised.
             texts: on what.
-            rates: learning rates to choose from.
+            rate: learning rate; None to choose one.
             steps: of the optimiser, after that choice.
             anchor: see :class:`svdconvert.settings.healing.Healing`.
             file: keeps the state.
             events: receiver of progress.
         """
         self._objective, self._texts, self._file, self._events = objective, texts, file, events
-        self._rates, self._steps, self._anchor = tuple(rates), steps, anchor
-        self._trials = trials(self._rates, steps)
+        self._rate, self._steps, self._anchor = rate, steps, anchor
         self._factors = Factors(self._student.factors)
         self.state = State()
         self.best: dict[str, Tensor] | None = None
@@ -88,10 +86,15 @@ class Training:
     @property
     def rate(self) -> float | None:
         """The learning rate of the course that counts; None if the model falls apart at all of them."""
-        if not self._trials:
-            return self._rates[0]
-        held = [(trial["kl"], trial["lr"]) for trial in self.state.trials if trial["kl"] is not None]
-        return min(held)[1] if held else None
+        if self._rate is not None:
+            return self._rate
+        kl, rate = min((kl, rate) for rate, kl in self._tried.items())
+        return rate if kl < math.inf else None
+
+    @property
+    def _tried(self) -> dict[float, float]:
+        """Learning rate -> divergence that its trial came to."""
+        return {trial["lr"]: math.inf if trial["kl"] is None else trial["kl"] for trial in self.state.trials}
 
     def run(self) -> None:
         """Do what is left.
@@ -109,12 +112,12 @@ class Training:
 
     def _course(self) -> Course | None:
         """The course at work; None when all are done."""
-        number = self.state.course
-        if number < len(self._trials):
-            return self._trials[number]
-        if number > len(self._trials) or self.rate is None:
+        if self.state.finished:
             return None
-        return Course(self.rate, self._steps, trial=False)
+        trial = next_rate(self._tried) if self._rate is None else None
+        if trial is not None:
+            return Course(trial, trial_steps(self._steps), trial=True)
+        return None if self.rate is None else Course(self.rate, self._steps, trial=False)
 
     def _take(self, course: Course) -> None:
         """Take a course, or what is left of it."""
@@ -134,7 +137,7 @@ class Training:
             state.trials.append({"lr": course.rate, "kl": state.course_kl})
             state.begin(state.course + 1)
         else:  # what its checks were is to be told
-            state.course, state.done = state.course + 1, 0
+            state.finished, state.done = True, 0
 
     def _step(self, course: Course) -> None:
         """One step of the optimiser.
@@ -189,8 +192,8 @@ class Training:
         if self._file.due or interrupts.asked():
             self._save()
         state = self.state
-        before = sum(trial.steps for trial in self._trials[: state.course])
-        total = sum(trial.steps for trial in self._trials) + self._steps
+        short = trial_steps(self._steps)
+        before, total = state.course * short, self._steps + (TRIALS * short if self._rate is None else 0)
         what = f"trial of learning rate {course.rate:g}" if course.trial else f"held-out KL {state.best_kl:.4f}"
         self._events.progress("healing", before + state.done, total, what)
         interrupts.check()

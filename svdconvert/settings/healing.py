@@ -16,8 +16,8 @@ from svdconvert.settings.runtime import Runtime
 from svdconvert.settings.text import LABELS, Stats, Text, refused
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-# Tried where no learning rate is given.
-RATES = (1e-4, 3e-4, 1e-3)
+# Of these three are tried where no learning rate is given: those in the middle, and that beside the better of both.
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 # Tokens of a step where no batch size is given.
 STEP_TOKENS = 2048
 
@@ -30,7 +30,7 @@ class Healing:
         epochs: times that the text is gone through.
         steps: steps of the optimiser; None for what ``epochs`` comes to.
         batch_size: sequences of a step; None for as many as have :data:`STEP_TOKENS` tokens.
-        lr: highest learning rate; None for the best of :data:`RATES` in short trials.
+        lr: highest learning rate; None for the best of three short trials among :data:`RATES`.
         anchor: share of its distance from the start, times the learning rate, by which a factor goes back at each step.
         precision: type of the matrix products, one of :data:`PRECISIONS`.
     """
@@ -67,7 +67,7 @@ class Healing:
         keyword="lr",
         group="Healing",
         kind="number",
-        usual=f"the best of {', '.join(f'{rate:g}' for rate in RATES)} in short trials",
+        usual="the best of 3e-5 to 1e-3 in three short trials",
     )
     anchor: float = option(
         0.0,
@@ -104,11 +104,6 @@ class Healing:
         if self.precision not in PRECISIONS:
             *others, last = PRECISIONS
             raise InputError(f"{asked('precision', self.precision)} is unknown; choose {', '.join(others)} or {last}")
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Learning rates to choose from."""
-        return RATES if self.lr is None else (self.lr,)
 
     def batch(self, length: int) -> int:
         """Sequences of a step, of so many tokens each."""

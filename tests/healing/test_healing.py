@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import svdconvert.healing.state
-from svdconvert import Calibration, Events, InputError, convert, densify, heal, report, verify
+from svdconvert import Calibration, Events, InputError, convert, densify, evaluate, heal, report, verify
 from svdconvert.healing.sequences import Order, judges
 from svdconvert.storage.source import LocalSource
 
@@ -226,7 +226,10 @@ def test_command(run: Callable[..., SimpleNamespace], dense: Path, factored: Pat
     assert first.code == 0, first.err
     assert "KL(dense || model)" in first.out
     told = svdconvert_record(out)
-    assert [trial["lr"] for trial in told["healing"]["trials"]] == [1e-4, 3e-4, 1e-3]
+    rates = [trial["lr"] for trial in told["healing"]["trials"]]
+    assert rates[:2] == [1e-4, 3e-4]
+    first, second = (trial["kl"] for trial in told["healing"]["trials"][:2])
+    assert rates[2:] == [3e-5 if first < second else 1e-3]
     best = min(told["healing"]["trials"], key=lambda trial: trial["kl"])
     assert told["healing"]["lr"] == best["lr"]
     assert told["repeat"].startswith("svdconvert heal DIR --against MODEL --calib TEXT --calib-samples 24")
@@ -313,6 +316,38 @@ def test_what_is_not_trained_is_copied(tmp_path: Path) -> None:
         buffer.fill_(-1)
     assert bool((down == 7).all())
     assert torch.equal(position, torch.arange(5))
+
+
+def test_trials_go_to_the_better_side() -> None:
+    from svdconvert.healing.schedule import next_rate
+
+    assert [next_rate({}), next_rate({1e-4: 0.5})] == [1e-4, 3e-4]
+    assert next_rate({1e-4: 0.5, 3e-4: 0.4}) == 1e-3
+    assert next_rate({1e-4: 0.5, 3e-4: math.inf}) == 3e-5
+    assert next_rate({1e-4: math.inf, 3e-4: math.inf}) == 3e-5
+    assert next_rate({1e-4: 0.5, 3e-4: 0.6, 3e-5: 0.4}) is None
+    assert next_rate({1e-4: 0.5, 3e-4: 0.4, 1e-3: 0.6}) is None
+
+
+def test_the_bundled_model_gains_or_is_left_alone(tmp_path: Path) -> None:
+    """A trained model at 60 %, on a text that it was not healed on."""
+    example = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
+    text = Calibration(str(example / "calibration.txt"), samples=24, length=128)
+    convert(example / "model", tmp_path / "start", keep=0.6, calibration=text, device="cpu", check=False)
+    how: dict[str, Any] = {"steps": 6, "lr": 1e-4, "batch_size": 4, "precision": "float32", "device": "cpu"}
+    told = heal(tmp_path / "start", example / "model", text, tmp_path / "out", **how).record["healing"]
+    assert told["after"]["kl"] <= told["before"]["kl"]
+    part = tmp_path / "part.txt"
+    part.write_text((example / "heldout.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    before, after = (
+        evaluate(tmp_path / name, part, against=example / "model", device="cpu").divergence for name in ("start", "out")
+    )
+    assert before is not None
+    assert after is not None
+    if told["changed"]:
+        assert after.kl < before.kl
+    else:
+        assert after == before
 
 
 def test_order_goes_through_all_sequences() -> None:
