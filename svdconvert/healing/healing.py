@@ -24,6 +24,7 @@ from torch import Tensor
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.healing.matrices import matrix_reports
+from svdconvert.healing.memory import check_memory
 from svdconvert.healing.objective import Diverged, Objective
 from svdconvert.healing.outcome import Healed, Judged, read_healed, write_healed
 from svdconvert.healing.sequences import Order, judges
@@ -100,6 +101,7 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
     """How it ended, and the factors as they are to be stored."""
     tokens = work.tokens
     held_out = judges(tokens)
+    check_memory(work.source, work.device)
     others = torch.ones(len(tokens.ids), dtype=torch.bool)
     others[held_out] = False
     blocks = ModelBlocks(work.dense, device=work.device)

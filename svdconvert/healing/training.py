@@ -125,6 +125,7 @@ class Training:
         if not state.done:
             self._student.put(self._student.start)
             self._factors.begin()
+        self._factors.optimiser.zero_grad(set_to_none=True)  # of a course that fell apart
         try:
             while state.done < course.steps and state.stale < PATIENCE:
                 self._step(course)
@@ -146,7 +147,6 @@ class Training:
             Diverged: the predictions or the gradient are not finite.
         """
         state, optimiser = self.state, self._factors.optimiser
-        optimiser.zero_grad(set_to_none=True)
         state.train_kl += self._objective.differentiate(self._texts.train, self._texts.order(state.done))
         norm = torch.nn.utils.clip_grad_norm_(self._student.factors.values(), CLIP)
         if not bool(torch.isfinite(norm)):
@@ -155,6 +155,7 @@ class Training:
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.step()
+        optimiser.zero_grad(set_to_none=True)  # a check takes as much memory
         if self._anchor:
             back = min(1.0, rate * self._anchor)
             with torch.no_grad():

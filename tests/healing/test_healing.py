@@ -350,6 +350,23 @@ def test_the_bundled_model_gains_or_is_left_alone(tmp_path: Path) -> None:
         assert after == before
 
 
+def test_too_little_memory(
+    dense: Path, factored: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is run: 4 bytes of each weight, 12 and three copies of each factor."""
+    from svdconvert.healing import memory
+
+    weights = read_weights(factored)
+    factors = [tensor for name, tensor in weights.items() if name.endswith(("down.weight", "up.weight"))]
+    needed = sum(4 * t.numel() for t in weights.values()) + sum((12 + 3 * t.itemsize) * t.numel() for t in factors)
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(InputError, match="of memory"):
+        heal(factored, dense, calibration, tmp_path / "out", **SHORT)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: needed)
+    memory.check_memory(LocalSource(factored), "cpu")
+
+
 def test_order_goes_through_all_sequences() -> None:
     numbers = torch.tensor([2, 3, 5, 7, 11])
     order = Order(numbers, 2, seed=1)
