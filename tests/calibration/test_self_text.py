@@ -13,7 +13,6 @@ import pytest
 import torch
 from support.checkpoints import VOCAB, random_tensors
 from support.families import FAMILIES, stock_config, write_family
-from support.gguf_files import tiny, write_gguf
 from support.launching import torchrun
 from support.refusals import assert_refused
 from torch import Tensor
@@ -204,6 +203,9 @@ def test_forms_of_files(form: dict[str, Any], fresh: Callable[..., Path], tmp_pa
 
 def test_gguf(tmp_path: Path) -> None:
     """In 16 bits where the CPU has them, and by the file's own tokenizer."""
+    pytest.importorskip("gguf")
+    from support.gguf_files import tiny, write_gguf
+
     source = open_source(str(write_gguf(tmp_path / "tiny.gguf", tiny("llama"))), None)
     found = Calibration("self", samples=3, length=12).tokens(source)
     assert found.ids.shape == (3, 12)
