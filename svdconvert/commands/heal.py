@@ -22,6 +22,7 @@ from svdconvert.healing.student import factor_names
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Outcome, refuse_same_folder, run_job
 from svdconvert.jobs.own_files import JOB_FOLDER, refuse_foreign
+from svdconvert.jobs.record import RECORD
 from svdconvert.layouts.table import layout_of
 from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
@@ -30,8 +31,9 @@ from svdconvert.models.preflight import check_model
 from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, shard
-from svdconvert.sentences import Sentence
+from svdconvert.sentences import Sentence, printable
 from svdconvert.settings.healing import HealRequest
+from svdconvert.storage.documents import json_or_none
 from svdconvert.storage.opening import open_source
 from svdconvert.storage.source import LocalSource
 from svdconvert.tensors import parameters
@@ -168,13 +170,14 @@ def _job(work: HealingWork, row: Architecture, steps: Sequence[Step], healed: He
     """The job that writes trained factors."""
     source, dense = work.source, work.dense
     outputs = [info for step in steps for info in step.outputs]
-    params = parameters(outputs)
+    params, start = parameters(outputs), _start_command(source)
+    starts = [] if start is None else [start]
     return Job(
         steps=steps,
         shards=shard(outputs, work.request.output.max_shard_bytes),
         config=dict(source.config),
         extra={f"{row.modeling}.py": model_files.modeling_source(row)},
-        card=lambda reports: healed_card(source, dense, row, command, healed, params),
+        card=lambda reports: healed_card(source, dense, row, [*starts, command], healed, params),
         details=lambda reports: {
             "params": params,
             "matrices": {module: report.to_json() for module, report in healed.matrices.items()},
@@ -186,9 +189,16 @@ def _job(work: HealingWork, row: Architecture, steps: Sequence[Step], healed: He
 
 def _told(work: HealingWork, healed: Healed) -> Mapping[str, Any]:
     """What svdconvert.json tells of the training."""
-    dense, tokens = work.dense, work.tokens
+    dense, tokens, start = work.dense, work.tokens, _start_command(work.source)
     against = {"name": dense.name, "repo": dense.repo, "commit": dense.commit}
-    return {**healed.to_json(), "against": against, "text_digest": tokens.text_digest}
+    told = {**healed.to_json(), "against": against, "text_digest": tokens.text_digest}
+    return told if start is None else {**told, "start": start}
+
+
+def _start_command(source: LocalSource) -> str | None:
+    """The command that made the model which is healed, as far as its record has it."""
+    found = (json_or_none(source.folder / RECORD) or {}).get("repeat")
+    return printable(found) if isinstance(found, str) else None
 
 
 def _steps(source: LocalSource, row: Architecture, file: Path) -> list[Step]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 
 from svdconvert.commands.card import front_matter, usage
@@ -15,7 +16,7 @@ def healed_card(
     source: Source,
     dense: Source,
     row: Architecture,
-    command: str,
+    commands: Sequence[str],
     healed: Healed,
     params: int,
 ) -> str:
@@ -25,7 +26,7 @@ def healed_card(
         source: the factored model that was healed.
         dense: the model that it was made from.
         row: its architecture.
-        command: the command line that repeats it.
+        commands: the command lines that repeat it, one after the other.
         healed: how it ended.
         params: of the result.
     """
@@ -42,7 +43,7 @@ def healed_card(
         "## Made by",
         "",
         "```",
-        command,
+        *commands,
         "```",
         "",
         "`svdconvert.json` holds versions, settings, and what was measured on the way.",

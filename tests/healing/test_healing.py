@@ -233,6 +233,9 @@ def test_command(run: Callable[..., SimpleNamespace], dense: Path, factored: Pat
     best = min(told["healing"]["trials"], key=lambda trial: trial["kl"])
     assert told["healing"]["lr"] == best["lr"]
     assert told["repeat"].startswith("svdconvert heal DIR --against MODEL --calib TEXT --calib-samples 24")
+    start = svdconvert_record(factored)["repeat"]
+    assert told["healing"]["start"] == start
+    assert f"{start}\n{told['repeat']}\n" in (out / "README.md").read_text()
     assert not (out / ".svdconvert").exists()
     again = run(*words)
     assert again.code == 0
