@@ -137,9 +137,9 @@ def test_the_least_of_a_column_is_bold() -> None:
     lines = [line("English", 24576, 0.1), line("mixed", 24576, 0.2), line("mixed", 6144, 0.05)]
     shown = text_tables.texts({"texts": lines, "losses": []})
     assert "calibrated on 24,576 tokens of each text. Its perplexities: English articles 1.00 on 511 tokens, " in shown
-    assert "| English | 80% | **0.100** (+0.200) | 0.900 (+1.800) | **0.500** |" in shown
-    assert "| mixed | 80% | 0.200 (+0.400) | **0.800** (+1.600) | **0.500** |" in shown
-    assert "0.050" not in shown
+    assert "| English | 80% | **0.1000** (+0.2000) | 0.9000 (+1.8000) | **0.5000** |" in shown
+    assert "| mixed | 80% | 0.2000 (+0.4000) | **0.8000** (+1.6000) | **0.5000** |" in shown
+    assert "0.0500" not in shown
 
 
 def test_more_tokens_are_told_where_they_were_tried() -> None:

@@ -1,9 +1,10 @@
 """Public texts in two languages, as documents, with a part to calibrate on and another to test on.
 
-A folder holds them as they were published: ``nsmc`` (Korean reviews and synopses of films, CC0), ``manual2dial_ko``
-(Korean dialogues about the manuals of telephones, MIT), ``doc2dial`` (English dialogues about the pages of offices,
-CC BY 3.0), ``wikitext2`` (articles of the English Wikipedia, CC BY-SA 3.0) and ``tinystories`` (English stories,
-CDLA-Sharing-1.0). The parts have no film, article or page in common, and both depend on nothing but the files.
+A folder holds ``nsmc`` (Korean reviews and synopses of films, CC0; the reviews in the form that
+examples/tiny_polyglot/README.md describes), ``manual2dial_ko`` (Korean dialogues about the manuals of telephones, MIT),
+``doc2dial`` (English dialogues about the pages of offices, CC BY 3.0; both in MultiDoc2Dial's form), ``wikitext2``
+(articles of the English Wikipedia, CC BY-SA 3.0) and ``tinystories`` (English stories, CDLA-Sharing-1.0). The two parts
+have no film, article or dialogue in common, and depend on nothing but the files.
 """
 
 from __future__ import annotations

@@ -43,13 +43,13 @@ def _rows(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
     least = {name: min(line["tests"][name]["kl"] for line in lines) for name in lines[0]["tests"]}
     for line, mean in zip(lines, means, strict=True):
         cells = (
-            f"{_bold(test['kl'], least[name])} ({test['added']:+.3f})" for name, test in line["tests"].items()
+            f"{_bold(test['kl'], least[name])} ({test['added']:+.4f})" for name, test in line["tests"].items()
         )  # fmt: skip
         yield (line["text"], f"{line['keep']:.0%}", *cells, _bold(mean, min(means)))
 
 
 def _bold(value: float, least: float) -> str:
-    return f"**{value:.3f}**" if value == least else f"{value:.3f}"
+    return f"**{value:.4f}**" if value == least else f"{value:.4f}"
 
 
 def amounts(whole: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ from .losses import LENGTH, Remembered
 from .rows import KEEPS, LAW
 from .subjects import FOLDER, SUBJECTS, model
 
-WINDOWS = 5  # sequences of a test text
+WINDOWS = 4  # sequences of a test text
 _BUNDLED_WINDOWS = 40
 
 
@@ -77,7 +77,7 @@ TRIALS: Mapping[str, Trial] = {
     ),
     "smollm2-135m": Trial(
         {"English": ("wikitext",), "dialogue": ("doc2dial",), "mixed": ("wikitext", "doc2dial")},
-        samples=48,
+        samples=24,
         tests=("wikitext", "tinystories", "doc2dial"),
         windows=10,
     ),
