@@ -12,7 +12,7 @@ QUICK := tests/test_rooms.py tests/test_sentences.py tests/pages tests/families/
 	tests/storage/test_documents.py tests/calibration/test_corpus.py tests/cli/test_tables.py tests/benchmarks/test_against.py \
 	tests/reports/test_markup.py tests/settings/test_rules.py
 
-.PHONY: demo check test test-all coverage lint format hooks modeling pages bench real real-tasks table1 clean
+.PHONY: demo check test test-all coverage lint format hooks modeling pages bench real real-tasks table1 real-dialogue clean
 
 demo: $(NEWEST)/.runtime
 	$(NEWEST)/bin/python examples/tiny_polyglot/demo.py
@@ -73,6 +73,18 @@ real real-tasks: $(NEWEST)/.dev
 # The dialogue example's Table 1 on the bundled model; rows that are done stay done.
 table1: $(NEWEST)/.dev
 	$(NEWEST)/bin/python -m examples.dialogue.table1 --config examples/dialogue/settings/table1-tiny.toml
+
+# docs/real-dialogue: both papers' tables on SmolLM2-135M. DOC2DIAL: a folder with Doc2Dial's dialogues and documents.
+DOC2DIAL ?= doc2dial
+REAL_DATA := out/real-dialogue/data
+real-dialogue: $(NEWEST)/.dev
+	$(NEWEST)/bin/pip install --quiet --constraint constraints.txt --editable '.[gguf]'
+	$(NEWEST)/bin/python -m tests.benchmarks.real.subjects smollm2-135m
+	test -f $(REAL_DATA)/train.jsonl || $(NEWEST)/bin/python -m examples.dialogue.prepare \
+		$(DOC2DIAL)/doc2dial_val_dial.rebuilt.json --documents $(DOC2DIAL)/doc2dial_val_docs.rebuilt.json \
+		--out $(REAL_DATA) --split-by document --passage section --template multidoc2dial \
+		--tokenizer .cache/real/smollm2-135m --max-tokens 168 --max-answer-tokens 48 --language en
+	$(NEWEST)/bin/python -m examples.dialogue.table1 --config examples/dialogue/settings/table1-real.toml
 
 clean:
 	rm -rf $(NEWEST) $(OLDEST) build *.egg-info out

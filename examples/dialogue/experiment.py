@@ -27,6 +27,7 @@ class Row:
         settings: what is in it.
         bits: a fully trained row is looked at in so many bits; 0: as it was trained.
         of: name of the row whose model this one looks at; its own otherwise.
+        start: look at the model that the row ``of`` started from, before its training.
         svd, lora: marks of the paper's table.
         evaluated: whether it answers; a row of continued pre-training does not.
     """
@@ -37,6 +38,7 @@ class Row:
     settings: Settings
     bits: int = 0
     of: str = ""
+    start: bool = False
     svd: str = "X"
     lora: str = "X"
     evaluated: bool = True
@@ -57,8 +59,12 @@ class Experiment:
             million parameters, and gives the same figures on every machine of a kind.
         decoding: fields of :class:`examples.dialogue.generation.Decoding`.
         batch_size: prompts at a time.
+        weights: type of the weights when a model is asked; empty: as in training.
         limit: validation samples to answer; 0: all.
         tables: name -> what stands above it.
+        references: table -> its row that KL of the others is measured from, which stands before them.
+        examples: questions whose answers stand on the page.
+        full_size: whether the page counts the memory of the paper's models.
         remarks: paragraphs of the page, written by who ran it. ``{ROW.FIGURE}`` is replaced by a row's result, see
             :data:`examples.dialogue.page.FIGURES`.
         rows: in the order of the tables.
@@ -72,8 +78,12 @@ class Experiment:
     threads: int = 0
     decoding: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int = 8
+    weights: str = ""
     limit: int = 0
     tables: Mapping[str, str] = field(default_factory=dict)
+    references: Mapping[str, str] = field(default_factory=dict)
+    examples: int = 1
+    full_size: bool = True
     remarks: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
 
@@ -82,7 +92,7 @@ def read_experiment(path: Path) -> Experiment:
     """Read and check a table's file; writes the settings of rows that change some into the work folder.
 
     A row has ``name``, ``table`` and either ``settings``, a settings file, with changes under ``set``, or ``of``, the
-    name of a row before it, with ``bits``. ``trained_by = "row:NAME"`` names the result of another row.
+    name of a row before it, with ``bits`` or ``start``. ``trained_by = "row:NAME"`` names the result of another row.
 
     Raises:
         InputError: something is missing, unknown or impossible.
@@ -107,6 +117,9 @@ def read_experiment(path: Path) -> Experiment:
             raise InputError(f"{path} has two rows named {row.name}")
         if row.table not in table.get("tables", {}):
             raise InputError(f"{path}: row {row.name} is of table {row.table!r}, which [tables] does not have")
+        reference = table.get("references", {}).get(row.table, row.name)
+        if reference != row.name and reference not in found:
+            raise InputError(f"{path}: KL of row {row.name} is measured from {reference!r}, which is no row before it")
         found[row.name] = row
     lists: dict[str, Any] = {key: tuple(table[key]) for key in ("launcher", "remarks") if key in table}
     paths = {"work": work, "page": (folder / table["page"]).resolve()}
@@ -115,7 +128,7 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def _row(entry: Any, folder: Path, work: Path, before: Mapping[str, Row], path: Path) -> Row:
-    known = {"name", "table", "settings", "set", "of", "bits", "svd", "lora", "evaluated"}
+    known = {"name", "table", "settings", "set", "of", "bits", "start", "svd", "lora", "evaluated"}
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or "table" not in entry:
         raise InputError(f"{path}: a row needs a name and a table")
     name = entry["name"]
@@ -126,7 +139,8 @@ def _row(entry: Any, folder: Path, work: Path, before: Mapping[str, Row], path: 
         if entry["of"] not in before:
             raise InputError(f"{path}: row {name} is of {entry['of']!r}, which is no row before it")
         of = before[entry["of"]]
-        return Row(name, entry["table"], of.config, of.settings, int(entry.get("bits", 0)), of.name, **marks)
+        looked = {"bits": int(entry.get("bits", 0)), "start": bool(entry.get("start", False))}
+        return Row(name, entry["table"], of.config, of.settings, of=of.name, **looked, **marks)
     if "settings" not in entry:
         raise InputError(f"{path}: row {name} needs settings, a settings file, or of, another row")
     config = (folder / entry["settings"]).resolve()

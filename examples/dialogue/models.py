@@ -264,7 +264,12 @@ def _peft_config(adapter: AdapterSettings) -> Any:
 
 
 def load_trained(
-    settings: Settings, device: torch.device, quantization: QuantizationSettings | None = None
+    settings: Settings,
+    device: torch.device,
+    quantization: QuantizationSettings | None = None,
+    *,
+    start: bool = False,
+    weights: str = "",
 ) -> tuple[nn.Module, Any]:
     """The model that a finished run has trained, its adapter on it, and the tokenizer.
 
@@ -272,6 +277,8 @@ def load_trained(
         settings: of the run.
         device: where to put it.
         quantization: instead of the run's own; so a fully trained model can be looked at in 4 or 8 bits.
+        start: load what the run started from, as it was before the first step.
+        weights: type of the weights in memory; empty: that of the settings.
 
     Raises:
         InputError: the run is not finished, or its result cannot be loaded.
@@ -284,14 +291,14 @@ def load_trained(
     except (OSError, ValueError):
         raise InputError(f"{folder} holds no finished run; train it first") from None
     full = settings.adapter.kind == "none"
-    base = folder / MODEL if full else Path(report["start"])
+    base = folder / MODEL if full and not start else Path(report["start"])
     wanted = quantization or settings.quantization
-    model = load_causal(base, device, settings.model.weights, wanted, settings.model.attention)
-    if settings.adapter.kind == "llama-adapter":
+    model = load_causal(base, device, weights or settings.model.weights, wanted, settings.model.attention)
+    if settings.adapter.kind == "llama-adapter" and not start:
         from examples.dialogue.llama_adapter import load_adapter
 
         model = load_adapter(model, folder / ADAPTER)
-    elif not full:
+    elif not full and not start:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, folder / ADAPTER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -30,11 +31,23 @@ PAPER = (
     ("1.3B-P-S", "O", "X", 1.3, 0.5, (10.21, 11.70, 5.50, 2.65)),
 )
 
+# The MultiDoc2Dial paper's Table 2, LLaMA 7B: method, layers, length, learning rate, and the four scores.
+ADAPTER_PAPER = (
+    ("LLaMA-Adapter", "10", "10", "1e-2", (35.56, 29.93, 33.83, 12.96)),
+    ("LLaMA-Adapter", "10", "30", "1e-2", (37.43, 32.43, 35.70, 15.64)),
+    ("LLaMA-Adapter", "30", "10", "1e-2", (60.62, 58.37, 59.32, 47.63)),
+    ("LLaMA-Adapter", "30", "30", "1e-2", (59.70, 57.08, 58.32, 46.12)),
+    ("LoRA, r 1", "-", "-", "3e-4", (59.97, 57.34, 58.61, 46.35)),
+)
+
 # What a remark can quote of a row.
 FIGURES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "F1": lambda result: f"{result['scores']['scores']['F1']:.2f}",
-    "perplexity": lambda result: f"{result['statistics']['perplexity']:.2f}",
+    "loss": lambda result: f"{_loss(result):.3f}",
+    "kl": lambda result: _divergence(result),
+    "perplexity": lambda result: f"{result['statistics']['perplexity']:,.2f}",
     "repetition": lambda result: f"{result['scores']['rates']['repetition']:.0f}",
+    "unfinished": lambda result: f"{result['statistics']['unfinished']}",
     "start": lambda result: f"{result['run']['speech'][0]['perplexity']:.2f}",
     "total": lambda result: _scores(result)[-1],
 }
@@ -90,16 +103,28 @@ def paper_table() -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def adapter_paper_table() -> tuple[list[str], list[list[str]]]:
+    """Table 2 of the paper on LLaMA-Adapter, with the totals that it does not have."""
+    header = ["method", "layers", "length", "learning rate", *TOTAL, "Total"]
+    rows = [[*names, *(f"{score:.2f}" for score in scores), f"{sum(scores):.2f}"] for *names, scores in ADAPTER_PAPER]
+    return header, rows
+
+
 def score_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[list[str]]]:
     """Rows in the form of the paper's table, those that are done and have answered."""
-    header = ["model", "SVD", "LoRA", "before", "after", "bits", *TOTAL, "Total", "perplexity"]
+    losses = _losses(rows, results)
+    header = ["model", "SVD", "LoRA", "before", "after", "bits", *TOTAL, "Total", *losses]
     lines = []
     for row in rows:
         result = results.get(row.name)
         if result is None or "scores" not in result:
             continue
         run = result["run"]
-        bits = row.bits or row.settings.quantization.bits or _BITS[row.settings.model.weights]
+        bits = (
+            row.bits
+            or row.settings.quantization.bits
+            or _BITS[result["statistics"].get("dtype", row.settings.model.weights)]
+        )
         lines.append(
             [
                 row.name,
@@ -109,7 +134,7 @@ def score_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[
                 _count(run["start_parameters"]),
                 str(bits),
                 *_scores(result),
-                f"{result['statistics']['perplexity']:.2f}",
+                *(FIGURES[name.lower()](result) for name in losses),
             ]
         )
     return header, lines
@@ -117,22 +142,23 @@ def score_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[
 
 def adapter_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[list[str]]]:
     """The columns of the LLaMA-Adapter paper's table, with the trainable parameters."""
-    header = ["method", "layers", "length", "learning rate", "trainable", *TOTAL, "Total", "perplexity"]
+    losses = _losses(rows, results)
+    header = ["method", "layers", "length", "learning rate", "trainable", *TOTAL, "Total", *losses]
     lines = []
     for row in rows:
         result = results.get(row.name)
         if result is None or "scores" not in result:
             continue
-        adapter, prompt = row.settings.adapter, row.settings.adapter.kind != "lora"
+        adapter, prompt = row.settings.adapter, row.settings.adapter.kind != "lora" and not row.start
         lines.append(
             [
                 row.name,
                 str(adapter.layers) if prompt else "-",
                 str(adapter.length) if prompt else "-",
-                f"{row.settings.training.learning_rate:g}",
-                f"{result['run']['memory']['trainable']:,}",
+                "-" if row.start else f"{row.settings.training.learning_rate:g}",
+                "0" if row.start else f"{result['run']['memory']['trainable']:,}",
                 *_scores(result),
-                f"{result['statistics']['perplexity']:.2f}",
+                *(FIGURES[name.lower()](result) for name in losses),
             ]
         )
     return header, lines
@@ -176,16 +202,19 @@ def cost_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[l
 def speech_table(rows: Sequence[Row], results: Results) -> tuple[list[str], list[list[str]]]:
     """How alive the answers are, and what the check said of the start point."""
     header = ["model", "start perplexity", "evaluation loss", "F1 char", "chrF++"]
-    header += ["distinct-1", "distinct-2", "repetition", "empty"]
+    header += ["distinct-1", "distinct-2", "repetition", "empty", "unfinished"]
     lines = []
     for row in rows:
         result = results.get(row.name)
         if result is None or "scores" not in result:
             continue
         speech, scores = result["run"]["speech"], result["scores"]
-        line = [row.name, f"{speech[0]['perplexity']:,.1f}" if speech else "-", f"{result['run']['eval_loss']:.4f}"]
+        line = [row.name, f"{speech[0]['perplexity']:,.1f}" if speech else "-"]
+        line.append("-" if row.start else f"{result['run']['eval_loss']:.4f}")
         line += [f"{scores['scores'][name]:.2f}" if name in scores["scores"] else "-" for name in ("F1 char", "chrF++")]
         line += [f"{scores['rates'][name]:.1f}" for name in ("distinct-1", "distinct-2", "repetition", "empty")]
+        unfinished, asked = result["statistics"].get("unfinished"), result["statistics"]["samples"]
+        line.append("-" if unfinished is None else f"{100 * unfinished / asked:.1f}")
         lines.append(line)
     return header, lines
 
@@ -232,18 +261,22 @@ def _blocks(experiment: Experiment, results: Results, folder: Path, command: str
         blocks += [("h2", "Memory, size and speed"), ("p", _costs_are(results[scored[0].name]))]
         blocks.append(("table", *cost_table(rows, results)))
         blocks += [("h2", "Does it speak"), ("p", _SPEECH_IS), ("table", *speech_table(rows, results))]
-    blocks += [("h2", "Memory of a fine-tuning at full size"), ("p", _FULL_SIZE_IS), ("table", *full_size_table())]
-    blocks += [("h2", "The paper's figures"), ("p", _PAPER_IS), ("table", *paper_table())]
+    if experiment.full_size:
+        blocks += [("h2", "Memory of a fine-tuning at full size"), ("p", _FULL_SIZE_IS), ("table", *full_size_table())]
+    blocks += [("h2", "The papers' figures"), ("p", _PAPER_IS), ("table", *paper_table())]
+    blocks += [("p", _ADAPTER_PAPER_IS), ("table", *adapter_paper_table())]
     if scored:
-        blocks += [("h2", "One question, all answers"), *_examples(scored, results)]
+        title = "One question, all answers" if experiment.examples == 1 else "Some questions, all answers"
+        blocks += [("h2", title), *_examples(experiment, results)]
         signatures = results[scored[0].name]["scores"]["signatures"]
         blocks += [("h2", "Signatures"), ("pre", "\n".join(f"{key}: {value}" for key, value in signatures.items()))]
     return blocks
 
 
 _SPEECH_IS = (
-    "Start perplexity: of a few reference answers under the start model as loaded, before the first step. Distinct-n, "
-    "repetition and empty answers are rates of the generated answers, times 100."
+    "Start perplexity: of a few reference answers under the start model as loaded, before the first step. The others "
+    "are rates of the generated answers, times 100: distinct-n, repetition (the share of 4-grams that an answer had "
+    "before), empty answers, and those that were cut off at the longest length."
 )
 _FULL_SIZE_IS = (
     "Weights, gradients and AdamW state, without activations, counted from the real geometry; nothing was run. "
@@ -256,13 +289,19 @@ _PAPER_IS = (
 )
 
 
+_ADAPTER_PAPER_IS = (
+    "Table 2 of the paper on LLaMA-Adapter, LLaMA 7B on MultiDoc2Dial. Its prompts mark the span that answers."
+)
+
+
 def _made_with(experiment: Experiment, run: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> str:
     data = experiment.rows[0].settings.data
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     decoding = ", ".join(f"{key} {value}" for key, value in experiment.decoding.items()) or "greedy"
     minutes = sum(float(result["seconds"]) for result in done) / 60
     return (
-        f"{run['rows']:,} training samples, {run['steps']} steps of {experiment.rows[0].settings.training.batch_size} "
+        f"{run['rows']:,} training samples of {run['tokens']:,} tokens, {run['steps']} steps of "
+        f"{experiment.rows[0].settings.training.batch_size}, seed {experiment.rows[0].settings.training.seed} "
         f"(warm-up {run['warmup']}, evaluation every {run['evaluation_every']}), template {data.template}; decoding "
         f"{decoding}; device {run['device']}, {run['processes']} process; {minutes:,.0f} minutes for "
         f"{len(done)} rows; {versions}."
@@ -277,11 +316,34 @@ def _costs_are(result: Mapping[str, Any]) -> str:
     )
 
 
-def _examples(rows: Sequence[Row], results: Results) -> list[tuple[Any, ...]]:
-    example = results[rows[0].name]["example"]
-    lines = [[row.name, results[row.name]["example"]["answer"] or "(empty)"] for row in rows]
-    head = [("p", f"Question: {example['question']}"), ("p", f"Reference: {example['reference']}")]
-    return [*head, ("table", ["model", "answer"], lines)]
+def _examples(experiment: Experiment, results: Results) -> list[tuple[Any, ...]]:
+    """A table for every question; rows of different templates may have kept different samples."""
+    blocks: list[tuple[Any, ...]] = []
+    asked: dict[tuple[str, str], list[list[str]]] = {}
+    for row in experiment.rows:
+        for example in results.get(row.name, {}).get("examples", ()):
+            answers = asked.setdefault((example["question"], example["reference"]), [])
+            answers.append([row.name, example["answer"] or "(empty)"])
+    for (question, reference), answers in asked.items():
+        blocks += [("p", f"Question: {question}"), ("p", f"Reference: {reference}")]
+        blocks.append(("table", ["model", "answer"], answers))
+    return blocks
+
+
+def _losses(rows: Sequence[Row], results: Results) -> list[str]:
+    """Columns of the losses; KL where a row was measured against another."""
+    measured = any(_divergence(results[row.name]) != "-" for row in rows if "statistics" in results.get(row.name, {}))
+    return ["perplexity", "loss", *["KL"] * measured]
+
+
+def _loss(result: Mapping[str, Any]) -> float:
+    # results of earlier versions have the perplexity alone
+    return float(result["statistics"].get("loss", math.log(result["statistics"]["perplexity"])))
+
+
+def _divergence(result: Mapping[str, Any]) -> str:
+    found = result["statistics"].get("kl")
+    return "-" if found is None else f"{found:.3f}"
 
 
 def _scores(result: Mapping[str, Any]) -> list[str]:

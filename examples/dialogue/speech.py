@@ -1,4 +1,4 @@
-"""Does it still speak? Perplexity, repetition and empty answers of a model, with samples to look at.
+"""Does it still speak? Loss, repetition and empty answers of a model, with samples to look at.
 
 A plain SVD of a large model may leave one that repeats a single token, and no fine-tuning brings it back. This is
 seen in a minute, before the hours.
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from examples.dialogue.settings import SpeechSettings
@@ -42,26 +43,56 @@ class Speech:
         return asdict(self)
 
 
-@torch.no_grad()
 def answer_perplexity(model: nn.Module, rows: Sequence[dict[str, list[int]]], device: torch.device) -> float:
-    """exp of the mean negative log-likelihood of the labels that count.
+    """exp of the loss of :func:`answer_losses`, at most exp(700).
 
     Args:
         model: a causal language model.
         rows: as the Trainer reads them.
         device: of the model.
     """
+    return math.exp(min(answer_losses(model, rows, device)[0], 700.0))
+
+
+@torch.no_grad()
+def answer_losses(
+    model: nn.Module,
+    rows: Sequence[dict[str, list[int]]],
+    device: torch.device,
+    reference: nn.Module | None = None,
+) -> tuple[float, float | None]:
+    """Means over the labels that count, in nats.
+
+    Args:
+        model: a causal language model; its mode is kept.
+        rows: as the Trainer reads them.
+        device: of the model.
+        reference: in evaluation mode on the same device, with the same vocabulary.
+
+    Returns:
+        The negative log-likelihood of the labels, and KL(reference || model) of the predictions, None without a
+        reference.
+    """
     training = model.training
     model.eval()
-    total, count = 0.0, 0
+    loss, divergence, count = 0.0, 0.0, 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]], device=device)
         labels = torch.tensor(row["labels"][1:], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
-        count += int((labels != -100).sum())
+        counted = labels != -100
+
+        def predicted(asked: nn.Module, ids: Any = ids, counted: Any = counted) -> torch.Tensor:
+            logits: torch.Tensor = asked(input_ids=ids, use_cache=False).logits[0, :-1][counted]
+            return logits.float().log_softmax(-1)
+
+        own = predicted(model)
+        loss += float(F.nll_loss(own, labels[counted], reduction="sum"))
+        if reference is not None:
+            divergence += float(F.kl_div(own, predicted(reference), reduction="sum", log_target=True))
+        count += int(counted.sum())
     model.train(training)
-    return math.exp(min(total / max(count, 1), 700.0))
+    count = max(count, 1)
+    return loss / count, None if reference is None else divergence / count
 
 
 @torch.no_grad()

@@ -89,6 +89,12 @@ def _filled(experiment: Experiment, row: Row) -> dict[str, Any]:
         arguments = ["--decoding", json.dumps(dict(experiment.decoding)), "--batch-size", str(experiment.batch_size)]
         arguments += ["--limit", str(experiment.limit)]
         arguments += ["--bits", str(row.bits)] if row.bits else []
+        arguments += ["--start"] if row.start else []
+        arguments += ["--weights", experiment.weights] if experiment.weights else []
+        reference = experiment.references.get(row.table, row.name)
+        if reference != row.name:
+            against = next(one for one in experiment.rows if one.name == reference)
+            arguments += ["--against", str(against.config)]
         module = [sys.executable, "-m", "examples.dialogue.answer", "--config", str(row.config)]
         _call([*module, "--out", str(predictions), *arguments], row.name, experiment.threads)
         result |= _scored(experiment, row, predictions)
@@ -196,12 +202,11 @@ def _scored(experiment: Experiment, row: Row, predictions: Path) -> dict[str, An
     _, answers = read_predictions(predictions)
     scores = evaluate(*pair(answers, samples, partial=True), experiment.profile)
     statistics = predictions.with_name(predictions.name + STATISTICS)
-    example = samples[0].id if samples[0].id in answers else next(iter(answers))
-    question = next(sample for sample in samples if sample.id == example)
+    asked = [sample for sample in samples if sample.id in answers][: experiment.examples]
     return {
         "scores": scores.to_json(),
         "statistics": json.loads(statistics.read_text(encoding="utf-8")),
-        "example": {"question": question.question, "reference": question.answer, "answer": answers[example]},
+        "examples": [{"question": one.question, "reference": one.answer, "answer": answers[one.id]} for one in asked],
     }
 
 

@@ -58,6 +58,13 @@ TEMPLATES: Mapping[str, Template] = {
         "{passage} <I> {dialogue} </I> <q> {question} </q>", _ENGLISH_ROLES, marks=("<h>", "</h>")
     ),
     "multidoc2dial-unmarked": Template("{passage} <I> {dialogue} </I> <q> {question} </q>", _ENGLISH_ROLES),
+    # Lee et al.'s slots in English, as one turn of a model that was trained on chats in ChatML.
+    "doc2dial-chat": Template(
+        "<|im_start|>user\nRead the document and the dialogue, and answer the question.\n"
+        "Document: {passage}\nDialogue: {dialogue}\nQuestion: {question}<|im_end|>\n<|im_start|>assistant\n",
+        _ENGLISH_ROLES,
+        nothing="none",
+    ),
 }
 
 
@@ -108,7 +115,7 @@ def render(sample: Sample, template: str = "kodoc2dial", *, elision: str = ELISI
         elision=elision,
     )
     # A slot without content leaves two spaces.
-    return Rendered(re.sub(" {2,}", " ", prompt).strip(), " " + sample.answer.strip())
+    return Rendered(re.sub(" {2,}", " ", prompt).strip(" "), " " + sample.answer.strip())
 
 
 def cut(sample: Sample, passage: str) -> Sample:

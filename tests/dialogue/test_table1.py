@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.training_runs import settings_for
 
 from examples.dialogue import table1
+from examples.dialogue.encoding import dialogue_data
 from examples.dialogue.evaluation import TOTAL
 from examples.dialogue.experiment import read_experiment
+from examples.dialogue.models import load_trained
 from examples.dialogue.page import PAPER, paper_table
 from svdconvert.errors import InputError, JobError
 
@@ -40,6 +43,12 @@ of = "m-P-S"
 bits = 8
 
 [[rows]]
+name = "m-P-S before"
+table = "paper"
+of = "m-P-S"
+start = true
+
+[[rows]]
 name = "A"
 table = "adapters"
 settings = "settings.json"
@@ -51,7 +60,9 @@ work = "work"
 page = "page"
 profile = "mdd-offline"
 threads = 1
-remarks = ["Nothing is learned here.", "Row A ends at {A.perplexity}."]
+examples = 2
+full_size = false
+remarks = ["Nothing is learned here.", "Row A ends at {A.perplexity}, KL of P-S is {m-P-S.kl}."]
 
 [decoding]
 max_new_tokens = 4
@@ -59,6 +70,9 @@ max_new_tokens = 4
 [tables]
 paper = "As in the paper"
 adapters = "Adapters"
+
+[references]
+paper = "m"
 """
 
 
@@ -82,13 +96,33 @@ def in_this_process(words, name, threads):
     importlib.import_module(words[2]).main(words[3:], standalone_mode=False)
 
 
+def losses_of(path: Path, name: str, reference: str) -> list[float]:
+    """Loss of the answers under a row's model and KL from another's, in float64 by their definitions."""
+    settings = {row.name: row.settings for row in read_experiment(path).rows}
+    models = []
+    for row in (name, reference):
+        model, tokenizer = load_trained(settings[row], torch.device("cpu"))
+        models.append(model.double())
+    data = settings[name].data
+    sums, count = [0.0, 0.0], 0
+    for row in dialogue_data(data.validation, tokenizer, data, 0, 1).rows:
+        with torch.no_grad():
+            own, other = (model(torch.tensor([row["input_ids"]])).logits[0].softmax(-1) for model in models)
+        for place, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                sums[0] -= float(own[place, label].log())
+                sums[1] += float((other[place] * (other[place] / own[place]).log()).sum())
+                count += 1
+    return [total / count for total in sums]
+
+
 def test_the_table(dense, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sacrebleu")
     path = write(tmp_path, dense)
     first = run(path, "--rows", "m")
     assert first.returncode == 0, first.stderr[-2000:]
     page = (tmp_path / "page" / "README.md").read_text(encoding="utf-8")
-    assert "Not done yet: m-P-S, m-P-S-8bit, A." in page
+    assert "Not done yet: m-P-S, m-P-S-8bit, m-P-S before, A." in page
     assert "Row A" not in page
     kept = (tmp_path / "work" / "results" / "m.json").stat().st_mtime_ns
 
@@ -102,10 +136,11 @@ def test_the_table(dense, tmp_path, monkeypatch, capsys):
     page = (folder / "README.md").read_text(encoding="utf-8")
     assert "Not done yet" not in page
     assert "Nothing is learned here." in page
-    perplexity = json.loads((tmp_path / "work" / "results" / "A.json").read_text())["statistics"]["perplexity"]
-    assert f"Row A ends at {perplexity:.2f}." in page
+    assert "full size" not in page
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
-    assert list(rows) == ["m", "m-P-S", "m-P-S-8bit", "A"]
+    assert list(rows) == ["m", "m-P-S", "m-P-S-8bit", "m-P-S before", "A"]
+    told = {name: row["statistics"] for name, row in rows.items()}
+    assert f"Row A ends at {told['A']['perplexity']:,.2f}, KL of P-S is {told['m-P-S']['kl']:.3f}." in page
     for name, row in rows.items():
         assert row["scores"]["pairs"] == 4
         lines = page.splitlines()
@@ -115,7 +150,15 @@ def test_the_table(dense, tmp_path, monkeypatch, capsys):
         scores = [row["scores"]["scores"][score] for score in TOTAL]
         assert [shown[score] for score in TOTAL] == [f"{score:.2f}" for score in scores]
         assert shown["Total"] == f"{sum(scores):.2f}"
+        assert shown["loss"] == f"{told[name]['loss']:.3f}"
+        assert shown.get("KL", "-") == ("-" if name in ("m", "A") else f"{told[name]['kl']:.3f}")
+        assert len(row["examples"]) == 2
     assert any(sum(row["scores"]["scores"][score] for score in TOTAL) > 20 for row in rows.values())
+    expected = losses_of(path, "m-P-S", "m")
+    assert [told["m-P-S"]["loss"], told["m-P-S"]["kl"]] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    # before the training: what was factored, which is worse
+    assert told["m-P-S before"]["loss"] > told["m-P-S"]["loss"]
+    assert told["m-P-S before"]["kl"] > 0
     # the pipeline's second half starts from the first row's result
     assert rows["m-P-S"]["run"]["source_parameters"] > rows["m-P-S"]["run"]["start_parameters"]
     assert rows["m-P-S-8bit"]["statistics"]["weights"] < rows["m-P-S"]["statistics"]["weights"]
@@ -145,12 +188,14 @@ def test_the_time_of_a_row_is_that_of_all_its_calls(dense, tmp_path, monkeypatch
     assert [file.name for file in (tmp_path / "work" / "results").iterdir()] == ["m.json"]
 
 
-@pytest.mark.parametrize("quoted", ["{B.perplexity}", "{A.loss}"])
+@pytest.mark.parametrize("quoted", ["{B.perplexity}", "{A.cost}"])
 def test_a_remark_that_quotes_what_there_is_not(dense, tmp_path, capsys, quoted):
     path = write(tmp_path, dense, (HEAD + ROWS).replace("{A.perplexity}", quoted))
     with pytest.raises(SystemExit, match="2"):
         table1.main(["--config", str(path)], standalone_mode=False)
-    assert f"a remark quotes {quoted}; rows are m, m-P-S, m-P-S-8bit, A, figures F1, perp" in capsys.readouterr().err
+    assert f"a remark quotes {quoted}; rows are m, m-P-S, m-P-S-8bit, m-P-S before, A, figures F1, loss" in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_papers_totals_are_summed_anew():
@@ -179,6 +224,10 @@ def test_the_papers_totals_are_summed_anew():
         (HEAD + ROWS.replace('table = "adapters"', 'table = "other"'), "is of table 'other'"),
         (HEAD + ROWS.replace('"row:m"', '"row:n"'), "starts from 'n', which is no row before it"),
         (HEAD + ROWS.replace('of = "m-P-S"', 'of = "x"'), "is of 'x', which is no row before it"),
+        (
+            HEAD.replace('paper = "m"', 'paper = "A"') + ROWS,
+            "KL of row m is measured from 'A', which is no row before it",
+        ),
         (HEAD + ROWS.replace("bits = 8", "bit = 8"), "unknown setting bit"),
         (HEAD + ROWS.replace("rank = 16", "ranks = 16"), "unknown setting convert.ranks"),
     ],

@@ -56,6 +56,15 @@ def test_table_2_of_the_paper() -> None:
     assert [row["judgement"] for row in answers].count("판단불가") == 2
 
 
+def test_the_chat_form_ends_where_the_assistant_begins() -> None:
+    rendered = render(SAMPLE, "doc2dial-chat")
+    assert rendered.prompt.startswith("<|im_start|>user\nRead the document")
+    assert "\nDialogue: user: 첫째는? agent: 첫째 것이요.\nQuestion: 둘째는?<|im_end|>\n" in rendered.prompt
+    assert rendered.prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    empty = render(Sample("d_1", "d", passage="", question="둘째는?", answer="둘째"), "doc2dial-chat")
+    assert "\nDocument: none\nDialogue: none\n" in empty.prompt
+
+
 def test_the_marked_form_has_a_capital_i() -> None:
     rendered = render(SAMPLE, "multidoc2dial")
     assert rendered.prompt == (
