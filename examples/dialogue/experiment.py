@@ -139,8 +139,8 @@ def _row(entry: Any, folder: Path, work: Path, before: Mapping[str, Row], path: 
         if entry["of"] not in before:
             raise InputError(f"{path}: row {name} is of {entry['of']!r}, which is no row before it")
         of = before[entry["of"]]
-        looked = {"bits": int(entry.get("bits", 0)), "start": bool(entry.get("start", False))}
-        return Row(name, entry["table"], of.config, of.settings, of=of.name, **looked, **marks)
+        bits, start = int(entry.get("bits", 0)), bool(entry.get("start", False))
+        return Row(name, entry["table"], of.config, of.settings, bits, of.name, start, **marks)
     if "settings" not in entry:
         raise InputError(f"{path}: row {name} needs settings, a settings file, or of, another row")
     config = (folder / entry["settings"]).resolve()
