@@ -146,7 +146,7 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
         after, factors = before, dict(student.start)
         if training.best is not None:
             student.put(training.best)
-            found = _measured(objective, judging)
+            found = _measured(work, objective, judging)
             if found is not None and found.kl < before.kl:
                 after, factors = found, training.best
     return _told(work, training, batch, before, after, factors), factors
@@ -158,14 +158,15 @@ def _first(work: HealingWork, objective: Objective, judging: Teacher) -> HeadDiv
     Raises:
         InputError: it gives no finite numbers.
     """
-    found = _measured(objective, judging)
+    found = _measured(work, objective, judging)
     if found is None:
         raise InputError(f"{work.source.where} or {work.dense.where} gives NaN or infinite logits; check both models")
     return found
 
 
-def _measured(objective: Objective, judging: Teacher) -> HeadDivergence | None:
+def _measured(work: HealingWork, objective: Objective, judging: Teacher) -> HeadDivergence | None:
     """The model on the held-out sequences, in float32; None if it gives no finite numbers."""
+    work.events.progress("judging", 0, 0, "held-out sequences")
     try:
         return objective.measure(judging, judging.sequences, torch.float32)
     except Diverged:
