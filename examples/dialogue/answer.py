@@ -20,6 +20,8 @@ from examples.dialogue.commands import SETTINGS, Command
 from svdconvert.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from examples.dialogue.settings import Settings
 
 STATISTICS = ".statistics.json"
@@ -89,7 +91,6 @@ def answer(
     from examples.dialogue.memory import PeakMemory, count_memory
     from examples.dialogue.models import load_trained
     from examples.dialogue.settings import QuantizationSettings
-    from examples.dialogue.speech import answer_losses
     from examples.dialogue.templates import ELISION, cut
     from svdconvert.machine.devices import resolve_device
 
@@ -112,9 +113,7 @@ def answer(
     model, tokenizer = load_trained(settings, device, start=start, **how)
     limit = limit or settings.data.validation_limit
     data = dialogue_data(settings.data.validation, tokenizer, settings.data, limit, settings.training.seed)
-    reference = None if against is None else load_trained(against, device, weights=weights)[0]
-    loss, divergence = answer_losses(model, data.rows, device, reference)
-    del reference
+    losses = _losses(model, data.rows, device, against, weights)
     samples = [cut(sample, settings.data.passage) for sample in data.samples]
     clock = time.perf_counter()
     rows = generate(
@@ -133,10 +132,8 @@ def answer(
     seconds = time.perf_counter() - clock
     tokens = sum(int(row["new_tokens"]) for row in rows)
     memory = count_memory(model)
-    statistics = {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "kl": divergence,
+    statistics: dict[str, Any] = {
+        **losses,
         "samples": len(samples),
         "parameters": memory.parameters,
         "weights": memory.weights,
@@ -154,6 +151,18 @@ def answer(
     partial.write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
     partial.replace(done)
     return statistics
+
+
+def _losses(
+    model: Any, rows: Any, device: torch.device, against: Settings | None, weights: str
+) -> dict[str, float | None]:
+    """Loss, perplexity and KL of the right answers; the reference model is in memory no longer than that."""
+    from examples.dialogue.models import load_trained
+    from examples.dialogue.speech import answer_losses
+
+    reference = None if against is None else load_trained(against, device, weights=weights)[0]
+    loss, divergence = answer_losses(model, rows, device, reference)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "kl": divergence}
 
 
 if __name__ == "__main__":
