@@ -20,7 +20,7 @@ from svdconvert.cli.screen import console_for, job_events, need_folder, print_ou
 from svdconvert.cli.types import FOLDER
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
-from svdconvert.settings.healing import Healing
+from svdconvert.settings.healing import Healing, HealRequest
 from svdconvert.settings.options import BY_KEYWORD
 from svdconvert.settings.text import Text
 
@@ -41,14 +41,25 @@ _TEXT = [word for word, one in BY_KEYWORD.items() if one.section is Text and one
 @verbose_option
 @quiet_option
 @option("--against-revision", metavar="R", group="Hub", help="Branch, tag or commit of --against.")
-def heal(folder: Path, against: str, out: Path, no_check: bool, verbose: bool, quiet: bool, **values: Any) -> None:
+def heal(
+    folder: Path,
+    against: str,
+    out: Path,
+    against_revision: str | None,
+    no_check: bool,
+    verbose: bool,
+    quiet: bool,
+    **values: Any,
+) -> None:
     """Train the factors of FOLDER to the predictions of the dense model (`--calib` gives the text)."""
     need_folder(folder)
     calibration = take_calibration(values)
     if calibration is None:
         raise InputError(f"{asked('calibration')} is missing: the text to heal on")
-    from svdconvert.commands.heal import heal as run
+    request = HealRequest.of(calibration, **values, check=not no_check)
+    request.check()  # before torch is imported
+    from svdconvert.commands.heal import run_healing
 
     with job_events(console_for(False), verbose=verbose, quiet=quiet) as events:
-        outcome = run(folder, against, calibration, out, **values, check=not no_check, events=events)
+        outcome = run_healing(folder, against, out, request, against_revision, events)
     print_outcome(outcome, quiet=quiet)

@@ -27,7 +27,8 @@ from svdconvert.cli.groups import GROUPS
 from svdconvert.version import __version__
 
 SCRIPT = Path(sys.executable).parent / "svdconvert"
-COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold push".split())
+COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold heal push".split())
+HEAL = ("--against", "model", "--calib", "text.txt")
 Run = Callable[..., SimpleNamespace]
 
 
@@ -79,6 +80,8 @@ def test_help_errors_and_plans_do_not_import_torch(dense: Path, tmp_path: Path) 
         (2, "no such option", [str(dense), "--rnak", "8"]),
         (2, "there is no folder", ["verify", str(tmp_path / "none")]),
         (2, "there is no folder", ["densify", str(tmp_path / "none"), "--out", str(tmp_path / "out")]),
+        (2, "--lr 0 must be", ["heal", str(dense), *HEAL, "--lr", "0", "--out", str(tmp_path / "out")]),
+        (2, "--quiet and --verbose", ["densify", str(dense), "-q", "-v", "--out", str(tmp_path / "out")]),
         (0, "break-even", ["plan", str(dense), "--rank", "8"]),
         (0, "svd_ranks", ["plan", str(dense), "--rank", "8", "--json"]),
         (0, "break-even", [str(dense), "--rank", "8", "--dry-run"]),
