@@ -1,9 +1,10 @@
 """How much host memory a conversion takes where it runs the model on a text, estimated from shapes alone.
 
 The model is run block by block, so the peak is that of one piece: the embeddings, a block with its statistics, the
-matrices of a block as they are decomposed, or the head with some of its logits. The counts follow the code
-(``calibration/run.py``, ``calibration/collector.py``, ``models/loss.py``, ``models/head_divergence.py``,
-``factoring/edges.py``); what stands beside them was measured (docs/measurements.md).
+matrices of a block as they are decomposed, or the head with some of its logits. Only a text that the model writes takes
+all of it at once. The counts follow the code (``calibration/run.py``, ``calibration/collector.py``, ``models/loss.py``,
+``models/head_divergence.py``, ``models/sampling.py``, ``factoring/edges.py``); what stands beside them was measured
+(docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from svdconvert.planning.ranks import Target
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.text import Stats, Text
 from svdconvert.storage.source import Source
-from svdconvert.tensors import TensorInfo
+from svdconvert.tensors import TensorInfo, majority_dtype
 
 # A process that has run a model: torch, transformers, and what the allocator keeps between two passes.
 TEXT_BASE_BYTES = 550_000_000
@@ -33,6 +34,9 @@ LOSS, SLOPE, COMPARED = 3, 6, 7
 FORWARD, BACKWARD = 1.0, 2.5
 # Copies of a block's matrices where compressed ones are put into it, and where their gradients are taken.
 PLACED, DIFFERENTIATED = 2, 3
+# Sequences that a model writes at a time at most, what their keys and values may take, and bytes of each logit
+# (models/sampling.py).
+WRITTEN, CACHE_BYTES, WRITTEN_LOGIT = 64, 2**30, 28
 # A refit sums up two Gram matrices of inputs, and runs two models.
 REFITTED = 2
 
@@ -54,6 +58,7 @@ class TextPasses:
         compares: whether compressed models are compared with the dense one.
         corrects: whether what single directions are worth is measured, too.
         refits: whether outer factors are fitted again.
+        writing: bytes of the whole model while it writes the text; 0 where it does not.
     """
 
     vocabulary: int
@@ -72,6 +77,7 @@ class TextPasses:
     compares: bool
     corrects: bool
     refits: bool
+    writing: int = 0
 
     def peak_bytes(self, workers: int = 1) -> int:
         """Estimated peak.
@@ -79,7 +85,7 @@ class TextPasses:
         Args:
             workers: matrices that are decomposed at the same time.
         """
-        pieces = [self._embeddings, self._head, self._block]
+        pieces = [self._embeddings, self._head, self._block, self.writing]
         if self.decomposes:
             pieces.append(self._grams + decomposition_bytes([self.largest], workers))
         if self.compares:
@@ -152,12 +158,12 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
     vocabulary, hidden = next(info.shape for name, info in source.tensors.items() if named[name] == row.embedding)
     layers = [infos for block, infos in blocks.items() if block >= 0]
     matrices = _shapes(targets)
-    limited = request.size.limit is not None
+    limited, length = request.size.limit is not None, text.length or min(2048, longest_input(source.config, 2048))
     return TextPasses(
         vocabulary=vocabulary,
         hidden=hidden,
         batch=min(text.batch_size, text.samples),
-        length=text.length or min(2048, longest_input(source.config, 2048)),
+        length=length,
         weights=max(sum(info.size for info in infos) for infos in layers),
         widths=max(sum(sum(info.shape) for info in infos if len(info.shape) == 2) for infos in layers),
         inputs=max(sum(columns**2 for _, columns in shapes) for shapes in matrices.values()),
@@ -170,7 +176,25 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
         compares=request.allocation == "measured" or limited,
         corrects=request.allocation == "measured",
         refits=request.recipe.refit != "none",
+        writing=_writing_bytes(source, vocabulary, 2 * len(layers) * hidden * length) if text.by_model else 0,
     )
+
+
+def _writing_bytes(source: Source, vocabulary: int, kept: int) -> int:
+    """Memory of a model that writes a text, on a machine that computes in the type of its weights.
+
+    Args:
+        source: the dense model.
+        vocabulary: of it.
+        kept: keys and values of a sequence, at most.
+    """
+    from svdconvert.storage.gguf_source import GgufSource  # which imports numpy
+
+    wide = majority_dtype(source.tensors.values()) in ("float32", "float64") and not isinstance(source, GgufSource)
+    width = FLOAT32 if wide else 2
+    weights, cache = width * sum(info.size for info in source.tensors.values()), width * kept
+    batch = min(WRITTEN, max(max(weights // 2, CACHE_BYTES) // cache, 1))
+    return weights + batch * (cache + WRITTEN_LOGIT * vocabulary)
 
 
 def _shapes(targets: Sequence[Target]) -> dict[int, list[tuple[int, int]]]:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from svdconvert import plan
-from svdconvert.models import blocks, loss, probe
+from svdconvert import Calibration, plan
+from svdconvert.models import blocks, loss, probe, sampling
+from svdconvert.models.sampling import Sampler
+from svdconvert.planning.make import make_plan
 from svdconvert.planning.memory import (
     BASE_BYTES,
     HEAD_BYTES,
@@ -22,7 +24,17 @@ from svdconvert.planning.memory import (
     device_bytes,
     host_bytes,
 )
-from svdconvert.planning.text_memory import LOGIT_BYTES, TEXT_BASE_BYTES, TOKEN_BYTES, TextPasses
+from svdconvert.planning.text_memory import (
+    CACHE_BYTES,
+    LOGIT_BYTES,
+    TEXT_BASE_BYTES,
+    TOKEN_BYTES,
+    WRITTEN,
+    WRITTEN_LOGIT,
+    TextPasses,
+)
+from svdconvert.settings.conversion import Conversion
+from svdconvert.storage.source import LocalSource
 
 # torch 2.13 for CPUs and transformers 5.23, imported; the estimate's base holds for these.
 IMPORTED_BYTES = 254_000_000
@@ -104,6 +116,22 @@ def test_what_is_run_on_a_text_is_counted() -> None:
     assert plain.passes is None
     assert plain.peak_bytes() < TEXT_BASE_BYTES < forward.peak_bytes() < calibrated.peak_bytes()
     assert plain.solving_bytes() == calibrated.solving_bytes(), "which decides on the number of workers"
+
+
+def test_a_model_that_writes_its_text_is_in_memory_whole() -> None:
+    """The bundled one, whose attention has as many keys as queries, in the type that is stored."""
+    source = LocalSource(EXAMPLE / "model")
+    texts = (Calibration(text, samples=4, length=256) for text in ("self", str(EXAMPLE / "calibration.txt")))
+    made, without = (make_plan(source, Conversion.of(keep=0.8, calibration=text)) for text in texts)
+    assert made.passes is not None
+    assert without.passes is not None
+    assert without.passes.writing == 0
+    assert replace(PASSES, writing=10**10).peak_bytes() == TEXT_BASE_BYTES + TOKEN_BYTES * 1000 + 10**10
+    sampler = Sampler(source, 256, device="cpu")
+    logits = sampler.batch * made.passes.vocabulary * WRITTEN_LOGIT
+    assert made.passes.writing - logits == (sampler.needed - logits) * 2 // sampler.dtype.itemsize
+    assert (WRITTEN, CACHE_BYTES) == (sampling.MOST_SEQUENCES, sampling.CACHE_BYTES)
+    assert WRITTEN_LOGIT == sampling._BYTES_PER_LOGIT
 
 
 @pytest.mark.parametrize("method", ["svd", "kfac"])
