@@ -8,8 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from svdconvert import Calibration, plan
 from svdconvert.models import blocks, loss, probe, sampling
 from svdconvert.models.sampling import Sampler
@@ -134,25 +132,28 @@ def test_a_model_that_writes_its_text_is_in_memory_whole() -> None:
     assert WRITTEN_LOGIT == sampling._BYTES_PER_LOGIT
 
 
-@pytest.mark.parametrize("method", ["svd", "kfac"])
-def test_the_estimate_is_that_of_a_real_conversion(method: str, tmp_path: Path) -> None:
-    """With two threads, as each has buffers; what another torch takes more before it does anything is added."""
+def test_the_estimate_is_that_of_a_real_conversion(tmp_path: Path) -> None:
+    """In one thread, as each has buffers; what another torch takes more before it does anything is added."""
     program = (
         "import sys\n"
         "import torch, transformers\n"
         "from svdconvert import Calibration, convert\n"
         "from svdconvert.machine.memory import peak_memory_bytes\n"
         f"more = peak_memory_bytes() - {IMPORTED_BYTES}\n"
-        "model, text, method, out = sys.argv[1:]\n"
-        "text = Calibration(text, samples=4, length=256) if method != 'svd' else None\n"
-        "report = convert(model, out, keep=0.8, method=method, calibration=text, device='cpu', workers=1)\n"
-        "print((report.plan.peak_bytes() + more) / report.outcome.peak_memory_bytes)\n"
+        "model, text, out = sys.argv[1:]\n"
+        "text = Calibration(text, samples=4, length=256)\n"
+        "for method, known in (('svd', None), ('kfac', text)):\n"  # the second one's peak is higher
+        "    folder = f'{out}-{method}'\n"
+        "    made = convert(model, folder, keep=0.8, method=method, calibration=known, device='cpu', workers=1)\n"
+        "    print((made.plan.peak_bytes() + more) / made.outcome.peak_memory_bytes)\n"
     )
-    arguments = [str(EXAMPLE / "model"), str(EXAMPLE / "calibration.txt"), method, str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    arguments = [str(EXAMPLE / "model"), str(EXAMPLE / "calibration.txt"), str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     # measured: 1.03 and 1.15; the rest is for other versions of torch
-    assert 0.8 < float(done.stdout) < 1.6
+    plain, calibrated = map(float, done.stdout.split())
+    assert 0.8 < plain < 1.6
+    assert 0.8 < calibrated < 1.6
