@@ -61,9 +61,9 @@ def heal(
     """Train the factors of a compressed model to the predictions of the dense one, and write the result.
 
     The factors alone are trained: rows that a pivoted matrix keeps are factors, their places and all other tensors stay
-    as they are. What is minimised is KL(dense || model), and every eighth sequence of the text is held out to judge by;
-    if training brings nothing there, the result has the factors as they were. An interrupted call goes on where it
-    stopped when it is made again with the same arguments.
+    as they are. What is minimised is KL(dense || model), and every eighth sequence of the text, up to 8,192 tokens, is
+    held out to judge by; if training brings nothing there, the result has the factors as they were. An interrupted call
+    goes on where it stopped when it is made again with the same arguments.
 
     Args:
         model: folder of a factored checkpoint.

@@ -1,4 +1,4 @@
-"""A factored checkpoint made into another one, tensor by tensor: what `densify` and `fold` have in common."""
+"""A factored checkpoint made into another one, tensor by tensor: what `densify`, `fold` and `heal` have in common."""
 
 from __future__ import annotations
 

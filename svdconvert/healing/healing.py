@@ -5,8 +5,9 @@ temperature 1), which is 0 only where both predict the same. A text's own next t
 model learns the text by heart and gets a lower perplexity without being a better copy.
 
 The dense model is run once, block by block, and its last hidden states lie in files. The compressed one is in memory,
-in float32, with its factors, their gradients and two moments of each. Every eighth sequence is held out; the factors
-with the least divergence there, rounded as they are stored, are the result, and the start is one of the candidates.
+in float32, with its factors, their gradients and two moments of each. Every eighth sequence is held out, up to
+8,192 tokens (``healing/sequences.py``); the factors with the least divergence there, rounded as they are stored, are
+the result, and the start is one of the candidates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Running any job that turns one checkpoint into another: convert, densify, fold.
+"""Running any job that turns one checkpoint into another: convert, heal, densify, fold.
 
 They differ in their steps and in the config they end with; everything between is the same.
 """
