@@ -7,8 +7,9 @@ edge of the truncation are summed up.
 
 One pass forward keeps every block's input on disk, with the compressed matrices in place; the head gives the gradient
 at the last hidden state, and the blocks are gone through from last to first. In memory are one block, the activations
-of one batch in it, and the gradients of its matrices, [out, in] each in the computing type. Batches are equal parts of
-the text that are summed up apart; where they agree, the sums can be trusted.
+of one batch in it, the gradients of its matrices, [out, in] each in the computing type, and the directions, which are
+read once for all batches. Batches are equal parts of the text that are summed up apart; where they agree, the sums can
+be trusted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from svdconvert.factoring.sampled import Bench, Sampled
 from svdconvert.factoring.samples import CORRECTED, PARTS, READ, correction_sample
 from svdconvert.factoring.truncations import Truncations
 from svdconvert.fields import NUMBER, few, record, table
-from svdconvert.linalg.edges import direction_terms, shared_terms
+from svdconvert.linalg.edges import direction_terms, directions, shared_directions
 from svdconvert.models.stream import Stream
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.correction import Edge, edge_of
@@ -87,7 +88,7 @@ class Edges:
             tokens = stream.divergence(head, dense, write).tokens
         measured = {target.module: [0.0] * len(stream.batches) for target in targets}
         matrices = Truncations(self._bench.source, targets, steps, blocks.device)
-        terms = _Terms(self._bench.source, self._store, places)
+        near = _Directions(self._bench.source, self._store, places)
         for index in reversed(range(blocks.count)):
             self._bench.events.progress("differentiating", blocks.count - 1 - index, blocks.count, name)
             layers = [
@@ -96,7 +97,7 @@ class Edges:
                 for place, layer in enumerate(target.parts)
                 if layer_number(layer.module) == index
             ]
-            for part, target, value in self._block(stream, index, matrices, layers, terms):
+            for part, target, value in self._block(stream, index, matrices, layers, near):
                 measured[target.module][part] -= value / tokens
         self._bench.events.progress("differentiating", blocks.count, blocks.count, name)
         stream.store.clear()
@@ -112,13 +113,14 @@ class Edges:
         index: int,
         matrices: Truncations,
         layers: Sequence[tuple[Target, int]],
-        terms: _Terms,
+        near: _Directions,
     ) -> list[tuple[int, Target, float]]:
         """The gradient at a block's output -> that at its input; gives ``(batch, target, sum of its terms)``."""
         blocks, found, store = self._bench.blocks, [], stream.store
         paths = {suffix(target.parts[place].module): (target, place) for target, place in layers}
         with blocks.block(index) as block:
             dense = {path: blocks.matrix(block, path).detach() for path in paths}
+            pairs = {path: near(target, place, blocks.device) for path, (target, place) in paths.items()}
             with (
                 blocks.replaced(block, matrices(index)),
                 blocks.differentiable(block, list(paths)) as gradients,
@@ -128,39 +130,39 @@ class Edges:
                     above = store.read(f"gradient-{index + 1}", batch).to(blocks.device)
                     write(stream.differentiate(block, index, batch, above))
                     for path, gradient in gradients().items():
-                        target, place = paths[path]
-                        found.append((number, target, terms(target, place, dense[path], gradient)))
+                        terms = direction_terms(dense[path], gradient, *pairs[path])
+                        found.append((number, paths[path][0], float(terms.sum())))
         stream.forget(index + 1)
         store.remove(f"gradient-{index + 1}")
         return found
 
 
 @dataclass(frozen=True)
-class _Terms:
-    """Inner products of gradients with the directions around the edges of targets."""
+class _Directions:
+    """The directions around the edges of targets."""
 
     source: Source
     store: Decompositions
     places: Mapping[str, tuple[int, int]]
 
-    def __call__(self, target: Target, place: int, weight: Tensor, gradient: Tensor) -> float:
-        """The sum of one layer of a target.
+    def __call__(self, target: Target, place: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Those of one layer of a target, for :func:`direction_terms`.
 
         Args:
             target: what it is, or is a part of.
             place: its place among the target's parts.
-            weight, gradient: [out, in], the dense matrix and the gradient at the compressed one.
+            device: where to.
         """
-        (start, stop), device = self.places[target.module], gradient.device
+        start, stop = self.places[target.module]
         found, inner, _ = load_decomposition(self.store.path(target), device)
         if not target.followers:
-            return float(direction_terms(weight, gradient, found, inner, start, stop).sum())
+            return directions(found, inner, start, stop)
         metrics = self.store.options(target)["metrics"]
         own = load_metric(Path(metrics[place]), device) if metrics else None
         rows = found.basis.double().flip(1)
         if not metrics and target.shape[0] < target.shape[1]:  # vectors on the side of the outputs
             rows = self._stack(target, device).T @ rows
-        return float(shared_terms(weight, gradient, rows, own, start, stop).sum())
+        return shared_directions(rows, own, start, stop)
 
     def _stack(self, target: Target, device: torch.device) -> Tensor:
         """The matrices of a group, one above the other, float64."""

@@ -17,39 +17,32 @@ from svdconvert.linalg.results import Decomposition
 from svdconvert.linalg.shared import RIDGE
 
 
-def direction_terms(
-    weight: Tensor, gradient: Tensor, found: Decomposition, inner: Metric, start: int, stop: int
-) -> Tensor:
-    """<gradient, A_i> of the directions ``start`` to ``stop - 1`` of a matrix.
+def directions(found: Decomposition, inner: Metric, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The directions ``start`` to ``stop - 1`` of a matrix, for :func:`direction_terms`.
 
     Args:
-        weight, gradient: [m, n], any floating type.
         found: decomposition of the matrix, with all its vectors.
         inner: the metric on the smaller side.
         start, stop: 0 is the direction of the largest singular value.
 
     Returns:
-        [stop - start] float64; 0 for directions that the metric does not see.
+        ``(b, M b / (b^T M b))``, [smaller side, stop - start] each, float64; the latter is 0 for directions that the
+        metric does not see.
     """
     last = found.basis.shape[1]
     columns = found.basis[:, last - stop : last - start].flip(1).double()
     weighted = apply_metric(inner, columns)
     norms = (columns * weighted).sum(0)
-    weight, gradient = weight.double(), gradient.double()
-    if weight.shape[0] < weight.shape[1]:
-        weight, gradient = weight.T, gradient.T
-    terms = ((weight @ weighted) * (gradient @ columns)).sum(0)
-    return torch.where(norms > 0, terms / norms.clamp_min(torch.finfo(terms.dtype).tiny), 0)
+    return columns, torch.where(norms > 0, weighted / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0)
 
 
-def shared_terms(weight: Tensor, gradient: Tensor, rows: Tensor, inner: Metric, start: int, stop: int) -> Tensor:
+def shared_directions(rows: Tensor, inner: Metric, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """The same of one layer of a group.
 
     Args:
-        weight, gradient: [m, n] of the layer, any floating type.
         rows: [n, k], the rows of A in descending order.
         inner: the metric on the layer's inputs; None for groups without metrics, whose rows are orthogonal.
-        start, stop: see :func:`direction_terms`.
+        start, stop: see :func:`directions`.
     """
     leading = rows[:, :stop].double()
     if inner is None:
@@ -59,5 +52,21 @@ def shared_terms(weight: Tensor, gradient: Tensor, rows: Tensor, inner: Metric, 
         overlap = leading.T @ apply_metric(inner, leading)
         overlap.diagonal().add_(RIDGE)
         own = torch.linalg.solve_triangular(torch.linalg.cholesky(overlap), leading.T, upper=False).T
-    own = own[:, start:]
-    return ((weight.double() @ apply_metric(inner, own)) * (gradient.double() @ own)).sum(0)
+    own = own[:, start:].contiguous()
+    return own, apply_metric(inner, own)
+
+
+def direction_terms(weight: Tensor, gradient: Tensor, columns: Tensor, weighted: Tensor) -> Tensor:
+    """<gradient, A_i> of directions of a matrix.
+
+    Args:
+        weight, gradient: [m, n], any floating type.
+        columns, weighted: from :func:`directions`, or from :func:`shared_directions` for a layer of a group.
+
+    Returns:
+        [directions] float64.
+    """
+    weight, gradient = weight.double(), gradient.double()
+    if weight.shape[1] != columns.shape[0]:  # a wide one, whose vectors are on the side of the outputs
+        weight, gradient = weight.T, gradient.T
+    return ((weight @ weighted) * (gradient @ columns)).sum(0)
