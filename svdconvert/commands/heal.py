@@ -196,9 +196,11 @@ def _told(work: HealingWork, healed: Healed) -> Mapping[str, Any]:
 
 
 def _start_command(source: LocalSource) -> str | None:
-    """The command that made the model which is healed, as far as its record has it."""
-    found = (json_or_none(source.folder / RECORD) or {}).get("repeat")
-    return printable(found) if isinstance(found, str) else None
+    """The commands that made the model which is healed, as far as its record has them."""
+    record = json_or_none(source.folder / RECORD) or {}
+    healing = record.get("healing")  # where it was healed before, the command alone would not be all
+    found = [healing.get("start") if isinstance(healing, dict) else None, record.get("repeat")]
+    return printable(" && ".join(one for one in found if isinstance(one, str))) or None
 
 
 def _steps(source: LocalSource, row: Architecture, file: Path) -> list[Step]:

@@ -246,6 +246,20 @@ def test_command(run: Callable[..., SimpleNamespace], dense: Path, factored: Pat
     assert shown.code == 0, shown.err
 
 
+def test_a_model_that_was_healed_before_has_all_its_commands(tmp_path: Path) -> None:
+    from svdconvert.commands.heal import _start_command
+
+    source: Any = SimpleNamespace(folder=tmp_path)
+    assert _start_command(source) is None
+    for record, expected in (
+        ({}, None),
+        ({"repeat": "svdconvert one", "healing": None}, "svdconvert one"),
+        ({"repeat": "svdconvert heal", "healing": {"start": "svdconvert one"}}, "svdconvert one && svdconvert heal"),
+    ):
+        (tmp_path / "svdconvert.json").write_text(json.dumps(record))
+        assert _start_command(source) == expected
+
+
 def svdconvert_record(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "svdconvert.json").read_text())
     return found
