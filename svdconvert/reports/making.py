@@ -12,7 +12,7 @@ from svdconvert.reports.markup import Child, Markup, element
 from svdconvert.reports.tables import MOST_ROWS, pairs, section
 
 # Of the settings, what stands elsewhere on the page, or says which files were read.
-_NOT_SHOWN = {"svdconvert", "command", "config", "weights", "side_file", "adapter"}
+_NOT_SHOWN = {"svdconvert", "command", "config", "weights", "side_file", "adapter", "against"}
 
 
 def making_section(facts: Facts) -> Markup:
@@ -21,6 +21,9 @@ def making_section(facts: Facts) -> Markup:
     rows: list[tuple[Child, Child]] = [("model", record.source.name)]
     if record.source.commit is not None:
         rows.append(("commit", element("code", record.source.commit)))
+    healing = record.results.get("healing")
+    if isinstance(healing, Mapping):
+        rows.extend(_teacher(healing))
     architecture = _architecture(facts.settings)
     if architecture:
         rows.append(("architecture", architecture))
@@ -42,6 +45,17 @@ def making_section(facts: Facts) -> Markup:
         _dense(facts),
         _notes(facts),
     )
+
+
+def _teacher(healing: Mapping[str, Any]) -> list[tuple[Child, Child]]:
+    """The dense model whose predictions were learned, and the command that made the model which learned them."""
+    rows: list[tuple[Child, Child]] = []
+    against, start = healing.get("against"), healing.get("start")
+    if isinstance(against, Mapping) and isinstance(against.get("name"), str):
+        rows.append(("healed against", against["name"]))
+    if isinstance(start, str):
+        rows.append(("made before by", element("code", start)))
+    return rows
 
 
 def _settings(settings: Mapping[str, Any]) -> Markup | None:

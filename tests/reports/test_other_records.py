@@ -100,6 +100,22 @@ def test_other_commands(document: Document) -> None:
     assert "adapter folded in" in next(folded.all("h1")).text
 
 
+def test_a_healed_model(document: Document) -> None:
+    """The dense model by its name: what recognises its files is nothing to read."""
+    document["settings"]["against"] = {"weights": {"model.safetensors": "1-a"}, "config": {"vocab_size": 4016}}
+    changes = {"kl": 0.5, "added": 0.5, "perplexity": 9.5}
+    judged = {"before": changes, "after": changes, "dense_perplexity": 8.5, "held_out_tokens": 8}
+    healing = {"changed": True, **judged, "tokens": 64, "steps": 2, "lr": 0.001}
+    told = {"against": {"name": "a teacher", "repo": None, "commit": None}, "start": "svdconvert model --keep 0.6"}
+    making = page({**document, "healing": {**healing, **told}}).named("making")
+    rows = {name.text: value.text for name, value in zip(making.all("dt"), making.all("dd"), strict=True)}
+    assert rows["healed against"] == "a teacher"
+    assert rows["made before by"] == "svdconvert model --keep 0.6"
+    assert "against" not in rows
+    assert "vocab_size" not in making.text
+    assert "healed against" not in page({**document, "healing": healing}).text
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
