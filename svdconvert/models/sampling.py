@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from svdconvert.errors import InputError
 from svdconvert.families.table import dense_architecture
 from svdconvert.foreign import foreign_code, quiet_transformers
+from svdconvert.machine.devices import has_bfloat16
 from svdconvert.machine.memory import available_memory_bytes
 from svdconvert.models.loading import load_source
 from svdconvert.models.loss import draw, wide
@@ -180,7 +181,7 @@ def sampling_dtype(source: Source, device: str) -> torch.dtype:
         return torch.float32
     if device.startswith("cuda"):
         return stored if stored.itemsize == 2 else torch.bfloat16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def _cache_elements(config: Any) -> int:
