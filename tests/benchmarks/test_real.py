@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from support.families import write_family
 
 from svdconvert.models.divergence import likelihoods
 from svdconvert.models.loading import load_model
 from svdconvert.models.passages import Passage
 
-from .real import book, law, questions, subjects
+from .real import answers, book, law, questions, subjects
 from .real.losses import WINDOW, Remembered, opened
 from .real.rows import KEEPS, LAW, LAW_KEEPS, ROWS
 
@@ -83,6 +86,27 @@ def test_a_row_of_something_else_is_not_there() -> None:
     assert not any(book.there(lines, *asked, on | {field: "another"}) for field in on)
     assert not book.there(lines, asked[0], "another", *asked[2:], on)
     assert book.there([lines[0] | on], *asked, on)
+
+
+def test_what_is_left_above_chance_and_its_error() -> None:
+    """Against the questions one by one, and the error against a jackknife."""
+    right = [(1, 1)] * 40 + [(1, 0)] * 11 + [(0, 1)] * 6 + [(0, 0)] * 43, [(1, 1)] * 30 + [(1, 0)] * 9 + [(0, 0)] * 21
+    chances = 0.25, 0.4
+    lines = [
+        {"chance": chance, **answers.counts([bool(one) for one, _ in each], [bool(other) for _, other in each])}
+        for chance, each in zip(chances, right, strict=True)
+    ]
+    assert [book.asked(line) for line in lines] == [100, 60]
+    sides = np.array([(one - c, other - c) for c, each in zip(chances, right, strict=True) for one, other in each])
+
+    def share(rows: NDArray[np.float64]) -> float:
+        return float(rows[:, 1].sum() / rows[:, 0].sum())
+
+    left = np.array([share(np.delete(sides, i, axis=0)) for i in range(len(sides))])
+    jackknife = math.sqrt((len(sides) - 1) * left.var())
+    found, error = book.above_chance(lines)
+    assert found == pytest.approx(share(sides), rel=1e-12)
+    assert error == pytest.approx(jackknife, rel=0.05)
 
 
 def test_the_page_is_what_the_file_says() -> None:

@@ -3,8 +3,10 @@
     pip install "svdconvert[harness]"
     python -m tests.benchmarks.real.answers --texts wikitext2
 
-The factored model is that of one row and budget of the table of losses, by default the best at 80 %. Goes into the same
-file as the losses: accuracy, its standard error, and what is left of the dense model's accuracy above chance.
+The factored model is that of one row and budget of the table of losses, by default the best at 80 %. Both are asked the
+same questions, and it is kept how many each of them answers alone, from which comes the error of what is left of the
+dense model's accuracy above chance: far smaller than from the two accuracies by themselves. They compute in bfloat16,
+as models are used.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import book
-from .losses import Bench, add_options
+from .losses import LENGTH, Bench, add_options
 from .questions import TASKS, questions
 from .rows import ROWS
 from .subjects import SUBJECTS
@@ -27,26 +31,32 @@ from .subjects import SUBJECTS
 HERE = Path(__file__).parent / "harness"
 
 
-def accuracies(model: Path, questions_folder: Path, tasks: list[str], batch: int) -> dict[str, tuple[float, float]]:
-    """Task -> accuracy and its standard error, by the harness in a process of its own."""
+def right_answers(model: Path, options: argparse.Namespace) -> dict[str, list[bool]]:
+    """Task -> whether each question is answered right, by the harness in a process of its own."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # The tasks name files of the default folder, relative to where the harness runs.
-        shutil.copytree(questions_folder, folder / ".cache/real/questions", ignore=shutil.ignore_patterns("*.tar.gz"))
-        line = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", str(batch)]
-        line += ["--model_args", f"pretrained={model.resolve()},trust_remote_code=True,dtype=float32"]
-        line += ["--include_path", str(HERE), "--tasks", ",".join(f"bigbench_{name}" for name in tasks)]
-        environment = {
-            **os.environ,
-            "HF_DATASETS_OFFLINE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(folder / "cache"),
-        }
-        subprocess.run([*line, "--output_path", str(folder / "it.json")], cwd=folder, env=environment, check=True)
-        (path,) = folder.glob("it*.json")
-        results = json.loads(path.read_text())["results"]
-    found = {name: results[f"bigbench_{name}"] for name in tasks}
-    return {name: (each["acc,none"], each["acc_stderr,none"]) for name, each in found.items()}
+        asked = folder / ".cache/real/questions"
+        shutil.copytree(options.folder / "questions", asked, ignore=shutil.ignore_patterns("*.tar.gz"))
+        names = ",".join(f"bigbench_{name}" for name in options.tasks)
+        subprocess.run(
+            [
+                sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu",
+                "--batch_size", str(options.batch),
+                "--model_args", f"pretrained={model.resolve()},trust_remote_code=True,dtype={options.dtype}",
+                "--include_path", str(HERE), "--tasks", names, "--log_samples", "--output_path", str(folder / "it"),
+            ],
+            cwd=folder,
+            env={**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")},
+            check=True,
+        )  # fmt: skip
+        return {name: _right(folder / "it", name) for name in options.tasks}
+
+
+def _right(folder: Path, task: str) -> list[bool]:
+    (path,) = folder.rglob(f"samples_bigbench_{task}_*.jsonl")
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    return [bool(answer["acc"]) for answer in sorted(answers, key=lambda answer: int(answer["doc_id"]))]
 
 
 def ask(options: argparse.Namespace) -> None:
@@ -60,22 +70,27 @@ def ask(options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "out"
             bench.convert(row, options.at, out)
-            dense, factored = (
-                accuracies(model, options.folder / "questions", options.tasks, options.batch)
-                for model in (bench.model, out)
-            )
+            dense, factored = (right_answers(model, options) for model in (bench.model, out))
         found = [
             {
-                "subject": name, "row": row.name, "keep": options.at, "calibration_tokens": samples * 512, "task": task,
-                "questions": len(asked[task]), "chance": chance[task],
-                "dense": dense[task][0], "dense_error": dense[task][1],
-                "factored": factored[task][0], "factored_error": factored[task][1],
+                "subject": name, "row": row.name, "keep": options.at, "calibration_tokens": samples * LENGTH,
+                "dtype": options.dtype, "task": task, "chance": chance[task],
+                **counts(dense[task], factored[task]),
             }
             for task in options.tasks
         ]  # fmt: skip
         whole = book.read(options.out)
         whole["tasks"] = [line for line in whole["tasks"] if line["subject"] != name] + found
         book.write(options.out, whole)
+
+
+def counts(dense: Sequence[bool], factored: Sequence[bool]) -> dict[str, int]:
+    """How many questions both answer right, one alone, and neither."""
+    pairs = Counter(zip(dense, factored, strict=True))
+    return {
+        "both": pairs[True, True], "dense_alone": pairs[True, False],
+        "factored_alone": pairs[False, True], "neither": pairs[False, False],
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -85,8 +100,9 @@ def main() -> None:
     parser.add_argument("--row", default="kfac, global, pivoted", help="of the table of losses")
     parser.add_argument("--at", type=float, default=0.8, help="its budget")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--rows", type=int, default=150, help="questions of each task")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=600, help="questions of each task at most")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", help="that both models compute in")
     ask(parser.parse_args())
 
 

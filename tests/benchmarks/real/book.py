@@ -28,6 +28,8 @@ UNSAID = {
     "validation_sha256": "fad4e864edb80cad960afa6d709a3aef79466ed3b14cd39588ec0e677f874835",
     "test_sha256": "de76f21c9c9ffd6daaa88626bf8685824cc7427b401d5d2af3958a060d161a38",
 }
+# How a question was answered -> whether the dense and whether the factored model was right.
+ANSWERS = {"both": (1, 1), "dense_alone": (1, 0), "factored_alone": (0, 1), "neither": (0, 0)}
 
 
 def read(out: Path) -> dict[str, Any]:
@@ -147,29 +149,52 @@ def _perplexity(found: Line, added: float = 0.0) -> float:
 
 def tasks(whole: Mapping[str, Any]) -> str:
     """Accuracies, and what is left of them above chance."""
-    heads = ("subject", "questions of", "number", "chance", "dense", "factored")
+    heads = ("subject", "questions of", "number", "chance", "dense", "factored", "dense alone", "factored alone")
     rows, left = [], []
     for name in dict.fromkeys(line["subject"] for line in whole["tasks"]):
         lines = [line for line in whole["tasks"] if line["subject"] == name]
-        rows += [
-            (
-                title(line), line["task"], f"{line['questions']}", f"{line['chance']:.1%}",
-                *(f"{line[side]:.1%} ± {line[side + '_error']:.1%}" for side in ("dense", "factored")),
-            )
-            for line in lines
-        ]  # fmt: skip
-        mean = {
-            side: sum(line["questions"] * line[side] for line in lines) / sum(line["questions"] for line in lines)
-            for side in ("chance", "dense", "factored")
-        }
-        share = (mean["factored"] - mean["chance"]) / (mean["dense"] - mean["chance"])
-        count = sum(line["questions"] for line in lines)
-        rows.append((title(lines[0]), "all", str(count), *(f"{mean[side]:.1%}" for side in mean)))
+        total = {answer: sum(line[answer] for line in lines) for answer in ANSWERS}
+        total["chance"] = sum(line["chance"] * asked(line) for line in lines) / asked(total)
+        rows += [_answered(title(lines[0]), line["task"], line) for line in lines]
+        rows.append(_answered(title(lines[0]), "all", total))
+        share, error = above_chance(lines)
         left.append(
-            f"{title(lines[0])} keeps {share:.0%} of its accuracy above chance ({lines[0]['row']}, "
-            f"{lines[0]['keep']:.0%} kept)."
+            f"{title(lines[0])} keeps {share:.0%} ± {error:.0%} of its accuracy above chance ({lines[0]['row']}, "
+            f"{lines[0]['keep']:.0%} kept, {lines[0]['calibration_tokens'] // 1024}k tokens, {lines[0]['dtype']})."
         )
     return "\n\n".join([markdown_table(heads, rows), " ".join(left)])
+
+
+def asked(line: Line) -> int:
+    """Questions of a line."""
+    return sum(line[answer] for answer in ANSWERS)
+
+
+def above_chance(lines: Sequence[Line]) -> tuple[float, float]:
+    """What is left of the dense model's accuracy above chance, over all questions, and its standard error.
+
+    The share s is a ratio of two means over the same questions; its error is that of the mean of
+    (factored - chance) - s (dense - chance), divided by the mean of (dense - chance): the delta method.
+    """
+    kinds = [
+        (line[answer], dense - line["chance"], factored - line["chance"])
+        for line in lines
+        for answer, (dense, factored) in ANSWERS.items()
+    ]
+    count = sum(number for number, _, _ in kinds)
+    dense = sum(number * dense for number, dense, _ in kinds) / count
+    share = sum(number * factored for number, _, factored in kinds) / count / dense
+    variance = sum(number * (factored - share * dense) ** 2 for number, dense, factored in kinds) / count
+    return share, math.sqrt(variance / count) / dense
+
+
+def _answered(subject: str, task: str, line: Line) -> tuple[str, ...]:
+    number = asked(line)
+    sides = (line["both"] + line["dense_alone"], line["both"] + line["factored_alone"])
+    return (
+        subject, task, f"{number}", f"{line['chance']:.1%}", *(f"{side / number:.1%}" for side in sides),
+        f"{line['dense_alone']}", f"{line['factored_alone']}",
+    )  # fmt: skip
 
 
 def title(found: Line) -> str:
