@@ -153,7 +153,7 @@ def test_memory_holds_one_matrix(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not any(basis() is not None for basis in bases)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=st.lists(st.floats(0, 1e6), min_size=1, max_size=40), shape=st.sampled_from([1, 3]))
 def test_laws(values: list[float], shape: int) -> None:
     energies = np.sort(np.array(values))[::-1] ** 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.dialogue import metrics
@@ -251,7 +251,6 @@ answers = words.filter(lambda text: bool(text.strip()))
 pairs = st.lists(st.tuples(words, answers), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(pairs)
 def test_every_score_lies_between_0_and_100(drawn: list[tuple[str, str]]) -> None:
     predictions, references = map(list, zip(*drawn, strict=True))
@@ -269,7 +268,6 @@ def test_f1_does_not_tell_prediction_from_reference_and_order_of_pairs(drawn: li
         assert metric(predictions[::-1], references[::-1]).value == pytest.approx(metric(predictions, references).value)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=3))
 def test_f1_bounds_rouge_l(drawn: list[tuple[str, str]]) -> None:
     """A common subsequence is a part of the common bag of characters."""

@@ -25,7 +25,7 @@ def product(m: int, n: int, rank: int, seed: int) -> tuple[torch.Tensor, torch.T
     return normal(m, rank, seed=seed), normal(rank, n, seed=seed + 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layout=layouts, m=st.integers(2, 30), n=st.integers(1, 30), share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_stored_tensors_are_as_planned(layout: Layout, m: int, n: int, share: float, seed: int) -> None:
     rank = max(1, round(share * layout.rank_limit((m, n))))
@@ -42,7 +42,7 @@ def test_stored_tensors_are_as_planned(layout: Layout, m: int, n: int, share: fl
     assert all(layout.sound(tensor) for tensor in stored[weights:])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layout=layouts, m=st.integers(2, 30), n=st.integers(1, 30), share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_verbs_agree(layout: Layout, m: int, n: int, share: float, seed: int) -> None:
     rank = max(1, round(share * layout.rank_limit((m, n))))
@@ -147,7 +147,7 @@ def test_a_product_without_loss_has_no_excess_to_tell(layout: Layout) -> None:
         assert (found.rounding_excess is not None) == told
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(r=st.integers(2, 20), seed=st.integers(0, 99))
 def test_a_refit_beside_a_kept_factor_is_rounded_in_its_metric(r: int, seed: int) -> None:
     """To 16 bits with feedback, never worse than to the nearest and mostly better; to 32 bits to the nearest."""
@@ -165,7 +165,7 @@ def test_a_refit_beside_a_kept_factor_is_rounded_in_its_metric(r: int, seed: int
     assert torch.equal(layout.refit(stored, up, gram, torch.float32)[1], up.float())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layout=layouts, m=st.integers(2, 60), n=st.integers(1, 60))
 def test_break_even_is_where_nothing_is_saved(layout: Layout, m: int, n: int) -> None:
     even, by_search = layout.break_even((m, n)), Layout.break_even(layout, (m, n))

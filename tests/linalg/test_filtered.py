@@ -50,7 +50,7 @@ def certificate(found: Factors) -> float:
     return found.certificate
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(SPECTRA)),
     st.integers(128, 300),
@@ -210,7 +210,6 @@ def test_random_numbers_of_the_program_play_no_part() -> None:
     assert torch.equal(one.up, other.up)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 12), st.integers(0, 99))
 def test_estimate_of_two_by_two(size: int, seed: int) -> None:
     """Where every vector is coupled to one of the rest, which lies at the floor, the estimate is exact."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from svdconvert.linalg import lapack
@@ -21,7 +21,6 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> to
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.booleans(), st.sampled_from(DTYPES), st.booleans())
 def test_gram(k: int, depth: int, transposed: bool, dtype: torch.dtype, strided: bool) -> None:
     rows = normal(*((k, depth) if transposed else (depth, k)), dtype=dtype)
@@ -36,7 +35,6 @@ def test_gram(k: int, depth: int, transposed: bool, dtype: torch.dtype, strided:
     assert float((gram.double() - expected).tril().abs().max()) <= 4 * depth * eps(dtype) * float(expected.abs().max())
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 60), st.sampled_from(DTYPES), st.integers(0, 5))
 def test_top_eigenvectors(k: int, count: int, dtype: torch.dtype, seed: int) -> None:
     count = min(count, k)
@@ -55,7 +53,6 @@ def test_top_eigenvectors(k: int, count: int, dtype: torch.dtype, seed: int) -> 
     assert float(residual.abs().max()) <= 50 * k * eps(dtype) * norm
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(DTYPES))
 def test_congruence_and_rows(k: int, count: int, dtype: torch.dtype) -> None:
     rows = normal(2 * k + 1, k, seed=1)

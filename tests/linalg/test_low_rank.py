@@ -75,7 +75,7 @@ def assert_sound(weight: Tensor, true: int, down: Tensor, up: Tensor, ridge: flo
 
 
 @pytest.mark.parametrize("how", ["exact", "fast", "kept", "stacked", "metric", "diagonal metric"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=low_rank())
 def test_nothing_beyond_the_rank(how: str, case: tuple[Tensor, int, int]) -> None:
     weight, true, rank = case
@@ -98,7 +98,7 @@ def test_nothing_beyond_the_rank(how: str, case: tuple[Tensor, int, int]) -> Non
     assert found.metric_error == pytest.approx(found.relative_error, abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=low_rank(), seed=st.integers(0, 1000), left=st.booleans())
 def test_in_metrics_that_differ_much(case: tuple[Tensor, int, int], seed: int, left: bool) -> None:
     weight, true, rank = case
@@ -113,7 +113,7 @@ def test_in_metrics_that_differ_much(case: tuple[Tensor, int, int], seed: int, l
 
 
 @pytest.mark.parametrize("method", ["plain", "metric"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=low_rank(), cuts=st.integers(1, 3))
 def test_shared(method: str, case: tuple[Tensor, int, int], cuts: int) -> None:
     weight, true, rank = case
@@ -133,7 +133,7 @@ def test_shared(method: str, case: tuple[Tensor, int, int], cuts: int) -> None:
     assert_sound(weight, true, factors.down, up, ridge=0.0 if method == "plain" else RIDGE)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=low_rank())
 def test_pivoted(case: tuple[Tensor, int, int]) -> None:
     weight, true, rank = case
@@ -154,7 +154,7 @@ def test_pivoted(case: tuple[Tensor, int, int]) -> None:
     assert report.optimal_error <= report.relative_error
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=low_rank(), noise=st.sampled_from([0.0, 1e-7, 1e-5, 1e-3, 0.1]), below=st.booleans())
 def test_the_optimum_is_never_above_what_was_reached(case: tuple[Tensor, int, int], noise: float, below: bool) -> None:
     """And is right, for float32 matrices that are nearly of low rank; ``below``: at the very rank."""

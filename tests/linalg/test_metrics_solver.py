@@ -136,7 +136,7 @@ def test_zero_importance_rows_are_still_fitted() -> None:
     assert unseen < 2 * seen + 0.2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     m=st.integers(1, 24),
     n=st.integers(1, 24),

@@ -18,7 +18,7 @@ from svdconvert.linalg.residual import relative_difference, relative_error
 sizes = st.integers(3, 30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(m=sizes, n=sizes, kind=st.sampled_from(["none", "diagonal", "whole"]), seed=st.integers(0, 99))
 def test_the_partner_solves_the_normal_equations(m: int, n: int, kind: str, seed: int) -> None:
     """For the factor of the inputs, whatever the shape: what is left has no part in it, in the metric."""
@@ -61,7 +61,7 @@ def test_a_ridge_makes_singular_columns_harmless() -> None:
     torch.testing.assert_close(solved[[0, 2]], without, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(m=sizes, n=sizes, seed=st.integers(0, 99))
 def test_relative_errors(m: int, n: int, seed: int) -> None:
     weight, up, down = normal(m, n, seed=seed), normal(m, 2, seed=seed + 1), normal(2, n, seed=seed + 2)

@@ -14,7 +14,7 @@ from svdconvert.linalg.pivot import LARGEST_COEFFICIENT, full_up, pivot, product
 from svdconvert.tensors import TensorInfo
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(m=st.integers(2, 40), n=st.integers(1, 40), share=st.floats(0.01, 0.99), seed=st.integers(0, 999))
 def test_the_same_product(m: int, n: int, share: float, seed: int) -> None:
     rank = max(1, min(int(share * m), n, m - 1))

@@ -93,7 +93,7 @@ def test_float32_is_left_alone(shape: tuple[int, int]) -> None:
     assert factors.basis == SINGULAR
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     m=st.integers(2, 40),
     n=st.integers(2, 40),
@@ -119,7 +119,7 @@ def test_no_candidate_is_better(m: int, n: int, share: float, seed: int, kind: s
     assert chosen.metric_loss == pytest.approx(measured, rel=1e-5, abs=1e-11 * scale)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(logs=st.lists(st.floats(-7, 7), min_size=1, max_size=40))
 def test_geometric_mean_decomposition(logs: list[float]) -> None:
     values = torch.tensor(logs, dtype=torch.float64).exp()
@@ -133,7 +133,7 @@ def test_geometric_mean_decomposition(logs: list[float]) -> None:
     assert torch.allclose(t.diagonal(), mean.expand(len(logs)), rtol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(logs=st.lists(st.floats(-7, 7), min_size=1, max_size=40), name=st.sampled_from(list(BASES)))
 def test_bases_are_of_the_same_product(logs: list[float], name: str) -> None:
     values = torch.tensor(logs, dtype=torch.float64).exp().sort(descending=True).values
@@ -158,7 +158,7 @@ def test_bases_of_values_that_vanish(name: str) -> None:
     assert bool(torch.isfinite(y).all())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(r=st.integers(1, 150), samples=st.integers(1, 200), seed=st.integers(0, 999))
 def test_feedback_is_never_worse_than_the_nearest(r: int, samples: int, seed: int) -> None:
     rows, inputs = normal(7, r, seed=seed), normal(samples, r, seed=seed + 1) + 3

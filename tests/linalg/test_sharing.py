@@ -119,7 +119,7 @@ def test_each_layer_is_fitted_in_its_own_metric(outputs: tuple[int, ...], inputs
     right=st.sampled_from(["vector", "matrix"]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_group_of_one_is_the_layer_itself(
     rows: int, inputs: int, fraction: float, left: str, right: str, seed: int
 ) -> None:
@@ -146,7 +146,7 @@ def test_a_group_of_one_is_the_layer_itself(
     kind=st.sampled_from(["plain", "vector", "matrix"]),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equal_layers_lose_nothing_by_sharing(copies: int, rows: int, inputs: int, kind: str, seed: int) -> None:
     weight, rank = normal(rows, inputs, seed=seed), max(1, min(rows, inputs) // 2)
     right = None if kind == "plain" else metric(kind, inputs, seed + 1)

@@ -177,7 +177,7 @@ def test_panels_join(monkeypatch: pytest.MonkeyPatch) -> None:
         assert excess(weight, factors.down, factors.up) < 1e-5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 40),
@@ -195,7 +195,7 @@ def test_law_of_the_best_approximation(m: int, n: int, seed: int, exponent: floa
     assert tail * (1 - 1e-6) - 1e-9 <= error <= tail * (1 + 1e-5) + 1e-6 * float(weight.norm())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**16), rank=st.integers(1, 20))
 def test_rotations_and_transposes_change_nothing(seed: int, rank: int) -> None:
     weight = matrix(30, 20, power_law(20, 0.5), seed)

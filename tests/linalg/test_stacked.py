@@ -51,7 +51,7 @@ def test_as_the_solver(shape: tuple[int, int], dtype: torch.dtype, monkeypatch: 
                 assert -1e-6 <= excess(weight, factors.down, factors.up) <= 1e-5
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(2, 40),
     columns=st.integers(2, 40),

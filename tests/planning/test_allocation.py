@@ -41,7 +41,7 @@ def problems(draw):
     return [target(*shape) for shape in shapes], spectra, draw(st.floats(0.2, 1.1))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(problem=problems(), cost=st.sampled_from([balanced, pivoted]), multiple=st.sampled_from([1, 1, 2, 3]))
 def test_near_the_best_of_all(problem, cost, multiple) -> None:
     """Never over the budget, nothing more fits, and within one matrix's step of what brute force finds."""

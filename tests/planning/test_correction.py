@@ -38,7 +38,7 @@ def logs(prices: dict[str, float]) -> np.ndarray:
     return np.log([prices[module] for module in PLACES])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 1000), st.floats(1e-6, 1e6))
 def test_a_common_factor_changes_nothing(seed: int, factor: float) -> None:
     """Of the second round too: what counts is what matrices are worth beside each other."""

@@ -22,7 +22,7 @@ def searched(lost, limit: float, **options):
     return smallest(measure, limit, **options), asked
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.integers(0, 10_000),
     st.integers(0, STEPS),

@@ -21,7 +21,7 @@ TYPES = ["float16", "bfloat16", "float32", "float64", "int64", "uint8", "bool"]
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text(min_size=1, max_size=12), st.tuples(st.sampled_from(TYPES), shapes), max_size=8))
 def test_reads_what_the_reference_writes(content: dict[str, tuple[str, tuple[int, ...]]]) -> None:
     content.pop("__metadata__", None)
@@ -36,7 +36,7 @@ def test_reads_what_the_reference_writes(content: dict[str, tuple[str, tuple[int
         assert data == tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else data == b""
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(content=st.dictionaries(st.text(min_size=1, max_size=12), st.tuples(st.sampled_from(TYPES), shapes), min_size=1))
 def test_the_reference_reads_what_we_lay_out(
     tmp_path_factory: pytest.TempPathFactory, content: dict[str, tuple[str, tuple[int, ...]]]

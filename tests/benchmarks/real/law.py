@@ -39,7 +39,7 @@ def table(root: Path = ROOT) -> str:
 
 def _lines(root: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for line in json.loads((root / "docs/real.json").read_text())["losses"]:
-        yield book.title(line), line
+        yield f"{book.title(line)}, {line['calibration_tokens'] // 1024}k tokens", line
     for title, file in SMALL.items():
         for line in json.loads((root / file).read_text())["rows"]:
             yield title, line

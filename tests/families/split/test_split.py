@@ -32,7 +32,7 @@ from svdconvert.tensors import Cut
 @given(
     sizes=st.tuples(*[st.integers(1, 5)] * 3), stretches=st.integers(1, 4), inputs=st.integers(1, 4), flip=st.booleans()
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_sections_are_a_partition(sizes: tuple[int, int, int], stretches: int, inputs: int, flip: bool) -> None:
     """What is taken apart is put together again, along either dimension; and every output is in one section."""
     total = sum(sizes) * stretches
@@ -52,7 +52,7 @@ def test_sections_are_a_partition(sizes: tuple[int, int, int], stretches: int, i
 @given(
     count=st.integers(1, 6), start=st.integers(0, 5), length=st.integers(1, 6), gap=st.integers(0, 5), data=st.data()
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_runs_of_a_cut(count: int, start: int, length: int, gap: int, data: st.DataObject) -> None:
     """Any piece of a part, read run by run, is that piece of what a loop over the stretches gives."""
     cut = Cut("w", start, length, start + length + gap)
