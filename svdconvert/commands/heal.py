@@ -35,7 +35,7 @@ from svdconvert.sentences import Sentence, printable
 from svdconvert.settings.healing import HealRequest
 from svdconvert.storage.documents import json_or_none
 from svdconvert.storage.opening import open_source
-from svdconvert.storage.source import LocalSource
+from svdconvert.storage.source import LocalSource, Source
 from svdconvert.tensors import parameters
 
 
@@ -45,7 +45,7 @@ def heal(
     calibration: Calibration,
     out: str | os.PathLike[str],
     *,
-    epochs: float = 1.0,
+    epochs: float | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
@@ -70,7 +70,7 @@ def heal(
         against: the dense model that it was made from: a folder, a GGUF file, or a model on the Hub.
         calibration: the text; ``batch_size`` of it is the number of sequences in memory at a time.
         out: folder to write.
-        epochs: times that the text is gone through.
+        epochs: times that the text is gone through; once if neither this nor ``steps`` is given.
         steps: instead, steps of the optimiser.
         batch_size: sequences of a step; by default as many as have 2048 tokens.
         lr: highest learning rate; by default the best of three, between 3e-5 and 1e-3, in short trials.
@@ -135,7 +135,7 @@ def run_healing(
     precision = precision_of(request.healing.precision, device)
     for one in (source, dense):
         check_model(one)
-    for note in (*source.notes, *dense.notes):
+    for note in (*source.notes, *dense.notes, *_stranger(source, dense)):
         events.note(note)
     knowledge = find_knowledge(dense, request.calibration, events, folder=work, device=device)
     assert knowledge is not None
@@ -201,6 +201,22 @@ def _start_command(source: LocalSource) -> str | None:
     healing = record.get("healing")  # where it was healed before, the command alone would not be all
     found = [healing.get("start") if isinstance(healing, dict) else None, record.get("repeat")]
     return printable(" && ".join(one for one in found if isinstance(one, str))) or None
+
+
+def _stranger(source: LocalSource, dense: Source) -> list[Sentence]:
+    """A note where the model was made from other files than the dense one has; a teacher may be another on purpose."""
+    settings = (json_or_none(source.folder / RECORD) or {}).get("settings")
+    known = settings if isinstance(settings, dict) else {}
+    made_from = known["against"] if isinstance(known.get("against"), dict) else known
+    weights = made_from.get("weights"), dense.identity().get("weights")
+    if None in weights or weights[0] == weights[1]:  # not told, or of another kind, as on the Hub
+        return []
+    return [
+        Sentence(
+            f"{source.folder} was made from other weight files than those of {dense.where}, to whose predictions it is "
+            "trained; `svdconvert verify` compares the two"
+        )
+    ]
 
 
 def _steps(source: LocalSource, row: Architecture, file: Path) -> list[Step]:

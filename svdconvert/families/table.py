@@ -107,7 +107,7 @@ def factored_architecture(config: Config, where: str) -> Architecture:
     if row is None or not isinstance(config.get("svd_ranks"), dict):
         raise InputError(
             f"{where} is not a factored checkpoint (model_type {config.get('model_type')!r}); "
-            "give one that a conversion or `svdconvert fold` wrote"
+            "give one that a conversion, `svdconvert heal` or `svdconvert fold` wrote"
         )
     check_claims(config, row, where)
     return row

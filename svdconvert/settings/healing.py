@@ -27,7 +27,7 @@ class Healing:
     """The training.
 
     Attributes:
-        epochs: times that the text is gone through.
+        epochs: times that the text is gone through; None for once, or as ``steps`` say.
         steps: steps of the optimiser; None for what ``epochs`` comes to.
         batch_size: sequences of a step; None for as many as have :data:`STEP_TOKENS` tokens.
         lr: highest learning rate; None for the best of three short trials among :data:`RATES`.
@@ -35,13 +35,14 @@ class Healing:
         precision: type of the matrix products, one of :data:`PRECISIONS`.
     """
 
-    epochs: float = option(
-        1.0,
+    epochs: float | None = option(
+        None,
         "--epochs",
         "Times that the text is gone through.",
         keyword="epochs",
         group="Healing",
         kind="number",
+        usual="once",
     )
     steps: int | None = option(
         None,
@@ -95,6 +96,8 @@ class Healing:
         Raises:
             InputError: a number is impossible.
         """
+        if self.epochs is not None and self.steps is not None:
+            raise InputError(f"{asked('steps')} and {asked('epochs')} say how long to train; give one of them")
         for name in ("epochs", "lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -116,7 +119,8 @@ class Healing:
             sequences: that are trained on.
             batch: sequences of a step.
         """
-        return self.steps or max(1, round(self.epochs * sequences / batch))
+        epochs = 1.0 if self.epochs is None else self.epochs
+        return self.steps or max(1, round(epochs * sequences / batch))
 
 
 @dataclass(frozen=True)

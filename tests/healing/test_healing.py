@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,6 +283,7 @@ def test_text_of_the_dense_model(dense: Path, factored: Path, tmp_path: Path) ->
         ({"epochs": -1}, "epochs"),
         ({"anchor": -1.0}, "anchor"),
         ({"steps": 0}, "steps"),
+        ({"steps": 4, "epochs": 1.0}, "give one of them"),
         ({"precision": "float16"}, "precision"),
     ],
 )
@@ -314,6 +316,31 @@ def test_refused_models(
     assert not (tmp_path / "out" / "config.json").exists()
     with pytest.raises(InputError, match="Calibration"):
         heal(factored, dense, str(text), tmp_path / "out")  # type: ignore[arg-type]
+
+
+class Noted(Events):
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_another_dense_model_is_told(dense: Path, factored: Path, calibration: Calibration, tmp_path: Path) -> None:
+    """A teacher may be another model on purpose; the one that the factors were made from is no news."""
+    other = shutil.copytree(dense, tmp_path / "other")
+    weights = read_weights(other)
+    name = next(name for name in weights if name.endswith("dense_4h_to_h.weight"))
+    save_file(weights | {name: -weights[name]}, other / "model.safetensors", {"format": "pt"})
+    for number, teacher in enumerate((dense, other)):
+        notes: list[str] = []
+        heal(factored, teacher, calibration, tmp_path / f"out{number}", **SHORT, events=Noted(notes))
+        assert any("made from other weight files than those of" in note for note in notes) == (teacher == other)
+        # and so is the healed model's
+        notes.clear()
+        again = tmp_path / f"again{number}"
+        heal(tmp_path / f"out{number}", dense, calibration, again, **SHORT, events=Noted(notes))
+        assert any("made from other weight files than those of" in note for note in notes) == (teacher == other)
 
 
 def test_what_is_not_trained_is_copied(tmp_path: Path) -> None:

@@ -53,3 +53,4 @@ def test_a_calibrated_result(refit: str, dense: Path, tmp_path: Path, console: C
     assert "destroyed" not in told(console)
     assert "--against MODEL" in told(console)
     assert ("--refit sequential may win back some" in told(console)) == (refit == "none")
+    assert "svdconvert heal" in told(console)
