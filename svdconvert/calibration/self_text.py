@@ -80,7 +80,7 @@ class SelfText:
         """
         group = current()
         place, key = folder / f"self-{_digest(self._one)[:16]}", _digest(self._one)
-        sampler = Sampler(self._source, self.length, device=device)
+        sampler = Sampler(self._source, self.samples, self.length, device=device)
         batches = [range(i, min(i + sampler.batch, self.samples)) for i in range(0, self.samples, sampler.batch)]
         files = {batch: place / f"{batch.start:06d}-{batch.stop:06d}.safetensors" for batch in batches}
         missing = group.share([batch for batch in batches if not files[batch].is_file()])

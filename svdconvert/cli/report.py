@@ -14,6 +14,7 @@ from svdconvert.cli.tables import new_table, show_pairs, show_table
 from svdconvert.jobs.record import REPORT
 from svdconvert.machine.timing import StageTime
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
+from svdconvert.nats import perplexity
 from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps, unmeasured
 from svdconvert.settings.told import told
 from svdconvert.solvers.table import SOLVERS
@@ -133,7 +134,7 @@ def show_evaluation(console: Console, result: Evaluation) -> None:
             (f"against {result.against}", f"KL {far.kl:.4f} nats per token, {far.agreement:.1%} same first choice"),
             (
                 "added log-perplexity",
-                f"{far.added:+.4f} on {far.cross_entropy:.4f} (perplexity {math.exp(far.cross_entropy):,.4f})",
+                f"{far.added:+.4f} on {far.cross_entropy:.4f} (perplexity {perplexity(far.cross_entropy):,.4f})",
             ),
             ("entropy of that model", f"{far.entropy:.4f} nats per token" + _confidence(far)),
         ]

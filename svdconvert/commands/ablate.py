@@ -6,7 +6,6 @@ matrices at once, and the perplexity measured. (Truncation removes the last grou
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from svdconvert import nats
 from svdconvert.commands.evaluate import negative_log_likelihood
 from svdconvert.errors import InputError
 from svdconvert.factoring.decompose import decompose_targets
@@ -113,7 +113,7 @@ def ablate(
 
         def perplexity() -> float:
             counted = partial(events.progress, "tokens")
-            return math.exp(negative_log_likelihood(loaded, passage, batch_size, counted) / passage.tokens)
+            return nats.perplexity(negative_log_likelihood(loaded, passage, batch_size, counted) / passage.tokens)
 
         results = [GroupResult(0, 0.0, 1.0, 1.0, perplexity())]
         for group in range(groups):

@@ -17,6 +17,7 @@ from svdconvert.machine.devices import resolve_device
 from svdconvert.models.divergence import Divergence, likelihoods
 from svdconvert.models.loading import compute_dtype, load_model
 from svdconvert.models.passages import Passage, read_passage
+from svdconvert.nats import perplexity
 from svdconvert.paths import user_path
 from svdconvert.sentences import asked
 from svdconvert.storage.opening import local_folder
@@ -116,7 +117,7 @@ def evaluate(
         model=str(model),
         text=str(text),
         protocol=protocol,
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=perplexity(mean),
         bits_per_character=likelihood.negative / math.log(2) / passage.characters if protocol == "sliding" else None,
         tokens=passage.tokens,
         characters=passage.characters,

@@ -9,6 +9,7 @@ from svdconvert.commands.card import front_matter, usage
 from svdconvert.families.table import Architecture
 from svdconvert.healing.outcome import Healed
 from svdconvert.names import suffix
+from svdconvert.nats import perplexity
 from svdconvert.storage.source import Source
 
 
@@ -53,14 +54,13 @@ def healed_card(
 
 def _figures(healed: Healed, params: int) -> list[str]:
     """What the training was worth."""
-    told = healed.to_json()
-    rows = [("before", told["before"]), ("after", told["after"])]
+    rows = [("before", healed.before), ("after", healed.after)]
     rate = "" if healed.lr is None else f", learning rate {healed.lr:g}"
     return [
         "| | KL(dense ‖ model) | perplexity |",
         "|---|---|---|",
-        f"| dense | 0 | {told['dense_perplexity']:.2f} |",
-        *(f"| {name} | {one['kl']:.4f} | {one['perplexity']:.2f} |" for name, one in rows),
+        f"| dense | 0 | {perplexity(healed.dense_loss):.2f} |",
+        *(f"| {name} | {one.kl:.4f} | {perplexity(healed.dense_loss + one.added):.2f} |" for name, one in rows),
         "",
         f"Nats per token, on {healed.held_out_tokens:,} held-out tokens of the text, by which the training was judged. "
         f"It took {healed.steps:,} steps of {healed.batch_size} sequences, {healed.tokens:,} tokens{rate}; the factors "

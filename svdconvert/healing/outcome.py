@@ -13,6 +13,7 @@ from torch import Tensor
 
 from svdconvert.factoring.matrix_report import MatrixReport
 from svdconvert.models.head_divergence import HeadDivergence
+from svdconvert.nats import perplexity
 from svdconvert.storage.disk import disk_errors
 from svdconvert.storage.tensor_files import read_note, write_tensors
 
@@ -75,10 +76,10 @@ class Healed:
         """All but the matrices, in JSON types, with perplexities."""
         told = {name: value for name, value in asdict(self).items() if name != "matrices"}
         for name, judged in (("before", self.before), ("after", self.after)):
-            told[name]["perplexity"] = math.exp(self.dense_loss + judged.added)
+            told[name]["perplexity"] = _number(self.dense_loss + judged.added)
         return {
             **told,
-            "dense_perplexity": math.exp(self.dense_loss),
+            "dense_perplexity": _number(self.dense_loss),
             "trials": [*self.trials],
             "checks": [*self.checks],
         }
@@ -91,12 +92,18 @@ class Healed:
                 f"training does not bring the factors nearer to the dense model {on}, so they are kept as they were "
                 f"(KL {self.before.kl:.4f})"
             )
-        dense = math.exp(self.dense_loss)
-        perplexities = [dense * math.exp(judged.added) for judged in (self.before, self.after)]
+        losses = (self.dense_loss + added for added in (0.0, self.before.added, self.after.added))
+        dense, *perplexities = map(perplexity, losses)
         return (
             f"healing brought KL(dense || model) from {self.before.kl:.4f} to {self.after.kl:.4f} {on}, and the "
             f"perplexity from {perplexities[0]:.2f} to {perplexities[1]:.2f} (dense {dense:.2f})"
         )
+
+
+def _number(loss: float) -> float | None:
+    """A perplexity in JSON types, which have no infinity."""
+    found = perplexity(loss)
+    return found if math.isfinite(found) else None
 
 
 def write_healed(path: Path, healed: Healed, factors: Mapping[str, Tensor]) -> None:

@@ -36,12 +36,13 @@ _BUDGET = {
     "rounds": optional(many(record(_TRIAL))),
 }
 _MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
-_JUDGED = {"kl": NUMBER, "added": NUMBER, "perplexity": NUMBER}
+_JUDGED = {"kl": NUMBER, "added": NUMBER, "perplexity": optional(NUMBER)}
 _HEALING = {
     "changed": FLAG,
     "before": record(_JUDGED),
     "after": record(_JUDGED),
-    "dense_perplexity": NUMBER,
+    "dense_loss": NUMBER,
+    "dense_perplexity": optional(NUMBER),
     "held_out_tokens": COUNT,
     "tokens": COUNT,
     "steps": COUNT,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from svdconvert.errors import JobError
 from svdconvert.fields import NUMBER, OBJECT, POSITIVE, optional, problem, record
+from svdconvert.nats import perplexity
 from svdconvert.storage.disk import atomic_write, create, disk_errors, refuse_full, sync, sync_folder, write_all
 from svdconvert.storage.documents import fill, in_json_types, json_or_none, open_regular
 from svdconvert.storage.reader import as_bytes
@@ -42,7 +43,7 @@ class Loss:
     @property
     def perplexity(self) -> float:
         """exp of the mean."""
-        return math.exp(self.mean)
+        return perplexity(self.mean)
 
 
 # A loss in a document.

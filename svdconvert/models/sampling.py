@@ -23,19 +23,12 @@ from svdconvert.machine.memory import available_memory_bytes
 from svdconvert.models.loading import load_source
 from svdconvert.models.loss import draw, wide
 from svdconvert.models.skeleton import skeleton
+from svdconvert.models.writing import sequences_at_a_time, writing_bytes
 from svdconvert.sentences import asked
 from svdconvert.storage.gguf_source import GgufSource
 from svdconvert.storage.source import Source
 from svdconvert.tensors import majority_dtype
 from svdconvert.words import size as size_text
-
-# Sequences that are written at a time, at most; fewer where their keys and values would take more than half of the
-# weights' memory, or than CACHE_BYTES if that is more. No option changes it, since rounding depends on it.
-MOST_SEQUENCES = 64
-CACHE_BYTES = 2**30
-
-# A softmax over the vocabulary and its sums, in float64, beside logits in float32.
-_BYTES_PER_LOGIT = 28
 
 
 class Sampler:
@@ -47,11 +40,12 @@ class Sampler:
         needed: bytes of the weights, of the keys and values of a batch, and of its logits.
     """
 
-    def __init__(self, source: Source, length: int, *, device: str) -> None:
+    def __init__(self, source: Source, samples: int, length: int, *, device: str) -> None:
         """Look at the model; its weights are read when they are needed.
 
         Args:
             source: the dense model.
+            samples: sequences, all that are asked for.
             length: tokens of a sequence.
             device: that it runs on.
 
@@ -77,9 +71,8 @@ class Sampler:
         self.dtype = sampling_dtype(source, device)
         weights = sum(info.size for info in source.tensors.values()) * self.dtype.itemsize
         cache = _cache_elements(config) * length * self.dtype.itemsize
-        fitting = max(weights // 2, CACHE_BYTES) // cache
-        self.batch = 1 << (min(max(fitting, 1), MOST_SEQUENCES).bit_length() - 1)
-        self.needed = weights + self.batch * (cache + self.vocabulary * _BYTES_PER_LOGIT)
+        self.batch = sequences_at_a_time(weights, cache)
+        self.needed = writing_bytes(weights, cache, self.vocabulary, samples)
 
     def load(self) -> Any:
         """The model, whole on the device.

@@ -3,7 +3,7 @@
 The model is run block by block, so the peak is that of one piece: the embeddings, a block with its statistics, the
 matrices of a block as they are decomposed, or the head with some of its logits. Only a text that the model writes takes
 all of it at once. The counts follow the code (``calibration/run.py``, ``calibration/collector.py``, ``models/loss.py``,
-``models/head_divergence.py``, ``models/sampling.py``, ``factoring/edges.py``); what stands beside them was measured
+``models/head_divergence.py``, ``factoring/edges.py``); what stands beside them was measured
 (docs/measurements.md).
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import longest_input
+from svdconvert.models.writing import writing_bytes
 from svdconvert.names import layer_number
 from svdconvert.planning.memory import FLOAT32, FLOAT64, decomposition_bytes
 from svdconvert.planning.ranks import Target
@@ -34,9 +35,6 @@ LOSS, SLOPE, COMPARED = 3, 6, 7
 FORWARD, BACKWARD = 1.0, 2.5
 # Copies of a block's matrices where compressed ones are put into it, and where their gradients are taken.
 PLACED, DIFFERENTIATED = 2, 3
-# Sequences that a model writes at a time at most, what their keys and values may take, and bytes of each logit
-# (models/sampling.py).
-WRITTEN, CACHE_BYTES, WRITTEN_LOGIT = 64, 2**30, 28
 # A refit sums up two Gram matrices of inputs, and runs two models.
 REFITTED = 2
 
@@ -176,25 +174,25 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
         compares=request.allocation == "measured" or limited,
         corrects=request.allocation == "measured",
         refits=request.recipe.refit != "none",
-        writing=_writing_bytes(source, vocabulary, 2 * len(layers) * hidden * length) if text.by_model else 0,
+        writing=_writing(source, text, vocabulary, 2 * len(layers) * hidden * length) if text.by_model else 0,
     )
 
 
-def _writing_bytes(source: Source, vocabulary: int, kept: int) -> int:
+def _writing(source: Source, text: Text, vocabulary: int, kept: int) -> int:
     """Memory of a model that writes a text, on a machine that computes in the type of its weights.
 
     Args:
         source: the dense model.
-        vocabulary: of it.
+        text: that it writes.
+        vocabulary: of the model.
         kept: keys and values of a sequence, at most.
     """
     from svdconvert.storage.gguf_source import GgufSource  # which imports numpy
 
     wide = majority_dtype(source.tensors.values()) in ("float32", "float64") and not isinstance(source, GgufSource)
     width = FLOAT32 if wide else 2
-    weights, cache = width * sum(info.size for info in source.tensors.values()), width * kept
-    batch = min(WRITTEN, max(max(weights // 2, CACHE_BYTES) // cache, 1))
-    return weights + batch * (cache + WRITTEN_LOGIT * vocabulary)
+    weights = width * sum(info.size for info in source.tensors.values())
+    return writing_bytes(weights, width * kept, vocabulary, text.samples)
 
 
 def _shapes(targets: Sequence[Target]) -> dict[int, list[tuple[int, int]]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from statistics import median
 
+from svdconvert.nats import perplexity as perplexity_of
 from svdconvert.words import size as bytes_text
 
 __all__ = [
@@ -20,9 +21,6 @@ __all__ = [
     "share",
     "signed_nats",
 ]
-
-# exp of more is not a float.
-_LARGEST_LOSS = 700.0
 
 
 def count(number: int) -> str:
@@ -69,10 +67,8 @@ def signed_nats(loss: float) -> str:
 
 def perplexity(loss: float) -> str:
     """exp of a loss."""
-    if loss > _LARGEST_LOSS:
-        return "beyond 1e+304"
-    value = math.exp(loss)
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
+    value = perplexity_of(loss)
+    return "beyond 1e+308" if value == math.inf else f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

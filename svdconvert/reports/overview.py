@@ -61,11 +61,12 @@ def _healed(facts: Facts) -> str:
     if not healing["changed"]:
         return " Training its factors to the dense model brought no gain, so they are what they were."
     kls = " to ".join(figures.nats(healing[when]["kl"]) for when in ("before", "after"))
-    perplexities = " to ".join(f"{healing[when]['perplexity']:.2f}" for when in ("before", "after"))
+    dense = healing["dense_loss"]
+    perplexities = " to ".join(figures.perplexity(dense + healing[when]["added"]) for when in ("before", "after"))
     return (
         f" Training its factors to the dense model brought KL(dense ‖ model) from {kls} nats per token on "
         f"{figures.count(healing['held_out_tokens'])} held-out tokens, and the perplexity from {perplexities} (dense "
-        f"{healing['dense_perplexity']:.2f})."
+        f"{figures.perplexity(dense)})."
     )
 
 

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM
 from svdconvert import Calibration, InputError, calibrate, convert
 from svdconvert.calibration.folder import StatisticsFolder
 from svdconvert.calibration.self_text import SelfText
-from svdconvert.models import sampling
+from svdconvert.models import sampling, writing
 from svdconvert.models.sampling import Sampler
 from svdconvert.models.tokenizer import load_tokenizer
+from svdconvert.models.writing import LOGIT_BYTES
 from svdconvert.planning.events import Events
 from svdconvert.storage.opening import open_source
 from svdconvert.storage.source import LocalSource
@@ -37,9 +38,9 @@ import sys
 from pathlib import Path
 from svdconvert import Calibration
 from svdconvert.machine import processes
-from svdconvert.models import sampling
+from svdconvert.models import writing
 from svdconvert.storage.source import LocalSource
-sampling.MOST_SEQUENCES = 2
+writing.MOST_SEQUENCES = 2
 group = processes.join()
 text = Calibration("self", samples=7, length=12)
 print(group.rank, text.tokens(LocalSource(Path(sys.argv[1])), folder=Path(sys.argv[2])).digest, flush=True)
@@ -122,7 +123,7 @@ def test_tokens_are_drawn_from_the_model(model_type: str, tmp_path: Path) -> Non
 
 def test_frequencies(exact: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pearson's statistic of the second tokens, of which the seed makes always the same."""
-    monkeypatch.setattr(sampling, "MOST_SEQUENCES", 2048)
+    monkeypatch.setattr(writing, "MOST_SEQUENCES", 2048)
     count = 4096
     ids = written(exact, tmp_path, samples=count, length=2)
     model = AutoModelForCausalLM.from_pretrained(exact.folder).double().eval()
@@ -142,7 +143,7 @@ def test_frequencies(exact: LocalSource, tmp_path: Path, monkeypatch: pytest.Mon
 def test_batches_do_not_matter(exact: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = written(exact, tmp_path / "whole")
     for most in (1, 3):
-        monkeypatch.setattr(sampling, "MOST_SEQUENCES", most)
+        monkeypatch.setattr(writing, "MOST_SEQUENCES", most)
         assert torch.equal(written(exact, tmp_path / str(most)), whole)
     assert torch.equal(written(exact, tmp_path / "fewer", samples=4), whole[:4])
     assert torch.equal(written(exact, tmp_path / "shorter", length=9), whole[:, :9])
@@ -177,7 +178,7 @@ def test_no_special_token(exact: LocalSource, tmp_path: Path) -> None:
 def test_half_types(dense: Path, tmp_path: Path) -> None:
     """On this CPU in bfloat16 or in float32; near the model's distribution either way."""
     source = LocalSource(dense)
-    sampler = Sampler(source, 20, device="cpu")
+    sampler = Sampler(source, 2, 20, device="cpu")
     assert sampler.dtype in (torch.bfloat16, torch.float32)
     assert sampling.sampling_dtype(source, "cuda") == torch.float16
     ids = written(source, tmp_path, length=20)
@@ -214,7 +215,7 @@ def test_gguf(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_one_goes_on(exact: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "MOST_SEQUENCES", 2)
+    monkeypatch.setattr(writing, "MOST_SEQUENCES", 2)
     expected = written(exact, tmp_path / "at-once")
 
     class Stopping(Events):
@@ -250,7 +251,7 @@ def test_no_room(exact: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sampling, "available_memory_bytes", lambda: 10_000)
     with pytest.raises(
         InputError,
-        match=r"model needs \d+\.\d\d MB of memory to write its own text \(calibration.text='self'\), since all its "
+        match=r"model needs \d+\.\d\d kB of memory to write its own text \(calibration.text='self'\), since all its "
         r"weights are used for every token, but this machine has 10.00 kB free; give a text as calibration.text",
     ):
         written(exact, tmp_path)
@@ -260,9 +261,12 @@ def test_no_room(exact: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_needed_memory_counts_what_is_kept(exact: LocalSource) -> None:
-    """Keys and values of 3 layers, 4 heads of 16: the tiny models' own shape."""
-    one, two = (Sampler(exact, length, device="cpu") for length in (10, 20))
+    """Keys and values of 3 layers, 4 heads of 16: the tiny models' own shape; of no more sequences than there are."""
+    one, two = (Sampler(exact, 10**6, length, device="cpu") for length in (10, 20))
     assert two.needed - one.needed == one.batch * 10 * 2 * 3 * 64 * 4
+    few = Sampler(exact, 1, 10, device="cpu")
+    assert few.batch == one.batch > 1, "the tokens are the same, however many are asked for"
+    assert one.needed - few.needed == (one.batch - 1) * (10 * 2 * 3 * 64 * 4 + VOCAB * LOGIT_BYTES)
 
 
 def test_what_is_refused(exact: LocalSource, tmp_path: Path) -> None:

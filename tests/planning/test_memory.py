@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdconvert import Calibration, plan
-from svdconvert.models import blocks, loss, probe, sampling
+from svdconvert.models import blocks, loss, probe, writing
 from svdconvert.models.sampling import Sampler
 from svdconvert.planning.make import make_plan
 from svdconvert.planning.memory import (
@@ -23,12 +23,9 @@ from svdconvert.planning.memory import (
     host_bytes,
 )
 from svdconvert.planning.text_memory import (
-    CACHE_BYTES,
     LOGIT_BYTES,
     TEXT_BASE_BYTES,
     TOKEN_BYTES,
-    WRITTEN,
-    WRITTEN_LOGIT,
     TextPasses,
 )
 from svdconvert.settings.conversion import Conversion
@@ -125,11 +122,9 @@ def test_a_model_that_writes_its_text_is_in_memory_whole() -> None:
     assert without.passes is not None
     assert without.passes.writing == 0
     assert replace(PASSES, writing=10**10).peak_bytes() == TEXT_BASE_BYTES + TOKEN_BYTES * 1000 + 10**10
-    sampler = Sampler(source, 256, device="cpu")
-    logits = sampler.batch * made.passes.vocabulary * WRITTEN_LOGIT
+    sampler = Sampler(source, 4, 256, device="cpu")
+    logits = 4 * made.passes.vocabulary * writing.LOGIT_BYTES
     assert made.passes.writing - logits == (sampler.needed - logits) * 2 // sampler.dtype.itemsize
-    assert (WRITTEN, CACHE_BYTES) == (sampling.MOST_SEQUENCES, sampling.CACHE_BYTES)
-    assert WRITTEN_LOGIT == sampling._BYTES_PER_LOGIT
 
 
 def test_the_estimate_is_that_of_a_real_conversion(tmp_path: Path) -> None:

@@ -47,6 +47,6 @@ def test_figures() -> None:
     assert [in_column([5e-4, 1.1e-3, 1.4e-4])(n) for n in (5e-4, 1.1e-3, 0.0)] == ["0.00050", "0.00110", "0.00000"]
     assert [in_column(n)(0.25) for n in ([0.3, 0.4], [0.0], [1e-20])] == ["0.2500"] * 3
     assert [duration(n) for n in (0.0031, 12.34, 312.2, 3780)] == ["3 ms", "12.3 s", "5 min 12 s", "1 h 3 min"]
-    assert [perplexity(n) for n in (0.0, 4.4349, 20.0, 1e9)] == ["1.00", "84.34", "4.85e+08", "beyond 1e+304"]
+    assert [perplexity(n) for n in (0.0, 4.4349, 20.0, 1e9)] == ["1.00", "84.34", "4.85e+08", "beyond 1e+308"]
     assert [rounded(n) for n in (12, 4211712, 70553706496)] == ["12", "4.212 M", "70.55 B"]
     assert (share(1, 4), share(1, 0)) == ("25.0 %", "")

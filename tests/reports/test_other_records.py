@@ -104,7 +104,7 @@ def test_a_healed_model(document: Document) -> None:
     """The dense model by its name: what recognises its files is nothing to read."""
     document["settings"]["against"] = {"weights": {"model.safetensors": "1-a"}, "config": {"vocab_size": 4016}}
     changes = {"kl": 0.5, "added": 0.5, "perplexity": 9.5}
-    judged = {"before": changes, "after": changes, "dense_perplexity": 8.5, "held_out_tokens": 8}
+    judged = {"before": changes, "after": changes, "dense_loss": 2.0, "dense_perplexity": 8.5, "held_out_tokens": 8}
     healing = {"changed": True, **judged, "tokens": 64, "steps": 2, "lr": 0.001}
     told = {"against": {"name": "a teacher", "repo": None, "commit": None}, "start": "svdconvert model --keep 0.6"}
     making = page({**document, "healing": {**healing, **told}}).named("making")

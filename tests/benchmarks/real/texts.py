@@ -32,6 +32,7 @@ from svdconvert.models.divergence import likelihoods
 from svdconvert.models.loading import load_model
 from svdconvert.models.passages import Passage
 from svdconvert.models.tokenizer import load_tokenizer, opening_token
+from svdconvert.version import __version__
 from tests.benchmarks.harness import BUNDLED
 
 from . import book
@@ -171,6 +172,7 @@ class Reader:
         return {
             "subject": self.name, "text": text, "sources": list(self.trial.calibrations[text]),
             "calibration_tokens": samples * LENGTH, "keep": keep, "name": LAW.name,
+            "windows": self.trial.windows, "version": __version__,
             "params": report.plan.params_after, "params_before": report.plan.params_before, "tests": tests,
         }  # fmt: skip
 
@@ -184,7 +186,8 @@ def run(options: argparse.Namespace) -> None:
             for samples in (trial.samples, *trial.more.get(text, ())):
                 for keep in options.keep or KEEPS:
                     key = {"subject": name, "text": text, "calibration_tokens": samples * LENGTH, "keep": keep}
-                    known = book.same(book.read(options.out)["texts"], key) is not None
+                    on = {"windows": trial.windows, "version": __version__}
+                    known = book.same(book.read(options.out)["texts"], key | on) is not None
                     if (options.only and text not in options.only) or (known and not options.again):
                         continue
                     line = reader.measured(text, samples, keep)
