@@ -15,5 +15,5 @@ ROOMS = (
 ).split()
 
 # Beside the rooms: what all of them may use, and what uses all of them.
-GROUND = frozenset("errors fields foreign modeling names nats paths sentences tensors version words".split())
+GROUND = frozenset("errors fields foreign grids modeling names nats paths sentences tensors version words".split())
 ROOF = frozenset(["", "__main__", "program"])
