@@ -1,0 +1,228 @@
+"""Matrices rounded to integer grids: scales, calibrated rounding, and the packing of compressed-tensors.
+
+An entry is q s, q an integer of b bits from -2^(b-1) to 2^(b-1) - 1 and s the scale of its row or group. A scale is
+rounded to the type that it is stored in before the integers are chosen, so that they make up for that.
+
+The integers reach one step further down than up. A scale has the sign that brings a group's largest entry to the lower
+end, so it may be negative; that spares a group an eighth of its step at 4 bits, and a quarter at 3. Of a few sizes of
+the step the one of least squared error is taken: a smaller one cuts off the largest entries and resolves the others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from svdconvert.grids import Grid
+from svdconvert.linalg.precision import refuse_overflow
+from svdconvert.sentences import asked
+
+# Steps that are tried, as shares of the one that reaches from 0 to a group's largest entry.
+SHARES = tuple(1.12 * 0.94**i for i in range(14))
+
+# Columns that are rounded before their errors are handed on to all later ones.
+BLOCK = 64
+
+# What is added to the diagonal of a Gram matrix that has no Cholesky factor, relative to it; the first that is enough.
+RIDGES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix on an integer grid.
+
+    Attributes:
+        codes: the integers, [m, n] int8.
+        scales: [m, groups], in the type that they are stored in; any sign.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """[m, n]: integers times scales, computed in ``dtype``; exact in float32 for scales of 16 bits."""
+        return (
+            self.codes.to(dtype).unflatten(1, (self.scales.shape[1], -1)) * self.scales.to(dtype)[..., None]
+        ).flatten(1)
+
+    def tensors(self, bits: int) -> list[Tensor]:
+        """What is stored, in the order of :data:`svdconvert.grids.SUFFIXES`."""
+        return [pack(self.codes, bits), self.scales.contiguous(), torch.tensor(self.codes.shape)]
+
+
+def nearest(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Tensor | None = None) -> Rounded:
+    """Every entry to the nearest value of its group's grid; the scales are those of least squared error.
+
+    Never worse, group by group and by that measure, than with the scales of largest entry / (2^(b-1) - 1).
+
+    Args:
+        weight: [m, n], any floating type.
+        grid: its groups divide n.
+        scale_dtype: type that the scales are stored in.
+        importance: what a squared error of each input counts, [n], >= 0; None for all alike.
+
+    Raises:
+        InputError: an entry is not finite, or so large that the scale is not finite in its type.
+    """
+    groups = weight.to(_working(weight)).unflatten(1, (grid.scales(weight.shape)[1], -1))  # type: ignore[arg-type]
+    counts = None if importance is None else importance.to(groups).view(groups.shape[1:])
+    scales = _scales(groups, grid, scale_dtype, counts)
+    return Rounded(_codes(groups, scales.to(groups.dtype)[..., None], grid).flatten(1).to(torch.int8), scales)
+
+
+def with_feedback(weight: Tensor, grid: Grid, gram: Tensor, scale_dtype: torch.dtype) -> Rounded:
+    """Round rows w such that (w' - w) H (w' - w)^T is small; row by row never worse by it than :func:`nearest`.
+
+    Entries are rounded one after another in the order of the inputs, and the later ones move to where they best make
+    up for the error (GPTQ, Frantar et al., arXiv:2210.17323, algorithm 1, with the Cholesky factor of H^-1). The scale
+    of a group is chosen when its first entry is reached, for the values then wanted. With H = J J^T, J upper
+    triangular, an error of entry j costs J_jj^2 after that; the scales are chosen by it.
+
+    Args:
+        weight: [m, n], any floating type.
+        grid: its groups divide n.
+        gram: H, second moments of the inputs, [n, n], symmetric, >= 0. It may be singular.
+        scale_dtype: type that the scales are stored in.
+
+    Raises:
+        InputError: see :func:`nearest`.
+    """
+    exact, gram = weight.double(), gram.double()
+    plain = nearest(exact, grid, scale_dtype, gram.diagonal())
+    upper = _upper_factor(gram)
+    if upper is None:
+        return plain
+    rounded = _sequential(exact, grid, upper, scale_dtype)
+
+    def cost(candidate: Rounded) -> Tensor:
+        error = candidate.values(torch.float64) - exact
+        return ((error @ gram) * error).sum(dim=1, keepdim=True)
+
+    better = cost(rounded) < cost(plain)  # false for NaN
+    return Rounded(torch.where(better, rounded.codes, plain.codes), torch.where(better, rounded.scales, plain.scales))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Integers as compressed-tensors stores them from 0.18 on, each plus 2^(b-1), lowest bits first.
+
+    A row begins with a new word, and entries may straddle words. Up to 0.16 none did: words of 3, 5, 6 and 7 bits are
+    others there.
+
+    Args:
+        codes: [m, n] int8.
+        bits: 2 to 8.
+
+    Returns:
+        [m, ceil(n bits / 32)] int32.
+    """
+    rows, columns = codes.shape
+    count = math.ceil(columns / 32)
+    entries = torch.nn.functional.pad(codes.int() + 2 ** (bits - 1), (0, 32 * count - columns)).view(rows, count, 32)
+    words = entries.new_zeros(rows, count, bits)
+    for place in range(32):
+        word, shift = divmod(bits * place, 32)
+        words[..., word] |= entries[..., place] << shift
+        if shift + bits > 32:
+            words[..., word + 1] |= entries[..., place] >> (32 - shift)
+    return words.view(rows, count * bits)[:, : math.ceil(columns * bits / 32)].contiguous()
+
+
+def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
+    """The reverse of :func:`pack`: [m, columns] int8."""
+    rows, count = words.shape[0], math.ceil(columns / 32)
+    whole = torch.nn.functional.pad(words, (0, count * bits - words.shape[1])).view(rows, count, bits)
+    entries = whole.new_empty(rows, count, 32)
+    for place in range(32):
+        word, shift = divmod(bits * place, 32)
+        entry = (whole[..., word] >> shift) & (2 ** min(bits, 32 - shift) - 1)  # the shift repeats the sign
+        if shift + bits > 32:
+            entry = entry | (whole[..., word + 1] & (2 ** (shift + bits - 32) - 1)) << (32 - shift)
+        entries[..., place] = entry
+    return (entries.view(rows, count * 32)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+
+
+def _working(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _codes(values: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+    """The nearest integers, in the values' type."""
+    return (values / scales).round_().clamp_(-grid.largest - 1, grid.largest)
+
+
+def _scales(groups: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Tensor:
+    """Scales of least squared error.
+
+    Args:
+        groups: [m, groups, entries], or [m, entries] of one group.
+        grid: of the integers.
+        dtype: type that the scales are stored in.
+        importance: of the entries, [groups, entries] or [entries].
+
+    Returns:
+        [m, groups] or [m] in ``dtype``; none is zero.
+    """
+    place = groups.abs().argmax(dim=-1, keepdim=True)
+    peak = groups.gather(-1, place).squeeze(-1)
+
+    def stored(scales: Tensor) -> Tensor:
+        rounded = scales.to(dtype)
+        return torch.where(rounded == 0, 1, rounded)  # zeros, and what the type cannot tell from them
+
+    def loss(scales: Tensor) -> Tensor:
+        step = scales.to(groups.dtype)[..., None]
+        error = (_codes(groups, step, grid) * step).sub_(groups).square_()
+        return (error if importance is None else error.mul_(importance)).sum(dim=-1)
+
+    chosen = stored(peak.abs() / grid.largest)
+    refuse_overflow(chosen, "a scale of it", f"choose {asked('dtype', 'bfloat16')} or float32")
+    least = loss(chosen)
+    for share in SHARES:
+        scales = stored(peak * (-share / (grid.largest + 1)))
+        found = loss(scales)
+        better = found < least  # false for NaN
+        chosen, least = torch.where(better, scales, chosen), torch.where(better, found, least)
+    return chosen
+
+
+def _upper_factor(gram: Tensor) -> Tensor | None:
+    """J, upper triangular, with H = J J^T, a little added to the diagonal where it has to be; None if that fails."""
+    used = gram.diagonal() > 0
+    norms = torch.where(used, gram.diagonal(), 1).sqrt()  # zeros: a column that nothing depends on
+    near = gram / norms / norms[:, None]
+    ones = torch.where(used, near.diagonal(), 1)
+    for ridge in RIDGES:
+        near.diagonal().copy_(ones + ridge)
+        lower, failed = torch.linalg.cholesky_ex(near.flip(0, 1))
+        if not int(failed):
+            return lower.flip(0, 1) * norms[:, None]
+    return None
+
+
+def _sequential(weight: Tensor, grid: Grid, upper: Tensor, scale_dtype: torch.dtype) -> Rounded:
+    """Entries rounded one after another, each to what the errors before it ask for. Columns are rows here."""
+    (m, n), group = weight.shape, grid.group or weight.shape[1]
+    importance = upper.diagonal().square()
+    # Row i: by how much an error in column i moves the optimum of the later ones.
+    identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
+    passed_on = torch.linalg.solve_triangular(upper, identity, upper=True) * upper.diagonal()[:, None]
+    wanted, errors = weight.T.contiguous(), upper.new_empty(n, m)
+    codes = torch.empty(n, m, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(*grid.scales((m, n)), dtype=scale_dtype, device=weight.device)
+    for start, stop in pairwise(sorted({*range(0, n, BLOCK), *range(0, n, group), n})):
+        if start % group == 0:
+            part = slice(start, start + group)
+            chosen = _scales(wanted[part].T.contiguous(), grid, scale_dtype, importance[part])
+            scales[:, start // group] = chosen
+            step = chosen.to(wanted.dtype)
+        for j in range(start, stop):
+            code = _codes(wanted[j], step, grid)
+            codes[j] = code
+            errors[j] = code * step - wanted[j]
+            wanted[j + 1 : stop].addr_(passed_on[j, j + 1 : stop], errors[j])
+        wanted[stop:].addmm_(passed_on[start:stop, stop:].T, errors[start:stop])
+    return Rounded(codes.T.contiguous(), scales)
