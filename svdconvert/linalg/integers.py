@@ -77,33 +77,62 @@ def nearest(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Te
 def with_feedback(weight: Tensor, grid: Grid, gram: Tensor, scale_dtype: torch.dtype) -> Rounded:
     """Round rows w such that (w' - w) H (w' - w)^T is small; row by row never worse by it than :func:`nearest`.
 
-    Entries are rounded one after another in the order of the inputs, and the later ones move to where they best make
-    up for the error (GPTQ, Frantar et al., arXiv:2210.17323, algorithm 1, with the Cholesky factor of H^-1). The scale
-    of a group is chosen when its first entry is reached, for the values then wanted. With H = J J^T, J upper
-    triangular, an error of entry j costs J_jj^2 after that; the scales are chosen by it.
-
     Args:
         weight: [m, n], any floating type.
         grid: its groups divide n.
-        gram: H, second moments of the inputs, [n, n], symmetric, >= 0. It may be singular.
+        gram: H, second moments of the inputs, [n, n], symmetric, >= 0. Where it is singular, the least of
+            :data:`RIDGES` that helps is added to its diagonal.
         scale_dtype: type that the scales are stored in.
 
     Raises:
         InputError: see :func:`nearest`.
     """
-    exact, gram = weight.double(), gram.double()
-    plain = nearest(exact, grid, scale_dtype, gram.diagonal())
-    upper = _upper_factor(gram)
-    if upper is None:
-        return plain
-    rounded = _sequential(exact, grid, upper, scale_dtype)
+    return Feedback(gram).round(weight, grid, scale_dtype)
 
-    def cost(candidate: Rounded) -> Tensor:
-        error = candidate.values(torch.float64) - exact
-        return ((error @ gram) * error).sum(dim=1, keepdim=True)
 
-    better = cost(rounded) < cost(plain)  # false for NaN
-    return Rounded(torch.where(better, rounded.codes, plain.codes), torch.where(better, rounded.scales, plain.scales))
+class Feedback:
+    """:func:`with_feedback` in one metric: what all matrices that read the same inputs, and all grids, have in common.
+
+    Entries are rounded one after another in the order of the inputs, and the later ones move to where they best make
+    up for the error (GPTQ, Frantar et al., arXiv:2210.17323, algorithm 1, with the Cholesky factor of H^-1). The scale
+    of a group is chosen when its first entry is reached, for the values then wanted. With H = J J^T, J upper
+    triangular, an error of entry j costs J_jj^2 after that; the scales are chosen by it.
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        """Prepare.
+
+        Args:
+            gram: see :func:`with_feedback`.
+        """
+        exact = gram.double()
+        self._counts, self._upper = exact.diagonal(), _upper_factor(exact)
+        if self._upper is not None:
+            # Row i: by how much an error in column i moves the optimum of the later ones.
+            identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+            inverse = torch.linalg.solve_triangular(self._upper, identity, upper=True)
+            self._passed_on = inverse.mul_(self._upper.diagonal()[:, None])
+            self._upper *= (self._counts > 0)[:, None]  # what nothing depends on costs nothing
+            self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def round(self, weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Rounded:
+        """See :func:`with_feedback`; computed in float64 where the weight is, else in float32."""
+        exact = weight.to(_working(weight))
+        plain = nearest(exact, grid, scale_dtype, self._counts)
+        if self._upper is None:
+            return plain
+        if exact.dtype not in self._cast:
+            self._cast[exact.dtype] = self._upper.to(exact.dtype), self._passed_on.to(exact.dtype)
+        upper, passed_on = self._cast[exact.dtype]
+        rounded = _sequential(exact, grid, passed_on, upper.diagonal().square(), scale_dtype)
+
+        def cost(candidate: Rounded) -> Tensor:
+            return ((candidate.values(exact.dtype) - exact) @ upper).square_().sum(dim=1, keepdim=True)
+
+        better = cost(rounded) < cost(plain)  # false for NaN
+        return Rounded(
+            torch.where(better, rounded.codes, plain.codes), torch.where(better, rounded.scales, plain.scales)
+        )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -203,14 +232,11 @@ def _upper_factor(gram: Tensor) -> Tensor | None:
     return None
 
 
-def _sequential(weight: Tensor, grid: Grid, upper: Tensor, scale_dtype: torch.dtype) -> Rounded:
+def _sequential(weight: Tensor, grid: Grid, passed_on: Tensor, importance: Tensor, scale_dtype: torch.dtype) -> Rounded:
     """Entries rounded one after another, each to what the errors before it ask for. Columns are rows here."""
     (m, n), group = weight.shape, grid.group or weight.shape[1]
-    importance = upper.diagonal().square()
-    # Row i: by how much an error in column i moves the optimum of the later ones.
-    identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
-    passed_on = torch.linalg.solve_triangular(upper, identity, upper=True) * upper.diagonal()[:, None]
-    wanted, errors = weight.T.contiguous(), upper.new_empty(n, m)
+    wanted = weight.T.contiguous()
+    errors = torch.empty_like(wanted)
     codes = torch.empty(n, m, dtype=torch.int8, device=weight.device)
     scales = torch.empty(*grid.scales((m, n)), dtype=scale_dtype, device=weight.device)
     for start, stop in pairwise(sorted({*range(0, n, BLOCK), *range(0, n, group), n})):

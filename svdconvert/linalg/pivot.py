@@ -79,17 +79,25 @@ def rounded_coefficients(
         [m - r, r] in ``dtype``.
     """
     rank, others = rows.shape[0], weight[torch.argsort(position)[rows.shape[0] :]]
-    found, gram = _refit(others, rows[:span], right)
+    found, gram = fitted(others, rows[:span], right)
     rounded = found.to(dtype) if dtype.itemsize > 2 else round_with_feedback(found, gram, dtype)
     return torch.nn.functional.pad(rounded, (0, rank - rounded.shape[1]))
 
 
-def _refit(others: Tensor, rows: Tensor, right: Metric) -> tuple[Tensor, Tensor]:
-    """``(coefficients of the other outputs, Gram matrix of the rows in the metric)``."""
+def fitted(others: Tensor, rows: Tensor, right: Metric) -> tuple[Tensor, Tensor]:
+    """The least-squares coefficients of outputs, given rows.
+
+    Args:
+        others: the outputs, [p, n].
+        rows: [r, n]. One that the metric does not see, or that is zeros once stored, gets no coefficient.
+        right: metric on the inputs.
+
+    Returns:
+        ``(coefficients [p, r], Gram matrix of the rows in the metric [r, r])``, float64.
+    """
     exact, others = rows.double(), others.double()
     weighted = apply_metric(right, exact.T)  # [n, r]
     gram = exact @ weighted
-    # A row that the metric does not see (or that is zeros once stored) gets no coefficient, not what rounding leaves.
     norms = gram.diagonal()
     scale = torch.where(norms > 0, norms.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0)
     near = gram * scale[:, None] * scale

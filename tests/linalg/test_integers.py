@@ -149,8 +149,10 @@ def test_feedback_is_never_worse_than_the_nearest(
     inputs[:, 0] = 0
     gram = inputs.T @ inputs  # singular
     ours = costs(weight, with_feedback(weight, grid, gram, torch.float16), gram)
-    theirs = costs(weight, nearest(weight, grid, torch.float16, gram.diagonal()), gram)
-    assert bool((ours <= theirs + 1e-9 * theirs.sum()).all())
+    plain = nearest(weight, grid, torch.float16, gram.diagonal())
+    theirs, alone = costs(weight, plain, gram), costs(weight, plain, gram.diagonal().diag())
+    # A singular metric has a little added to its diagonal.
+    assert bool((ours <= theirs + 1e-7 * alone.sum()).all())
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -1,0 +1,161 @@
+"""Matrices and products of rank r on integer grids, with as little loss tr(L E R E^T) as rounding allows.
+
+A matrix is rounded with feedback in R. Of a product, the input-side factor is rounded first, with feedback in R as
+well; then the other one solves the normal equations for the rounded one, A', and is rounded with feedback in A' R A'^T.
+So it makes up for whatever of the first one's errors lies in the space that A' spans.
+
+A row of the input-side factor has scales of its own, so that its size plays no part; the columns of the other factor
+share scales with their neighbours, and are brought to one size. Beside the singular vectors another basis of the
+product is tried, in which feedback makes the second factor's error nearly independent of large singular values
+(``linalg/rounding.py``). The layout of rows and coefficients has no freedom of that kind; there the rows are tried with
+feedback and without, which moves what they span less (``linalg/pivot.py``). What loses least is taken.
+
+Entries are rounded in float32; Gram matrices, least squares and losses are float64, in which what feedback has
+cancelled is still to be seen beside massive channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from svdconvert.grids import Grid
+from svdconvert.linalg.integers import Feedback, Rounded, nearest
+from svdconvert.linalg.metrics import Metric, apply_metric
+from svdconvert.linalg.pivot import fitted, full_up, pivot
+from svdconvert.linalg.results import SINGULAR
+from svdconvert.linalg.rounding import equalized
+
+
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """A matrix on integer grids, by itself or as a product.
+
+    Attributes:
+        weights: the matrix; or the two factors of a layout in its order, the input-side one first.
+        position: of the pivoted layout, [m] int64; None for others.
+        loss: tr(L E R E^T) of what is stored, E = W - what is stored.
+        way: the basis, or how the first factor was rounded.
+    """
+
+    weights: tuple[Rounded, ...]
+    position: Tensor | None
+    loss: float
+    way: str
+
+    def product(self) -> Tensor:
+        """What is stored: [m, n] float64."""
+        first, *rest = (weight.values(torch.float64) for weight in self.weights)
+        if not rest:
+            return first
+        return (rest[0] if self.position is None else full_up(rest[0], self.position)) @ first
+
+
+class MatrixRounding:
+    """All ways to round one matrix in a pair of metrics: what the grids and ranks have in common is computed once."""
+
+    def __init__(
+        self, weight: Tensor, left: Metric, right: Metric, dtype: torch.dtype, feedback: Feedback | None = None
+    ) -> None:
+        """Prepare.
+
+        Args:
+            weight: [m, n], any floating type.
+            left: metric on the outputs. It judges, and chooses between candidates; its diagonal will do.
+            right: metric on the inputs, [n, n]; with its diagonal alone, or None, there is nothing to feed back.
+            dtype: type that scales are stored in.
+            feedback: in ``right``, where another matrix that reads the same inputs has it already.
+        """
+        self.given, self.weight = weight, weight.double()
+        self.left, self.right, self.dtype = left, right, dtype
+        if feedback is None and right is not None and right.dim() == 2:
+            feedback = Feedback(right)
+        self.feedback = feedback
+
+    def dense(self, grid: Grid) -> RoundedMatrix:
+        """The matrix on a grid.
+
+        Raises:
+            InputError: see :func:`svdconvert.linalg.integers.nearest`.
+        """
+        rounded = self._inputs_side(self.given, grid)
+        return RoundedMatrix((rounded,), None, self.loss(rounded.values(torch.float64)), SINGULAR)
+
+    def balanced(self, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> RoundedMatrix:
+        """A product as two factors.
+
+        Args:
+            up, down: [m, r] and [r, n], as a truncation to float64 gives them: the singular values shared evenly.
+            grids: of ``down`` and of ``up``; the group of the latter divides r.
+
+        Raises:
+            InputError: see :func:`svdconvert.linalg.integers.nearest`.
+        """
+        return min(self._balanced(up.double(), down.double(), grids), key=lambda found: found.loss)
+
+    def pivoted(self, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> RoundedMatrix:
+        """A product as rows of it and coefficients of the others.
+
+        Args:
+            up, down: [m, r] and [r, n], m > r.
+            grids: of the rows and of the coefficients; the group of the latter divides r.
+
+        Raises:
+            InputError: see :func:`svdconvert.linalg.integers.nearest`.
+        """
+        return min(self._pivoted(up, down, grids), key=lambda found: found.loss)
+
+    def loss(self, product: Tensor) -> float:
+        """tr(L E R E^T) of a matrix that takes the place of this one, [m, n] float64."""
+        error = product - self.weight
+        return float((apply_metric(self.left, error) * apply_metric(self.right, error.T).T).sum())
+
+    def _balanced(self, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> Iterator[RoundedMatrix]:
+        values = (apply_metric(self.right, down.T).T * down).sum(dim=1).clamp_min(0)  # singular values
+        yield self._product(SINGULAR, *_one_size(up, down), grids)
+        if len(values) > 1 and bool(values.any()):
+            roots = values.clamp_min(float(values.max()) * 1e-12).sqrt()
+            x, y = equalized(values)
+            yield self._product("equalized", *_one_size((up / roots) @ x, y.T @ (down / roots[:, None])), grids)
+
+    def _product(self, way: str, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> RoundedMatrix:
+        first = self._inputs_side(down.float(), grids[0])
+        wanted, gram = fitted(self.weight, first.values(torch.float64), self.right)
+        second = Feedback(gram).round(wanted.float(), grids[1], self.dtype)
+        return self._judged((first, second), None, way)
+
+    def _pivoted(self, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> Iterator[RoundedMatrix]:
+        rows, _, position = pivot(up, down, torch.float64)
+        rows, others = rows.float(), self.weight[torch.argsort(position)[rows.shape[0] :]]
+        ways = {"nearest": nearest(rows, grids[0], self.dtype, self._diagonal())}
+        if self.feedback is not None:
+            ways["feedback"] = self.feedback.round(rows, grids[0], self.dtype)
+        for way, first in ways.items():
+            wanted, gram = fitted(others, first.values(torch.float64), self.right)
+            yield self._judged((first, Feedback(gram).round(wanted.float(), grids[1], self.dtype)), position, way)
+
+    def _judged(self, weights: tuple[Rounded, ...], position: Tensor | None, way: str) -> RoundedMatrix:
+        found = RoundedMatrix(weights, position, 0.0, way)
+        return RoundedMatrix(weights, position, self.loss(found.product()), way)
+
+    def _inputs_side(self, rows: Tensor, grid: Grid) -> Rounded:
+        """Rows of what the inputs meet."""
+        if self.feedback is not None:
+            return self.feedback.round(rows, grid, self.dtype)
+        return nearest(rows, grid, self.dtype, self._diagonal())
+
+    def _diagonal(self) -> Tensor | None:
+        return self.right.diagonal() if self.right is not None and self.right.dim() == 2 else self.right
+
+
+def _one_size(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with columns of ``up`` of one size, and both factors alike in theirs."""
+    norms = torch.linalg.vector_norm(up, dim=0)
+    norms = torch.where(norms > 0, norms, 1)
+    up, down = up / norms, down * norms[:, None]
+    size = torch.linalg.vector_norm(down) / torch.linalg.vector_norm(up).clamp_min(torch.finfo(up.dtype).tiny)
+    root = torch.where(size > 0, size, 1).sqrt()
+    return up * root, down / root
