@@ -16,7 +16,8 @@ _HEAD = """# Options of a conversion
 
 Every option of `svdconvert convert` and its keyword in Python, made from the fields of the request by
 `make pages`. `plan`, `calibrate`, `spectrum` and `sweep` take those that concern them, as `--help`
-shows; [commands](commands.md) has an overview. What is under Healing is for `svdconvert heal` alone.
+shows; [commands](commands.md) has an overview. Under Healing, those whose names begin with
+`--heal` are of a conversion, and the others of `svdconvert heal`.
 """
 # Their values lie in an object that is the keyword `calibration`.
 _CALIBRATION = "calibration."

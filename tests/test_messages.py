@@ -21,7 +21,8 @@ OPTIONS = {name for command in main.commands.values() for option in command.para
 }
 # The fields of a request with their options, from which the command line is built and commands are written.
 TABLES = {
-    f"settings/{name}.py" for name in "conversion healing hub options output recipe row runtime scope size text".split()
+    f"settings/{name}.py"
+    for name in "afterwards conversion healing hub options output recipe row runtime scope size text".split()
 }
 # What a message tells a user to run.
 COMMAND = re.compile(r"`[^`]*`|^(svdconvert|fold|hf) .*$", re.DOTALL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -72,6 +72,9 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     ]
     if free is not None:
         rows.append(("disk", f"{size(plan.bytes_after)} needed, {size(free)} free"))
+    if plan.healing is not None:
+        memory, disk = size(plan.healing.memory_bytes), size(plan.healing.disk_bytes)
+        rows.append(("healing", f"at least {memory} of memory, and meanwhile {disk} more of disk"))
     show_pairs(console, rows)
     notes = (*plan.notes, WITHOUT_A_TEXT) if unmeasured(METHODS[plan.method], plan.settings) else plan.notes
     for note in notes:
@@ -80,36 +83,35 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
 
 def show_result(console: Console, report: Report) -> None:
     """Print what a conversion did."""
-    plan, outcome, errors = report.plan, report.outcome, report.errors
+    plan, outcome, figures = report.plan, report.outcome, report.training_free
+    matrices: Mapping[str, Mapping[str, float]] = figures["matrices"]
+    errors, settings = {name: one["relative_error"] for name, one in matrices.items()}, outcome.record["settings"]
     resumed = f", {outcome.resumed} matrices of them by an earlier run" if outcome.resumed else ""
     rows = [
         ("parameters", f"{plan.params_before:,} -> {plan.params_after:,}"),
         ("weight files", f"{size(plan.bytes_before)} -> {size(plan.bytes_after)}"),
     ]
     if errors:
-        worst = max(report.matrices, key=lambda name: report.matrices[name]["relative_error"])
-        mean = sum(errors) / len(errors)
-        rows.append(("relative error", f"mean {mean:.4f}, worst {max(errors):.4f} ({worst}){resumed}"))
-    settings = outcome.record["settings"]
-    if (done := SOLVERS[settings["solver"]].done(list(report.matrices.values()))) is not None:
+        worst, mean = max(errors, key=lambda name: errors[name]), sum(errors.values()) / len(errors)
+        rows.append(("relative error", f"mean {mean:.4f}, worst {errors[worst]:.4f} ({worst}){resumed}"))
+    if (done := SOLVERS[settings["solver"]].done(list(matrices.values()))) is not None:
         rows.append((f"{settings['solver']} solver", done))
     if "tokens" in settings:
         rows.append(("calibration", calibrated(METHODS[plan.method], settings)))
-    outputs = [float(matrix["output_error"]) for matrix in report.matrices.values() if "output_error" in matrix]
+    outputs = [float(matrix["output_error"]) for matrix in matrices.values() if "output_error" in matrix]
     if outputs:
         mean = sum(outputs) / len(outputs)
         rows.append(("error of the outputs", f"mean {mean:.4f}, worst {max(outputs):.4f}, on the calibration text"))
-    record = outcome.record
-    if "measured_loss" in record:
-        guess = f" ({record['predicted_loss']:+.4f} predicted; {ROUGH_GUESS})" if "predicted_loss" in record else ""
-        measured = f"{record['measured_loss']:+.4f} nats per token on {record['dense_loss']:.4f}"
+    if "measured_loss" in figures:
+        guess = f" ({figures['predicted_loss']:+.4f} predicted; {ROUGH_GUESS})" if "predicted_loss" in figures else ""
+        measured = f"{figures['measured_loss']:+.4f} nats per token on {figures['dense_loss']:.4f}"
         text = "the calibration text" if "tokens" not in settings else f"the {settings['tokens']:,} calibration tokens"
         rows.append(("loss added", f"{measured}, measured on {text}, to which it was fitted{guess}"))
-    if "budget" in record:
+    if "budget" in figures:
         from svdconvert.commands.measured_budgets import MeasuredBudget
 
-        rows.append(("budget measured", str(MeasuredBudget.from_json(record["budget"]))))
-    rows += _times(outcome)
+        rows.append(("budget measured", str(MeasuredBudget.from_json(figures["budget"]))))
+    rows += [*_healed(outcome.record), *_times(outcome)]
     memory = size(outcome.peak_memory_bytes)
     if outcome.peak_device_bytes:
         memory += f" on the host, {size(outcome.peak_device_bytes)} on the GPU"
@@ -122,6 +124,26 @@ def show_result(console: Console, report: Report) -> None:
         rows.append(("pushed to", report.url))
     rows.append(("next", told(next_steps(METHODS[plan.method], settings, report.folder))))
     show_pairs(console, rows)
+
+
+def _healed(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What healing was worth after the conversion, whose own figures are those before it."""
+    told = record.get("healing")
+    if told is None:
+        return []
+    on = f"on {told['held_out_tokens']:,} held-out tokens"
+    if not told["changed"]:
+        return [("healed", f"brought no gain {on}, so the factors were kept (KL {told['before']['kl']:.4f})")]
+    dense, ends = told["dense_loss"], (told["before"], told["after"])
+    kl = " -> ".join(f"{end['kl']:.4f}" for end in ends)
+    perplexities = " -> ".join(f"{perplexity(dense + end['added']):.2f}" for end in ends)
+    return [
+        (
+            "healed",
+            f"KL(dense || model) {kl} nats per token, perplexity {perplexities} (dense {perplexity(dense):.2f}), {on}; "
+            "what is above is from before",
+        )
+    ]
 
 
 def show_evaluation(console: Console, result: Evaluation) -> None:

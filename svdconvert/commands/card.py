@@ -43,6 +43,7 @@ def factored_card(
     losses: Mapping[str, float],
     budget: str = "",
     *,
+    healed: Sequence[str] = (),
     report: bool = False,
 ) -> str:
     """Card of a factored model.
@@ -56,12 +57,15 @@ def factored_card(
         matrices: what svdconvert.json tells about every factored matrix, by module path.
         losses: what it tells of the loss on the calibration text.
         budget: what was measured to choose the ranks, in a sentence; empty where nothing was.
+        healed: lines about the healing that followed; none where nothing followed.
         report: whether there is a page about it.
     """
     lines = [
-        *_overview(source, plan, settings, matrices),
+        *_overview(source, plan, settings, matrices, ", factored and healed" if healed else ", factored"),
         *_sizes(plan),
+        *(["## Before healing", ""] if healed else []),
         *_quality(matrices, losses, budget),
+        *(["## Healed", "", *healed] if healed else []),
         *usage(source, row, plan.ranks),
         *_made_by(command, report),
     ]
@@ -69,7 +73,7 @@ def factored_card(
 
 
 def _overview(
-    source: Source, plan: Plan, settings: Mapping[str, Any], matrices: Mapping[str, Mapping[str, Any]]
+    source: Source, plan: Plan, settings: Mapping[str, Any], matrices: Mapping[str, Mapping[str, Any]], title: str
 ) -> list[str]:
     """Title, and what the model is."""
     method = METHODS[plan.method]
@@ -77,7 +81,7 @@ def _overview(
     solver = "" if done is None else f" {settings['solver'].capitalize()} solver: {done}."
     text = f" Calibrated on {calibrated(method, settings)}." if "tokens" in settings else ""
     return [
-        f"# {source.name.split('/')[-1]}, factored",
+        f"# {source.name.split('/')[-1]}{title}",
         "",
         f"[{source.name}]{_link(source)} with its linear layers replaced by products of low rank, made by svdconvert.",
         "",

@@ -18,8 +18,9 @@ from svdconvert.jobs.job import Job, Reports
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.target_kinds import sizes_by_kind
 from svdconvert.reports.result_page import result_page
+from svdconvert.settings.afterwards import Afterwards
 from svdconvert.settings.conversion import Conversion
-from svdconvert.settings.text import Text
+from svdconvert.settings.text import SELF, Stats, Text
 from svdconvert.tensors import majority_dtype
 
 
@@ -142,13 +143,33 @@ def repeatable(work: Work) -> Conversion:
     """
     request, recipe = work.request, work.request.recipe
     usual = replace(request, recipe=replace(recipe, allocation=None)).allocation
-    method = None if work.knowledge is None and recipe.method == "svd" else recipe.method
+    text = _text(work)
+    method = None if text is None and recipe.method == "svd" else recipe.method
     allocation = None if recipe.allocation == usual == "uniform" else recipe.allocation
     keeps = work.kept is not None and not work.must_decompose
     return replace(
         request,
         recipe=replace(recipe, method=method, allocation=allocation),
-        calibration=None if work.knowledge is None else work.knowledge.repeatable,
+        calibration=text,
+        afterwards=_afterwards(work),
         runtime=replace(request.runtime, work=Path("WORK") if keeps else None),
         hub=replace(request.hub, revision=work.source.commit),
     )
+
+
+def _text(work: Work) -> Text | Stats | None:
+    """The text that is read to convert, or to heal alone."""
+    if work.knowledge is not None:
+        return work.knowledge.repeatable
+    own = work.request.calibration is not None and work.healed_on is not None
+    return work.healed_on.repeatable if own and work.healed_on is not None else None
+
+
+def _afterwards(work: Work) -> Afterwards:
+    """What is done with the result, with the number of sequences that there are."""
+    asked, known = work.request.afterwards, work.healed_on
+    if known is None or (asked.text is None and asked.samples is None):
+        return asked
+    assert isinstance(known.repeatable, Text)
+    text = asked.text if asked.text in (None, SELF) else "HEALTEXT"
+    return replace(asked, text=text, samples=known.repeatable.samples)

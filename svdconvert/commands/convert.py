@@ -8,9 +8,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 
-from svdconvert.calibration.knowledge import Calibration, find_knowledge
+from svdconvert.calibration.knowledge import Calibration
 from svdconvert.commands.budgets import with_ranks
 from svdconvert.commands.conversion_job import conversion_job
+from svdconvert.commands.heal_afterwards import convert_and_heal, with_texts
 from svdconvert.commands.html_report import write_report
 from svdconvert.commands.push import push
 from svdconvert.commands.report import Report
@@ -61,6 +62,10 @@ def convert(
     solver: str = DEFAULT_SOLVER.name,
     refit: str = "none",
     stats: str | os.PathLike[str] | None = None,
+    heal: bool = False,
+    heal_calib: str | None = None,
+    heal_samples: int | None = None,
+    heal_epochs: float | None = None,
     work: str | os.PathLike[str] | None = None,
     keep_work: bool = False,
     overwrite: bool = False,
@@ -105,6 +110,12 @@ def convert(
         refit: ``sequential`` fits the outer factors to the dense model on the inputs that the compressed layers before
             them give, see :mod:`svdconvert.factoring.refit`; ``none`` leaves the truncation as it is.
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
+        heal: train the factors to the dense model's predictions in the end, as :func:`svdconvert.heal` does, on the
+            text of ``calibration``.
+        heal_calib: heal on another text, a path or a name as of a calibration; ``self`` for text that the dense model
+            writes. Length, seed and batch size are those of ``calibration``.
+        heal_samples: sequences to heal on; by default as many as of ``calibration``.
+        heal_epochs: times that they are gone through; by default once.
         work: folder that keeps statistics and decompositions, so that another rank or budget of the same model and
             text starts from them; by default they live in the job's own folder and go with it.
         keep_work: short for a ``work`` folder beside ``out``, of the same name with ``-work`` added.
@@ -163,10 +174,12 @@ def run_conversion(
     from svdconvert.models.preflight import check_model
 
     check_model(source)
-    work = Work(source, settled, None, folder, device, events)
-    knowledge = find_knowledge(source, request.calibration, events, folder=work.place, device=device)
-    work = replace(work, knowledge=knowledge)
-    plan, outcome = _run(work, plan)
+    work = with_texts(Work(source, settled, None, folder, device, events))
+    if request.afterwards.heal:
+        carried_out, outcome = convert_and_heal(work, plan, _run)
+        plan = carried_out or _with_chosen_ranks(work, plan, outcome)
+    else:
+        plan, outcome = _run(work, plan)
     if request.runtime.keep_work and kept_work(folder).is_dir():
         events.note(Sentence(f"the decompositions are kept in {kept_work(folder)} ({asked('work')})"))
     if request.output.report and outcome.already_done and group.leader:
@@ -216,11 +229,16 @@ def _run(work: Work, plan: Plan) -> tuple[Plan, Outcome]:
         )
     if not outcome.already_done:
         return prepared().plan, outcome
+    return _with_chosen_ranks(work, plan, outcome), outcome
+
+
+def _with_chosen_ranks(work: Work, plan: Plan, outcome: Outcome) -> Plan:
+    """The plan with the ranks that an earlier run has chosen, if it chose any."""
     if not work.chooses:
-        return plan, outcome
-    matrices = outcome.record["matrices"]  # with the ranks that an earlier run has chosen
+        return plan
+    matrices = outcome.record["matrices"]
     ranks = [matrices.get(target.module, {}).get("rank") for target in plan.targets]
-    return plan_for(work.source, request, with_ranks(plan.targets, ranks)), outcome
+    return plan_for(work.source, work.request, with_ranks(plan.targets, ranks))
 
 
 def _pushed(work: Work) -> str | None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from svdconvert.calibration.knowledge import Calibration, find_knowledge
 from svdconvert.commands.healed_card import healed_card
-from svdconvert.commands.rewriting import Layer, factored_steps
+from svdconvert.commands.healing_job import healed_steps, healing_details
 from svdconvert.commands.verify import self_check
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture, factored_architecture
@@ -18,7 +15,6 @@ from svdconvert.healing.healing import HealingWork, heal_factors, result_file
 from svdconvert.healing.matrices import dense_matrices
 from svdconvert.healing.outcome import Healed
 from svdconvert.healing.precision import precision_of
-from svdconvert.healing.student import factor_names
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Outcome, refuse_same_folder, run_job
 from svdconvert.jobs.own_files import JOB_FOLDER, refuse_foreign
@@ -130,7 +126,7 @@ def run_healing(
     dense = open_source(os.fspath(against), against_revision, download_folder=folder / JOB_FOLDER / "source")
     refuse_same_folder(dense, folder)
     work = folder / JOB_FOLDER / "work"
-    steps = _steps(source, row, result_file(work / "heal"))
+    steps = healed_steps(source, row, result_file(work / "heal"))
     dense_matrices(source, dense)
     precision = precision_of(request.healing.precision, device)
     for one in (source, dense):
@@ -172,27 +168,16 @@ def _job(work: HealingWork, row: Architecture, steps: Sequence[Step], healed: He
     outputs = [info for step in steps for info in step.outputs]
     params, start = parameters(outputs), _start_command(source)
     starts = [] if start is None else [start]
+    told = healing_details(work, healed)
+    details = told if start is None else {**told, "healing": {**told["healing"], "start": start}}
     return Job(
         steps=steps,
         shards=shard(outputs, work.request.output.max_shard_bytes),
         config=dict(source.config),
         extra={f"{row.modeling}.py": model_files.modeling_source(row)},
         card=lambda reports: healed_card(source, dense, row, [*starts, command], healed, params),
-        details=lambda reports: {
-            "params": params,
-            "matrices": {module: report.to_json() for module, report in healed.matrices.items()},
-            "healing": _told(work, healed),
-            "repeat": command,
-        },
+        details=lambda reports: {"params": params, **details, "repeat": command},
     )
-
-
-def _told(work: HealingWork, healed: Healed) -> Mapping[str, Any]:
-    """What svdconvert.json tells of the training."""
-    dense, tokens, start = work.dense, work.tokens, _start_command(work.source)
-    against = {"name": dense.name, "repo": dense.repo, "commit": dense.commit}
-    told = {**healed.to_json(), "against": against, "text_digest": tokens.text_digest}
-    return told if start is None else {**told, "start": start}
 
 
 def _start_command(source: LocalSource) -> str | None:
@@ -217,21 +202,3 @@ def _stranger(source: LocalSource, dense: Source) -> list[Sentence]:
             "trained; `svdconvert verify` compares the two"
         )
     ]
-
-
-def _steps(source: LocalSource, row: Architecture, file: Path) -> list[Step]:
-    """All steps of the job: factors come from a file, everything else is copied.
-
-    Raises:
-        InputError: config.json names a factor that the files do not have.
-    """
-
-    def trained(layers: Sequence[Layer]) -> list[Step]:
-        # the first tensor is that of all layers that share it
-        stored = (*layers[0].stored, *(info for layer in layers[1:] for info in layer.stored[1:]))
-        outputs = tuple(replace(info, file="", start=-1) for info in stored)
-        options = {"file": str(file), "factors": [info.name for info in stored if info.name in factors]}
-        return [Step("healed", layers[0].weight, stored, outputs, options)]
-
-    factors = set(factor_names(source))
-    return factored_steps(source, row, trained, lambda name: name)

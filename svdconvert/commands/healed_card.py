@@ -38,8 +38,7 @@ def healed_card(
         f"{source.name}, a model whose linear layers are products of low rank, with its factors trained to {origin}"
         f"{'' if healed.changed else '; that brought no gain, so they are what they were'}. Made by svdconvert.",
         "",
-        *_figures(healed, params),
-        *_errors(healed),
+        *healed_lines(healed, params),
         *usage(source, row, source.config["svd_ranks"]),
         "## Made by",
         "",
@@ -50,6 +49,16 @@ def healed_card(
         "`svdconvert.json` holds versions, settings, and what was measured on the way.",
     ]
     return front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+
+
+def healed_lines(healed: Healed, params: int) -> list[str]:
+    """What the training was worth, and how far the products are from the dense matrices now.
+
+    Args:
+        healed: how it ended.
+        params: of the result.
+    """
+    return [*_figures(healed, params), *_errors(healed)]
 
 
 def _figures(healed: Healed, params: int) -> list[str]:

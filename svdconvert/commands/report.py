@@ -44,6 +44,13 @@ class Report:
         return matrices
 
     @property
+    def training_free(self) -> Mapping[str, Any]:
+        """What svdconvert.json tells of the conversion itself: all, or, where healing followed, what was before it."""
+        record = self.outcome.record
+        found: Mapping[str, Any] = record.get("training_free", record)
+        return found
+
+    @property
     def errors(self) -> list[float]:
         """Relative error of every factored matrix, Frobenius norm."""
         return [float(matrix["relative_error"]) for matrix in self.matrices.values()]
@@ -61,7 +68,8 @@ class Report:
             "resumed": outcome.resumed,
             "already_done": outcome.already_done,
             "settings": dict(outcome.record["settings"]),
-            "losses": {name: outcome.record[name] for name in LOSSES if name in outcome.record},
+            "losses": {name: self.training_free[name] for name in LOSSES if name in self.training_free},
+            **({"healing": outcome.record["healing"]} if "healing" in outcome.record else {}),
             "checks": list(outcome.checks),
             "url": self.url,
         }

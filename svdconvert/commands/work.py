@@ -23,6 +23,7 @@ class Work:
         folder: where the result goes.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         events: receiver of progress.
+        healed_on: the text that the result is healed on, or None.
     """
 
     source: Source
@@ -31,6 +32,7 @@ class Work:
     folder: Path
     device: str
     events: Events
+    healed_on: Knowledge | None = None
 
     @property
     def kept(self) -> Path | None:

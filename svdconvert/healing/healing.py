@@ -30,12 +30,13 @@ from svdconvert.healing.objective import Diverged, Objective
 from svdconvert.healing.outcome import Healed, Judged, read_healed, write_healed
 from svdconvert.healing.sequences import Order, judges
 from svdconvert.healing.state import StateFile
-from svdconvert.healing.student import Student
+from svdconvert.healing.student import Student, factor_names
 from svdconvert.healing.teacher import Teacher, teacher_head
 from svdconvert.healing.training import Texts, Training
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.head_divergence import HeadDivergence
 from svdconvert.planning.events import Events
+from svdconvert.planning.healing_needs import training_bytes
 from svdconvert.sentences import asked
 from svdconvert.settings.healing import HealRequest
 from svdconvert.storage.source import LocalSource, Source
@@ -102,7 +103,9 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
     """How it ended, and the factors as they are to be stored."""
     tokens = work.tokens
     held_out = judges(tokens)
-    check_memory(work.source, work.device)
+    source = work.source
+    trained = [source.tensors[name] for name in factor_names(source)]
+    check_memory(training_bytes(source.tensors.values(), trained), source.where, work.device)
     others = torch.ones(len(tokens.ids), dtype=torch.bool)
     others[held_out] = False
     blocks = ModelBlocks(work.dense, device=work.device)

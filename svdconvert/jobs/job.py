@@ -49,6 +49,7 @@ class Job:
         card: reports of the steps -> model card.
         details: reports of the steps -> what svdconvert.json says beyond settings and versions.
         page: record and its file -> ``report.html``; None for none.
+        reads: the checkpoint whose tensors the steps take; None for the one that the job is of.
     """
 
     steps: Sequence[Step]
@@ -58,6 +59,7 @@ class Job:
     card: Callable[[Reports], str]
     details: Callable[[Reports], Mapping[str, Any]]
     page: Callable[[Record, Path], bytes] | None = None
+    reads: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def _promise(job: Job, source: Source, output: OutputFolder) -> list[str]:
     files = sorted({*job.shards, *index, *source.side_files, *job.extra, *page, *FILES})
     if output.group.leader:
         output.promise(files)
-        preflight_disk(output.folder, job, source)
+        preflight_disk(output.folder, job, job.reads or source)
     return files
 
 
@@ -213,7 +215,7 @@ def _write_weights(
     from svdconvert.jobs.pipeline import Pipeline
 
     pipeline = Pipeline(
-        source,
+        job.reads or source,
         job.steps,
         job.shards,
         output,

@@ -48,6 +48,14 @@ _HEALING = {
     "steps": COUNT,
     "lr": optional(NUMBER),
 }
+# Of a conversion whose result was healed: what it was before.
+_TRAINING_FREE = {
+    "matrices": table(record(_MATRIX)),
+    "predicted_loss": optional(NUMBER),
+    "dense_loss": optional(NUMBER),
+    "measured_loss": optional(NUMBER),
+    "budget": optional(record(_BUDGET)),
+}
 _FIELDS = {
     "command": TEXT,
     "source": record({"name": TEXT}),
@@ -60,6 +68,7 @@ _FIELDS = {
     "measured_loss": optional(NUMBER),
     "budget": optional(record(_BUDGET)),
     "healing": optional(record(_HEALING)),
+    "training_free": optional(record(_TRAINING_FREE)),
     "timing": many(table(record({"wall_seconds": NUMBER, "cpu_seconds": NUMBER}))),
 }
 

@@ -14,6 +14,7 @@ from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.layouts.table import layout_named
 from svdconvert.planning.checks import check_tensors
 from svdconvert.planning.conversion_steps import conversion_steps
+from svdconvert.planning.healing_needs import healing_needs
 from svdconvert.planning.notes import plan_notes, solver_note
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target, assign
@@ -129,4 +130,5 @@ def plan_for(
         opening_bytes=source.opening_bytes,
         passes=text_passes(source, row, targets, request),
         checked=request.output.check,
+        healing=healing_needs(source, row, targets, steps, shards, request),
     )

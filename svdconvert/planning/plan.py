@@ -9,6 +9,7 @@ from typing import Any
 
 from svdconvert.names import layer_number
 from svdconvert.planning import memory
+from svdconvert.planning.healing_needs import HealingNeeds
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
 from svdconvert.planning.target_kinds import TargetKind, kinds_of
@@ -35,6 +36,7 @@ class Plan:
         opening_bytes: memory that reading the source's tokenizer takes before the work begins.
         passes: what is run on a text; None where none is needed.
         checked: whether the result is loaded at the end.
+        healing: what healing takes; None where the result is not healed.
     """
 
     source: str
@@ -53,6 +55,7 @@ class Plan:
     opening_bytes: int = 0
     passes: TextPasses | None = None
     checked: bool = True
+    healing: HealingNeeds | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -85,6 +88,7 @@ class Plan:
             memory.BASE_BYTES + self.opening_bytes,
             memory.check_bytes(self.params_after, self.bytes_after, self._largest_block()) if self.checked else 0,
             0 if self.passes is None else self.passes.peak_bytes(workers),
+            0 if self.healing is None else self.healing.memory_bytes,
         )
 
     def solving_bytes(self, workers: int = 1) -> int:
@@ -143,6 +147,7 @@ class Plan:
             "peak_memory_bytes": self.peak_bytes(),
             "peak_memory_bytes_per_worker": self.worker_bytes,
             "training_bytes": {"before": before, "after": after},
+            **({} if self.healing is None else {"healing": asdict(self.healing)}),
             "notes": list(self.notes),
             "settings": dict(self.settings),
         }

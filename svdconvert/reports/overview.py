@@ -45,6 +45,8 @@ def lead(facts: Facts) -> str:
     if facts.dense:
         sentence += f", and {figures.count(len(facts.dense))} stayed dense"
     measured, dense = facts.number("measured_loss"), facts.number("dense_loss")
+    if facts.record.results.get("healing") is not None:
+        return f"{sentence}.{_healed(facts)}"
     if measured is None or dense is None:
         return f"{sentence}. What this costs was not measured."
     return (

@@ -16,6 +16,8 @@ from svdconvert.errors import InputError
 from svdconvert.methods.table import Method, method_named, method_options
 from svdconvert.sentences import asked
 from svdconvert.settings import rules
+from svdconvert.settings.afterwards import Afterwards
+from svdconvert.settings.healing import HealRequest
 from svdconvert.settings.hub import Hub
 from svdconvert.settings.options import BY_KEYWORD, did_you_mean
 from svdconvert.settings.output import Output
@@ -36,6 +38,7 @@ class Conversion:
         scope: which matrices.
         recipe: how.
         calibration: the text to calibrate on, or statistics of one; None for neither.
+        afterwards: what is done with the result.
         output: what is written.
         runtime: where the work is done.
         hub: what is read from the Hub, and where the result goes there.
@@ -45,6 +48,7 @@ class Conversion:
     scope: Scope = field(default_factory=Scope)
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Text | Stats | None = None
+    afterwards: Afterwards = field(default_factory=Afterwards)
     output: Output = field(default_factory=Output)
     runtime: Runtime = field(default_factory=Runtime)
     hub: Hub = field(default_factory=Hub)
@@ -77,6 +81,7 @@ class Conversion:
             scope=Scope(**values.get(Scope, {})),
             recipe=Recipe(**values.get(Recipe, {})),
             calibration=calibration if stats is None else Stats(stats),
+            afterwards=Afterwards(**values.get(Afterwards, {})),
             output=Output(**values.get(Output, {})),
             runtime=Runtime(**values.get(Runtime, {})),
             hub=Hub(**values.get(Hub, {})),
@@ -99,6 +104,11 @@ class Conversion:
     def options(self) -> dict[str, float]:
         """The method's settings, with defaults filled in."""
         return method_options(self.method, self.recipe.given)
+
+    @property
+    def healing(self) -> HealRequest | None:
+        """The request to heal the result; None where that is not asked for."""
+        return self.afterwards.request(self.calibration, self.output, self.runtime)
 
     def settled(self) -> Conversion:
         """The same request with method, allocation and the method's settings filled in."""
@@ -145,7 +155,7 @@ class Conversion:
         }
 
     def key(self, text: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What the result depends on beside the model, in JSON types: what a job resumes under.
+        """What the result depends on beside the model, in JSON types: what a job resumes under; without healing.
 
         Args:
             text: what the statistics depend on, see :class:`svdconvert.calibration.knowledge.Knowledge`.
@@ -187,4 +197,4 @@ class Conversion:
     def _sections(self) -> list[Any]:
         """In the order of a command line."""
         text = [] if self.calibration is None else [self.calibration]
-        return [self.hub, self.size, self.scope, self.recipe, *text, self.output, self.runtime]
+        return [self.hub, self.size, self.scope, self.recipe, *text, self.afterwards, self.output, self.runtime]

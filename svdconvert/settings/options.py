@@ -1,4 +1,4 @@
-"""All options of a conversion, and those of healing, as tables, made from the fields of their requests.
+"""All options of a conversion, and those of `svdconvert heal`, as tables, made from the fields of their requests.
 
 No click and no torch.
 """
@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from svdconvert.settings.afterwards import Afterwards
 from svdconvert.settings.healing import Healing
 from svdconvert.settings.hub import Hub
 from svdconvert.settings.output import Output
@@ -36,13 +37,13 @@ class RequestField:
 
 
 # In the order of the help.
-SECTIONS = (Size, Scope, Recipe, Text, Stats, Output, Runtime, Hub)
+SECTIONS = (Size, Scope, Recipe, Text, Stats, Afterwards, Output, Runtime, Hub)
 FIELDS = tuple(RequestField(section, field, row) for section in SECTIONS for field, row in options_of(section).items())
 
 # One for each option; fields without an option of their own are left out.
 BY_KEYWORD: Mapping[str, RequestField] = {one.option.keyword: one for one in FIELDS if not one.option.part_of}
 
-# The same with the options that healing has of its own.
+# The same with the options that `svdconvert heal` has of its own.
 EVERY: Mapping[str, RequestField] = {
     **BY_KEYWORD,
     **{row.keyword: RequestField(Healing, field, row) for field, row in options_of(Healing).items()},

@@ -9,6 +9,7 @@ from svdconvert.errors import InputError
 from svdconvert.layouts.table import layout_named
 from svdconvert.methods.table import Method
 from svdconvert.sentences import asked
+from svdconvert.settings.afterwards import Afterwards
 from svdconvert.settings.hub import Hub
 from svdconvert.settings.output import DTYPES, Output
 from svdconvert.settings.recipe import ALLOCATIONS, REFITS, Recipe
@@ -30,6 +31,8 @@ class Request(Protocol):
     def recipe(self) -> Recipe: ...
     @property
     def calibration(self) -> Text | Stats | None: ...
+    @property
+    def afterwards(self) -> Afterwards: ...
     @property
     def output(self) -> Output: ...
     @property
@@ -89,11 +92,22 @@ def text(request: Request) -> None:
     for words in users:
         if not given:
             raise InputError(f"{words} needs a text; give one as {asked('calibration')}")
-    if given and not users:
+    healed = request.afterwards.heal and request.afterwards.text is None
+    if given and not users and not healed:
         word = "stats" if isinstance(request.calibration, Stats) else "calibration"
         raise InputError(
             f"{asked(word)} has no effect on {asked('method', row.name)}, which uses the weights alone; leave it out"
         )
+
+
+def reads_text(request: Request) -> bool:
+    """Whether a conversion reads a text; healing aside."""
+    return bool(_users_of_the_text(request))
+
+
+def healing(request: Request) -> None:
+    """There is a text to heal on, and nothing is said of a healing that is not asked for."""
+    request.afterwards.check(request.calibration)
 
 
 def _users_of_the_text(request: Request) -> list[str]:
@@ -188,10 +202,13 @@ def sharing(request: Request) -> None:
 
 
 # In the order in which they are tried. Those that a plan depends on:
-PLANNED: Sequence[Rule] = (size, planned_size, method, allocation, refit, solver, dtype, layout, sharing)
+PLANNED: Sequence[Rule] = (size, planned_size, method, allocation, refit, healing, solver, dtype, layout, sharing)
 # Those of `svdconvert spectrum`, which has no size:
 METHOD: Sequence[Rule] = (method, layout, text, parts)
-ALL: Sequence[Rule] = (size, method, allocation, refit, text, parts, solver, work, upload, dtype, layout, sharing)
+ALL: Sequence[Rule] = (
+    *(size, method, allocation, refit, healing, text, parts),
+    *(solver, work, upload, dtype, layout, sharing),
+)
 
 
 def check(request: Request, rules: Sequence[Rule]) -> None:

@@ -408,7 +408,7 @@ def test_too_little_memory(
         heal(factored, dense, calibration, tmp_path / "out", **SHORT)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: needed)
-    memory.check_memory(LocalSource(factored), "cpu")
+    memory.check_memory(needed, "", "cpu")
 
 
 def test_order_goes_through_all_sequences() -> None:

@@ -151,6 +151,8 @@ def test_no_sizes(text: str) -> None:
         ["--rank", "16", "--calib", "TEXT", "--calib-field", "body", "--refit", "sequential", "--method", "svd"],
         ["--params", "100000", "--method", "svd", "--allocation", "global", "--layout", "pivoted"],
         ["--keep", "0.5", "--method", "kfac", "--stats", "STATS", "--dtype", "float32"],
+        ["--rank", "12", "--method", "svd", "--calib", "TEXT", "--heal", "--heal-epochs", "2"],
+        ["--rank", "12", "--calib", "TEXT", "--heal", "--heal-calib", "HEALTEXT", "--heal-samples", "200"],
     ],
     ids=lambda options: " ".join(options[:1] + options[-2:]),
 )
@@ -159,11 +161,12 @@ def test_the_command_of_a_card_makes_the_same_weights(
 ) -> None:
     import json
 
-    text, stats = tmp_path / "text.jsonl", tmp_path / "stats"
+    text, other, stats = tmp_path / "text.jsonl", tmp_path / "other.txt", tmp_path / "stats"
     rows = [{"text": f"mountain {i} tiger {i * i}", "body": f"호랑이 {i * 7} {i} old"} for i in range(300)]
     text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    other.write_text("\n\n".join(f"old {i} mountain {i % 7} tiger" for i in range(60)))
     reading = ["--calib-samples", "6", "--calib-length", "24"]
-    places = {"TEXT": str(text), "STATS": str(stats), "WORK": str(tmp_path / "work")}
+    places = {"TEXT": str(text), "HEALTEXT": str(other), "STATS": str(stats), "WORK": str(tmp_path / "work")}
     if "STATS" in options:
         done = run("calibrate", dense, "--calib", text, *reading, "--out", stats)
         assert done.code == 0, done

@@ -19,6 +19,7 @@ from svdconvert.cli.app import main
 from svdconvert.cli.fields import conversion_of
 from svdconvert.commands.conversion_job import repeatable
 from svdconvert.commands.work import Work
+from svdconvert.settings.afterwards import Afterwards
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.hub import Hub
 from svdconvert.settings.options import SECTIONS
@@ -85,6 +86,9 @@ told = st.builds(
     ),
     recipe=recipes,
     calibration=texts | st.builds(Stats, folders) | st.none(),
+    afterwards=st.builds(
+        Afterwards, heal=st.booleans(), text=words | st.none(), samples=counts | st.none(), epochs=shares | st.none()
+    ),
     output=st.builds(Output, dtype=st.sampled_from(DTYPES), max_shard_bytes=st.integers(1000, 2**45)),
     runtime=st.builds(Runtime, work=folders | st.none()),
     hub=st.builds(Hub, revision=words | st.none()),
@@ -130,6 +134,7 @@ OTHER: Mapping[type, Mapping[str, Any]] = {
     },
     Text: {"text": "t", "field": "f", "samples": 3, "length": 3, "seed": 3, "batch_size": 3, "labels": "sampled"},
     Stats: {"folder": Path("s")},
+    Afterwards: {"heal": True, "text": "t", "samples": 3, "epochs": 0.5},
     Output: {"dtype": "float16", "max_shard_bytes": 12_345_678, "overwrite": True, "check": False, "report": True},
     Runtime: {"device": "cpu", "workers": 3, "work": Path("w"), "keep_work": True},
     Hub: {"revision": "r", "push_to": "owner/name", "private": True, "push_revision": "b"},
@@ -143,8 +148,7 @@ def with_field(section: type, name: str, value: Any) -> Conversion:
         return Conversion(calibration=Calibration(**{"text": "TEXT", name: value}))
     if section is Stats:
         return Conversion(calibration=Stats(value))
-    place = {Size: "size", Scope: "scope", Recipe: "recipe", Output: "output", Runtime: "runtime", Hub: "hub"}[section]
-    return replace(Conversion(), **{place: section(**{name: value})})
+    return replace(Conversion(), **{section.__name__.lower(): section(**{name: value})})
 
 
 @pytest.mark.parametrize(("section", "name"), FIELDS, ids=[f"{s.__name__}.{name}" for s, name in FIELDS])

@@ -61,7 +61,18 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"max_loss": 0.5}, "max_loss=0.5 needs a text"),
         ({"max_kl": 0.5, "method": "svd"}, "max_kl=0.5 needs a text"),
         ({"keep": 0.5, "method": "svd", "calibration": TEXT}, "calibration has no effect on method='svd'"),
+        (
+            {"keep": 0.5, "method": "svd", "calibration": TEXT, "heal": True, "heal_calib": "self"},
+            "calibration has no effect on method='svd'",
+        ),
         ({"keep": 0.5, "method": "svd", "stats": "s"}, "stats has no effect on method='svd'"),
+    ],
+    "healing": [
+        ({"keep": 0.5, "heal": True}, "heal=True needs a text; give one as heal_calib"),
+        ({"keep": 0.5, "stats": "s", "heal": True}, "heal=True needs a text itself; statistics of one do not do"),
+        ({"keep": 0.5, "heal_calib": "t"}, "heal_calib='t' has no effect without heal=True"),
+        ({"keep": 0.5, "calibration": TEXT, "heal_epochs": 2}, "heal_epochs=2 has no effect without heal=True"),
+        ({"keep": 0.5, "calibration": TEXT, "heal": True, "heal_epochs": 0.0}, "heal_epochs=0.0 must be above 0"),
     ],
     "parts": [
         (

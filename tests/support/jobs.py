@@ -61,6 +61,9 @@ def commands(inputs: Path) -> dict[str, list[object]]:
             *("heal", inputs / "factored", "--against", inputs / "one", *text, "--steps", 3, "--batch-size", 2),
             *("--lr", 1e-3, "--precision", "float32", *small),
         ],
+        "convert and heal": [
+            *(inputs / "one", "--rank", 16, "--method", "svd", *text, "--heal", "--heal-epochs", 0.5, *small),
+        ],
         "calibrate": ["calibrate", inputs / "one", *text, "--device", "cpu", "--out"],
         "sweep": [
             *("sweep", inputs / "one", "--text", inputs / "heldout.txt", "--rank", 8, "--rank", 16, "--method", "svd"),
