@@ -70,8 +70,8 @@ def nearest(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Te
     """
     groups = weight.to(_working(weight)).unflatten(1, (grid.scales(weight.shape)[1], -1))  # type: ignore[arg-type]
     counts = None if importance is None else importance.to(groups).view(groups.shape[1:])
-    scales = _scales(groups, grid, scale_dtype, counts)
-    return Rounded(_codes(groups, scales.to(groups.dtype)[..., None], grid).flatten(1).to(torch.int8), scales)
+    scales = scales_of(groups, grid, scale_dtype, counts)
+    return Rounded(codes_of(groups, scales.to(groups.dtype)[..., None], grid).flatten(1).to(torch.int8), scales)
 
 
 def with_feedback(weight: Tensor, grid: Grid, gram: Tensor, scale_dtype: torch.dtype) -> Rounded:
@@ -108,22 +108,31 @@ class Feedback:
         exact = gram.double()
         self._counts, self._upper = exact.diagonal(), _upper_factor(exact)
         if self._upper is not None:
-            # Row i: by how much an error in column i moves the optimum of the later ones.
             identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
             inverse = torch.linalg.solve_triangular(self._upper, identity, upper=True)
             self._passed_on = inverse.mul_(self._upper.diagonal()[:, None])
             self._upper *= (self._counts > 0)[:, None]  # what nothing depends on costs nothing
             self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def works(self) -> bool:
+        """Whether the metric has a triangular factor; else all is rounded to the nearest."""
+        return self._upper is not None
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``(J, row i: by how much an error in column i moves the optimum of the later ones)``, [n, n] in a type."""
+        assert self._upper is not None
+        if dtype not in self._cast:
+            self._cast[dtype] = self._upper.to(dtype), self._passed_on.to(dtype)
+        return self._cast[dtype]
+
     def round(self, weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Rounded:
         """See :func:`with_feedback`; computed in float64 where the weight is, else in float32."""
         exact = weight.to(_working(weight))
         plain = nearest(exact, grid, scale_dtype, self._counts)
-        if self._upper is None:
+        if not self.works:
             return plain
-        if exact.dtype not in self._cast:
-            self._cast[exact.dtype] = self._upper.to(exact.dtype), self._passed_on.to(exact.dtype)
-        upper, passed_on = self._cast[exact.dtype]
+        upper, passed_on = self.factors(exact.dtype)
         rounded = _sequential(exact, grid, passed_on, upper.diagonal().square(), scale_dtype)
 
         def cost(candidate: Rounded) -> Tensor:
@@ -178,12 +187,12 @@ def _working(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _codes(values: Tensor, scales: Tensor, grid: Grid) -> Tensor:
+def codes_of(values: Tensor, scales: Tensor, grid: Grid) -> Tensor:
     """The nearest integers, in the values' type."""
     return (values / scales).round_().clamp_(-grid.largest - 1, grid.largest)
 
 
-def _scales(groups: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Tensor:
+def scales_of(groups: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor | None) -> Tensor:
     """Scales of least squared error.
 
     Args:
@@ -204,7 +213,7 @@ def _scales(groups: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor |
 
     def loss(scales: Tensor) -> Tensor:
         step = scales.to(groups.dtype)[..., None]
-        error = (_codes(groups, step, grid) * step).sub_(groups).square_()
+        error = (codes_of(groups, step, grid) * step).sub_(groups).square_()
         return (error if importance is None else error.mul_(importance)).sum(dim=-1)
 
     chosen = stored(peak.abs() / grid.largest)
@@ -242,11 +251,11 @@ def _sequential(weight: Tensor, grid: Grid, passed_on: Tensor, importance: Tenso
     for start, stop in pairwise(sorted({*range(0, n, BLOCK), *range(0, n, group), n})):
         if start % group == 0:
             part = slice(start, start + group)
-            chosen = _scales(wanted[part].T.contiguous(), grid, scale_dtype, importance[part])
+            chosen = scales_of(wanted[part].T.contiguous(), grid, scale_dtype, importance[part])
             scales[:, start // group] = chosen
             step = chosen.to(wanted.dtype)
         for j in range(start, stop):
-            code = _codes(wanted[j], step, grid)
+            code = codes_of(wanted[j], step, grid)
             codes[j] = code
             errors[j] = code * step - wanted[j]
             wanted[j + 1 : stop].addr_(passed_on[j, j + 1 : stop], errors[j])
