@@ -22,7 +22,7 @@ from svdconvert.version import __version__
 
 DEFAULT_COMMAND = "convert"
 # Commands that several processes can share; under a launcher, the first process runs the others alone.
-SHARED_COMMANDS = ("convert", "calibrate", "densify", "fold")
+SHARED_COMMANDS = ("convert", "calibrate", "densify", "fold", "heal")
 # Longest message, in characters.
 _LONGEST = 2000
 # Launchers end all processes when one fails: seconds in which another one can report its error first.

@@ -115,15 +115,15 @@ def run_healing(
     folder, start = user_path(out), user_path(model)
     refuse_foreign(folder, overwrite=request.output.overwrite)
     request.check()
-    if processes.current().size > 1:
-        raise InputError("heal runs in one process; start it without torchrun")
     if not start.is_dir():
         raise InputError(f"there is no folder {start}")
     device = resolve_device(request.runtime.device)
     source = LocalSource(start)
     row = factored_architecture(source.config, source.where)
     refuse_same_folder(source, folder)
-    dense = open_source(os.fspath(against), against_revision, download_folder=folder / JOB_FOLDER / "source")
+    dense = open_source(
+        os.fspath(against), against_revision, download_folder=processes.current().own(folder / JOB_FOLDER / "source")
+    )
     refuse_same_folder(dense, folder)
     work = folder / JOB_FOLDER / "work"
     steps = healed_steps(source, row, result_file(work / "heal"))

@@ -16,7 +16,6 @@ from svdconvert.commands.healing_job import healed_steps, healing_details
 from svdconvert.commands.measured_budgets import MeasuredBudget
 from svdconvert.commands.verify import self_check
 from svdconvert.commands.work import Work
-from svdconvert.errors import InputError
 from svdconvert.families.table import factored_architecture
 from svdconvert.healing.healing import HealingWork, heal_factors, result_file
 from svdconvert.healing.memory import check_memory
@@ -25,7 +24,6 @@ from svdconvert.healing.precision import precision_of
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Outcome, run_job
 from svdconvert.jobs.record import read_record
-from svdconvert.machine import processes
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.steps import shard
 from svdconvert.reports.result_page import result_page
@@ -79,8 +77,6 @@ def convert_and_heal(work: Work, plan: Plan, convert: Convert) -> tuple[Plan | N
         InputError: the folder, the text, or the memory is not fit for it.
         JobError: it broke off; the same call continues it.
     """
-    if processes.current().size > 1:
-        raise InputError(f"{asked('heal', True)} runs in one process; start it without torchrun")
     request, healing = work.request, work.request.healing
     assert healing is not None
     assert work.healed_on is not None

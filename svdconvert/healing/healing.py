@@ -31,8 +31,9 @@ from svdconvert.healing.outcome import Healed, Judged, read_healed, write_healed
 from svdconvert.healing.sequences import Order, judges
 from svdconvert.healing.state import StateFile
 from svdconvert.healing.student import Student, factor_names
-from svdconvert.healing.teacher import Teacher, teacher_head
+from svdconvert.healing.teacher import SharedTeacher, States, Teacher, teacher_head
 from svdconvert.healing.training import Texts, Training
+from svdconvert.machine import processes
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.head_divergence import HeadDivergence
 from svdconvert.planning.events import Events
@@ -87,11 +88,15 @@ def heal_factors(work: HealingWork) -> Healed:
         InputError: a model or the text cannot be used.
         JobError: the disk fails; the same call goes on.
     """
-    result = result_file(work.folder)
-    healed = read_healed(result)
+    result, group = result_file(work.folder), processes.current()
+    healed = group.share(read_healed(result) if group.leader else None)
     if healed is None:
         healed, factors = _trained(work)
-        write_healed(result, healed, factors)
+        if group.leader:
+            write_healed(result, healed, factors)
+        group.wait()
+    if not group.leader:
+        return healed
     # Not needed any more; what cannot be removed now is removed with the job.
     shutil.rmtree(work.folder / STATES, ignore_errors=True)
     with suppress(OSError):
@@ -101,7 +106,7 @@ def heal_factors(work: HealingWork) -> Healed:
 
 def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
     """How it ended, and the factors as they are to be stored."""
-    tokens = work.tokens
+    tokens, group = work.tokens, processes.current()
     held_out = judges(tokens)
     source = work.source
     trained = [source.tensors[name] for name in factor_names(source)]
@@ -110,18 +115,14 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
     others[held_out] = False
     blocks = ModelBlocks(work.dense, device=work.device)
 
-    def teacher(name: str, sequences: Tensor, precision: torch.dtype) -> Teacher:
-        found = Teacher(
-            blocks,
-            tokens,
-            sequences,
-            work.folder / STATES / name,
-            work.key,
-            batch_size=work.request.calibration.batch_size,
-            precision=precision,
-        )
-        found.run(work.events, f"{name} sequences")
-        return found
+    def teacher(name: str, sequences: Tensor, precision: torch.dtype) -> SharedTeacher:
+        at_a_time = work.request.calibration.batch_size
+
+        def part(numbers: Tensor, file: str) -> Teacher:
+            place = work.folder / STATES / file
+            return Teacher(blocks, tokens, numbers, place, work.key, batch_size=at_a_time, precision=precision)
+
+        return SharedTeacher(sequences, part, work.events, name)
 
     batch = work.request.healing.batch(tokens.ids.shape[1])
     train = teacher("training", others.nonzero()[:, 0], work.precision)
@@ -137,7 +138,7 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
             work.request.healing.lr,
             work.request.healing.total_steps(len(train.sequences), batch),
             work.request.healing.anchor,
-            StateFile(work.folder / STATE, {**work.key, "start": work.source.identity()}),
+            StateFile(work.folder / STATE, {**work.key, "start": work.source.identity(), "processes": group.size}),
             work.events,
         )
         try:
@@ -153,10 +154,12 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
             found = _measured(work, objective, judging)
             if found is not None and found.kl < before.kl:
                 after, factors = found, training.best
-    return _told(work, training, batch, before, after, factors), factors
+    told = _told(work, training, batch, before, after, factors) if group.leader else None
+    healed: Healed = group.share(told)  # type: ignore[assignment]
+    return healed, factors
 
 
-def _first(work: HealingWork, objective: Objective, judging: Teacher) -> HeadDivergence:
+def _first(work: HealingWork, objective: Objective, judging: States) -> HeadDivergence:
     """The start on the held-out sequences.
 
     Raises:
@@ -168,7 +171,7 @@ def _first(work: HealingWork, objective: Objective, judging: Teacher) -> HeadDiv
     return found
 
 
-def _measured(work: HealingWork, objective: Objective, judging: Teacher) -> HeadDivergence | None:
+def _measured(work: HealingWork, objective: Objective, judging: States) -> HeadDivergence | None:
     """The model on the held-out sequences, in float32; None if it gives no finite numbers."""
     work.events.progress("judging", 0, 0, "held-out sequences")
     try:
@@ -200,6 +203,7 @@ def _told(
         batch_size=batch,
         anchor=work.request.healing.anchor,
         precision=str(work.precision).removeprefix("torch."),
+        processes=processes.current().size,
         trials=tuple(state.trials),
         checks=tuple(state.checks),
         matrices=matrix_reports(work.source, work.dense, {name: tensor.cpu() for name, tensor in factors.items()}),

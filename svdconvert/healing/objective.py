@@ -1,9 +1,13 @@
-"""KL(dense || compressed) of the predictions on some sequences, and its gradient with respect to the factors."""
+"""KL(dense || compressed) of the predictions on some sequences, and its gradient with respect to the factors.
+
+Several processes take a part of the sequences each, and all of them get the sums over all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +15,8 @@ from torch import Tensor, nn
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.healing.precision import computing
 from svdconvert.healing.student import Student
-from svdconvert.healing.teacher import Teacher
+from svdconvert.healing.teacher import States
+from svdconvert.machine import processes
 from svdconvert.models.head_divergence import HeadDivergence, head_divergence
 from svdconvert.models.loss import predicted_tokens
 
@@ -38,7 +43,7 @@ class Objective:
     batch_size: int
     precision: torch.dtype
 
-    def measure(self, teacher: Teacher, sequences: Tensor, precision: torch.dtype | None = None) -> HeadDivergence:
+    def measure(self, teacher: States, sequences: Tensor, precision: torch.dtype | None = None) -> HeadDivergence:
         """Sums over the predicted tokens of some sequences.
 
         Args:
@@ -49,15 +54,19 @@ class Objective:
         Raises:
             Diverged: a model gives no finite numbers.
         """
-        sums = HeadDivergence()
-        with torch.no_grad(), self.student.computing_in(precision or self.precision):
-            for part in sequences.split(self.batch_size):
-                hidden = self.student.hidden(self.tokens.ids[part], self.tokens.mask[part])
-                found, _ = self._compare(teacher, part, hidden, precision or self.precision, gradient=False)
-                sums += found
-        return sums
 
-    def differentiate(self, teacher: Teacher, sequences: Tensor) -> float:
+        def own() -> HeadDivergence:
+            sums = HeadDivergence()
+            with torch.no_grad(), self.student.computing_in(precision or self.precision):
+                for part in self._parts(sequences):
+                    hidden = self.student.hidden(self.tokens.ids[part], self.tokens.mask[part])
+                    found, _ = self._compare(teacher, part, hidden, precision or self.precision, gradient=False)
+                    sums += found
+            return sums
+
+        return _of_all(own)
+
+    def differentiate(self, teacher: States, sequences: Tensor) -> float:
         """Add the gradient of the mean over the predicted tokens of some sequences to the factors'.
 
         Returns:
@@ -66,22 +75,42 @@ class Objective:
         Raises:
             Diverged: as :meth:`measure`.
         """
-        parts: Sequence[Tensor] = sequences.split(self.batch_size)
-        count = sum(self._predicted(part) for part in parts)
-        total = 0.0
-        for part in parts:
-            with torch.enable_grad():
-                hidden = self.student.hidden(self.tokens.ids[part], self.tokens.mask[part])
-            found, slope = self._compare(teacher, part, hidden.detach(), self.precision, gradient=True)
-            torch.autograd.backward(hidden, slope / count)
-            total += found.kl
+        count = self._predicted(sequences)
+
+        def own() -> HeadDivergence:
+            sums = HeadDivergence()
+            for part in self._parts(sequences):
+                with torch.enable_grad():
+                    hidden = self.student.hidden(self.tokens.ids[part], self.tokens.mask[part])
+                found, slope = self._compare(teacher, part, hidden.detach(), self.precision, gradient=True)
+                torch.autograd.backward(hidden, slope / count)
+                sums += found
+            return sums
+
+        total = _of_all(own).kl
+        self._add_gradients()
         return total / count
+
+    def _add_gradients(self) -> None:
+        """Give the factors the sums of all processes' gradients."""
+        group = processes.current()
+        if group.size == 1:
+            return
+        for factor in self.student.factors.values():
+            if factor.grad is None:  # no sequence of the step was this process's
+                factor.grad = torch.zeros_like(factor)
+            group.add(factor.grad)
+
+    def _parts(self, sequences: Tensor) -> Sequence[Tensor]:
+        """The sequences of this process, as many at a time as may be."""
+        own = sequences[processes.current().portion(len(sequences))]
+        return own.split(self.batch_size) if len(own) else ()
 
     def _predicted(self, part: Tensor) -> int:
         return predicted_tokens(self.tokens.ids[part], self.tokens.mask[part])[0].numel()
 
     def _compare(
-        self, teacher: Teacher, part: Tensor, hidden: Tensor, precision: torch.dtype, *, gradient: bool
+        self, teacher: States, part: Tensor, hidden: Tensor, precision: torch.dtype, *, gradient: bool
     ) -> tuple[HeadDivergence, Tensor]:
         with computing(self.student.device, precision):
             return head_divergence(
@@ -95,6 +124,25 @@ class Objective:
                 gradient=gradient,
                 reference_head=self.teacher_head,
             )
+
+
+def _of_all(own: Callable[[], HeadDivergence]) -> HeadDivergence:
+    """The sums over all processes.
+
+    Args:
+        own: gives this process's.
+
+    Raises:
+        Diverged: in all processes, where one has raised it.
+    """
+    sums, group = None, processes.current()
+    with suppress(Diverged):
+        sums = own()
+    told = torch.tensor([float(sums is None), *astuple(sums or HeadDivergence())], dtype=torch.float64)
+    failed, kl, reference, other, tokens = group.add(told).tolist()
+    if failed:
+        raise Diverged
+    return HeadDivergence(kl, reference, other, round(tokens))
 
 
 def _check(logits: Tensor) -> None:

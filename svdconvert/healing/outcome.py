@@ -52,6 +52,7 @@ class Healed:
         batch_size: sequences of a step.
         anchor: see :class:`svdconvert.settings.healing.Healing`.
         precision: of the matrix products in training.
+        processes: that shared the sequences of a step.
         trials, checks: see :class:`svdconvert.healing.state.State`.
         matrices: module path -> what is known of its factors now.
     """
@@ -68,6 +69,7 @@ class Healed:
     batch_size: int
     anchor: float
     precision: str
+    processes: int = 1
     trials: Sequence[Mapping[str, float | None]] = ()
     checks: Sequence[Mapping[str, float | None]] = ()
     matrices: Mapping[str, MatrixReport] = field(default_factory=dict)

@@ -5,16 +5,17 @@ The states are those behind the final norm, so that the head alone makes predict
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.healing.precision import computing
+from svdconvert.machine import processes
 from svdconvert.models.activations import ActivationStore, check_room
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.stream import Stream
@@ -97,6 +98,61 @@ class Teacher:
         places = [self._places[int(number)] for number in sequences]
         rows = [self._store.read(_STATES, slice(place, place + 1)) for place in places]
         return torch.cat(rows).to(self._blocks.device)
+
+
+class States(Protocol):
+    """The dense model's last hidden states of some sequences.
+
+    Attributes:
+        sequences: their numbers in the text, int64.
+    """
+
+    sequences: Tensor
+
+    def states(self, sequences: Tensor) -> Tensor:
+        """What goes into the head: [n, length, width] on the device, of n sequences by their numbers."""
+        ...
+
+
+class SharedTeacher:
+    """The states of some sequences, of which each process has computed a part.
+
+    Attributes:
+        sequences: their numbers in the text, int64.
+    """
+
+    def __init__(self, sequences: Tensor, part: Callable[[Tensor, str], Teacher], events: Events, name: str) -> None:
+        """Compute this process's part, or what is left of it, and wait for the others.
+
+        Args:
+            sequences: numbers of all.
+            part: makes the teacher of some of them; the name of its files is the other argument.
+            events: receiver of progress.
+            name: of the sequences, for files and people.
+
+        Raises:
+            InputError, JobError: see :meth:`Teacher.run`.
+        """
+        group, self.sequences = processes.current(), sequences
+        places = range(group.size)
+        numbers = [sequences[len(sequences) * i // group.size : len(sequences) * (i + 1) // group.size] for i in places]
+        files = [name if group.size == 1 else f"{name}-{i}-of-{group.size}" for i in places]
+        # The others' files are opened when they are complete: whoever opens them first, begins them.
+        own = None
+        if len(numbers[group.rank]):
+            own = part(numbers[group.rank], files[group.rank])
+            own.run(events, f"{name} sequences")
+        group.wait()
+        self._parts = [
+            own if i == group.rank and own is not None else part(numbers[i], files[i])
+            for i in places
+            if len(numbers[i])
+        ]
+        self._owner = {int(number): one for one in self._parts for number in one.sequences}
+
+    def states(self, sequences: Tensor) -> Tensor:
+        """See :meth:`States.states`."""
+        return torch.cat([self._owner[int(number)].states(number[None]) for number in sequences])
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Training of factors with AdamW, judged by the held-out divergence; it can be killed and goes on."""
+"""Training of factors with AdamW, judged by the held-out divergence; it can be killed and goes on.
+
+Several processes have the same factors and the same state, since all they decide on are sums over all of them.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from svdconvert.healing.schedule import PATIENCE, TRIALS, Course, next_rate, tri
 from svdconvert.healing.sequences import Order
 from svdconvert.healing.state import Factors, State, StateFile
 from svdconvert.healing.student import Student
-from svdconvert.healing.teacher import Teacher
-from svdconvert.machine import interrupts
+from svdconvert.healing.teacher import States
+from svdconvert.machine import interrupts, processes
 from svdconvert.planning.events import Events
 
 # The longest gradient, over all factors, that is followed; longer ones are shortened to it.
@@ -31,8 +34,8 @@ class Texts:
         order: of the first ones.
     """
 
-    train: Teacher
-    held_out: Teacher
+    train: States
+    held_out: States
     order: Order
 
 
@@ -103,6 +106,7 @@ class Training:
             JobError: the disk fails.
             KeyboardInterrupt: the user asked for it; the state is saved.
         """
+        processes.current().wait()  # until all have read the state, which the leader writes anew
         with interrupts.held():
             if self.state.start_kl is None:
                 self.state.start_kl = self.state.best_kl = self._judge(self._student.start)
@@ -190,7 +194,7 @@ class Training:
 
     def _pause(self, course: Course) -> None:
         """Save where it is time to, stop where the user wants it, and tell how far it is."""
-        if self._file.due or interrupts.asked():
+        if interrupts.asked() or (processes.current().leader and self._file.due):
             self._save()
         state = self.state
         short = trial_steps(self._steps)
@@ -200,5 +204,7 @@ class Training:
         interrupts.check()
 
     def _save(self) -> None:
+        if not processes.current().leader:
+            return  # all have the same state
         best = {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
         self._file.save(self.state, {**(self._factors.tensors() if self.state.done else {}), **best})

@@ -2,8 +2,9 @@
 
 torch.distributed connects them (the usual environment: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) and
 carries their messages, on gloo even where GPUs compute: a few agreements, and sums of statistics, which go to the host
-anyway. The process of rank 0 leads: it owns the output folder and finishes the job. All of them see the same folders,
-so several machines need a shared file system.
+anyway. Only the gradients of a healing are added up where they are, by NCCL on GPUs. The process of rank 0 leads: it
+owns the output folder and finishes the job. All of them see the same folders, so several machines need a shared file
+system.
 
 A process that fails ends by itself; the others end where they next wait for it, or by their launcher's signal.
 """
@@ -36,9 +37,10 @@ class Group:
         rank: number of this process.
         size: how many there are.
         local_rank: number of this process on its machine.
+        local_size: how many there are on its machine.
     """
 
-    rank, size, local_rank = 0, 1, 0
+    rank, size, local_rank, local_size = 0, 1, 0, 1
 
     @property
     def leader(self) -> bool:
@@ -78,7 +80,11 @@ class Group:
         return all(self.gather(value))
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of a CPU tensor over all processes, in place, with the same bits in each."""
+        """The sum of a tensor over all processes, in place, with the same bits in each.
+
+        Args:
+            tensor: on the CPU, or on a GPU that no other process uses.
+        """
         return tensor
 
     def claim_error(self) -> bool:
@@ -111,6 +117,8 @@ class _Launched(Group):
             raise JobError(f"the processes of this job did not find each other ({reason}); start it again") from None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        self._on_gpus: Any = None
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
@@ -137,7 +145,9 @@ class _Launched(Group):
 
     def add(self, tensor: Tensor) -> Tensor:
         with self._talking():
-            self._dist.all_reduce(tensor, group=self._group)
+            if tensor.is_cuda and self._on_gpus is None:
+                self._on_gpus = self._dist.new_group(backend="nccl", timeout=_PATIENCE)
+            self._dist.all_reduce(tensor, group=self._on_gpus if tensor.is_cuda else self._group)
         return tensor
 
     def claim_error(self) -> bool:
