@@ -7,7 +7,7 @@ of neighbouring inputs in a row. compressed-tensors calls this ``pack-quantized`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,3 +81,12 @@ class Grid:
 
     def __str__(self) -> str:
         return f"{self.bits} bits" + (f" in groups of {self.group}" if self.group else "")
+
+
+def weights_of(names: Sequence[str]) -> list[str]:
+    """Names of the weights that stored tensors stand for, each once, in their order."""
+    return list(dict.fromkeys(_weight_of(name) for name in names))
+
+
+def _weight_of(name: str) -> str:
+    return next((f"{name.removesuffix(end)}weight" for end in SUFFIXES if name.endswith(f".{end}")), name)

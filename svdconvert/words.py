@@ -25,12 +25,17 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    unit = _UNITS.get(match[2]) if match else None
-    size = round(float(match[1]) * unit) if match and unit else 0
-    if size < 1000:
+    size = byte_count(text)
+    if size is None or size < 1000:
         raise InputError(f"{asked('max_shard_size', text)} is not a size; write for example 5GB, 500MB or 2GiB")
     return size
+
+
+def byte_count(text: str) -> int | None:
+    """Bytes of a size in words, as :func:`parse_size` reads it; None where it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    unit = _UNITS.get(match[2]) if match else None
+    return round(float(match[1]) * unit) if match and unit else None
 
 
 def size_text(size: int) -> str:

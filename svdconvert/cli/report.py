@@ -16,6 +16,7 @@ from svdconvert.machine.timing import StageTime
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.nats import perplexity
 from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps, unmeasured
+from svdconvert.planning.target_kinds import widths_in_words
 from svdconvert.settings.told import told
 from svdconvert.solvers.table import SOLVERS
 from svdconvert.words import size
@@ -47,13 +48,15 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     layers = plan.settings["share_layers"]
     shared = f", input-side factors shared by {layers} layers" if layers > 1 else ""
     console.print(f"[bold]{escape(plan.source)}[/]{commit} ({plan.architecture}), method {plan.method}{shared}")
-    table = new_table(("target", "shape"), ("matrices", "rank", "break-even", "parameters", "kept"))
+    bits = ("bits",) if plan.grids else ()
+    table = new_table(("target", "shape"), ("matrices", "rank", *bits, "break-even", "parameters", "kept"))
     for group in plan.groups:
         table.add_row(
             group.name,
             f"{group.shape[0]} x {group.shape[1]}",
             str(group.count),
             group.rank,
+            *([group.width or "16"] if bits else []),
             f"{group.break_even:,.1f}",
             f"{group.dense_params:,} -> {group.params:,}",
             f"{group.params / group.dense_params:.1%}",
@@ -91,6 +94,8 @@ def show_result(console: Console, report: Report) -> None:
         ("parameters", f"{plan.params_before:,} -> {plan.params_after:,}"),
         ("weight files", f"{size(plan.bytes_before)} -> {size(plan.bytes_after)}"),
     ]
+    if plan.grids:
+        rows.append(("bits", widths_in_words(plan.targets)))
     if errors:
         worst, mean = max(errors, key=lambda name: errors[name]), sum(errors.values()) / len(errors)
         rows.append(("relative error", f"mean {mean:.4f}, worst {errors[worst]:.4f} ({worst}){resumed}"))

@@ -12,7 +12,9 @@ from svdconvert.jobs.record import REPORT
 from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
 from svdconvert.names import suffix
 from svdconvert.planning.plan import Plan
+from svdconvert.planning.target_kinds import widths_in_words
 from svdconvert.solvers.table import SOLVERS
+from svdconvert.storage.packed_config import NEEDED
 from svdconvert.storage.source import Source
 
 # What was lost, as a card tells it: field of a matrix's record, heading, format, what it is.
@@ -66,10 +68,12 @@ def factored_card(
         *(["## Before healing", ""] if healed else []),
         *_quality(matrices, losses, budget),
         *(["## Healed", "", *healed] if healed else []),
+        *_unpacking(plan),
         *usage(source, row, plan.ranks),
         *_made_by(command, report),
     ]
-    return front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+    tags = ["svdconvert", *(("low-rank", "svd") if plan.ranks or not plan.grids else ())]
+    return front_matter(source, [*tags, *(("compressed-tensors",) if plan.grids else ())]) + "\n".join(lines) + "\n"
 
 
 def _overview(
@@ -83,7 +87,7 @@ def _overview(
     return [
         f"# {source.name.split('/')[-1]}{title}",
         "",
-        f"[{source.name}]{_link(source)} with its linear layers replaced by products of low rank, made by svdconvert.",
+        f"[{source.name}]{_link(source)} with its linear layers {_done(plan)}, made by svdconvert.",
         "",
         f"Method `{plan.method}`: {method.summary}.{text} Layout `{plan.settings['layout']}`.{solver}",
         "",
@@ -91,31 +95,52 @@ def _overview(
     ]
 
 
+def _done(plan: Plan) -> str:
+    """What became of the linear layers."""
+    if not plan.grids:
+        return "replaced by products of low rank"
+    return "stored in few bits" + (", some as products of low rank" if plan.ranks else "")
+
+
 def _sizes(plan: Plan) -> list[str]:
     """Tables of parameters and of ranks."""
+    bits = bool(plan.grids)
     return [
         "| | parameters | bytes |",
         "|---|---|---|",
         f"| dense | {plan.params_before:,} | {plan.bytes_before:,} |",
         f"| this model | {plan.params_after:,} | {plan.bytes_after:,} |",
         "",
-        "| layers | shape | rank | matrices | share kept |",
-        "|---|---|---|---|---|",
+        f"| layers | shape | rank |{' bits |' if bits else ''} matrices | share kept |",
+        f"|---|---|---|{'---|' if bits else ''}---|---|",
         *(
-            f"| {g.name} | {g.shape[0]} x {g.shape[1]} | {g.rank} | {g.count} | {g.params / g.dense_params:.1%} |"
+            f"| {g.name} | {g.shape[0]} x {g.shape[1]} | {g.rank} |{f' {g.width or 16} |' if bits else ''} {g.count} | "
+            f"{g.params / g.dense_params:.1%} |"
             for g in plan.groups
         ),
         "",
+        *([f"Bits of the weights: {widths_in_words(plan.targets)}.", ""] if bits else []),
     ]
 
 
 def _quality(matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, float], budget: str) -> list[str]:
     """What was lost, where anything was factored."""
     if not matrices:
-        return []
+        return _measured(losses)
     advice = "Truncation costs quality; measure it, and fine-tune before use."
     chosen = [f"Ranks chosen by measuring: {budget}.", ""] if budget else []
     return [*_losses(matrices), "", *_measured(losses), *chosen, advice, ""]
+
+
+def _unpacking(plan: Plan) -> list[str]:
+    """What transformers needs for weights of few bits."""
+    if not plan.grids:
+        return []
+    return [
+        "The weights are packed as compressed-tensors stores them (`pack-quantized`); transformers unpacks them when "
+        f"`compressed-tensors` is installed, {NEEDED} or later.",
+        "",
+    ]
 
 
 def usage(source: Source, row: Architecture, ranks: Mapping[str, int]) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.commands import card
-from svdconvert.commands.stages import Prepared, measure
+from svdconvert.commands.stages import Prepared, measure, packed_fields
 from svdconvert.commands.work import Work
-from svdconvert.factoring.matrix_report import matrix_reports
+from svdconvert.factoring.matrix_report import RoundedReport, matrix_reports
 from svdconvert.families.table import dense_architecture
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Reports
@@ -37,6 +37,7 @@ def conversion_job(work: Work, prepared: Prepared, settings: Mapping[str, Any]) 
     config = model_files.factored_config(
         source.config, row, plan.ranks, work.request.output.dtype, work.request.recipe.layout, plan.shared
     )
+    config |= packed_fields(source, plan)
     config.setdefault("torch_dtype", majority_dtype([step.outputs[0] for step in plan.steps]))
     results = _Results(work, prepared, settings)
     return Job(
@@ -79,11 +80,21 @@ class _Results:
             found = {name: replace(matrix, predicted_loss=(matrix.lost or 0.0) / 2) for name, matrix in found.items()}
         return {name: matrix.to_json() for name, matrix in found.items()}
 
+    def rounded(self, reports: Reports) -> dict[str, dict[str, Any]]:
+        """Module path -> what is known of a matrix that stays dense, in few bits."""
+        found = {}
+        for target in self.plan.targets:
+            if target.rounded and target.rank is None:
+                report = RoundedReport.from_json(reports[target.weight])
+                found[target.module] = replace(report, predicted_loss=report.lost / 2).to_json()
+        return found
+
     def predicted(self, reports: Reports) -> dict[str, float]:
         """Loss added by the truncation, in nats per token."""
         if not self.work.request.method.in_loss:
             return {}
-        return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in self.matrices(reports).values())}
+        every = [*self.matrices(reports).values(), *self.rounded(reports).values()]
+        return {"predicted_loss": sum(float(matrix["predicted_loss"]) for matrix in every)}
 
     def details(self, reports: Reports) -> dict[str, Any]:
         """Fields of svdconvert.json."""
@@ -92,9 +103,12 @@ class _Results:
             "params": {"before": plan.params_before, "after": plan.params_after},
             "bytes": {"before": plan.bytes_before, "after": plan.bytes_after},
             "kinds": sizes_by_kind(plan.targets, plan.steps),
-            "dense_targets": {part.module: t.reason for t in plan.targets if t.rank is None for part in t.parts},
+            "dense_targets": {
+                part.module: t.reason for t in plan.targets if t.rank is None and not t.rounded for part in t.parts
+            },
             "notes": list(plan.notes),
             "matrices": self.matrices(reports),
+            **({"rounded": self.rounded(reports)} if plan.grids else {}),
             **self.predicted(reports),
             **self.losses,
             **self.written_text,

@@ -10,6 +10,7 @@ from functools import cache
 
 from svdconvert.calibration.knowledge import Calibration
 from svdconvert.commands.budgets import with_ranks
+from svdconvert.commands.byte_budgets import as_recorded
 from svdconvert.commands.conversion_job import conversion_job
 from svdconvert.commands.heal_afterwards import convert_and_heal, with_texts
 from svdconvert.commands.html_report import write_report
@@ -42,6 +43,8 @@ def convert(
     rank: int | Mapping[str, int] | None = None,
     keep: float | None = None,
     params: str | int | None = None,
+    bytes: str | float | None = None,
+    widths: str | Sequence[int] | None = None,
     max_loss: float | None = None,
     max_kl: float | None = None,
     targets: Sequence[str] = (),
@@ -82,8 +85,8 @@ def convert(
     An interrupted call goes on where it stopped when it is made again with the same arguments.
 
     Args:
-        model, rank, keep, params, targets, dtype, max_shard_size, revision, factor_all, rank_multiple: see
-            :func:`plan`.
+        model, rank, keep, params, bytes, widths, targets, dtype, max_shard_size, revision, factor_all, rank_multiple:
+            see :func:`plan`.
         max_loss: instead of a size, the nats per token that the smallest size to be found may add to the model's loss,
             measured on held-out sequences of the calibration text. With a refit it is measured before that.
         max_kl: likewise the mean divergence KL(dense || converted), nats per token.
@@ -224,7 +227,7 @@ def _run(work: Work, plan: Plan) -> tuple[Plan, Outcome]:
             device=work.device,
             workers=request.runtime.workers or usual_workers(work.device, plan.solving_bytes, plan.device_bytes),
             overwrite=request.output.overwrite,
-            check=self_check if request.output.check else None,
+            check=self_check if request.output.check and request.size.bytes is None else None,
             events=events,
         )
     if not outcome.already_done:
@@ -236,6 +239,8 @@ def _with_chosen_ranks(work: Work, plan: Plan, outcome: Outcome) -> Plan:
     """The plan with the ranks that an earlier run has chosen, if it chose any."""
     if not work.chooses:
         return plan
+    if work.request.size.bytes is not None:
+        return plan_for(work.source, work.request, as_recorded(plan.targets, outcome.record))
     matrices = outcome.record["matrices"]
     ranks = [matrices.get(target.module, {}).get("rank") for target in plan.targets]
     return plan_for(work.source, work.request, with_ranks(plan.targets, ranks))

@@ -19,6 +19,8 @@ def plan(
     rank: int | Mapping[str, int] | None = None,
     keep: float | None = None,
     params: str | int | None = None,
+    bytes: str | float | None = None,
+    widths: str | Sequence[int] | None = None,
     targets: Sequence[str] = (),
     method: str | None = None,
     dtype: str = "keep",
@@ -38,6 +40,11 @@ def plan(
         rank: rank of every target, or pattern -> rank; the pattern ``*`` stands for all that no other names.
         keep: instead, the fraction of the target parameters to keep.
         params: instead, the parameters of the whole converted model, a number or ``1.4B``.
+        bytes: instead, what the targets may take of their bytes in 16 bits, as a fraction below 1, or the size of all
+            weight files, a whole number of bytes or ``90MB``. They are spent on ranks and bits together, by what a
+            text says; the plan shows the same width for all matrices.
+        widths: bits that ``bytes`` may store a weight in, as ``16,8,4`` or numbers; 16 is the model's own type. By
+            default all that there are but 7.
         targets: patterns that choose among the linear layers; empty means all of them.
         method: row of :data:`svdconvert.methods.table.METHODS`, by default svd.
         dtype: ``keep``, ``float16``, ``bfloat16`` or ``float32``.

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from svdconvert.commands.budgets import spend
+from svdconvert.commands.byte_budgets import spend_bytes
 from svdconvert.commands.measured_budgets import MeasuredBudget, check_sequences, measured_ranks
 from svdconvert.commands.work import Work
+from svdconvert.families.table import dense_architecture
+from svdconvert.grids import weights_of
 from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.layouts.table import layout_named
 from svdconvert.machine import processes
@@ -19,6 +22,8 @@ from svdconvert.planning.ranks import Target
 from svdconvert.settings.text import Stats
 from svdconvert.storage import locks
 from svdconvert.storage.disk import free_bytes
+from svdconvert.storage.packed_config import FIELD, quantization_config
+from svdconvert.storage.source import Source
 
 if TYPE_CHECKING:
     from svdconvert.factoring.decompositions import Decompositions
@@ -63,7 +68,9 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
     store = _decompose(work, plan)
     targets: Sequence[Target] = plan.targets
     budget: MeasuredBudget | None = None
-    if work.measures:
+    if work.request.size.bytes is not None:
+        targets = spend_bytes(work, plan, store)
+    elif work.measures:
         targets, budget = measured_ranks(work, plan, store)
     elif work.chooses:
         targets = spend(plan, work.request.size, store)
@@ -89,6 +96,7 @@ def _decompose(work: Work, plan: Plan) -> Decompositions:
         work.device,
         work.events,
         work.request.runtime.workers,
+        whole=work.request.size.bytes is not None,
     )
 
 
@@ -121,6 +129,14 @@ def _refit(work: Work, plan: Plan, store: Decompositions) -> Prepared:
     return Prepared(plan_for(work.source, work.request, plan.targets, files), refit)
 
 
+def packed_fields(source: Source, plan: Plan) -> dict[str, Any]:
+    """Fields of the result's config.json that say which weights are packed; none where none are."""
+    if not plan.grids:
+        return {}
+    outputs = [info for step in plan.steps for info in step.outputs]
+    return {FIELD: quantization_config(plan.grids, outputs, dense_architecture(source.config, source.where))}
+
+
 def measure(work: Work, plan: Plan) -> Mapping[str, float]:
     """Loss of the dense model on the text, and what the written weights add to it, in nats per token.
 
@@ -131,16 +147,27 @@ def measure(work: Work, plan: Plan) -> Mapping[str, float]:
     from svdconvert.factoring.measured import StoredMatrices, measure_losses
 
     factors = {step.key: [info.name for info in step.outputs] for step in plan.steps}
-    written = {}
+    written: dict[str, list[str]] = {}
+    whole: dict[str, str] = {}
     for target in plan.targets:
-        if target.rank is not None:
+        if target.rounded and target.rank is None:
+            (whole[target.module],) = weights_of(factors[target.weight])
+        elif target.rounded:
+            written[target.module] = weights_of(factors[target.weight])
+        elif target.rank is not None:
             first, *rest = factors[target.weight]
             for i, part in enumerate(target.parts):
                 written[part.module] = [first, rest[i]] if target.followers else [first, *rest]
     dense, compressed = measure_losses(
         work.source,
         work.knowledge.text,
-        StoredMatrices([work.folder / name for name in plan.shards], written, layout_named(work.request.recipe.layout)),
+        StoredMatrices(
+            [work.folder / name for name in plan.shards],
+            written,
+            layout_named(work.request.recipe.layout),
+            packed_fields(work.source, plan),
+            whole,
+        ),
         work=work.folder / JOB_FOLDER / "measured",
         device=work.device,
         batch_size=work.knowledge.batch_size,

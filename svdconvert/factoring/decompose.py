@@ -48,6 +48,8 @@ def kept_decompositions(
     device: str,
     events: Events,
     workers: int | None = None,
+    *,
+    whole: bool = False,
 ) -> Decompositions:
     """All targets' decompositions, those that a folder has already and the rest computed now.
 
@@ -56,13 +58,14 @@ def kept_decompositions(
         knowledge: gives the statistics; None for methods without any.
         folder: keeps the decompositions and what the statistics need meanwhile.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
+        whole: whether both metrics of a matrix are kept whole, see :class:`Decompositions`.
 
     Raises:
         InputError: see :func:`decompose_targets`, or the folder is of other settings.
     """
     key = decompositions_key(source, method, options, knowledge, device)
     with current().leader_first():
-        store = Decompositions(folder / "decompositions", key)
+        store = Decompositions(folder / "decompositions", key, whole=whole)
     work = folder / "statistics"
     decompose_all(source, targets, method, options, knowledge, store, work, device, events, workers, groups=store)
     return store

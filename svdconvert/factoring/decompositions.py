@@ -3,7 +3,8 @@
 Per target there is one file with the squared singular values, the directions, the metric that the least-squares
 partner needs, the diagonal of the other metric, by which rounding is judged, and, where the inputs' second moments are
 known, the outputs' error at every rank: 12 k^2 bytes for a matrix whose smaller side is k. A file that is there is
-finished.
+finished. Where matrices are to be rounded to few bits, the whole metric on the longer side is kept as well, in a file
+of its own: 4 l^2 bytes for l inputs or outputs.
 
 Layers that share a factor are decomposed together, but their statistics come block by block. So each layer's metrics
 wait in files of their own, 16 n^2 bytes for n inputs, until those of the whole group are there; then half of them goes,
@@ -42,17 +43,19 @@ if TYPE_CHECKING:
 class Decompositions:
     """Files of one model under one method, in a folder of their own."""
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, whole: bool = False) -> None:
         """Open or begin a collection.
 
         Args:
             folder: where the files are.
             key: everything that they depend on, in JSON types.
+            whole: whether the metric on the longer side of a matrix is kept whole; a target whose is not here does not
+                count as done.
 
         Raises:
             InputError: the folder holds the decompositions of something else; the field that differs is named.
         """
-        self.folder = folder
+        self.folder, self._whole = folder, whole
         key_file = folder / "key.json"
         wanted = in_json_types(key)
         if key_file.is_file():
@@ -72,6 +75,10 @@ class Decompositions:
         group = f"+{len(target.followers)}" if target.followers else ""
         return self.folder / f"{target.module}{group}.safetensors"
 
+    def outer_path(self, target: Target) -> Path:
+        """File of the whole metric on the longer side of a matrix."""
+        return self.path(target).with_suffix(".longer")
+
     def metric_path(self, target: Target, index: int) -> Path:
         """File of the input metric of one layer of a group."""
         return self.path(target).with_suffix(f".{index}.inner")
@@ -83,7 +90,7 @@ class Decompositions:
     def has(self, target: Target) -> bool:
         """Whether a target is done."""
         path = self.path(target)
-        if not path.is_file():
+        if not path.is_file() or (self._whole and not self.outer_path(target).is_file()):
             return False
         # Of a group that was decomposed in metrics, those of all layers are needed.
         return not target.followers or "captured" not in names_in(path) or self._has_metrics(target)
@@ -132,7 +139,10 @@ class Decompositions:
         self, target: Target, decomposition: Decomposition, inner: Metric, outer: Metric, outputs: torch.Tensor | None
     ) -> None:
         """Write one target's file, whole or not at all; see :meth:`svdconvert.factoring.stores.Store.save`."""
-        # rounding errors see no more of the other metric
+        if self._whole:  # first, so that a target that is there has it
+            whole = {} if outer is None else {"metric": outer.float()}
+            write_tensors(self.outer_path(target), whole)
+        # rounding errors to 16 bits see no more of the other metric
         diagonal = outer.diagonal() if outer is not None and outer.dim() == 2 else outer
         self._save(target, decomposition, metric=inner, outer=diagonal, outputs=outputs)
 
@@ -179,6 +189,19 @@ def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition,
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
     decomposition = Decomposition(tensors["values"], basis, float(tensors["scale"]))
     return decomposition, tensors.get("metric"), tensors.get("outer")
+
+
+def load_metrics(path: Path, device: torch.device) -> tuple[Metric, Metric]:
+    """``(metric on the smaller side, metric on the longer side)`` of a target's file, both whole, float64.
+
+    Args:
+        path: of the target's file, beside which :meth:`Decompositions.outer_path` has the other one.
+        device: where to.
+    """
+    inner, outer = (
+        read_tensors(file, (), optional=("metric",)).get("metric") for file in (path, path.with_suffix(".longer"))
+    )
+    return tuple(None if metric is None else metric.to(device).double() for metric in (inner, outer))  # type: ignore[return-value]
 
 
 def load_group(path: Path, device: torch.device) -> SharedDecomposition:

@@ -27,7 +27,9 @@ class MatrixReport:
         certificate: of the fast solver: by how much the error before rounding is estimated to exceed the least one at
             most, relative to that.
         whole, lost: with a decomposition, the sum of all squared singular values in the method's metrics, and of those
-            cut off.
+            cut off; of weights of few bits, the loss in the metrics of the product as it is stored.
+        bits, groups: of each weight, where any is of few bits: bits of an entry, and neighbours that share a scale, 0
+            for none or a scale for each row.
         output_error: ||(W - BA) C^1/2|| / ||W C^1/2||, the relative error of the layer's outputs on the calibration
             text, before rounding, where the second moments C of its inputs are known (whiten, kfac).
         predicted_loss: the loss added, nats per token, where the metrics are those of the loss (kfac).
@@ -51,6 +53,8 @@ class MatrixReport:
     predicted_loss: float | None = None
     refit: Mapping[str, Any] | None = None
     shared_with: str | None = None
+    bits: Sequence[int] | None = None
+    groups: Sequence[int] | None = None
     seconds: float | None = None
 
     @property
@@ -89,6 +93,41 @@ class GroupReport:
         layers = [layer.to_json() for layer in self.layers]
         own = [{name: value for name, value in layer.items() if name not in common} for layer in layers]
         return {**common, "relative_error": self.relative_error, "layers": own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundedReport:
+    """What is known of a matrix that stays dense, in few bits.
+
+    Attributes:
+        shape: ``(out, in)``.
+        bits, groups: as of :class:`MatrixReport`, of its one weight.
+        relative_error: ||W - Q|| / ||W|| of the matrix as it is stored, Frobenius norm.
+        whole, lost: in the method's metrics, what there was, and the loss of the matrix as it is stored.
+        predicted_loss: the loss added, nats per token, where the metrics are those of the loss.
+        seconds: time of the step.
+    """
+
+    shape: tuple[int, int]
+    bits: Sequence[int]
+    groups: Sequence[int]
+    relative_error: float
+    whole: float
+    lost: float
+    predicted_loss: float | None = None
+    seconds: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields in JSON types, those that are None left out."""
+        told = {name: value for name, value in asdict(self).items() if value is not None}
+        return told | {"shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> RoundedReport:
+        """The report of a journal or a record; fields of another version are left out."""
+        known = {field.name: told[field.name] for field in fields(cls) if field.name in told}
+        rows, columns = told["shape"]
+        return cls(**known | {"shape": (rows, columns)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,48 +5,76 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.layouts.row import Layout
-from svdconvert.models.activations import Loss, check_room, read_into
+from svdconvert.models.activations import Loss, check_room
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.stream import Stream, Weights
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events
 from svdconvert.storage.headers import read_header
-from svdconvert.storage.reader import torch_dtype
+from svdconvert.storage.packed import Packed, Place, unpacked
+from svdconvert.storage.packed_data import PackedData
+from svdconvert.storage.reader import as_bytes, torch_dtype
 from svdconvert.storage.source import Source
+from svdconvert.tensors import TensorInfo
 
 
 class StoredMatrices:
-    """The products of factors in weight files, a block's at a time."""
+    """The matrices that weight files hold in place of a dense model's, a block's at a time."""
 
-    def __init__(self, files: Sequence[Path], factors: Mapping[str, Sequence[str]], layout: Layout) -> None:
-        """Find the factors.
+    def __init__(
+        self,
+        files: Sequence[Path],
+        factors: Mapping[str, Sequence[str]],
+        layout: Layout,
+        config: Mapping[str, Any] = MappingProxyType({}),
+        whole: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Find them.
 
         Args:
             files: weight files in safetensors format.
-            factors: module path -> names of its tensors, in the order of its layout.
+            factors: module path -> names of its tensors, in the order of its layout; packed ones by their weights.
             layout: how they are stored.
+            config: config.json of the model that the files make up; it says which weights are packed.
+            whole: module path -> name of its weight [out, in], of matrices that are no products.
         """
-        self._infos = {info.name: (path, info) for path in files for info in read_header(path)}
-        self._layout = layout
-        self._factors: dict[int, dict[str, Sequence[str]]] = {}
-        for module, names in factors.items():
-            self._factors.setdefault(layer_number(module), {})[suffix(module)] = names
+        self._layout, self._paths = layout, {path.name: path for path in files}
+        self._packed: Mapping[Place, Packed] = {}
+        tensors = {info.name: info for path in files for info in read_header(path)}
+        self._tensors, packed = unpacked(tensors, config, "the result", self._pair)
+        self._packed = {one.place: one for one in packed.values()}
+        self._modules: dict[int, dict[str, Sequence[str]]] = {}
+        for module, names in [*factors.items(), *((module, [name]) for module, name in whole.items())]:
+            self._modules.setdefault(layer_number(module), {})[suffix(module)] = names
+        self._whole = frozenset(whole.values())
 
     def __call__(self, index: int) -> Weights:
-        """The products of one block, float64."""
-        factors = self._factors.get(index, {})
-        return {path: self._layout.product([self._read(name) for name in names]) for path, names in factors.items()}
+        """The matrices of one block, float64."""
+        return {path: self._matrix(names) for path, names in self._modules.get(index, {}).items()}
 
-    def _read(self, name: str) -> Tensor:
-        path, info = self._infos[name]
+    def _matrix(self, names: Sequence[str]) -> Tensor:
+        stored = [self._read(self._tensors[name]) for name in names]
+        return stored[0].double() if names[0] in self._whole else self._layout.product(stored)
+
+    def _pair(self, info: TensorInfo) -> tuple[int, int]:
+        first, second = self._read(info).tolist()
+        return first, second
+
+    def _read(self, info: TensorInfo) -> Tensor:
         tensor = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
-        read_into(tensor, path, info.start)
+        data = PackedData(self._paths.__getitem__, info.file, self._packed)
+        try:
+            data.fill(info, as_bytes(tensor), 0)
+        finally:
+            data.close()
         return tensor
 
 

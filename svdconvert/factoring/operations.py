@@ -19,9 +19,11 @@ from svdconvert.factoring.decompositions import (
     load_outputs,
     load_second_moment,
 )
-from svdconvert.factoring.matrix_report import GroupReport, MatrixReport, PlainReport
+from svdconvert.factoring.matrix_report import GroupReport, MatrixReport, PlainReport, RoundedReport
 from svdconvert.factoring.refit_files import load_refitted
+from svdconvert.factoring.rounding import MeteredMatrix, stored
 from svdconvert.families.row import Section
+from svdconvert.grids import Grid
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import layout_named
 from svdconvert.linalg.exact import truncate
@@ -36,10 +38,10 @@ from svdconvert.sentences import asked
 from svdconvert.solvers.table import DEFAULT_SOLVER, SOLVERS
 from svdconvert.storage.reader import torch_dtype
 from svdconvert.storage.tensor_files import read_tensors
-from svdconvert.tensors import TensorInfo
+from svdconvert.tensors import DTYPES, FLOATS, TensorInfo
 
 # What an operation gives: the output tensors, and what it has to report.
-Done = tuple[list[Tensor], MatrixReport | GroupReport | PlainReport]
+Done = tuple[list[Tensor], MatrixReport | RoundedReport | GroupReport | PlainReport]
 Operation = Callable[[Sequence[Tensor], Step, Workspace], Done]
 
 
@@ -79,6 +81,35 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Don
         **cut,
     )
     return tensors, report
+
+
+def _rounded(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
+    """W, its decomposition and both metrics -> its weights of few bits, as one matrix or as a product."""
+    (weight,) = inputs
+    rank, grids = step.options["rank"], grids_of_step(step)
+    code = next(info.dtype for info in step.outputs if info.dtype in FLOATS)
+    matrix = MeteredMatrix(weight, Path(step.options["decomposition"]), torch_dtype(code), workspace)
+    found = matrix.rounded(rank, grids)
+    tensors, lost, whole = stored(found, grids), max(found.loss, 0.0), float(matrix.found.spectrum.sum())
+    told: dict[str, Any] = {
+        "shape": (weight.shape[0], weight.shape[1]),
+        "bits": [8 * DTYPES[code][0] if grid is None else grid.bits for grid in grids],
+        "groups": [0 if grid is None else grid.group for grid in grids],
+        "relative_error": relative_difference(weight, found.product()),
+        "whole": whole,
+        "lost": lost,
+    }
+    if rank is None:
+        return tensors, RoundedReport(**told)
+    tail = matrix.tail(rank)
+    return tensors, MatrixReport(
+        rank=rank,
+        optimal_error=relative(tail, whole),
+        precision=str(matrix.found.basis.dtype)[6:],
+        rounding_excess=(lost - tail) / tail if tail > 0 else None,
+        basis=found.way,
+        **told,
+    )
 
 
 def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, Any]:
@@ -160,6 +191,11 @@ def _group_report(
 def matrices(stored: Sequence[Tensor], step: Step) -> Sequence[Tensor]:
     """[out, in] each, whichever way round the dense checkpoint has them; its own inverse."""
     return [tensor.T for tensor in stored] if step.options.get("transposed") else stored
+
+
+def grids_of_step(step: Step) -> list[Grid | None]:
+    """Of each weight that a rounding step makes, its grid; None for one in a floating type."""
+    return [None if grid is None else Grid(*grid) for grid in step.options["grids"]]
 
 
 def layout_of_step(step: Step) -> Layout:
@@ -302,6 +338,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "factorize_shared": _factorize_shared,
     "truncate_shared": _truncate_shared,
     "refit": _refitted,
+    "round": _rounded,
     "healed": _healed,
     "multiply": _multiply,
     "join": _join,

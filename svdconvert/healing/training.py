@@ -7,55 +7,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from svdconvert.healing.objective import Diverged
+from svdconvert.healing.objective import Diverged, Objective
 from svdconvert.healing.schedule import PATIENCE, TRIALS, Course, next_rate, trial_steps
 from svdconvert.healing.sequences import Order
 from svdconvert.healing.state import Factors, State, StateFile
-from svdconvert.healing.trained import Trained
+from svdconvert.healing.student import Student
+from svdconvert.healing.teacher import States
 from svdconvert.machine import interrupts, processes
-from svdconvert.models.head_divergence import HeadDivergence
 from svdconvert.planning.events import Events
 
 # The longest gradient, over all factors, that is followed; longer ones are shortened to it.
 CLIP = 1.0
 
 
-class Sequences(Protocol):
-    """What is known of some sequences.
-
-    Attributes:
-        sequences: their numbers in the text, int64.
-    """
-
-    sequences: Tensor
-
-
-_S = TypeVar("_S", bound=Sequences)
-_Known = TypeVar("_Known", bound=Sequences, contravariant=True)
-
-
-class Minimised(Protocol[_Known]):
-    """What is minimised, a mean over tokens; see :class:`svdconvert.healing.objective.Objective`."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def student(self) -> Trained: ...
-
-    def measure(self, known: _Known, sequences: Tensor, precision: torch.dtype | None = None, /) -> HeadDivergence: ...
-
-    def differentiate(self, known: _Known, sequences: Tensor, /) -> float: ...
-
-
 @dataclass(frozen=True)
-class Texts(Generic[_S]):
-    """What is known of the text.
+class Texts:
+    """The dense model's states of the text.
 
     Attributes:
         train: of the sequences that are trained on.
@@ -63,12 +34,12 @@ class Texts(Generic[_S]):
         order: of the first ones.
     """
 
-    train: _S
-    held_out: _S
+    train: States
+    held_out: States
     order: Order
 
 
-class Training(Generic[_S]):
+class Training:
     """Courses of training from one start: trials of learning rates, and the one that counts.
 
     Attributes:
@@ -78,8 +49,8 @@ class Training(Generic[_S]):
 
     def __init__(
         self,
-        objective: Minimised[_S],
-        texts: Texts[_S],
+        objective: Objective,
+        texts: Texts,
         rate: float | None,
         steps: int,
         anchor: float,
@@ -112,7 +83,7 @@ class Training(Generic[_S]):
                 self._factors.restore(tensors, self.state.done)
 
     @property
-    def _student(self) -> Trained:
+    def _student(self) -> Student:
         return self._objective.student
 
     @property
@@ -228,8 +199,7 @@ class Training(Generic[_S]):
         state = self.state
         short = trial_steps(self._steps)
         before, total = state.course * short, self._steps + (TRIALS * short if self._rate is None else 0)
-        best = f"held-out {self._objective.name} {state.best_kl:.4f}"
-        what = f"trial of learning rate {course.rate:g}" if course.trial else best
+        what = f"trial of learning rate {course.rate:g}" if course.trial else f"held-out KL {state.best_kl:.4f}"
         self._events.progress("healing", before + state.done, total, what)
         interrupts.check()
 

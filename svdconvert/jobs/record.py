@@ -36,6 +36,7 @@ _BUDGET = {
     "rounds": optional(many(record(_TRIAL))),
 }
 _MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
+_ROUNDED = {"bits": many(COUNT), "groups": many(COUNT), "shape": many(COUNT), "relative_error": NUMBER}
 _JUDGED = {"kl": NUMBER, "added": NUMBER, "perplexity": optional(NUMBER)}
 _HEALING = {
     "changed": FLAG,
@@ -62,6 +63,7 @@ _FIELDS = {
     "settings": OBJECT,
     "params": either(COUNT, record({"before": COUNT, "after": COUNT})),
     "matrices": optional(either(COUNT, table(record(_MATRIX)))),  # a densified model's were multiplied out
+    "rounded": optional(table(record(_ROUNDED))),  # dense, in few bits
     "tensors": optional(table(TEXT)),  # since 0.2.0
     "predicted_loss": optional(NUMBER),
     "dense_loss": optional(NUMBER),

@@ -40,8 +40,9 @@ def conversion_steps(
     """
     dtype, layout = request.output.dtype, layout_named(request.recipe.layout)
     solver = SOLVERS[request.recipe.solver]
-    owners = {part.weight: target for target in targets if target.rank is not None for part in target.parts}
-    factored_biases = {weight.removesuffix("weight") + "bias" for weight in owners}
+    factored = {part.weight: target for target in targets if target.rank is not None for part in target.parts}
+    factored_biases = {weight.removesuffix("weight") + "bias" for weight in factored}
+    owners = factored | {target.weight: target for target in targets if target.rounded}
     unread = {target.weight: len(target.parts) for target in owners.values()}
     steps = []
     full = row.full_names(tensors, config)
@@ -52,6 +53,9 @@ def conversion_steps(
             unread[target.weight] -= 1
             if not unread[target.weight]:
                 options = dict(files.get(target.module, {}))
+                if target.rounded:
+                    steps.append(_rounding_step(info, target, row, code, layout, options))
+                    continue
                 if solver.acts(target.shape, target.rank or 0):
                     options["solver"] = solver.name
                 steps.append(_factor_step(tensors, target, row, code, layout, options))
@@ -83,3 +87,16 @@ def _factor_step(
     kind += "_shared" if target.followers else ""
     settings = {"rank": rank, "layout": layout.name, **({"transposed": True} if target.transposed else {})}
     return Step(kind, target.weight, inputs, stored, {**settings, **options})
+
+
+def _rounding_step(
+    info: TensorInfo, target: Target, row: Architecture, code: str, layout: Layout, options: Mapping[str, Any]
+) -> Step:
+    """The weight of a single matrix -> its weights of few bits."""
+    settings = {
+        "rank": target.rank,
+        "layout": layout.name,
+        "grids": [None if grid is None else [grid.bits, grid.group] for grid in target.grids],
+    }
+    stored = target.tensors(f"{row.prefix}{target.module}.weight", code)
+    return Step("round", target.weight, (info,), stored, {**settings, **options})

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from svdconvert.errors import InputError
 from svdconvert.families.fused import split_tensors
 from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.layouts.table import layout_named
+from svdconvert.planning.bits import beside_targets, evenly, types_of
 from svdconvert.planning.checks import check_tensors
 from svdconvert.planning.conversion_steps import conversion_steps
 from svdconvert.planning.healing_needs import healing_needs
@@ -19,9 +21,10 @@ from svdconvert.planning.notes import plan_notes, solver_note
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target, assign
 from svdconvert.planning.size_search import LARGEST
-from svdconvert.planning.steps import files_bytes, in_order, shard, with_copies
+from svdconvert.planning.steps import Step, files_bytes, in_order, shard, with_copies
 from svdconvert.planning.targets import choose_targets, in_parts, share
 from svdconvert.planning.text_memory import text_passes
+from svdconvert.sentences import asked
 from svdconvert.settings.conversion import Conversion
 from svdconvert.solvers.table import SOLVERS
 from svdconvert.storage.source import Source
@@ -81,8 +84,65 @@ def make_plan(source: Source, request: Conversion) -> Plan:
     cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
     targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
     targets = share(targets, scope.share_layers, cut)
+    if request.size.bytes is not None:
+        return _in_bytes(source, request, targets, cut, row)
     size = request.size if request.size.limit is None else request.size.at(LARGEST)
     return plan_for(source, request, assign(targets, size, model.beside(targets)))
+
+
+def _parameters_after(steps: Iterable[Step], targets: Iterable[Target]) -> int:
+    """Parameters of the result: those of weights of few bits are their entries, not their words and scales."""
+    rounded = {target.weight: target.params for target in targets if target.rounded}
+    return sum(rounded[step.key] if step.key in rounded else parameters(step.outputs) for step in steps)
+
+
+def _in_bytes(
+    source: Source,
+    request: Conversion,
+    targets: Sequence[Target],
+    tensors: Mapping[str, TensorInfo],
+    row: Architecture,
+) -> Plan:
+    """What can be said of a budget of bytes from headers: the same width for all matrices.
+
+    Args:
+        source, request: see :func:`make_plan`.
+        targets: the matrices.
+        tensors: of the model.
+        row: its architecture.
+    """
+    asked_for = asked("bytes", request.size.bytes)
+    if row.transposed:
+        raise InputError(
+            f"{asked_for} cannot be met for {source.where}: {row.model_type} keeps its matrices transposed, "
+            f"for which there are no packed weights; use {asked('keep')} or {asked('params')}"
+        )
+    budget = bytes_budget(request, targets, tensors)
+    plan = plan_for(source, request, evenly(targets, request.size, types_of(targets, tensors, request), budget))
+    note = "all matrices are shown alike; which gets how many bits, and which a rank, is chosen by what the text says"
+    return replace(plan, notes=(*plan.notes, note))
+
+
+def bytes_budget(request: Conversion, targets: Sequence[Target], tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes that the target weights may take together.
+
+    Args:
+        request: with a size in bytes.
+        targets: single matrices.
+        tensors: of the model, as the targets name them.
+
+    Raises:
+        InputError: there is nothing left for them.
+    """
+    params, others = sum(target.dense_params for target in targets), beside_targets(targets, tensors, request)
+    budget = request.size.target_bytes(params, others)
+    assert budget is not None
+    if budget <= 0:
+        raise InputError(
+            f"{asked('bytes', request.size.bytes)} cannot be met, since everything but the targets takes {others:,} "
+            "bytes already; give more, or a share of the targets' bytes such as 0.5"
+        )
+    return budget
 
 
 def plan_for(
@@ -122,7 +182,7 @@ def plan_for(
         steps=tuple(steps),
         shards=shards,
         params_before=model.count,
-        params_after=parameters(outputs),
+        params_after=_parameters_after(steps, targets),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
         notes=tuple(notes) if of_solver is None else (*notes, of_solver),

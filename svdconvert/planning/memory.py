@@ -39,6 +39,10 @@ GPU_MATRICES, GPU_RESULTS, GPU_SQUARES = 3, 2, 5
 # own, and so have products of metrics.
 DECOMPOSITION_SQUARES, GPU_DECOMPOSITION_SQUARES = 3, 9
 
+# Rounding to few bits with feedback, in float64: the inputs' metric, its factor and what is made of them, the outputs'
+# metric, and copies of the matrix.
+ROUNDED_INPUTS, ROUNDED_OUTPUTS, ROUNDED_COPIES = 5, 2, 8
+
 
 @dataclass(frozen=True)
 class SolvedMatrix:
@@ -84,6 +88,20 @@ def decomposition_bytes(sides: Iterable[int], workers: int, *, on_gpu: bool = Fa
     """
     squares = GPU_DECOMPOSITION_SQUARES if on_gpu else DECOMPOSITION_SQUARES
     return workers * squares * FLOAT64 * max(sides) ** 2
+
+
+def rounding_bytes(shapes: Iterable[tuple[int, int]], workers: int) -> int:
+    """Estimated memory of rounding matrices to few bits in their metrics, on the host or a GPU.
+
+    Args:
+        shapes: ``(out, in)`` of each.
+        workers: how many are in work at the same time.
+    """
+    entries = (
+        ROUNDED_INPUTS * columns**2 + ROUNDED_OUTPUTS * rows**2 + ROUNDED_COPIES * rows * columns
+        for rows, columns in shapes
+    )
+    return workers * FLOAT64 * max(entries, default=0)
 
 
 def check_bytes(parameters: int, file_bytes: int, block: int) -> int:

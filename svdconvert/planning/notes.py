@@ -50,7 +50,7 @@ def plan_notes(
             f"ranks are multiples of {multiple}, which leaves {left:,} parameters of the budget unused "
             f"({left / budget:.1%})"
         )
-    dense = [target for target in targets if target.rank is None]
+    dense = [target for target in targets if target.rank is None and not target.rounded]
     for reason in dict.fromkeys(target.reason for target in dense):
         modules = [part.module for target in dense if target.reason == reason for part in target.parts]
         notes.append(f"{len(modules)} targets stay dense, {reason}: {listing(modules)}")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from svdconvert.grids import PACKED, Grid
 from svdconvert.names import layer_number
 from svdconvert.planning import memory
 from svdconvert.planning.healing_needs import HealingNeeds
@@ -67,6 +68,17 @@ class Plan:
         """Module path -> that of the layer whose input-side factor it uses, as config.json's ``svd_shared``."""
         return {part.module: t.module for t in self.targets if t.rank is not None for part in t.followers}
 
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """Name of a weight that is stored in few bits, as the result would have it, -> its grid."""
+        found: dict[str, Grid] = {}
+        for step in self.steps:
+            if step.kind == "round":
+                stems = [info.name.removesuffix(PACKED) for info in step.outputs if info.name.endswith(f".{PACKED}")]
+                grids = [Grid(*grid) for grid in step.options["grids"] if grid is not None]
+                found |= {f"{stem}weight": grid for stem, grid in zip(stems, grids, strict=True)}
+        return found
+
     @cached_property
     def groups(self) -> list[TargetKind]:
         """The targets, summed up by kind."""
@@ -83,8 +95,10 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
+        rounded = [target.shape for target in self.targets if target.rounded]
         return max(
             self.solving_bytes(workers),
+            memory.BASE_BYTES + memory.rounding_bytes(rounded, workers),
             memory.BASE_BYTES + self.opening_bytes,
             memory.check_bytes(self.params_after, self.bytes_after, self._largest_block()) if self.checked else 0,
             0 if self.passes is None else self.passes.peak_bytes(workers),
@@ -115,7 +129,12 @@ class Plan:
     def _largest_block(self) -> int:
         """Parameters of the result's largest block."""
         sizes: dict[int, int] = {}
+        rounded = {target.weight: target.params for target in self.targets if target.rounded}
         for step in self.steps:
+            if step.key in rounded:
+                block = layer_number(step.key)
+                sizes[block] = sizes.get(block, 0) + rounded[step.key]
+                continue
             for info in step.outputs:
                 block = layer_number(info.name)
                 sizes[block] = sizes.get(block, 0) + info.size

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from svdconvert.errors import InputError
+from svdconvert.grids import Grid
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.sentences import asked
 from svdconvert.settings.size import Size
+from svdconvert.tensors import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Target:
         rank: rank it is given, or None where it stays dense.
         reason: why it stays dense; empty otherwise.
         layout: how its product is stored.
+        grids: on which each of its weights is stored, in the order of the layout, or of the dense weight; None for a
+            weight in a floating type, and empty where all are.
         transposed: whether the source stores it as [in, out].
         followers: the other layers of the group.
         fused: see :class:`TargetLayer`; the weight is then a name for some of what the source stores together.
@@ -69,6 +73,7 @@ class Target:
     rank: int | None = None
     reason: str = ""
     layout: Layout = DEFAULT_LAYOUT
+    grids: tuple[Grid | None, ...] = ()
     transposed: bool = False
     followers: tuple[TargetLayer, ...] = ()
     fused: str | None = None
@@ -88,6 +93,29 @@ class Target:
     def params(self) -> int:
         """Numbers stored for the weight, biases aside."""
         return self.dense_params if self.rank is None else self.layout.cost(self.rank, self.shape)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether any of its weights is stored on a grid."""
+        return any(grid is not None for grid in self.grids)
+
+    def tensors(self, weight: str, code: str) -> tuple[TensorInfo, ...]:
+        """The tensors that take the place of its weight; of a single matrix.
+
+        Args:
+            weight: name of the dense weight in the result.
+            code: safetensors' code of the type of weights, and of scales.
+        """
+        plain: tuple[TensorInfo, ...] = (TensorInfo(weight, code, self.shape),)
+        if self.rank is not None:
+            plain = self.layout.tensors(weight, self.rank, self.shape, code)
+        if not self.rounded:
+            return plain
+        stored: list[TensorInfo] = []
+        for info, grid in zip(plain, self.grids, strict=True):
+            rows, columns = info.shape
+            stored += [info] if grid is None else grid.tensors(info.name, (rows, columns), code)
+        return tuple(stored)
 
     @property
     def break_even(self) -> float:

@@ -24,6 +24,7 @@ class TargetKind:
         break_even: lowest rank that saves nothing; where layers share, that of the largest group.
         dense_params, params: parameters of all of them, before and after.
         shared: layers that share one input-side factor.
+        bits: widths of the weights, ascending; empty where all are in floating types.
     """
 
     name: str
@@ -35,6 +36,12 @@ class TargetKind:
     dense_params: int
     params: int
     shared: int = 1
+    bits: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> str:
+        """The widths in words: ``4``, ``3-6``, or nothing."""
+        return "-".join(map(str, sorted({*self.bits[:1], *self.bits[-1:]})))
 
     @property
     def rank(self) -> str:
@@ -104,4 +111,24 @@ def _sum(name: str, shape: tuple[int, int], same: list[Target]) -> TargetKind:
         dense_params=sum(target.dense_params for target in same),
         params=sum(target.params for target in same),
         shared=max(len(target.parts) for target in same),
+        bits=_widths(same),
     )
+
+
+def _widths(same: list[Target]) -> tuple[int, ...]:
+    """Widths of their weights; those in floating types count as 16 bits."""
+    if not any(target.rounded for target in same):
+        return ()
+    return tuple(sorted({16 if grid is None else grid.bits for target in same for grid in target.grids or (None,)}))
+
+
+def widths_in_words(targets: Iterable[Target]) -> str:
+    """``24 matrices: 10 at 4 bits, 12 at 6, 2 as they were; 3 of them as products``."""
+    every = list(targets)
+    narrowest = [min((grid.bits for grid in target.grids if grid is not None), default=0) for target in every]
+    counts = {bits: narrowest.count(bits) for bits in sorted(set(narrowest))}
+    asis = counts.pop(0, 0)
+    parts = [f"{count} at {bits}{' bits' if place == 0 else ''}" for place, (bits, count) in enumerate(counts.items())]
+    parts += [f"{asis} as before"] if asis else []
+    products = sum(target.rank is not None for target in every)
+    return f"{len(every)} matrices: {', '.join(parts)}" + (f"; {products} as products of low rank" if products else "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from svdconvert.factoring.matrix_report import MatrixReport
+from svdconvert.factoring.matrix_report import MatrixReport, RoundedReport
 from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, Kind, either, few, many, optional, record, require, table
 from svdconvert.jobs.record import ANEW, Record
 from svdconvert.layouts.table import DEFAULT_LAYOUT, LAYOUTS
@@ -28,6 +28,20 @@ _MATRIX = record(
         "seconds": optional(NUMBER),
         "precision": optional(TEXT),
         "shared_with": optional(TEXT),
+        "bits": optional(many(COUNT)),
+        "groups": optional(many(COUNT)),
+    }
+)
+_ROUNDED = record(
+    {
+        "shape": few(COUNT, 2, 2),
+        "bits": many(COUNT),
+        "groups": many(COUNT),
+        "relative_error": NUMBER,
+        "whole": NUMBER,
+        "lost": NUMBER,
+        "predicted_loss": optional(NUMBER),
+        "seconds": optional(NUMBER),
     }
 )
 _FIELDS: Mapping[str, Kind] = {
@@ -45,6 +59,7 @@ _FIELDS: Mapping[str, Kind] = {
     "dense_targets": optional(table(TEXT)),
     "notes": optional(many(TEXT)),
     "matrices": optional(either(COUNT, table(_MATRIX))),
+    "rounded": optional(table(_ROUNDED)),
     "folded": optional(many(TEXT)),
     "refit": optional(OBJECT),
     "healing": optional(OBJECT),
@@ -84,7 +99,8 @@ class Facts:
         params: parameters; ``before`` is None for a densified or folded model.
         bytes: of the weight files; None in an early record, and for a densified or folded model.
         matrices: module path -> what became of a factored matrix.
-        dense: module path -> why a target stayed dense.
+        dense: module path -> why a target stayed dense, or in how many bits.
+        rounded: module path -> what became of a matrix that stayed dense, in few bits.
         kinds: suffix of module paths -> sizes.
         method: that truncated, or None.
     """
@@ -94,6 +110,7 @@ class Facts:
     bytes: Change | None
     matrices: Mapping[str, MatrixReport]
     dense: Mapping[str, str]
+    rounded: Mapping[str, RoundedReport]
     kinds: Mapping[str, KindSize]
     method: Method | None
 
@@ -117,12 +134,17 @@ class Facts:
             if isinstance(listed, Mapping)
             else {}
         )
+        rounded = {name: RoundedReport.from_json(one) for name, one in (results.get("rounded") or {}).items()}
         facts = cls(
             record=record,
             params=(size["before"], size["after"]) if isinstance(size, Mapping) else (None, size),
             bytes=_change(results.get("bytes")),
             matrices=matrices,
-            dense=results.get("dense_targets") or {},
+            dense={
+                **(results.get("dense_targets") or {}),
+                **{name: in_bits(one.bits) for name, one in rounded.items()},
+            },
+            rounded=rounded,
             kinds={},
             method=METHODS.get(record.settings.get("method") or ""),
         )
@@ -184,6 +206,11 @@ class Facts:
             params = Change(old.params.before + before, old.params.after + after)
             kinds[kind_of(owner)] = KindSize(old.matrices + len(modules), params, None)
         return kinds
+
+
+def in_bits(bits: Sequence[int]) -> str:
+    """``4 bits``, ``8 and 4 bits``."""
+    return f"{' and '.join(map(str, dict.fromkeys(bits)))} bits"
 
 
 def kind_of(module: str) -> str:

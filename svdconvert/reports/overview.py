@@ -42,8 +42,10 @@ def lead(facts: Facts) -> str:
         f"{figures.count(before)} parameters became {figures.count(after)}, {figures.share(after, before)} of them: "
         f"{_matrices(len(facts.matrices))} now products of low rank"
     )
-    if facts.dense:
-        sentence += f", and {figures.count(len(facts.dense))} stayed dense"
+    if facts.rounded:
+        sentence += f", and {figures.count(len(facts.rounded))} stayed dense in few bits"
+    if plain := len(facts.dense) - len(facts.rounded):
+        sentence += f", and {figures.count(plain)} stayed dense"
     measured, dense = facts.number("measured_loss"), facts.number("dense_loss")
     if facts.record.results.get("healing") is not None:
         return f"{sentence}.{_healed(facts)}"

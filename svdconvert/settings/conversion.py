@@ -89,8 +89,9 @@ class Conversion:
 
     @property
     def method(self) -> Method:
-        """The method; by default kfac with a text and svd without."""
-        return method_named(self.recipe.method or ("svd" if self.calibration is None else "kfac"))
+        """The method; by default kfac with a text, or where bytes are given, which need one, and svd without."""
+        plain = self.calibration is None and self.size.bytes is None
+        return method_named(self.recipe.method or ("svd" if plain else "kfac"))
 
     @property
     def allocation(self) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from svdconvert.errors import InputError
 from svdconvert.layouts.table import layout_named
-from svdconvert.methods.table import Method
+from svdconvert.methods.table import METHODS, Method
 from svdconvert.sentences import asked
 from svdconvert.settings.afterwards import Afterwards
 from svdconvert.settings.hub import Hub
@@ -114,6 +114,7 @@ def _users_of_the_text(request: Request) -> list[str]:
     """What a request asks for that reads a text."""
     row, refitted, limit = request.method, request.recipe.refit, request.size.limit
     users = {
+        **({} if request.size.bytes is None else {asked("bytes", request.size.bytes): True}),
         asked("method", row.name): bool(row.statistics),
         asked("refit", refitted): refitted != "none",
         asked("allocation", "measured"): request.allocation == "measured",
@@ -151,6 +152,29 @@ def solver(request: Request) -> None:
         raise InputError(
             f"{asked('solver', chosen)} is for plain SVD of single matrices and does not go with {other}; leave one "
             "of them out"
+        )
+
+
+def bits(request: Request) -> None:
+    """Bytes are spent on single matrices, by the loss that a method estimates, in two plain factors."""
+    if request.size.bytes is None:
+        return
+    others = (
+        (request.scope.share_layers != 1, asked("share_layers", request.scope.share_layers)),
+        (request.scope.split_fused, asked("split_fused", True)),
+        (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
+        (request.afterwards.heal, asked("heal", True)),
+        (request.recipe.allocation in ("uniform", "measured"), asked("allocation", request.recipe.allocation)),
+        (not layout_named(request.recipe.layout).two_factors, asked("layout", request.recipe.layout)),
+    )
+    other = next((words for given, words in others if given), None)
+    if other is not None:
+        raise InputError(f"{asked('bytes', request.size.bytes)} does not go with {other}; leave one of them out")
+    if not request.method.in_loss:
+        good = next(row.name for row in METHODS.values() if row.in_loss)
+        raise InputError(
+            f"{asked('bytes', request.size.bytes)} compares matrices by the loss that each would add, which "
+            f"{asked('method', request.method.name)} does not estimate; use {asked('method', good)}"
         )
 
 
@@ -202,11 +226,14 @@ def sharing(request: Request) -> None:
 
 
 # In the order in which they are tried. Those that a plan depends on:
-PLANNED: Sequence[Rule] = (size, planned_size, method, allocation, refit, healing, solver, dtype, layout, sharing)
+PLANNED: Sequence[Rule] = (
+    *(size, planned_size, method, allocation, refit, bits, healing),
+    *(solver, dtype, layout, sharing),
+)
 # Those of `svdconvert spectrum`, which has no size:
 METHOD: Sequence[Rule] = (method, layout, text, parts)
 ALL: Sequence[Rule] = (
-    *(size, method, allocation, refit, healing, text, parts),
+    *(size, method, allocation, refit, bits, healing, text, parts),
     *(solver, work, upload, dtype, layout, sharing),
 )
 

@@ -6,10 +6,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
 from svdconvert.settings.row import option, whole
+from svdconvert.words import byte_count, size_text
+
+# Bits of a stored weight: the type of the model itself, 16 as a rule, and the integer grids.
+WIDTHS = (16, 8, 7, 6, 5, 4, 3, 2)
+USUAL_WIDTHS = (16, 8, 6, 5, 4, 3, 2)
 
 
 def parse_rank_options(options: Sequence[str]) -> tuple[int | None, dict[str, int]]:
@@ -47,6 +53,57 @@ def parse_count(text: str | int | None) -> int | None:
     return round(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2].upper()])
 
 
+def parse_bytes(given: str | float | None) -> float | int | None:
+    """A share of the targets' 16-bit bytes, ``0.35``, or the bytes of all weight files, ``90MB``; a float and an int.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(given, str):
+        if given is not None and (isinstance(given, bool) or not isinstance(given, Real)):
+            raise InputError(f"{asked('bytes', given)} is not a number; write 0.35, 90MB or 4GB")
+        return float(given) if given is not None and not isinstance(given, Integral) else given
+    try:
+        return float(given) if "." in given or given.strip() in ("0", "1") else _byte_count(given)
+    except ValueError:
+        return _byte_count(given)
+
+
+def _byte_count(text: str) -> int:
+    count = byte_count(text)
+    if count is None:
+        raise InputError(f"{asked('bytes', text)} is neither a share nor a size; write 0.35, 90MB or 4GB")
+    return count
+
+
+def parse_widths(given: str | Sequence[int] | None) -> tuple[int, ...] | None:
+    """``16,8,4`` -> ``(16, 8, 4)``, the widest first.
+
+    Raises:
+        InputError: it is no list of widths.
+    """
+    if given is None:
+        return None
+    words = given.split(",") if isinstance(given, str) else given
+    try:
+        widths = sorted({int(word) for word in words}, reverse=True)
+    except (TypeError, ValueError):
+        raise InputError(f"{asked('widths', given)} is not a list of widths; write for example 16,8,4") from None
+    wrong = [width for width in widths if width not in WIDTHS]
+    if wrong or not widths:
+        known = ", ".join(map(str, WIDTHS))
+        raise InputError(f"{asked('widths', given)} names widths that weights cannot be stored in; choose of {known}")
+    return tuple(widths)
+
+
+def _written_widths(widths: Sequence[int]) -> list[str]:
+    return [",".join(map(str, widths))]
+
+
+def _written_bytes(given: float) -> list[str]:
+    return [size_text(given) if isinstance(given, int) else repr(given)]
+
+
 def default_and_patterns(rank: int | Mapping[str, int] | None) -> tuple[int | None, dict[str, int]]:
     """The rank of all targets, and those of patterns, as :func:`svdconvert.convert` takes both in one.
 
@@ -63,11 +120,15 @@ def default_and_patterns(rank: int | Mapping[str, int] | None) -> tuple[int | No
 class Size:
     """Exactly one of a rank (with exceptions), a kept fraction, the size of the model, or what it may lose.
 
+    The size of the model is a number of parameters, or of bytes, which are spent on ranks and on bits.
+
     Attributes:
         rank: rank of every target that no pattern names.
         patterns: pattern -> rank; the last match wins.
         keep: fraction of the target parameters to keep, 0 < keep < 1.
         params: parameters that the whole converted model may have.
+        bytes: a fraction of the bytes that the targets take in 16 bits, or, a whole number, those of all weight files.
+        widths: bits that a weight may be stored in where bytes are given; None for :data:`USUAL_WIDTHS`.
         max_loss: nats per token that the smallest size to be found may add to the loss of held-out text.
         max_kl: likewise the mean divergence KL(dense || converted) of its predictions.
         multiple: every rank is a multiple of it; the ranks of a budget are rounded down.
@@ -110,6 +171,28 @@ class Size:
         metavar="COUNT",
         read=parse_count,
     )
+    bytes: float | None = option(
+        None,
+        "--bytes",
+        "Instead: bytes, spent on rank and bits together: a share of what the targets take in 16 bits, 0.35, or the "
+        "weight files' size, 90MB.",
+        keyword="bytes",
+        group="Size",
+        metavar="SHARE|SIZE",
+        read=parse_bytes,
+        write=_written_bytes,
+    )
+    widths: Sequence[int] | None = option(
+        None,
+        "--widths",
+        "Bits that --bytes may store a weight in; 16 is the model's own type.",
+        keyword="widths",
+        group="Size",
+        metavar="LIST",
+        read=parse_widths,
+        usual=",".join(map(str, USUAL_WIDTHS)),
+        write=_written_widths,
+    )
     max_loss: float | None = option(
         None,
         "--max-loss",
@@ -151,7 +234,13 @@ class Size:
         Raises:
             InputError: not exactly one is given, or a number is impossible.
         """
-        others = {"keep": self.keep, "params": self.params, "max_loss": self.max_loss, "max_kl": self.max_kl}
+        others = {
+            "keep": self.keep,
+            "params": self.params,
+            "bytes": self.bytes,
+            "max_loss": self.max_loss,
+            "max_kl": self.max_kl,
+        }
         given_sizes = [name for name, value in others.items() if value is not None]
         if len(given_sizes) + (self.rank is not None or bool(self.patterns)) != 1:
             *words, last = (asked(name) for name in ("rank", *others))
@@ -173,10 +262,39 @@ class Size:
         if self.keep is not None and not 0 < self.keep < 1:
             fraction = "the fraction of target parameters kept"
             raise InputError(f"{asked('keep', self.keep)} must lie between 0 and 1 ({fraction})")
+        self._check_bytes()
         if self.limit is not None:
             name, nats = self.limit
             if not 0 < nats < math.inf:
                 raise InputError(f"{asked(name, nats)} must be above 0 and finite (nats per token)")
+
+    def _check_bytes(self) -> None:
+        """Refuse bytes that cannot be, and what would have no effect beside or without them."""
+        if self.bytes is None:
+            if self.widths is not None:
+                raise InputError(
+                    f"{asked('widths', self.widths)} has no effect without {asked('bytes')}; give the bytes as well"
+                )
+            return
+        if isinstance(self.bytes, float) and not 0 < self.bytes < 1:
+            raise InputError(
+                f"{asked('bytes', self.bytes)} must lie between 0 and 1 (a share of the targets' 16-bit bytes), or be "
+                "a size such as 90MB"
+            )
+        if self.bytes < 1000 and not isinstance(self.bytes, float):
+            raise InputError(f"{asked('bytes', self.bytes)} is too small; write a share such as 0.35, or 90MB")
+        for name, given in (("rank_multiple", self.multiple != 1), ("factor_all", self.factor_all)):
+            if given:
+                value = self.multiple if name == "rank_multiple" else True
+                raise InputError(
+                    f"{asked(name, value)} does not go with {asked('bytes')}, which chooses ranks among those whose "
+                    "factors can be stored in few bits; leave one of them out"
+                )
+
+    @property
+    def chosen_widths(self) -> Sequence[int]:
+        """The widths, the widest first."""
+        return USUAL_WIDTHS if self.widths is None else self.widths
 
     @property
     def limit(self) -> tuple[str, float] | None:
@@ -193,7 +311,8 @@ class Size:
     def key(self) -> dict[str, object]:
         """The size in JSON types, for the record and for comparing an interrupted job with its continuation.
 
-        What it may lose is left out where it is not limited, as in the records of earlier versions.
+        What it may lose is left out where it is not limited, and bytes where they are not, as in the records of earlier
+        versions.
         """
         return {
             "rank": self.rank,
@@ -203,6 +322,7 @@ class Size:
             "factor_all": self.factor_all,
             "rank_multiple": self.multiple,
             **dict([self.limit] if self.limit is not None else []),
+            **({} if self.bytes is None else {"bytes": self.bytes, "widths": list(self.chosen_widths)}),
         }
 
     def budget(self, target_params: int, other_params: int) -> int | None:
@@ -215,3 +335,14 @@ class Size:
         if self.params is not None:
             return self.params - other_params
         return None if self.keep is None else int(self.keep * target_params)
+
+    def target_bytes(self, target_params: int, other_bytes: int) -> int | None:
+        """Bytes that the target weights may take together; None where the size is not given in bytes.
+
+        Args:
+            target_params: parameters of all targets.
+            other_bytes: bytes of everything else in the weight files.
+        """
+        if self.bytes is None:
+            return None
+        return int(self.bytes * 2 * target_params) if isinstance(self.bytes, float) else int(self.bytes) - other_bytes

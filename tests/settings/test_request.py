@@ -117,6 +117,8 @@ OTHER: Mapping[type, Mapping[str, Any]] = {
         "patterns": {"a.b": 3},
         "keep": 0.1 + 0.2,
         "params": 77,
+        "bytes": 0.1 + 0.2,
+        "widths": (16, 8),
         "max_loss": 0.05,
         "max_kl": 0.1,
         "multiple": 8,

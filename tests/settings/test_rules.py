@@ -17,7 +17,7 @@ TEXT = Calibration("text.txt")
 # Rule -> keywords that break it, and what is said.
 BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
     "size": [
-        ({}, "give exactly one of rank, keep, params, max_loss and max_kl"),
+        ({}, "give exactly one of rank, keep, params, bytes, max_loss and max_kl"),
         ({"rank": 8, "keep": 0.5}, "give exactly one of"),
         ({"rank": {"a": 8}, "params": 100}, "give exactly one of"),
         ({"rank": 8, "rank_multiple": 0}, "rank_multiple=0 is too small; the least is 1"),
@@ -26,6 +26,10 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"rank": 9, "rank_multiple": 8}, "rank=9 does not go with rank_multiple=8; give a multiple, 8 or 16"),
         ({"rank": 7, "rank_multiple": 8}, "give a multiple, 8"),
         ({"keep": 0.0}, "keep=0.0 must lie between 0 and 1"),
+        ({"bytes": 1.5}, "bytes=1.5 must lie between 0 and 1"),
+        ({"bytes": 20}, "bytes=20 is too small"),
+        ({"bytes": 0.5, "rank_multiple": 8}, "rank_multiple=8 does not go with bytes"),
+        ({"keep": 0.5, "widths": "8,4"}, "widths=[8, 4] has no effect without bytes"),
         ({"keep": 1.0}, "keep=1.0 must lie between 0 and 1"),
         ({"keep": float("nan")}, "keep=nan must lie between 0 and 1"),
         ({"max_kl": 0.1, "max_loss": 0.1}, "give exactly one of"),
@@ -54,7 +58,17 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
             "refit='sequential' is judged by the loss and might exceed max_kl=0.1; give max_loss",
         ),
     ],
+    "bits": [
+        ({"bytes": 0.5, "calibration": TEXT, "share_layers": 2}, "bytes=0.5 does not go with share_layers=2"),
+        ({"bytes": 0.5, "calibration": TEXT, "split_fused": True}, "bytes=0.5 does not go with split_fused=True"),
+        ({"bytes": 0.5, "calibration": TEXT, "refit": "sequential"}, "does not go with refit='sequential'"),
+        ({"bytes": 0.5, "calibration": TEXT, "heal": True}, "does not go with heal=True"),
+        ({"bytes": 0.5, "calibration": TEXT, "allocation": "uniform"}, "does not go with allocation='uniform'"),
+        ({"bytes": 0.5, "calibration": TEXT, "layout": "pivoted"}, "does not go with layout='pivoted'"),
+        ({"bytes": 0.5, "calibration": TEXT, "method": "whiten"}, "method='whiten' does not estimate"),
+    ],
     "text": [
+        ({"bytes": 0.5}, "bytes=0.5 needs a text"),
         ({"keep": 0.5, "method": "kfac"}, "method='kfac' needs a text"),
         ({"keep": 0.5, "refit": "sequential"}, "refit='sequential' needs a text"),
         ({"keep": 0.5, "allocation": "measured"}, "allocation='measured' needs a text"),
@@ -149,6 +163,8 @@ def test_a_plan_needs_no_text(name: str, keywords: dict[str, Any], words: str) -
         {"keep": 0.5, "share_layers": 3},
         {"keep": 0.5, "allocation": "global"},
         {"keep": 0.5, "calibration": TEXT},
+        {"bytes": 0.35, "calibration": TEXT, "widths": [8, 16, 4]},
+        {"bytes": "90MB", "stats": "s", "shrinkage": 0.1},
         {"keep": 0.5, "calibration": TEXT, "method": "drone", "shrinkage": 0.1, "split_fused": True},
         {"keep": 0.5, "calibration": TEXT, "method": "fwsvd", "split_fused": True},
         {"keep": 0.5, "stats": "s", "method": "asvd", "alpha": 0.0, "keep_work": True},

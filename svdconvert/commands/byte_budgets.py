@@ -1,0 +1,73 @@
+"""From decompositions and a budget of bytes to ranks and bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from svdconvert.commands.work import Work
+from svdconvert.grids import Grid
+from svdconvert.planning.bits import as_chosen, types_of
+from svdconvert.planning.choices import Choice, byte_price, choose
+from svdconvert.planning.make import bytes_budget
+from svdconvert.planning.plan import Plan
+from svdconvert.planning.ranks import Target
+from svdconvert.planning.targets import target_tensors
+
+if TYPE_CHECKING:
+    from svdconvert.factoring.decompositions import Decompositions
+
+
+def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> list[Target]:
+    """The targets with the ranks and grids that leave the least loss.
+
+    Args:
+        work: the conversion.
+        plan: of the same targets, stored in any way.
+        store: their decompositions, with both metrics whole.
+
+    Raises:
+        InputError: the budget is too small, or a matrix does not fit its type.
+        JobError: a price list cannot be written.
+    """
+    import torch
+
+    from svdconvert.factoring.decompositions import decompositions_key
+    from svdconvert.factoring.price_list import PriceLists
+
+    source, request = work.source, work.request
+    tensors = target_tensors(source, plan.targets)
+    lists = PriceLists(
+        source=source,
+        tensors=tensors,
+        store=store,
+        key=decompositions_key(source, request.method, request.options, work.knowledge, work.device),
+        folder=work.place / "prices",
+        widths=request.size.chosen_widths,
+        device=torch.device(work.device),
+        events=work.events,
+    )
+    codes = types_of(plan.targets, tensors, request)
+    workers, budget = request.runtime.workers, bytes_budget(request, plan.targets, tensors)
+    found = lists.dense(plan.targets, codes, workers)
+    # Products make bytes cheaper, and then others may be worth their bytes.
+    while (more := lists.at(plan.targets, codes, found, byte_price(found, budget), workers)) is not None:
+        found = more
+    chosen = choose(found, budget)
+    return [as_chosen(target, choice) for target, choice in zip(plan.targets, chosen, strict=True)]
+
+
+def as_recorded(targets: Sequence[Target], record: Mapping[str, Any]) -> list[Target]:
+    """The targets as an earlier run has chosen to store them.
+
+    Args:
+        targets: stored in any way.
+        record: of the result.
+    """
+    found = []
+    for target in targets:
+        told = {**record["matrices"], **record.get("rounded", {})}.get(target.module, {})
+        pairs = zip(told.get("bits", ()), told.get("groups", ()), strict=True)
+        grids = tuple(Grid(bits, group) if bits <= 8 else None for bits, group in pairs)
+        found.append(as_chosen(target, Choice(told.get("rank"), grids, 0, 0.0)))
+    return found

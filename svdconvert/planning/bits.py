@@ -1,0 +1,154 @@
+"""Which grids and ranks a matrix may be stored with, and what each takes. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from svdconvert.errors import InputError
+from svdconvert.grids import Grid
+from svdconvert.planning.choices import Choice
+from svdconvert.planning.ranks import Target
+from svdconvert.sentences import asked
+from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.size import WIDTHS, Size
+from svdconvert.storage.headers import file_layout
+from svdconvert.tensors import CODES, TensorInfo
+
+# A width that is no grid: the model's own type. And those that are.
+OWN, *GRIDS = WIDTHS
+# Neighbouring inputs that share a scale, 0 for all of a row, by the width: scales cost bytes, and save the more of the
+# loss the fewer bits there are (docs/choose-a-size.md).
+GROUPS: Mapping[int, Sequence[int]] = {8: (0,), 7: (0,), 6: (0, 64), 5: (64, 32), 4: (64, 32), 3: (64, 32), 2: (64, 32)}
+# Ranks are multiples of the first of these of which a matrix has at least so many: of a group, so that the output-side
+# factor has whole groups, or of few where matrices are small.
+MULTIPLES, LEAST_STEPS = (64, 32, 16, 8, 4), 8
+WHOLE = "the budget keeps it whole"
+# Ranks of a list, from one to break-even.
+RANKS = 12
+
+
+def grids_of(bits: int, columns: int) -> list[Grid]:
+    """The grids of a width for rows of so many inputs, of the fewest scales first."""
+    fitting = {
+        next((g for g in (group, 32, 16) if g <= group and columns % g == 0), 0) if group else 0: None
+        for group in GROUPS[bits]
+    }
+    return [Grid(bits, group) for group in fitting]
+
+
+def dense_ways(target: Target, widths: Sequence[int]) -> list[Target]:
+    """A single matrix dense at some widths, from many bytes to few."""
+    ways = []
+    for bits in widths:
+        if bits == OWN:
+            ways.append(replace(target, rank=None, grids=(), reason=WHOLE))
+            continue
+        grids = reversed(grids_of(bits, target.shape[1]))
+        ways += [replace(target, rank=None, grids=(grid,), reason="") for grid in grids]
+    return ways
+
+
+def product_on(target: Target, rank: int, bits: int) -> Target:
+    """A single matrix as a product at a width."""
+    shapes = target.layout.weights(rank, target.shape).values()
+    grids = () if bits == OWN else tuple(grids_of(bits, columns)[-1] for _, columns in shapes)
+    return replace(target, rank=rank, grids=grids, reason="")
+
+
+def product_ways(target: Target, widths: Sequence[int]) -> list[Target]:
+    """A single matrix as products of some ranks at some widths."""
+    return [product_on(target, rank, bits) for bits in widths for rank in ranks_to_try(target)]
+
+
+def as_chosen(target: Target, choice: Choice) -> Target:
+    """A target as a choice stores it."""
+    reason = "" if choice.rank is not None or choice.grids else WHOLE
+    return replace(target, rank=choice.rank, grids=choice.grids, reason=reason)
+
+
+def stored_bytes(target: Target, code: str) -> int:
+    """Bytes of the tensors that take the place of a target's weight.
+
+    Args:
+        target: a single matrix.
+        code: safetensors' code of the type of weights and scales.
+    """
+    return sum(info.nbytes for info in target.tensors("weight", code))
+
+
+def types_of(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], request: Conversion) -> list[str]:
+    """safetensors' code of the type that each target's weights, or their scales, are stored in."""
+    kept = request.output.dtype == "keep"
+    return [tensors[target.weight].dtype if kept else CODES[request.output.dtype] for target in targets]
+
+
+def beside_targets(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], request: Conversion) -> int:
+    """Bytes of weight files beside the target weights: all other tensors, and headers at their longest.
+
+    Args:
+        targets: single matrices.
+        tensors: of the model, as the targets name them.
+        request: says the type.
+    """
+    weights, dtype = {target.weight for target in targets}, request.output.dtype
+    others = [
+        replace(info, dtype=info.dtype if dtype == "keep" else CODES[dtype])
+        for name, info in tensors.items()
+        if name not in weights
+    ]
+    codes = types_of(targets, tensors, request)
+    longest = [
+        info
+        for target, code in zip(targets, codes, strict=True)
+        for info in product_on(target, 1, GRIDS[0]).tensors(target.weight, code)
+    ]
+    every = [*others, *longest]
+    header = file_layout(every).size - sum(info.nbytes for info in every)
+    return sum(info.nbytes for info in others) + header
+
+
+def ranks_to_try(target: Target) -> list[int]:
+    """Some ranks from low to the highest that saves parameters, ascending."""
+    highest = target.layout.highest_rank(target.shape, target.dense_params - 1)
+    multiple = next((m for m in MULTIPLES if highest // m >= LEAST_STEPS), 1)
+    count = highest // multiple
+    steps = sorted({max(1, round(count * (i + 1) / RANKS)) for i in range(min(RANKS, count))})
+    return [multiple * step for step in steps]
+
+
+def evenly(targets: Sequence[Target], size: Size, codes: Sequence[str], budget: int) -> list[Target]:
+    """What can be said before a text is read: all matrices dense at the widest width that fits, or else at the
+    narrowest one with ranks that are an even share.
+
+    Args:
+        targets: single matrices.
+        size: the widths to choose from.
+        codes: of each target, the type of weights and scales.
+        budget: bytes for all of them.
+
+    Raises:
+        InputError: the budget is below what the lowest ranks take.
+    """
+
+    def total(found: Sequence[Target]) -> int:
+        return sum(stored_bytes(target, code) for target, code in zip(found, codes, strict=True))
+
+    for place in range(len(dense_ways(targets[0], size.chosen_widths))):
+        found = [
+            ways[min(place, len(ways) - 1)] for ways in (dense_ways(target, size.chosen_widths) for target in targets)
+        ]
+        if total(found) <= budget:
+            return found
+    narrow, ladders = size.chosen_widths[-1], [ranks_to_try(target) for target in targets]
+    for share in range(RANKS, 0, -1):
+        found = [
+            product_on(target, ranks[max(0, len(ranks) * share // RANKS - 1)], narrow)
+            for target, ranks in zip(targets, ladders, strict=True)
+        ]
+        if total(found) <= budget:
+            return found
+    raise InputError(
+        f"{asked('bytes', size.bytes)} leaves {budget:,} bytes for the targets, and at {narrow} bits and the lowest "
+        f"ranks that are tried they take {total(found):,}; give more bytes"
+    )

@@ -1,0 +1,268 @@
+"""One budget of bytes: what is written is what was chosen, its loss is the one that was told, and even rounding is
+never better by it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import tree
+from support.refusals import assert_refused
+
+from svdconvert import Calibration, InputError, JobError, calibrate, convert, plan
+from svdconvert.calibration.folder import StatisticsFolder
+from svdconvert.factoring.price_list import PriceLists
+from svdconvert.jobs.record import read_record
+
+SHRINKAGE = 0.2
+# A share of all targets' 16-bit bytes -> whether products of low rank are chosen there.
+SHARES = {0.5: False, 0.3: False, 0.1: True}
+TARGETS = ("layers.0.*", "layers.1.attention.*")
+MATRICES = 6
+
+
+@pytest.fixture(scope="module")
+def stats(dense: Path, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bytes") / "stats"
+    calibrate(dense, calibration, folder, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps what all budgets of this file begin from."""
+    return tmp_path_factory.mktemp("bytes") / "work"
+
+
+@pytest.fixture(scope="module")
+def results(dense: Path, stats: Path, work: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, Path]:
+    """Share -> result."""
+    folder = tmp_path_factory.mktemp("results")
+    for share in SHARES:
+        convert(dense, folder / str(share), bytes=share, stats=stats, work=work, device="cpu", targets=TARGETS)
+    return {share: folder / str(share) for share in SHARES}
+
+
+def integers(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The integers of packed rows, by their binary digits: lowest first, 2^(b-1) added to each."""
+    digits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : columns * bits]
+    places = digits.reshape(len(words), columns, bits).astype(np.int64)
+    return (places << np.arange(bits)).sum(axis=2) - 2 ** (bits - 1)
+
+
+def values(tensors: Mapping[str, torch.Tensor], stem: str, bits: int) -> np.ndarray:
+    """A weight [m, n] float64, packed or not."""
+    if f"{stem}.weight" in tensors:
+        return tensors[f"{stem}.weight"].double().numpy()
+    rows, columns = tensors[f"{stem}.weight_shape"].tolist()
+    codes = integers(tensors[f"{stem}.weight_packed"].numpy(), bits, columns)
+    scales = tensors[f"{stem}.weight_scale"].double().numpy()
+    return codes.reshape(rows, columns) * np.repeat(scales, columns // scales.shape[1], axis=1)
+
+
+def stored(result: Path, module: str) -> np.ndarray:
+    """The matrix that a result has in the place of a module's, [out, in] float64."""
+    record, tensors = read_record(result).results, load_file(result / "model.safetensors")
+    stem = f"gpt_neox.{module}"
+    if module in record["matrices"]:
+        bits = record["matrices"][module].get("bits", [16, 16])
+        return values(tensors, f"{stem}.up", bits[1]) @ values(tensors, f"{stem}.down", bits[0])
+    return values(tensors, stem, record["rounded"].get(module, {"bits": [16]})["bits"][0])
+
+
+def loss(error: np.ndarray, statistics: Any) -> float:
+    """tr(L E R E^T) / 2 in the shrunk second moments."""
+
+    def metric(gram: torch.Tensor) -> np.ndarray:
+        whole = gram.double().numpy()
+        return (1 - SHRINKAGE) * whole + SHRINKAGE * np.diag(np.diag(whole))
+
+    left, right = metric(statistics.output_gram), metric(statistics.input_gram)
+    return float(np.trace(left @ error @ right @ error.T)) / 2
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_loss_that_is_told_is_that_of_the_weights_as_they_are_stored(
+    share: float, results: dict[float, Path], dense: Path, stats: Path
+) -> None:
+    record, before = read_record(results[share]).results, load_file(dense / "model.safetensors")
+    kept = StatisticsFolder(stats)
+    assert bool(record["matrices"]) == SHARES[share]
+    told = {**record["matrices"], **record["rounded"]}
+    assert told
+    for module, matrix in told.items():
+        weight = before[f"gpt_neox.{module}.weight"].double().numpy()
+        error = weight - stored(results[share], module)
+        expected = loss(error, kept.load([module])[module])
+        assert matrix["predicted_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-12), module
+        relative = np.linalg.norm(error) / np.linalg.norm(weight)
+        assert matrix["relative_error"] == pytest.approx(relative, rel=1e-4, abs=1e-6), module
+    assert record["predicted_loss"] == pytest.approx(sum(matrix["predicted_loss"] for matrix in told.values()))
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_bytes_on_the_disk_are_those_asked_for_and_planned(share: float, results: dict[float, Path]) -> None:
+    record = read_record(results[share]).results
+    before, after = (sum(kind["bytes"][when] for kind in record["kinds"].values()) for when in ("before", "after"))
+    assert after <= share * before
+    assert after > 0.9 * share * before
+    assert record["bytes"]["after"] == (results[share] / "model.safetensors").stat().st_size
+
+
+def test_parameters_are_entries_and_not_words(results: dict[float, Path]) -> None:
+    record = read_record(results[0.5]).results
+    assert not record["matrices"]
+    assert record["params"]["after"] == record["params"]["before"]
+    assert all(kind["params"]["after"] == kind["params"]["before"] for kind in record["kinds"].values())
+    factored = read_record(results[0.1]).results
+    saved = sum(
+        math.prod(matrix["shape"]) - matrix["rank"] * sum(matrix["shape"]) for matrix in factored["matrices"].values()
+    )
+    assert factored["params"]["before"] - factored["params"]["after"] == saved > 0
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_it_is_never_worse_than_even_rounding(share: float, results: dict[float, Path], work: Path) -> None:
+    record = read_record(results[share]).results
+    lists = [json.loads(path.read_text())["choices"] for path in (work / "prices").glob("*/*.json")]
+    assert len(lists) == MATRICES
+    budget = share * sum(kind["bytes"]["before"] for kind in record["kinds"].values())
+    for bits in (8, 6, 5, 4, 3, 2):
+        even = [
+            next(one for one in choices if one["rank"] is None and [grid[0] for grid in one["grids"]] == [bits])
+            for choices in lists
+        ]
+        if sum(one["bytes"] for one in even) <= budget:
+            assert record["predicted_loss"] <= sum(one["loss"] for one in even) * (1 + 1e-9)
+
+
+def test_config_names_the_grid_of_every_packed_weight_once(results: dict[float, Path]) -> None:
+    result = results[0.1]
+    config = json.loads((result / "config.json").read_text())
+    record = read_record(result).results
+    settings = config["quantization_config"]
+    assert (settings["quant_method"], settings["format"]) == ("compressed-tensors", "pack-quantized")
+    widths = {one["weights"]["num_bits"] for one in settings["config_groups"].values()}
+    told = {bits for one in (*record["matrices"].values(), *record["rounded"].values()) for bits in one.get("bits", ())}
+    assert widths == told - {16}
+    assert config["svd_ranks"] == {name: one["rank"] for name, one in record["matrices"].items()}
+
+
+def test_another_run_gives_the_same_bytes_and_prices_nothing_again(
+    results: dict[float, Path], dense: Path, stats: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("priced again")
+
+    monkeypatch.setattr(PriceLists, "write", refuse)
+    convert(dense, tmp_path / "again", bytes=0.3, stats=stats, work=work, device="cpu", targets=TARGETS, workers=2)
+    assert tree(tmp_path / "again") == tree(results[0.3])
+    done = convert(dense, tmp_path / "again", bytes=0.3, stats=stats, work=work, device="cpu", targets=TARGETS)
+    assert done.outcome.already_done
+    assert done.plan.bytes_after == (tmp_path / "again" / "model.safetensors").stat().st_size
+    assert done.plan.grids
+
+
+def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
+    results: dict[float, Path], dense: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, left = PriceLists.write, [3]
+
+    def broken(self: PriceLists, *arguments: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise JobError("the disk is full")
+        write(self, *arguments)
+
+    monkeypatch.setattr(PriceLists, "write", broken)
+    request: dict[str, Any] = {"bytes": 0.3, "stats": stats, "device": "cpu", "targets": TARGETS}
+    with pytest.raises(JobError, match="disk is full"):
+        convert(dense, tmp_path / "out", **request, workers=1)
+    begun = {path.stem for path in (tmp_path / "out").glob("**/prices/*/*.json")}
+    assert len(begun) == 2
+    written: list[str] = []
+    monkeypatch.setattr(
+        PriceLists, "write", lambda self, target, *more: (written.append(target.module), write(self, target, *more))
+    )
+    convert(dense, tmp_path / "out", **request, workers=2)
+    assert len(set(written[: MATRICES - 2]) - begun) == MATRICES - 2
+    assert tree(tmp_path / "out") == tree(results[0.3])
+
+
+def test_the_weight_files_take_no_more_than_a_size_that_is_given(
+    run: Callable[..., SimpleNamespace], dense: Path, stats: Path, work: Path, tmp_path: Path
+) -> None:
+    size = (dense / "model.safetensors").stat().st_size
+    targets = sum(kind.dense_params for kind in plan(dense, bytes=0.5, targets=TARGETS).groups)
+    wanted = size - int(0.6 * 2 * targets)
+    out, chosen = tmp_path / "out", [word for name in TARGETS for word in ("--targets", name)]
+    given = ("--stats", stats, "--work", work, "--out", out, "--device", "cpu")
+    done = run(dense, "--bytes", f"{wanted}B", *chosen, *given)
+    assert done.code == 0, done.err
+    found = (out / "model.safetensors").stat().st_size
+    assert 0.97 * wanted < found <= wanted
+    card = (out / "README.md").read_text()
+    assert f"--bytes {wanted}" in card
+    assert "compressed-tensors" in card
+
+
+def test_widths_are_those_that_were_asked_for(dense: Path, stats: Path, work: Path, tmp_path: Path) -> None:
+    report = convert(
+        dense, tmp_path / "out", bytes=0.4, widths="16,8,4", stats=stats, work=work, device="cpu", targets=TARGETS
+    )
+    told = {**report.outcome.record["matrices"], **report.outcome.record["rounded"]}
+    assert {bits for one in told.values() for bits in one.get("bits", ())} <= {16, 8, 4}
+
+
+def test_a_plan_shows_the_widest_even_width(dense: Path) -> None:
+    made = plan(dense, bytes=0.35)  # of all matrices
+    assert {grid.bits for grid in made.grids.values()} == {5}
+    targets = sum(kind.dense_params for kind in made.groups)
+    assert made.params_after == made.params_before
+    assert made.bytes_before - made.bytes_after > 0.6 * 2 * targets
+    assert made.method == "kfac"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bytes": 0.5}, "needs a text"),
+        ({"bytes": 1.5}, "between 0 and 1"),
+        ({"bytes": "much"}, "neither a share nor a size"),
+        ({"bytes": 20}, "too small"),
+        ({"bytes": 0.001, "stats": True}, "give more bytes"),
+        ({"bytes": "20kB", "stats": True}, "cannot be met"),
+        ({"bytes": 0.5, "keep": 0.5}, "exactly one"),
+        ({"keep": 0.5, "widths": [8, 4]}, "no effect without"),
+        ({"bytes": 0.5, "widths": "16,9"}, "cannot be stored in"),
+        ({"bytes": 0.5, "widths": []}, "cannot be stored in"),
+        ({"bytes": 0.5, "stats": True, "share_layers": 2}, "does not go with"),
+        ({"bytes": 0.5, "stats": True, "split_fused": True}, "does not go with"),
+        ({"bytes": 0.5, "stats": True, "refit": "sequential"}, "does not go with"),
+        ({"bytes": 0.5, "stats": True, "layout": "pivoted"}, "does not go with"),
+        ({"bytes": 0.5, "stats": True, "allocation": "uniform"}, "does not go with"),
+        ({"bytes": 0.5, "stats": True, "method": "whiten"}, "does not estimate"),
+        ({"bytes": 0.5, "stats": True, "rank_multiple": 8}, "does not go with"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    settings: dict[str, Any], words: str, dense: Path, stats: Path, tmp_path: Path
+) -> None:
+    given = settings | ({"stats": stats} if "stats" in settings else {})
+    with pytest.raises(InputError, match=words):
+        convert(dense, tmp_path / "out", **given, device="cpu", targets=TARGETS)
+
+
+def test_what_the_command_line_refuses_is_in_its_words(
+    run: Callable[..., SimpleNamespace], dense: Path, tmp_path: Path
+) -> None:
+    refused = run(dense, "--bytes", "0.5", "--share-layers", "2", "--out", tmp_path / "out")
+    assert_refused(refused, "--bytes 0.5", "--share-layers 2")
