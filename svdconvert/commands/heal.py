@@ -11,10 +11,11 @@ from svdconvert.commands.healing_job import healed_steps, healing_details
 from svdconvert.commands.verify import self_check
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture, factored_architecture
-from svdconvert.healing.healing import HealingWork, heal_factors, result_file
+from svdconvert.healing.healing import heal_factors, result_file
 from svdconvert.healing.matrices import dense_matrices
 from svdconvert.healing.outcome import Healed
 from svdconvert.healing.precision import precision_of
+from svdconvert.healing.work import HealingWork
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Outcome, refuse_same_folder, run_job
 from svdconvert.jobs.own_files import JOB_FOLDER, refuse_foreign
@@ -47,6 +48,7 @@ def heal(
     lr: float | None = None,
     anchor: float = 0.0,
     precision: str = "auto",
+    how: str = "end-to-end",
     against_revision: str | None = None,
     device: str = "auto",
     max_shard_size: str | int = "5GB",
@@ -73,6 +75,8 @@ def heal(
         anchor: pull of the factors towards their start: so many times the learning rate of the distance at each step.
         precision: ``float32`` or ``bfloat16``, type of the matrix products in training; ``auto`` for bfloat16 where the
             device computes in it. What is trained, and what decides in the end, is float32.
+        how: ``end-to-end``, the whole model at once, or ``blocks``, one after the other, each to the outputs of the
+            dense model's (:mod:`svdconvert.healing.block_by_block`).
         against_revision: branch, tag or commit of the dense model on the Hub.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_shard_size: limit of a weight file, in bytes or as ``5GB``.
@@ -95,6 +99,7 @@ def heal(
         lr=lr,
         anchor=anchor,
         precision=precision,
+        how=how,
         device=device,
         max_shard_size=max_shard_size,
         overwrite=overwrite,

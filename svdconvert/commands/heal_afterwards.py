@@ -17,10 +17,11 @@ from svdconvert.commands.measured_budgets import MeasuredBudget
 from svdconvert.commands.verify import self_check
 from svdconvert.commands.work import Work
 from svdconvert.families.table import factored_architecture
-from svdconvert.healing.healing import HealingWork, heal_factors, result_file
+from svdconvert.healing.healing import heal_factors, result_file
 from svdconvert.healing.memory import check_memory
 from svdconvert.healing.outcome import Healed
 from svdconvert.healing.precision import precision_of
+from svdconvert.healing.work import HealingWork
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Outcome, run_job
 from svdconvert.jobs.record import read_record

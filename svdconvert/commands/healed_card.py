@@ -64,6 +64,7 @@ def healed_lines(healed: Healed, params: int) -> list[str]:
 def _figures(healed: Healed, params: int) -> list[str]:
     """What the training was worth."""
     rows = [("before", healed.before), ("after", healed.after)]
+    which = "block by block" if healed.blocks else f"the factors are those after step {healed.best_step:,}"
     rate = "" if healed.lr is None else f", learning rate {healed.lr:g}"
     return [
         "| | KL(dense ‖ model) | perplexity |",
@@ -72,8 +73,8 @@ def _figures(healed: Healed, params: int) -> list[str]:
         *(f"| {name} | {one.kl:.4f} | {perplexity(healed.dense_loss + one.added):.2f} |" for name, one in rows),
         "",
         f"Nats per token, on {healed.held_out_tokens:,} held-out tokens of the text, by which the training was judged. "
-        f"It took {healed.steps:,} steps of {healed.batch_size} sequences, {healed.tokens:,} tokens{rate}; the factors "
-        f"are those after step {healed.best_step:,}. {params:,} parameters. The factors were fitted to this text: on "
+        f"It took {healed.steps:,} steps of {healed.batch_size} sequences, {healed.tokens:,} tokens{rate}; {which}. "
+        f"{params:,} parameters. The factors were fitted to this text: on "
         "texts of other kinds the gain is smaller, so measure it there.",
         "",
     ]

@@ -9,9 +9,9 @@ from typing import Any
 
 from svdconvert.commands.rewriting import Layer, factored_steps
 from svdconvert.families.table import Architecture
-from svdconvert.healing.healing import HealingWork
 from svdconvert.healing.outcome import Healed
 from svdconvert.healing.student import factor_names
+from svdconvert.healing.work import HealingWork
 from svdconvert.planning.steps import Step
 from svdconvert.storage.source import LocalSource
 

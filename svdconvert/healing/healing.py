@@ -15,15 +15,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
+from svdconvert.healing.block_by_block import heal_blocks
 from svdconvert.healing.matrices import matrix_reports
 from svdconvert.healing.memory import check_memory
 from svdconvert.healing.objective import Diverged, Objective
@@ -33,47 +31,12 @@ from svdconvert.healing.state import StateFile
 from svdconvert.healing.student import Student, factor_names
 from svdconvert.healing.teacher import SharedTeacher, States, Teacher, teacher_head
 from svdconvert.healing.training import Texts, Training
+from svdconvert.healing.work import BLOCKS, STATE, STATES, HealingWork
 from svdconvert.machine import processes
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.head_divergence import HeadDivergence
-from svdconvert.planning.events import Events
 from svdconvert.planning.healing_needs import training_bytes
 from svdconvert.sentences import asked
-from svdconvert.settings.healing import HealRequest
-from svdconvert.storage.source import LocalSource, Source
-
-# In the folder of a healing: the dense model's hidden states, and how far the training is.
-STATES, STATE = "states", "state.safetensors"
-
-
-@dataclass(frozen=True)
-class HealingWork:
-    """What is healed, on what, and where.
-
-    Attributes:
-        source: the factored checkpoint.
-        dense: the model that it was made from.
-        tokens: the text.
-        request: how.
-        folder: of the files.
-        device: that computes.
-        precision: of the matrix products.
-        events: receiver of progress.
-    """
-
-    source: LocalSource
-    dense: Source
-    tokens: CalibrationTokens
-    request: HealRequest
-    folder: Path
-    device: str
-    precision: torch.dtype
-    events: Events
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """What the files depend on, in JSON types."""
-        return {"dense": self.dense.identity(), "tokens": self.tokens.digest}
 
 
 def result_file(folder: Path) -> Path:
@@ -91,14 +54,15 @@ def heal_factors(work: HealingWork) -> Healed:
     result, group = result_file(work.folder), processes.current()
     healed = group.share(read_healed(result) if group.leader else None)
     if healed is None:
-        healed, factors = _trained(work)
+        healed, factors = (heal_blocks if work.request.healing.how == "blocks" else _trained)(work)
         if group.leader:
             write_healed(result, healed, factors)
         group.wait()
     if not group.leader:
         return healed
     # Not needed any more; what cannot be removed now is removed with the job.
-    shutil.rmtree(work.folder / STATES, ignore_errors=True)
+    for name in (STATES, BLOCKS):
+        shutil.rmtree(work.folder / name, ignore_errors=True)
     with suppress(OSError):
         (work.folder / STATE).unlink(missing_ok=True)
     return healed
@@ -124,7 +88,7 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
 
         return SharedTeacher(sequences, part, work.events, name)
 
-    batch = work.request.healing.batch(tokens.ids.shape[1])
+    batch = work.batch
     train = teacher("training", others.nonzero()[:, 0], work.precision)
     judging = teacher("held-out", held_out, torch.float32)
     texts = Texts(train, judging, Order(train.sequences, batch, work.request.calibration.seed))

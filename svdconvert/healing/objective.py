@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,10 @@ class Objective:
         tokens: the text.
         batch_size: sequences at a time.
         precision: of the matrix products of both heads.
+        name: of the mean, for people.
     """
 
+    name: ClassVar[str] = "KL"
     student: Student
     teacher_head: nn.Module | None
     tokens: CalibrationTokens
@@ -120,7 +123,7 @@ class Objective:
                 self.tokens.ids[part],
                 self.tokens.mask[part],
                 vocabulary=self.student.vocabulary,
-                check=_check,
+                check=require_finite,
                 gradient=gradient,
                 reference_head=self.teacher_head,
             )
@@ -145,6 +148,11 @@ def _of_all(own: Callable[[], HeadDivergence]) -> HeadDivergence:
     return HeadDivergence(kl, reference, other, round(tokens))
 
 
-def _check(logits: Tensor) -> None:
+def require_finite(logits: Tensor) -> None:
+    """See that logits are finite.
+
+    Raises:
+        Diverged: they are not.
+    """
     if not bool(torch.isfinite(logits).all()):
         raise Diverged

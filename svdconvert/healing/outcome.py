@@ -53,6 +53,7 @@ class Healed:
         anchor: see :class:`svdconvert.settings.healing.Healing`.
         precision: of the matrix products in training.
         processes: that shared the sequences of a step.
+        blocks: of a healing block by block, steps, learning rate, and error of its outputs before and after, of each.
         trials, checks: see :class:`svdconvert.healing.state.State`.
         matrices: module path -> what is known of its factors now.
     """
@@ -70,6 +71,7 @@ class Healed:
     anchor: float
     precision: str
     processes: int = 1
+    blocks: Sequence[Mapping[str, float | None]] = ()
     trials: Sequence[Mapping[str, float | None]] = ()
     checks: Sequence[Mapping[str, float | None]] = ()
     matrices: Mapping[str, MatrixReport] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Healed:
             "dense_perplexity": _number(self.dense_loss),
             "trials": [*self.trials],
             "checks": [*self.checks],
+            "blocks": [*self.blocks],
         }
 
     def __str__(self) -> str:

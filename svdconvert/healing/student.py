@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,21 +13,19 @@ from torch.utils.checkpoint import checkpoint
 
 from svdconvert.families.table import factored_architecture
 from svdconvert.healing.precision import computing
+from svdconvert.healing.trained import Trained
 from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.models.head import Logits
 from svdconvert.models.loading import load_model
-from svdconvert.storage.reader import torch_dtype
 from svdconvert.storage.source import LocalSource
 
 
-class Student:
+class Student(Trained):
     """A factored model, in float32.
 
     Its blocks keep their inputs alone for the backward pass, and are run again in it.
 
     Attributes:
-        factors: tensor of the checkpoint -> the parameter that is trained, float32.
-        start: the same -> its values at first, in the type that it is stored in.
         head: [n, width] -> logits [n, vocabulary].
         vocabulary: size of a row of logits.
     """
@@ -53,10 +51,7 @@ class Student:
         for block in self._base.get_submodule(row.pieces.blocks).children():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         parameters = dict(model.named_parameters())
-        names = factor_names(source)
-        self.factors: Mapping[str, nn.Parameter] = {name: parameters[name].requires_grad_() for name in names}
-        self._types = {name: torch_dtype(source.tensors[name].dtype) for name in names}
-        self.start: dict[str, Tensor] = self.stored()
+        super().__init__(source, {name: parameters[name] for name in factor_names(source)})
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What goes into the head: [batch, length, width] float32, differentiable by the factors.
@@ -78,26 +73,6 @@ class Student:
             yield
         finally:
             self._precision = own
-
-    def stored(self) -> dict[str, Tensor]:
-        """Copies of the factors as a checkpoint has them, in its types, on the device."""
-        return {name: factor.detach().to(self._types[name], copy=True) for name, factor in self.factors.items()}
-
-    @torch.no_grad()
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give the factors these values, of any floating type."""
-        for name, factor in self.factors.items():
-            factor.copy_(tensors[name])
-
-    @contextmanager
-    def having(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Context in which the factors have other values."""
-        own = {name: factor.detach().clone() for name, factor in self.factors.items()}
-        self.put(tensors)
-        try:
-            yield
-        finally:
-            self.put(own)
 
 
 def factor_names(source: LocalSource) -> list[str]:

@@ -7,26 +7,55 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from svdconvert.healing.objective import Diverged, Objective
+from svdconvert.healing.objective import Diverged
 from svdconvert.healing.schedule import PATIENCE, TRIALS, Course, next_rate, trial_steps
 from svdconvert.healing.sequences import Order
 from svdconvert.healing.state import Factors, State, StateFile
-from svdconvert.healing.student import Student
-from svdconvert.healing.teacher import States
+from svdconvert.healing.trained import Trained
 from svdconvert.machine import interrupts, processes
+from svdconvert.models.head_divergence import HeadDivergence
 from svdconvert.planning.events import Events
 
 # The longest gradient, over all factors, that is followed; longer ones are shortened to it.
 CLIP = 1.0
 
 
+class Sequences(Protocol):
+    """What is known of some sequences.
+
+    Attributes:
+        sequences: their numbers in the text, int64.
+    """
+
+    sequences: Tensor
+
+
+_S = TypeVar("_S", bound=Sequences)
+_Known = TypeVar("_Known", bound=Sequences, contravariant=True)
+
+
+class Minimised(Protocol[_Known]):
+    """What is minimised, a mean over tokens; see :class:`svdconvert.healing.objective.Objective`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def student(self) -> Trained: ...
+
+    def measure(self, known: _Known, sequences: Tensor, precision: torch.dtype | None = None, /) -> HeadDivergence: ...
+
+    def differentiate(self, known: _Known, sequences: Tensor, /) -> float: ...
+
+
 @dataclass(frozen=True)
-class Texts:
-    """The dense model's states of the text.
+class Texts(Generic[_S]):
+    """What is known of the text.
 
     Attributes:
         train: of the sequences that are trained on.
@@ -34,12 +63,12 @@ class Texts:
         order: of the first ones.
     """
 
-    train: States
-    held_out: States
+    train: _S
+    held_out: _S
     order: Order
 
 
-class Training:
+class Training(Generic[_S]):
     """Courses of training from one start: trials of learning rates, and the one that counts.
 
     Attributes:
@@ -49,8 +78,8 @@ class Training:
 
     def __init__(
         self,
-        objective: Objective,
-        texts: Texts,
+        objective: Minimised[_S],
+        texts: Texts[_S],
         rate: float | None,
         steps: int,
         anchor: float,
@@ -83,7 +112,7 @@ class Training:
                 self._factors.restore(tensors, self.state.done)
 
     @property
-    def _student(self) -> Student:
+    def _student(self) -> Trained:
         return self._objective.student
 
     @property
@@ -199,7 +228,8 @@ class Training:
         state = self.state
         short = trial_steps(self._steps)
         before, total = state.course * short, self._steps + (TRIALS * short if self._rate is None else 0)
-        what = f"trial of learning rate {course.rate:g}" if course.trial else f"held-out KL {state.best_kl:.4f}"
+        best = f"held-out {self._objective.name} {state.best_kl:.4f}"
+        what = f"trial of learning rate {course.rate:g}" if course.trial else best
         self._events.progress("healing", before + state.done, total, what)
         interrupts.check()
 

@@ -134,11 +134,12 @@ class _Wave:
         within = torch.stack([self.inputs[part, part] for part in parts])
         importance = torch.stack([self.importance[part] for part in parts])
         errors, codes, values = (torch.empty_like(current) for _ in range(3))
-        if not 0 < group < width:
-            step = torch.stack([self._scales_of_group(*pair) for pair in pairs])
+        if not 0 < group <= width:
+            step = self._scales_of_groups(pairs)
         for j in range(width):
-            if 0 < group < width and j % group == 0:
-                step = self._scales_of_part(pairs, current[:, j : j + group], importance[:, j : j + group], j)
+            if 0 < group <= width and j % group == 0:
+                part = slice(j, j + group)
+                step = self._scales_of(pairs, current[:, part], importance[:, part], j)
             codes[:, j] = codes_of(current[:, j], step, self.grid)
             values[:, j] = codes[:, j] * step
             errors[:, j] = values[:, j] - current[:, j]
@@ -148,22 +149,24 @@ class _Wave:
             state.wanted[block, part.stop :].addmm_(self.inputs[part, part.stop :].T, error)
             self._hand_down(block, part, value - state.aim[block, part])
 
-    def _scales_of_group(self, block: int, chunk: int) -> Tensor:
-        """Scales of the group that a chunk lies in, chosen where it begins: [rows]."""
-        start, group = chunk * self.columns, self.grid.group or self.state.wanted.shape[1]
-        if start % group == 0:
-            part = slice(start, start + group)
-            values = self.state.wanted[block, part].T.contiguous()
-            found = scales_of(values, self.grid, self.scale_dtype, self.importance[part])
-            self.state.scales[block, start // group] = found.to(values.dtype)
-        return self.state.scales[block, start // group]
+    def _scales_of_groups(self, pairs: list[tuple[int, int]]) -> Tensor:
+        """Scales of the groups that chunks lie in, chosen where they begin: [pairs, rows]."""
+        width, group = self.columns, self.grid.group or self.state.wanted.shape[1]
+        first = [(block, chunk) for block, chunk in pairs if chunk * width % group == 0]
+        if first:
+            parts = [slice(chunk * width, chunk * width + group) for _, chunk in first]
+            values = [self.state.wanted[block, part] for (block, _), part in zip(first, parts, strict=True)]
+            importance = torch.stack([self.importance[part] for part in parts])
+            self._scales_of(first, torch.stack(values), importance, 0)
+        return torch.stack([self.state.scales[block, chunk * width // group] for block, chunk in pairs])
 
-    def _scales_of_part(self, pairs: list[tuple[int, int]], values: Tensor, importance: Tensor, place: int) -> Tensor:
+    def _scales_of(self, pairs: list[tuple[int, int]], values: Tensor, importance: Tensor, place: int) -> Tensor:
         """Scales of groups that begin at a place in their chunks, whose values are [pairs, group, rows]."""
+        group = self.grid.group or self.state.wanted.shape[1]
         values = values.transpose(1, 2).contiguous()
         found = scales_of(values, self.grid, self.scale_dtype, importance[:, None]).to(values.dtype)
         for (block, chunk), scales in zip(pairs, found, strict=True):
-            self.state.scales[block, (chunk * self.columns + place) // self.grid.group] = scales
+            self.state.scales[block, (chunk * self.columns + place) // group] = scales
         return found
 
     def _hand_down(self, block: int, part: slice, error: Tensor) -> None:

@@ -86,8 +86,8 @@ class MatrixRounding:
         Raises:
             InputError: see :func:`svdconvert.linalg.integers.nearest`.
         """
-        rounded = self._on_both_sides(self.given, grid, self.feedback, self.right)
-        return RoundedMatrix((rounded,), None, self.loss(rounded.values(torch.float64)), SINGULAR)
+        rounded, loss = self._on_both_sides(self.given, grid, self.feedback, self.right)
+        return RoundedMatrix((rounded,), None, loss, SINGULAR)
 
     def balanced(self, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> RoundedMatrix:
         """A product as two factors.
@@ -132,7 +132,7 @@ class MatrixRounding:
     def _product(self, way: str, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> RoundedMatrix:
         first = self._inputs_side(down.float(), grids[0])
         wanted, gram = fitted(self.weight, first.values(torch.float64), self.right)
-        second = self._on_both_sides(wanted.float(), grids[1], Feedback(gram), gram)
+        second, _ = self._on_both_sides(wanted.float(), grids[1], Feedback(gram), gram)
         return self._judged((first, second), None, way)
 
     def _pivoted(self, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> Iterator[RoundedMatrix]:
@@ -149,19 +149,21 @@ class MatrixRounding:
         found = RoundedMatrix(weights, position, 0.0, way)
         return RoundedMatrix(weights, position, self.loss(found.product()), way)
 
-    def _on_both_sides(self, weight: Tensor, grid: Grid, feedback: Feedback | None, right: Metric) -> Rounded:
-        """Rows for all outputs, rounded by themselves or with regard to each other."""
-        first = (
-            nearest(weight, grid, self.dtype, right) if feedback is None else feedback.round(weight, grid, self.dtype)
-        )
-        if feedback is None or self._outputs is None:
-            return first
-        both = BothSides(self._outputs, feedback)
-        if not both.works:
-            return first
-        second, exact = both.round(weight, grid, self.dtype), weight.double()
-        losses = [_loss(each.values(torch.float64) - exact, self.left, right) for each in (first, second)]
-        return second if losses[1] < losses[0] else first
+    def _on_both_sides(
+        self, weight: Tensor, grid: Grid, feedback: Feedback | None, right: Metric
+    ) -> tuple[Rounded, float]:
+        """Rows for all outputs, rounded by themselves or with regard to each other, and their loss beside these."""
+        if feedback is None:
+            ways = [nearest(weight, grid, self.dtype, right)]
+        else:
+            ways = [feedback.round(weight, grid, self.dtype)]
+            both = BothSides(self._outputs, feedback) if self._outputs is not None else None
+            if both is not None and both.works:
+                ways.append(both.round(weight, grid, self.dtype))
+        exact = weight.double()
+        losses = [_loss(each.values(torch.float64) - exact, self.left, right) for each in ways]
+        place = losses.index(min(losses))
+        return ways[place], losses[place]
 
     def _inputs_side(self, rows: Tensor, grid: Grid) -> Rounded:
         """Rows of a factor that the inputs meet."""

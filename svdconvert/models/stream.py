@@ -131,6 +131,27 @@ class Stream:
                 total, count = total + nll, count + predicted
         return Loss(total, count)
 
+    def slopes(self, head: nn.Module, draws: Tensor, write: Callable[[Tensor], None]) -> None:
+        """The gradient of the loss of labels that are drawn from the model, with respect to the last block's outputs.
+
+        Args:
+            head: of the model.
+            draws: [N, length] uniform numbers, float64.
+            write: takes the gradient of the sum over all tokens, batch by batch.
+        """
+        for batch in self.batches:
+            _, _, slope = next_token_loss(
+                head,
+                self.read(self._blocks.count, batch),
+                self._ids[batch],
+                self._mask[batch],
+                vocabulary=self._blocks.vocabulary,
+                check=lambda logits: self._check(logits, f"the head of {self._name} gives"),
+                draws=draws[batch],
+                gradient=True,
+            )
+            write(slope)
+
     def divergence(
         self, head: nn.Module, reference: Stream, write: Callable[[Tensor], None] | None = None
     ) -> HeadDivergence:

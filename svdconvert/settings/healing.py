@@ -15,6 +15,8 @@ from svdconvert.settings.row import SPEED, option, options_of
 from svdconvert.settings.runtime import Runtime
 from svdconvert.settings.text import LABELS, Stats, Text, refused
 
+# The whole model is trained at once, or one block after the other.
+WAYS = ("end-to-end", "blocks")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Of these three are tried where no learning rate is given: those in the middle, and that beside the better of both.
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
@@ -33,6 +35,7 @@ class Healing:
         lr: highest learning rate; None for the best of three short trials among :data:`RATES`.
         anchor: share of its distance from the start, times the learning rate, by which a factor goes back at each step.
         precision: type of the matrix products, one of :data:`PRECISIONS`.
+        how: one of :data:`WAYS`.
     """
 
     epochs: float | None = option(
@@ -90,6 +93,17 @@ class Healing:
         omitted_because=SPEED,
     )
 
+    how: str = option(
+        "end-to-end",
+        "--how",
+        "Train the whole model to the dense one's predictions, or one block after the other to the outputs of that "
+        "one's blocks, which wins less and has one block in memory.",
+        keyword="how",
+        group="Healing",
+        kind="choice",
+        words=WAYS,
+    )
+
     def check(self) -> None:
         """Refuse what cannot be trained.
 
@@ -104,9 +118,11 @@ class Healing:
                 raise InputError(f"{asked(name, value)} must be above 0 and finite")
         if not 0 <= self.anchor < math.inf:
             raise InputError(f"{asked('anchor', self.anchor)} must be 0 or above, and finite")
-        if self.precision not in PRECISIONS:
-            *others, last = PRECISIONS
-            raise InputError(f"{asked('precision', self.precision)} is unknown; choose {', '.join(others)} or {last}")
+        for name, words in (("precision", PRECISIONS), ("how", WAYS)):
+            if getattr(self, name) not in words:
+                *others, last = words
+                known = f"{', '.join(others)} or {last}"
+                raise InputError(f"{asked(name, getattr(self, name))} is unknown; choose {known}")
 
     def batch(self, length: int) -> int:
         """Sequences of a step, of so many tokens each."""

@@ -60,14 +60,16 @@ def test_divergence_and_gradient(dense: Path, pairs: dict[str, SimpleNamespace],
     assert trained == {name for name in expected if name.endswith(("down.weight", "up.weight"))}
 
 
+@pytest.mark.parametrize("how", ["end-to-end", "blocks"])
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gemma2"])
-def test_the_whole_command(model_type: str, checkpoints: Any, tmp_path: Path) -> None:
+def test_the_whole_command(model_type: str, how: str, checkpoints: Any, tmp_path: Path) -> None:
     """Weights that lie the other way round, projected and tied embeddings: healed, and as the record says."""
     dense, start = checkpoints.dense(model_type), checkpoints.pairs(model_type)["pivoted"].factored
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"tiger {i} mountain {i * i % 17}" for i in range(40)))
     calibration = Calibration(str(text), samples=16, length=24)
-    heal(start, dense, calibration, tmp_path / "out", steps=2, lr=1e-3, batch_size=4, precision="float32", device="cpu")
+    settings: dict[str, Any] = {"steps": 2, "lr": 1e-3, "batch_size": 4, "precision": "float32", "device": "cpu"}
+    heal(start, dense, calibration, tmp_path / "out", **settings, how=how)
     checks = verify(tmp_path / "out", dense)
     assert [check for check in checks if not check.passed] == []
     assert {"data", "factored matrices", "outcome"} <= {check.name for check in checks}
