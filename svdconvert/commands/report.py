@@ -51,9 +51,18 @@ class Report:
         return found
 
     @property
+    def rounded(self) -> Mapping[str, Mapping[str, Any]]:
+        """Module path -> what svdconvert.json tells about a matrix that stays dense in few bits, in JSON types.
+
+        The fields of :class:`svdconvert.factoring.matrix_report.RoundedReport`.
+        """
+        rounded: Mapping[str, Mapping[str, Any]] = self.outcome.record.get("rounded", {})
+        return rounded
+
+    @property
     def errors(self) -> list[float]:
-        """Relative error of every factored matrix, Frobenius norm."""
-        return [float(matrix["relative_error"]) for matrix in self.matrices.values()]
+        """Relative error of every matrix that was factored or rounded to few bits, Frobenius norm."""
+        return [float(matrix["relative_error"]) for matrix in (*self.matrices.values(), *self.rounded.values())]
 
     def to_json(self) -> dict[str, Any]:
         """The report in JSON types, for ``--json``."""
@@ -62,6 +71,7 @@ class Report:
             "folder": str(self.folder),
             "plan": self.plan.to_json(),
             "matrices": {name: dict(matrix) for name, matrix in self.matrices.items()},
+            **({"rounded": {name: dict(one) for name, one in self.rounded.items()}} if self.rounded else {}),
             "seconds": round(outcome.seconds, 3),
             "peak_memory_bytes": outcome.peak_memory_bytes,
             "peak_device_bytes": outcome.peak_device_bytes,

@@ -15,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import tree
+from support.families import write_family
+from support.html_pages import parse
 from support.refusals import assert_refused
 
 from svdconvert import Calibration, InputError, JobError, calibrate, convert, plan
 from svdconvert.calibration.folder import StatisticsFolder
 from svdconvert.factoring.price_list import PriceLists
 from svdconvert.jobs.record import read_record
+from svdconvert.reports.result_page import result_page
 
 SHRINKAGE = 0.2
 # A share of all targets' 16-bit bytes -> whether products of low rank are chosen there.
@@ -266,3 +269,24 @@ def test_what_the_command_line_refuses_is_in_its_words(
 ) -> None:
     refused = run(dense, "--bytes", "0.5", "--share-layers", "2", "--out", tmp_path / "out")
     assert_refused(refused, "--bytes 0.5", "--share-layers 2")
+
+
+def test_a_page_and_the_card_tell_the_bits_of_every_matrix(results: dict[float, Path]) -> None:
+    result = results[0.1]
+    record = read_record(result)
+    rows = [[cell.text for cell in row.children] for row in parse(result_page(record, result)).all("tr")]
+    told = {**record.results["matrices"], **record.results["rounded"]}
+    for module, matrix in told.items():
+        (cells,) = [cells for cells in rows if cells[0] == module]
+        shape = " x ".join(map(str, matrix["shape"]))
+        bits = " + ".join(map(str, matrix["bits"]))
+        assert cells[1:4] == [shape, str(matrix.get("rank", "dense")), bits]
+    card = (result / "README.md").read_text()
+    assert "| layers | shape | rank | bits |" in card
+    narrowest = min(bits for matrix in told.values() for bits in matrix["bits"])
+    assert f" at {narrowest} bits" in card
+
+
+def test_transposed_matrices_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="transposed"):
+        plan(write_family("gpt2", tmp_path / "gpt2"), bytes=0.5)
