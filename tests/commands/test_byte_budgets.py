@@ -26,8 +26,8 @@ from svdconvert.jobs.record import read_record
 from svdconvert.reports.result_page import result_page
 
 SHRINKAGE = 0.2
-# A share of all targets' 16-bit bytes -> whether products of low rank are chosen there.
-SHARES = {0.5: False, 0.3: False, 0.1: True}
+# Of all targets' 16-bit bytes; at the last one there are products of low rank.
+SHARES = (0.5, 0.3, 0.1)
 TARGETS = ("layers.0.*", "layers.1.attention.*")
 MATRICES = 6
 
@@ -98,7 +98,7 @@ def test_the_loss_that_is_told_is_that_of_the_weights_as_they_are_stored(
 ) -> None:
     record, before = read_record(results[share]).results, load_file(dense / "model.safetensors")
     kept = StatisticsFolder(stats)
-    assert bool(record["matrices"]) == SHARES[share]
+    assert record["matrices"] or share > 0.1
     told = {**record["matrices"], **record["rounded"]}
     assert told
     for module, matrix in told.items():
@@ -289,4 +289,4 @@ def test_a_page_and_the_card_tell_the_bits_of_every_matrix(results: dict[float, 
 
 def test_transposed_matrices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="transposed"):
-        plan(write_family("gpt2", tmp_path / "gpt2"), bytes=0.5)
+        plan(write_family(tmp_path / "gpt2", "gpt2"), bytes=0.5)
