@@ -4,10 +4,10 @@ With both metrics of the loss, an error E of a weight is estimated to add tr(L E
 comes of rounding or of truncation, so that both are compared in one currency. Every choice of a list was really made:
 rounded with feedback, or truncated and then rounded.
 
-What cannot win is not made. At a budget a byte has a price, the loss that the next one would save elsewhere. A product
-loses at least what it cuts off; where that and its bytes at that price are more than the loss and the bytes of a choice
-that is known already, no budget so large would take it. So at many bytes only dense choices are made, and products
-where bytes are scarce.
+What cannot be expected to win is not made. At a budget a byte has a price, the loss that the next one would save
+elsewhere. A product loses what it cuts off, and some of what dense rounding of as many bits does; where that and its
+bytes at that price are more than the loss and the bytes of a choice that is known already, no budget so large would
+take it. So at many bytes only dense choices are made, and products where bytes are scarce.
 
 A matrix's list is kept in a file of its own, which grows as prices rise; so an interrupted run goes on, and another
 budget is a small job.
@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,6 @@ from typing import Any
 import torch
 
 from svdconvert.errors import InputError
-from svdconvert.factoring.decomposer import announcement
 from svdconvert.factoring.decompositions import Decompositions
 from svdconvert.factoring.rounding import MeteredMatrix
 from svdconvert.fields import COUNT, NUMBER, Kind, many, optional, record, require
@@ -38,7 +37,7 @@ from svdconvert.linalg.panels import Workspace
 from svdconvert.machine.lanes import Lanes, lanes_of
 from svdconvert.machine.processes import current
 from svdconvert.machine.threads import in_threads, usual_workers
-from svdconvert.planning.bits import GROUPS, dense_ways, product_ways, ranks_to_try, stored_bytes
+from svdconvert.planning.bits import GROUPS, OWN, dense_ways, product_ways, ranks_to_try, stored_bytes
 from svdconvert.planning.choices import Choice, mixture_loss
 from svdconvert.planning.events import Events
 from svdconvert.planning.memory import rounding_bytes
@@ -51,6 +50,10 @@ from svdconvert.storage.source import Source
 from svdconvert.storage.tensor_files import sealed, unseal
 from svdconvert.tensors import TensorInfo
 from svdconvert.version import versions
+
+# The least that rounding a product was seen to lose, as a share of what the matrix itself loses at as many bits: 0.4 to
+# 2 of it in SmolLM2-135M.
+LEAST_ROUNDING = 0.4
 
 # What to do about a damaged file.
 _AGAIN = "delete it, then the same command computes it again"
@@ -96,7 +99,8 @@ class PriceLists:
         """
         here = {t.module for t, code in zip(targets, codes, strict=True) if self._path(t, code).is_file()}
         known = current().share(here)
-        missing = {target.module: dense_ways(target, self.widths) for target in targets if target.module not in known}
+        every = {target.module: _Missing(dense_ways(target, self.widths)) for target in targets}
+        missing = {module: ways for module, ways in every.items() if module not in known}
         return self._with(targets, codes, missing, workers)
 
     def at(
@@ -121,29 +125,36 @@ class PriceLists:
         for target, code, choices in zip(targets, codes, lists, strict=True):
             spectrum = self.store.spectrum(target)
             tails = spectrum.flip(0).cumsum(0).flip(0).tolist() if bool(spectrum.any()) else []
-            more = [way for way in product_ways(target, self.widths) if _might_win(way, code, tails, choices, price)]
+            bar = _Bar(code, lambda rank, tails=tails: tails[rank] if rank < len(tails) else 0.0, price)  # type: ignore[misc]
+            more = [way for way in product_ways(target, self.widths) if bar.is_passed(way, choices)]
             if more and tails:  # of a matrix that the text says nothing of, none
-                missing[target.module] = more
+                missing[target.module] = _Missing(more, price)
         return self._with(targets, codes, missing, workers) if missing else None
 
     def _with(
         self,
         targets: Sequence[Target],
         codes: Sequence[str],
-        missing: Mapping[str, Sequence[Target]],
+        missing: Mapping[str, _Missing],
         workers: int | None,
     ) -> list[list[Choice]]:
         """The lists, after what is missing in them was made."""
         group, lanes = current(), lanes_of(self.device)
         todo = [(t, code) for t, code in zip(targets, codes, strict=True) if t.module in missing]
-        mine = split(todo, group.size, lambda one: len(missing[one[0].module]) * matrix_cost(one[0].shape))[group.rank]
-        self.events.begin([announcement(self.tensors, target) for target, _ in mine], len(targets) - len(todo))
+
+        def cost(one: tuple[Target, str]) -> float:
+            return len(missing[one[0].module].ways) * matrix_cost(one[0].shape)
+
+        mine = split(todo, group.size, cost)[group.rank]
         if mine:
+            done = _Count(self.events, len(mine))
             needs = partial(rounding_bytes, [target.shape for target, _ in mine])
             workers = min(workers or usual_workers(str(self.device), needs, needs), len(mine))
             # the dearest first, so that no one waits for it alone at the end
-            mine.sort(key=lambda one: -len(missing[one[0].module]) * matrix_cost(one[0].shape))
-            jobs = (partial(_Pricer.price, target=t, code=code, ways=missing[t.module]) for t, code in mine)
+            mine.sort(key=cost, reverse=True)
+            jobs = (
+                partial(_Pricer.price, target=t, code=code, missing=missing[t.module], done=done) for t, code in mine
+            )
             with ExitStack() as stack:
                 in_threads(jobs, [stack.enter_context(closing(_Pricer(self, lanes))) for _ in range(workers)])
         group.wait()
@@ -189,6 +200,33 @@ class PriceLists:
         return self.folder / name / f"{target.module}.json"
 
 
+@dataclass(frozen=True)
+class _Missing:
+    """What is missing in a list.
+
+    Attributes:
+        ways: to store the matrix, dense ones or products.
+        price: of a byte, at which a product must win.
+    """
+
+    ways: Sequence[Target]
+    price: float = math.inf
+
+
+class _Count:
+    """Progress in matrices, told by several threads."""
+
+    def __init__(self, events: Events, total: int) -> None:
+        self._events, self._total, self._done, self._lock = events, total, 0, threading.Lock()
+        events.progress("rounding", 0, total)
+
+    def one_more(self) -> None:
+        """Another matrix is done."""
+        with self._lock:
+            self._done += 1
+            self._events.progress("rounding", self._done, self._total)
+
+
 class _Pricer:
     """Makes lists in one thread, with buffers and an open file of its own."""
 
@@ -203,60 +241,85 @@ class _Pricer:
         """Close the open file."""
         self._reader.close()
 
-    def price(self, target: Target, code: str, ways: Sequence[Target]) -> None:
+    def price(self, target: Target, code: str, missing: _Missing, done: _Count) -> None:
         """Make and keep more of a target's list.
 
         Args:
             target: what it is of.
             code: type of weights and scales.
-            ways: to store it.
+            missing: ways to store it.
+            done: is told when it is.
 
         Raises:
             InputError: its weights do not fit the type; the tensor is named.
         """
-        lists, step = self._lists, announcement(self._lists.tensors, target)
-        lists.events.solving(step)
+        lists = self._lists
         info = lists.tensors[target.weight]
         with self._lane:
             with self._reading:
                 weight = self._reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(lists.device)
             try:
                 matrix = MeteredMatrix(weight, lists.store.path(target), torch_dtype(code), self._workspace)
-                choices = [*lists.read(target, code), *_priced(matrix, ways, lists.widths, code)]
+                choices = _priced(matrix, missing, lists.read(target, code), lists.widths, code)
             except InputError as error:
                 raise InputError(f"tensor {target.weight} cannot be converted: {error.sentence.marked}") from None
         lists.source.refuse_changed()
         lists.write(target, code, choices)
-        lists.events.decomposed(step)
+        done.one_more()
 
 
-def _priced(matrix: MeteredMatrix, ways: Sequence[Target], widths: Sequence[int], code: str) -> Iterator[Choice]:
-    """Ways to store a matrix with what they cost."""
+@dataclass(frozen=True)
+class _Bar:
+    """What a product has to pass, so that it is worth making.
+
+    Attributes:
+        code: type of weights and scales.
+        tail: rank -> what it cuts off.
+        price: of a byte.
+    """
+
+    code: str
+    tail: Callable[[int], float]
+    price: float
+
+    def least(self, way: Target, choices: Sequence[Choice]) -> float:
+        """The least loss that a product can be expected to have, by the dense choices of its width."""
+        assert way.rank is not None
+        bits = next((grid.bits for grid in way.grids if grid is not None), OWN)
+        dense = [one.loss for one in choices if one.rank is None and [g.bits for g in one.grids if g] == [bits]]
+        return self.tail(way.rank) / 2 + LEAST_ROUNDING * min(dense, default=0.0)
+
+    def best(self, way: Target, choices: Sequence[Choice]) -> float:
+        """Its least loss and its bytes at their price; of bytes without a price, the loss alone."""
+        return self.least(way, choices) + (0 if math.isinf(self.price) else self.price * stored_bytes(way, self.code))
+
+    def is_passed(self, way: Target, choices: Sequence[Choice]) -> bool:
+        """Whether a product that is not among the choices might be better than all of them."""
+        if any(choice.rank == way.rank and choice.grids == way.grids for choice in choices):
+            return False
+        if self.least(way, choices) >= mixture_loss(choices, stored_bytes(way, self.code)):
+            return False
+        known = min(choice.loss + self.price * choice.nbytes for choice in choices)
+        return math.isinf(self.price) or self.best(way, choices) < known
+
+
+def _priced(
+    matrix: MeteredMatrix, missing: _Missing, known: Sequence[Choice], widths: Sequence[int], code: str
+) -> list[Choice]:
+    """The choices of a matrix, with what was missing, as far as it still might win when its turn comes."""
+    ways, choices = missing.ways, list(known)
     if not matrix.is_seen:  # the text says nothing of it, so nothing speaks for few bits
         ways = dense_ways(ways[0], widths)[:2]
+    bar = _Bar(code, matrix.tail, missing.price)
+    if known:  # those that promise most first, since what they reach spares others
+        ways = sorted(ways, key=lambda way: bar.best(way, known))
     for way in ways:
+        if way.rank is not None and not bar.is_passed(way, choices):
+            continue
         loss = 0.0
         if way.rounded:
             loss = max(matrix.rounded(way.rank, way.grids).loss, 0.0) / 2
         elif way.rank is not None:
             loss = matrix.tail(way.rank) / 2
-        yield Choice(way.rank, way.grids, stored_bytes(way, code), loss)
-
-
-def _might_win(way: Target, code: str, tails: Sequence[float], choices: Sequence[Choice], price: float) -> bool:
-    """Whether a product that is not among the choices might be better than all of them.
-
-    Args:
-        way: the product.
-        code: type of weights and scales.
-        tails: element r is what rank r cuts off.
-        choices: that are known.
-        price: of a byte.
-    """
-    assert way.rank is not None
-    least, nbytes = tails[way.rank] / 2 if way.rank < len(tails) else 0.0, stored_bytes(way, code)
-    if any(choice.rank == way.rank and choice.grids == way.grids for choice in choices):
-        return False
-    if least >= mixture_loss(choices, nbytes):
-        return False
-    return math.isinf(price) or least + price * nbytes < min(choice.loss + price * choice.nbytes for choice in choices)
+        choices.append(Choice(way.rank, way.grids, stored_bytes(way, code), loss))
+    return choices

@@ -37,8 +37,8 @@ class Events:
 
         ``writing text`` of a model's own text in tokens; ``embedding``, ``forward``, ``head`` and ``backward`` of a
         calibration in batches, ``refit``, ``measuring``, ``differentiating`` and ``dense model`` in blocks,
-        ``healing`` in steps, ``judging`` of the start and of what became of it, ``tokens`` of a perplexity; a total of
-        0 is not known. ``detail`` says where in it the work is.
+        ``rounding`` of a price list in matrices, ``healing`` in steps, ``judging`` of the start and of what became of
+        it, ``tokens`` of a perplexity; a total of 0 is not known. ``detail`` says where in it the work is.
         """
 
     def note(self, text: str) -> None:
