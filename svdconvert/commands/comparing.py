@@ -16,7 +16,7 @@ from svdconvert.families.fused import split_layers, split_tensors
 from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.jobs.record import RECORD, read_record
 from svdconvert.layouts.table import layout_of, stored_names
-from svdconvert.linalg.residual import relative_error
+from svdconvert.linalg.residual import relative_difference, relative_error
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.probe import PROBE
 from svdconvert.names import layer_number, suffix
@@ -59,7 +59,7 @@ def compare(factored: Source, dense: Source, row: Architecture, folder: Path) ->
 
 
 def compare_tensors(factored: Source, dense: Source, row: Architecture, folder: Path) -> list[Check]:
-    """Every tensor of a factored model against the dense one's: copies bit by bit, products by their errors.
+    """Every tensor of a factored model against the dense one's: copies bit by bit, the others by their errors.
 
     Args:
         factored, dense, row, folder: see :func:`compare`.
@@ -89,6 +89,9 @@ def compare_tensors(factored: Source, dense: Source, row: Architecture, folder: 
                 errors[module] = relative_error(weight.T if row.transposed else weight, up, down)
                 continue
             target = factored.tensors.get(_copied_name(full, row, factored))
+            if target is not None and target.name in factored.packed and target.shape == info.shape:
+                errors[module] = relative_difference(_whole(theirs, info), _whole(ours, target))
+                continue
             if target is None or target.shape != info.shape or not _same(ours, theirs, target, info):
                 different.append(name)
             copied += 1
@@ -125,8 +128,8 @@ def _products(errors: Mapping[str, float], recorded: Mapping[str, float]) -> Che
 def _outcome(factored: Source, dense: Source, row: Architecture) -> Check:
     """Run a few tokens through the dense model's class with the products in it, and through the factored model.
 
-    All that is not a product is the dense model's own there. Each block of both gets the same input, so that the error
-    of rounding does not add up.
+    All that is neither a product nor packed is the dense model's own there. Each block of both gets the same input, so
+    that the error of rounding does not add up.
     """
     name, worst = "outcome", 0.0
     try:
@@ -154,8 +157,11 @@ def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator
     if ours.count != theirs.count:
         raise InputError(f"the source has {theirs.count} blocks, not {ours.count}")
     ranks = factored.config["svd_ranks"]
+    whole = _packed_whole(factored, row)
 
     def product(module: str) -> Tensor:
+        if module in whole:
+            return _whole(reader, factored.tensors[whole[module]])
         names = stored_names(factored.config, row.prefix, module)
         return layout_of(factored.config).product([_whole(reader, factored.tensors[name]) for name in names])
 
@@ -164,7 +170,8 @@ def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator
             hidden = ours.embed(ids, mask)
             yield "the embeddings", _difference(hidden, theirs.embed(ids, mask), hidden)
         for index in range(ours.count):
-            products = {suffix(module): product(module) for module in ranks if layer_number(module) == index}
+            own = [module for module in (*ranks, *whole) if layer_number(module) == index]
+            products = {suffix(module): product(module) for module in own}
             with ours.block(index) as block, theirs.block(index) as other, theirs.replaced(other, products):
                 found, expected = ours.run(block, hidden, mask), theirs.run(other, hidden, mask)
             yield f"the outputs of block {index}", _difference(found, expected, found - hidden)
@@ -173,6 +180,14 @@ def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator
             if found.shape != expected.shape:
                 raise InputError("the source has another vocabulary")
             yield "the logits", _difference(found, expected, found)
+
+
+def _packed_whole(factored: Source, row: Architecture) -> dict[str, str]:
+    """Module path -> its weight, of packed matrices that are no factors."""
+    config = factored.config
+    factors = {name for module in config["svd_ranks"] for name in stored_names(config, row.prefix, module)}
+    named = {name: row.full_name(name).removeprefix(row.prefix).removesuffix(".weight") for name in factored.packed}
+    return {module: name for name, module in named.items() if name not in factors}
 
 
 def _difference(found: Tensor, expected: Tensor, scale: Tensor) -> float:

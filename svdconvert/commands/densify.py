@@ -82,7 +82,7 @@ def _dense_steps(source: Source, row: Architecture) -> list[Step]:
     biases = {layout.bias_name(name): name for name in dense_biases}
 
     def multiplied(layers: Sequence[Layer]) -> list[Step]:
-        return [_multiply_step(row, layout, layer) for layer in layers]
+        return [_multiply_step(source, row, layout, layer) for layer in layers]
 
     def dense_name(name: str) -> str:
         return biases.get(name) or row.dense_name(name)
@@ -145,7 +145,8 @@ def _join_step(name: str, parts: Mapping[str, Step], source: Source, row: Archit
     return Step("join", name, inputs, (replace(first, name=name, shape=shape),), options)
 
 
-def _multiply_step(row: Architecture, layout: Layout, layer: Layer) -> Step:
-    product = TensorInfo(layer.weight, layer.stored[0].dtype, row.matrix_shape(layout.outer_shape(layer.stored)))
+def _multiply_step(source: Source, row: Architecture, layout: Layout, layer: Layer) -> Step:
+    dtype = source.kept_type(layer.stored[0])
+    product = TensorInfo(layer.weight, dtype, row.matrix_shape(layout.outer_shape(layer.stored)))
     options = {"layout": layout.name, "transposed": row.transposed}
     return Step("multiply", layer.weight, layer.stored, (product,), options)

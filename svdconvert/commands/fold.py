@@ -25,6 +25,7 @@ from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step
 from svdconvert.sentences import asked
+from svdconvert.storage.packed_config import unpacked_config
 from svdconvert.storage.source import LocalSource, Source
 from svdconvert.tensors import TensorInfo
 from svdconvert.words import listing, parse_size
@@ -89,16 +90,22 @@ def fold(
     for first, second in lora.pairs.values():
         # The reader asks the source where a tensor lies.
         source.tensors[first.name], source.tensors[second.name] = first, second
+    if source.packed:
+        (events or Events()).note(
+            f"{source.where} has packed weights, and their sums with an adapter are on no grid; all are written "
+            "multiplied out, in the type of their scales, so the result is larger"
+        )
     work = Rewriting(
         command="fold",
         arguments="fold MODEL --adapter ADAPTER",
         source=source,
         row=row,
         steps=steps,
-        config=dict(source.config) | {"svd_ranks": folding.ranks},
+        config=unpacked_config(source.config) | {"svd_ranks": folding.ranks},
         extra={f"{row.modeling}.py": model_files.modeling_source(row)},
         title="adapter folded in",
-        text=f"{source.name} with a LoRA adapter folded into its factors, whose ranks grew by the adapter's. Made by",
+        text=f"{source.name} with a LoRA adapter folded into its factors, whose ranks grew by the adapter's"
+        f"{'; the weights that were packed are multiplied out' if source.packed else ''}. Made by",
         details={"folded": sorted(lora.pairs)},
         tags=("low-rank", "svd"),
     )
@@ -172,7 +179,7 @@ class _Folding:
         # the first tensor is that of all of them
         stored = (*layers[0].stored, *(info for layer in layers[1:] for info in layer.stored[1:]))
         if not adapted:
-            return [copy_step(info, info.name) for info in stored]
+            return [copy_step(self._source, info, info.name) for info in stored]
         shapes = [self._layout.outer_shape(layer.stored) for layer in layers]
         for i, pair in adapted.items():
             _check_shape(layers[i].module, shapes[i], pair)
@@ -185,13 +192,15 @@ class _Folding:
                 "run `svdconvert densify` and merge the adapter into the dense model"
             )
         self.ranks.update({layer.module: rank for layer in layers})
+        dtype = self._source.kept_type(stored[0])
         weight, scales = layers[0].weight, {i: lora.scales[f"{row.prefix}{layers[i].module}"] for i in adapted}
         inputs = (*stored, *(info for pair in adapted.values() for info in pair))
         if len(layers) == 1:
-            outputs = self._layout.tensors(weight, rank, shape, stored[0].dtype)
+            outputs = self._layout.tensors(weight, rank, shape, dtype)
             return [Step("extend", weight, inputs, outputs, {"layout": self._layout.name, "scale": scales[0]})]
-        wider = [replace(info, shape=(info.shape[0], rank), file="", start=-1) for info in stored[1:]]
-        down = replace(stored[0], shape=(rank, shape[1]), file="", start=-1)
+        plain = [replace(info, dtype=self._source.kept_type(info), file="", start=-1) for info in stored]
+        wider = [replace(info, shape=(info.shape[0], rank)) for info in plain[1:]]
+        down = replace(plain[0], shape=(rank, shape[1]))
         options = {"layers": len(layers), "scales": list(scales.items())}
         return [Step("extend_shared", weight, inputs, (down, *wider), options)]
 

@@ -124,6 +124,11 @@ def run_healing(
         raise InputError(f"there is no folder {start}")
     device = resolve_device(request.runtime.device)
     source = LocalSource(start)
+    if source.packed:
+        raise InputError(
+            f"{start} has weights on integer grids, which cannot be trained; heal the model at 16 bits and round it "
+            "afterwards, or train an adapter beside it with peft"
+        )
     row = factored_architecture(source.config, source.where)
     refuse_same_folder(source, folder)
     dense = open_source(

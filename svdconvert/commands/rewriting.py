@@ -63,7 +63,7 @@ def factored_steps(
     full = row.full_names(source.tensors, source.config)
     for name, info in source.tensors.items():
         if name not in factors and info not in copies:
-            steps.append(with_copies(copy_step(info, copied_name(full[name])), copies, row))
+            steps.append(with_copies(copy_step(source, info, copied_name(full[name])), copies, row))
     return in_order(steps)
 
 
@@ -88,9 +88,11 @@ def _groups(source: Source, row: Architecture) -> list[list[Layer]]:
     return list(groups.values())
 
 
-def copy_step(info: TensorInfo, name: str) -> Step:
-    """Take a tensor over unchanged."""
-    return Step("copy", info.name, (info,), (replace(info, name=name, file="", start=-1),))
+def copy_step(source: Source, info: TensorInfo, name: str) -> Step:
+    """Take a tensor over unchanged; a packed one multiplied out, in the type of its scales."""
+    return Step(
+        "copy", info.name, (info,), (replace(info, name=name, dtype=source.kept_type(info), file="", start=-1),)
+    )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def self_check(folder: Path, config: Mapping[str, Any]) -> list[str]:
     Raises:
         JobError: the files do not make the model that the config describes.
     """
-    source = _Files(folder, config)
+    source = LocalSource(folder, config=config)
     checks = [_keys_and_shapes(source, config), _logits(folder, source)]
     for check in checks:
         if not check.passed:
@@ -68,7 +69,7 @@ def verify(
     source = LocalSource(folder)
     row = factored_architecture(source.config, str(folder))
     ranks, shapes = _ranks(source, row), _keys_and_shapes(source, source.config)
-    checks = [_modeling_file(folder, row), ranks, shapes, *_as_written(folder, source)]
+    checks = [_modeling_file(folder, row), ranks, shapes, *_packed(source), *_as_written(folder)]
     if ranks.passed and shapes.passed:
         positions = _positions(source, row)
         checks += positions
@@ -80,17 +81,6 @@ def verify(
     return checks
 
 
-class _Files(LocalSource):
-    """The weights of a folder that has no config.json yet."""
-
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self._config = dict(config)
-        super().__init__(folder)
-
-    def read_config(self) -> dict[str, Any]:
-        return self._config
-
-
 def _modeling_file(folder: Path, row: Architecture) -> Check:
     path = folder / f"{row.modeling}.py"
     if not path.is_file():
@@ -100,7 +90,22 @@ def _modeling_file(folder: Path, row: Architecture) -> Check:
     return Check("modeling file", same, detail)
 
 
-def _as_written(folder: Path, source: Source) -> list[Check]:
+def _packed(source: Source) -> list[Check]:
+    """Whether packed weights are numbers; nothing where there are none.
+
+    That integers, scales and shapes fit each other and config.json was seen when they were opened.
+    """
+    counts = Counter(str(packed.grid) for packed in source.packed.values())
+    with WeightReader(source) as reader:
+        for name, packed in source.packed.items():
+            scales = reader.read(packed.scale, torch.empty(packed.scale.nbytes, dtype=torch.uint8))
+            if not bool(torch.isfinite(scales).all()):
+                return [Check("packed weights", False, f"{name} has scales that are NaN or infinite")]
+    told = ", ".join(f"{count} at {grid}" for grid, count in sorted(counts.items()))
+    return [Check("packed weights", True, told)] if told else []
+
+
+def _as_written(folder: Path) -> list[Check]:
     """Whether record and tensors are what svdconvert wrote: errors alone do not tell, being least at the factors.
 
     Nothing for a result that has no record of it, of an early version or saved by another program.
@@ -112,7 +117,7 @@ def _as_written(folder: Path, source: Source) -> list[Check]:
     told = read_record(folder).tensors
     if told is None:
         return checks
-    changed = []
+    changed, source = [], LocalSource(folder, as_stored=True)
     with WeightReader(source) as reader:
         for name, info in source.tensors.items():
             digest = new_digest()

@@ -13,6 +13,7 @@ from svdconvert.jobs.output import OutputFolder
 from svdconvert.jobs.record import RECORD
 from svdconvert.planning.steps import index_json
 from svdconvert.storage.documents import json_bytes, read_bytes
+from svdconvert.storage.packed_config import unpacked_config
 from svdconvert.storage.side_files import code_classes
 from svdconvert.storage.source import SAFE_INDEX, Source
 from svdconvert.tensors import TensorInfo
@@ -63,7 +64,7 @@ def dense_config(factored: Mapping[str, Any], row: Architecture) -> dict[str, An
     """config.json of the stock model that a factored one multiplies out to."""
     config = {
         key: value
-        for key, value in factored.items()
+        for key, value in unpacked_config(factored).items()
         if key not in ("auto_map", "svd_ranks", "svd_layout", "svd_shared", "_name_or_path")
     }
     config |= row.config_overrides(factored) | {"tie_word_embeddings": row.is_tied(factored)}

@@ -12,13 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.errors import InputError
-from svdconvert.families.table import ARCHITECTURES, FACTORED, Architecture, dense_architecture, dense_shapes
+from svdconvert.families.table import (
+    ARCHITECTURES,
+    FACTORED,
+    Architecture,
+    dense_architecture,
+    dense_shapes,
+    factored_architecture,
+)
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.storage.documents import json_or_none, read_json
 from svdconvert.storage.gguf_source import source_of_view
 from svdconvert.storage.headers import read_header
 from svdconvert.storage.other_models import refuse_other_model
+from svdconvert.storage.packed_config import is_packed, unpacked_config
 from svdconvert.storage.pickled import pickled_header
 from svdconvert.storage.source import LocalSource, Source, parse_index, read_config, weight_files
 
@@ -61,6 +69,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     found = portable(config or read_config(folder))
+    if is_packed(found) and "svd_ranks" in found:
+        return load_packed(LocalSource(folder, config=found), device, dtype)
     options = {**dtype_option(dtype), "output_loading_info": True}
     row = FACTORED.get(str(found.get("model_type")))
     with foreign_code(f"{folder} cannot be loaded"), quiet_transformers(), _view(folder, found) as seen:
@@ -94,11 +104,7 @@ def load_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Mod
     Raises:
         InputError: it is of an unknown kind, or its weights and config do not fit.
     """
-    import torch
     from accelerate import init_empty_weights
-
-    from svdconvert.models.piece_weights import PieceWeights
-    from svdconvert.storage.reader import WeightReader
 
     row = dense_architecture(source.config, source.where)
     full, expected = row.full_names(source.tensors, source.config), dense_shapes(row, source.config, source.where)
@@ -113,18 +119,73 @@ def load_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Mod
     problem = f"config.json of {source.where} cannot be used"
     with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
         model = stock_model(row, portable(source.config))
+    _read_into(model, source, row, row.head[0], device, dtype)
+    found: torch.nn.Module = model.to(device).eval()
+    return found
+
+
+def load_packed(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A factored model whose weights are stored packed, multiplied out, in evaluation mode.
+
+    compressed-tensors need not be installed: its own arithmetic in float32 gives the same numbers.
+
+    Args:
+        source: the checkpoint.
+        device: where to put it.
+        dtype: type of its weights.
+
+    Raises:
+        InputError: its weights and config do not fit.
+    """
+    from accelerate import init_empty_weights
+
+    row = factored_architecture(source.config, source.where)
+    config_class, model_class = factored_classes(row)
+    problem = f"config.json of {source.where} cannot be used"
+    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+        model = model_class(config_class(**portable(unpacked_config(source.config))))
+    known = {*model.state_dict(), *row.head}
+    for name in source.tensors:
+        if row.full_name(name) not in known:
+            raise InputError(f"{source.where} has the tensor {name}, which its config.json does not know")
+    _read_into(model, source, row, row.head[1], device, dtype)
+    code = importlib.import_module(model_class.__module__)
+    with foreign_code(f"{source.where} cannot be loaded"):
+        code._check_positions(model)
+    code._make_adaptable(model)
+    found: torch.nn.Module = model.to(device).eval()
+    return found
+
+
+def _read_into(model: Any, source: Source, row: Architecture, head: str, device: str, dtype: torch.dtype) -> None:
+    """Give a model its weights; buffers that are not in the files it has already.
+
+    Args:
+        model: without weights, its buffers real.
+        source: the checkpoint.
+        row: its architecture.
+        head: name that the head's weight has in the files.
+        device, dtype: of the weights.
+    """
+    import torch
+
+    from svdconvert.models.piece_weights import PieceWeights
+    from svdconvert.storage.reader import WeightReader
+
     model.tie_weights()  # leaving weights out has made the head one of its own
+    full = row.full_names(source.tensors, source.config)
     named = {full[name]: info for name, info in source.tensors.items()}
     weights = PieceWeights(source, named, device=torch.device(device), dtype=dtype, stored_as={})
     with WeightReader(source) as reader:
         for key, empty in list(model.named_parameters()):  # a tied head is not among them
             path, _, last = key.rpartition(".")
-            stored = row.head[0] if key in row.head else key  # transformers 5 has another name for GPT-NeoX's head
+            stored = head if key in row.head else key  # transformers 5 has another name for GPT-NeoX's head
             whole = torch.nn.Parameter(weights.read(reader, stored, empty), requires_grad=False)
             setattr(model.get_submodule(path), last, whole)
+        for key, buffer in model.named_buffers():
+            if key in named:
+                buffer.copy_(weights.read(reader, key, buffer))
     model.tie_weights()
-    found: torch.nn.Module = model.to(device).eval()
-    return found
 
 
 def stock_model(row: Architecture, config: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from svdconvert.families.table import Architecture
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.models.loading import factored_classes, portable, stock_model
+from svdconvert.storage.packed_config import unpacked_config
 from svdconvert.storage.source import Source
 
 
@@ -38,7 +39,7 @@ def skeleton(source: Source, row: Architecture) -> Any:
     build = _factored if is_factored(source) else stock_model
     problem = f"config.json of {source.where} cannot be used"
     with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
-        return build(row, portable(source.config)).eval()
+        return build(row, portable(unpacked_config(source.config))).eval()
 
 
 def _factored(row: Architecture, config: Mapping[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from svdconvert.storage.gguf_files import is_gguf
 from svdconvert.storage.headers import MAX_HEADER_BYTES, parse_header, read_header
 from svdconvert.storage.hub_client import TIMEOUT, hub_api, hub_errors, retried
 from svdconvert.storage.other_formats import refuse_other_format
+from svdconvert.storage.packed_config import is_packed
 from svdconvert.storage.side_files import SideFiles, choose_side_files, side_notes
 from svdconvert.storage.source import (
     Source,
@@ -232,6 +233,11 @@ class HubSource(Source):
         self._headers: dict[str, list[TensorInfo]] = {}
         self.config = self._checkout.config()
         check_type(self.config, self.name)
+        if is_packed(self.config):
+            raise InputError(
+                f"{repo} has packed weights, which are read from a folder alone; run `hf download {repo} --local-dir "
+                "DIR` and give DIR"
+            )
         self.files, self.pickled, index = self._checkout.weights()
         side = self._checkout.side_files(self.config, [*self.files, *filter(None, [index])])
         self.side_files = list(side.taken)

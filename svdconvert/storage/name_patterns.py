@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 _Part = Callable[[str, frozenset[int]], frozenset[int]]
 
 _WORD = frozenset(string.ascii_letters + string.digits + "_-")
+# How most patterns of names end: few names have to be looked at further.
+_END = re.compile(r"((?:\\\.[\w-]+)+)\$$")
 _LONGEST, _DEEPEST = 20_000, 3
 
 
@@ -29,16 +31,19 @@ class NamePattern:
         if len(text) > _LONGEST:
             raise ValueError(f"{len(text):,} characters")
         self._text, self._place, self._depth = text, 0, 0
-        self._part = self._either()
+        first = self._sequence()
+        end = None if self._next() == "|" or "\\\\" in text else _END.search(text)
+        self._end = "" if end is None else end[1].replace("\\", "")
+        self._part = self._either(first)
         if self._place < len(text):
             raise ValueError(text[self._place])
 
     def matches(self, name: str) -> bool:
         """Whether it matches at the beginning of a name, as :func:`re.match` has it."""
-        return bool(self._part(name, frozenset({0})))
+        return name.endswith(self._end) and bool(self._part(name, frozenset({0})))
 
-    def _either(self) -> _Part:
-        parts = [self._sequence()]
+    def _either(self, first: _Part) -> _Part:
+        parts = [first]
         while self._next() == "|":
             self._place += 1
             parts.append(self._sequence())
@@ -84,7 +89,7 @@ class NamePattern:
             raise ValueError("(")
         if self._text.startswith("?:", self._place):
             self._place += 2
-        part = self._either()
+        part = self._either(self._sequence())
         if self._take() != ")":
             raise ValueError("(")
         self._depth -= 1

@@ -8,6 +8,7 @@ folder is read.
 from __future__ import annotations
 
 import re
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import ARCHITECTURES, FACTORED, dense_architecture, dense_shapes
-from svdconvert.storage.documents import read_bytes, read_json
+from svdconvert.storage.documents import fill, open_regular, read_bytes, read_json, reading
 from svdconvert.storage.folders import ModelFolder, cached_repo
 from svdconvert.storage.headers import read_header
 from svdconvert.storage.identity import file_digest, weights_digest
 from svdconvert.storage.other_formats import ADAPTER_CONFIG, refuse_other_format
+from svdconvert.storage.packed import Packed, unpacked
 from svdconvert.storage.side_files import choose_side_files, is_side_file, side_notes
 from svdconvert.storage.tensor_data import PlainData, TensorData
 from svdconvert.storage.wrappers import unwrap
@@ -52,6 +54,7 @@ class Source(ABC):
         config_only: whether there are no weights and ``tensors`` was deduced from the config.
         download_bytes: size of the weight files that have to be downloaded, by name.
         stored: tensor -> its name in the file, where the two differ (``storage/wrappers.py``).
+        packed: weight -> what stands for it in the files, where that are packed integers (``storage/packed.py``).
         notes: for the user, about how it was read.
         opening_bytes: memory that its tokenizer takes where it has to be made, before any work.
     """
@@ -69,6 +72,7 @@ class Source(ABC):
     config_only: bool = False
     download_bytes: Mapping[str, int] = MappingProxyType({})
     stored: Mapping[str, str] = MappingProxyType({})
+    packed: Mapping[str, Packed] = MappingProxyType({})
     notes: tuple[str, ...] = ()
     opening_bytes: int = 0
 
@@ -86,7 +90,16 @@ class Source(ABC):
         Raises:
             JobError: it could not be fetched or opened.
         """
-        return PlainData(self.path(file), file)
+        if not self.packed:
+            return PlainData(self.path(file), file)
+        from svdconvert.storage.packed_data import PackedData
+
+        return PackedData(self.path, file, {packed.place: packed for packed in self.packed.values()})
+
+    def kept_type(self, info: TensorInfo) -> str:
+        """safetensors' code of the type in which another checkpoint takes a tensor over: its own, or its scales'."""
+        packed = self.packed.get(info.name)
+        return info.dtype if packed is None else packed.scale.dtype
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -149,18 +162,28 @@ class FileSource(Source):
 class LocalSource(FileSource):
     """A checkpoint in a local folder."""
 
-    def __init__(self, folder: Path, *, need_weights: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        need_weights: bool = True,
+        config: Mapping[str, Any] | None = None,
+        as_stored: bool = False,
+    ) -> None:
         """Read config and headers.
 
         Args:
             folder: the checkpoint folder.
             need_weights: False accepts a folder with only a config (planning).
+            config: config.json's content, where the file is not written yet.
+            as_stored: leave packed weights the tensors that the files have.
 
         Raises:
             InputError: something is missing, damaged or inconsistent.
         """
         super().__init__()
-        self.folder = folder
+        self.folder, self._config = folder, config
+        self._in_files: Mapping[str, TensorInfo] = {}
         self.name = folder.resolve().name
         if (cached := cached_repo(folder)) is not None:
             self.repo, self.commit = cached
@@ -198,8 +221,25 @@ class LocalSource(FileSource):
             headers = {file: pickled_header(folder / file) for file in self.files}
         else:
             headers = {file: read_header(folder / file) for file in self.files}
-        tensors, self.stored, note = unwrap(merge_headers(headers), self.config)
-        self.tensors, self.notes = tensors, (*filter(None, [note]), *self.notes)
+        self._in_files = merge_headers(headers)
+        tensors, packed = dict(self._in_files), dict[str, Packed]()
+        if not as_stored and "svd_ranks" in self.config:  # a dense model that is quantised was refused
+            tensors, packed = unpacked(tensors, self.config, self.where, self._pair)
+        if packed and self.pickled:
+            raise InputError(f"{folder} holds packed weights in pickles; save the model with save_pretrained")
+        self.tensors, self.stored, note = unwrap(tensors, self.config)
+        self.packed = {own: packed[name] for own in self.tensors if (name := self.stored.get(own, own)) in packed}
+        self.notes = (*filter(None, [note]), *self.notes)
+
+    def _pair(self, info: TensorInfo) -> tuple[int, int]:
+        """The values of a tensor of two int64."""
+        path, data = self.path(info.file), bytearray(16)
+        with reading(path), open_regular(path) as handle:
+            handle.seek(info.start)
+            if info.start < 0 or not fill(handle, memoryview(data)):
+                raise InputError(f"{path} ends within its tensor {info.name}; fetch it again")
+        first, second = struct.unpack("<2q", data)
+        return first, second
 
     def _settings(self, name: str) -> dict[str, Any]:
         return read_json(self.folder / name, f"{self.folder / name} is missing")
@@ -209,14 +249,14 @@ class LocalSource(FileSource):
 
     def read_config(self) -> dict[str, Any]:
         """Parsed ``config.json``."""
-        return read_config(self.folder)
+        return read_config(self.folder) if self._config is None else dict(self._config)
 
     def path(self, file: str) -> Path:
         return self.folder / file
 
     def _content(self) -> dict[str, Any]:
         weights = {
-            file: weights_digest(self.path(file), [info for info in self.tensors.values() if info.file == file])
+            file: weights_digest(self.path(file), [info for info in self._in_files.values() if info.file == file])
             for file in self.files
         }
         return {"weights": weights, "config": self.read_config()}
