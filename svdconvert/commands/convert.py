@@ -227,7 +227,7 @@ def _run(work: Work, plan: Plan) -> tuple[Plan, Outcome]:
             device=work.device,
             workers=request.runtime.workers or usual_workers(work.device, plan.solving_bytes, plan.device_bytes),
             overwrite=request.output.overwrite,
-            check=self_check if request.output.check and request.size.bytes is None else None,
+            check=self_check if request.output.check else None,
             events=events,
         )
     if not outcome.already_done:

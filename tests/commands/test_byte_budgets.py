@@ -19,10 +19,11 @@ from support.families import write_family
 from support.html_pages import parse
 from support.refusals import assert_refused
 
-from svdconvert import Calibration, InputError, JobError, calibrate, convert, plan
+from svdconvert import Calibration, InputError, JobError, calibrate, convert, plan, verify
 from svdconvert.calibration.folder import StatisticsFolder
 from svdconvert.factoring.price_list import PriceLists
 from svdconvert.jobs.record import read_record
+from svdconvert.models.loading import load_model
 from svdconvert.reports.result_page import result_page
 
 SHRINKAGE = 0.2
@@ -290,3 +291,21 @@ def test_a_page_and_the_card_tell_the_bits_of_every_matrix(results: dict[float, 
 def test_transposed_matrices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="transposed"):
         plan(write_family(tmp_path / "gpt2", "gpt2"), bytes=0.5)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_it_is_what_it_says_it_is(share: float, results: dict[float, Path], dense: Path) -> None:
+    checks = verify(results[share], dense)
+    assert len(checks) > 5
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_it_runs_as_the_matrices_that_are_stored(results: dict[float, Path], dense: Path) -> None:
+    result, ids = results[0.1], torch.arange(40)[None] % 150
+    model = load_model(dense, "cpu", torch.float64)
+    for module in {**read_record(result).results["matrices"], **read_record(result).results["rounded"]}:
+        model.gpt_neox.get_submodule(module).weight.data = torch.from_numpy(stored(result, module))
+    packed = load_model(result, "cpu", torch.float64)
+    with torch.no_grad():
+        wanted, found = model(ids).logits, packed(ids).logits
+    assert float((found - wanted).abs().max()) < 1e-6 * float(wanted.abs().max())
