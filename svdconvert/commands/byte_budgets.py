@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from svdconvert.commands.measured_budgets import bench_of
 from svdconvert.commands.work import Work
 from svdconvert.grids import Grid
+from svdconvert.machine import processes
 from svdconvert.planning.bits import as_chosen, types_of
 from svdconvert.planning.choices import Choice, byte_price, choose
 from svdconvert.planning.make import bytes_budget
@@ -18,8 +21,10 @@ if TYPE_CHECKING:
     from svdconvert.factoring.decompositions import Decompositions
 
 
-def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> list[Target]:
-    """The targets with the ranks and grids that leave the least loss.
+def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> tuple[list[Target], dict[str, float]]:
+    """The targets with the ranks and grids that leave the least loss; and module path -> worth of its losses.
+
+    Worths are what losses in the metrics are to be multiplied with (``factoring/worths.py``).
 
     Args:
         work: the conversion.
@@ -34,6 +39,7 @@ def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> list[Target]:
 
     from svdconvert.factoring.decompositions import decompositions_key
     from svdconvert.factoring.price_list import PriceLists
+    from svdconvert.factoring.worths import measured_worths
 
     source, request = work.source, work.request
     tensors = target_tensors(source, plan.targets)
@@ -50,11 +56,29 @@ def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> list[Target]:
     codes = types_of(plan.targets, tensors, request)
     workers, budget = request.runtime.workers, bytes_budget(request, plan.targets, tensors)
     found = lists.dense(plan.targets, codes, workers)
+    bench = bench_of(work)
+    with processes.current().leader_first():  # the others find what the leader has measured
+        worths = measured_worths(bench, store, tensors, plan.targets, codes, found)
+    bench.tidy()
+
+    def prices() -> list[float]:
+        price = byte_price(_weighted(found, worths), budget)
+        return [price / worth for worth in worths]
+
     # Products make bytes cheaper, and then others may be worth their bytes.
-    while (more := lists.at(plan.targets, codes, found, byte_price(found, budget), workers)) is not None:
+    while (more := lists.at(plan.targets, codes, found, prices(), workers)) is not None:
         found = more
-    chosen = choose(found, budget)
-    return [as_chosen(target, choice) for target, choice in zip(plan.targets, chosen, strict=True)]
+    chosen = choose(_weighted(found, worths), budget)
+    targets = [as_chosen(target, choice) for target, choice in zip(plan.targets, chosen, strict=True)]
+    return targets, dict(zip((target.module for target in targets), worths, strict=True))
+
+
+def _weighted(lists: Sequence[Sequence[Choice]], worths: Sequence[float]) -> list[list[Choice]]:
+    """The lists with losses that may be compared."""
+    return [
+        [replace(choice, loss=worth * choice.loss) for choice in choices]
+        for choices, worth in zip(lists, worths, strict=True)
+    ]
 
 
 def as_recorded(targets: Sequence[Target], record: Mapping[str, Any]) -> list[Target]:

@@ -77,7 +77,13 @@ class _Results:
             for module, report in matrix_reports(reports[target.weight], [part.module for part in target.parts]).items()
         }
         if self.work.request.method.in_loss:  # half of what the second-order estimate sums up to
-            found = {name: replace(matrix, predicted_loss=(matrix.lost or 0.0) / 2) for name, matrix in found.items()}
+            worths = self.prepared.worths
+            found = {
+                name: replace(
+                    matrix, predicted_loss=worths.get(name, 1.0) * (matrix.lost or 0.0) / 2, worth=worths.get(name)
+                )
+                for name, matrix in found.items()
+            }
         return {name: matrix.to_json() for name, matrix in found.items()}
 
     def rounded(self, reports: Reports) -> dict[str, dict[str, Any]]:
@@ -86,7 +92,8 @@ class _Results:
         for target in self.plan.targets:
             if target.rounded and target.rank is None:
                 report = RoundedReport.from_json(reports[target.weight])
-                found[target.module] = replace(report, predicted_loss=report.lost / 2).to_json()
+                worth = self.prepared.worths[target.module]
+                found[target.module] = replace(report, predicted_loss=worth * report.lost / 2, worth=worth).to_json()
         return found
 
     def predicted(self, reports: Reports) -> dict[str, float]:

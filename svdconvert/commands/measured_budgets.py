@@ -239,7 +239,7 @@ def measured_ranks(work: Work, plan: Plan, store: Decompositions) -> tuple[Seque
     from svdconvert.factoring.edges import Edges
     from svdconvert.factoring.trials import Trials
 
-    bench = _bench(work)
+    bench = bench_of(work)
     edges = Edges(bench, store) if work.request.allocation == "measured" else None
     chooser = _Chooser(work, plan, store, Trials(bench), edges)
     with processes.current().leader_first():  # the others find what the leader has measured
@@ -259,7 +259,8 @@ def measured_ranks(work: Work, plan: Plan, store: Decompositions) -> tuple[Seque
     return chosen.plan.targets, budget
 
 
-def _bench(work: Work) -> Bench:
+def bench_of(work: Work) -> Bench:
+    """Where the models of a conversion are measured: on its calibration text."""
     from svdconvert.factoring.decompositions import decompositions_key
     from svdconvert.factoring.sampled import Bench
 

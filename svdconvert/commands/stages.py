@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.commands.budgets import spend
@@ -38,11 +38,13 @@ class Prepared:
         plan: the conversion.
         refit: how the refit ended; None without one.
         budget: what was measured to choose the ranks; None where nothing was.
+        worths: module path -> what its loss in the metrics is to be multiplied with; of a budget of bytes alone.
     """
 
     plan: Plan
     refit: Refit | None = None
     budget: MeasuredBudget | None = None
+    worths: Mapping[str, float] = field(default_factory=dict)
 
 
 def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
@@ -68,8 +70,9 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
     store = _decompose(work, plan)
     targets: Sequence[Target] = plan.targets
     budget: MeasuredBudget | None = None
+    worths: Mapping[str, float] = {}
     if work.request.size.bytes is not None:
-        targets = spend_bytes(work, plan, store)
+        targets, worths = spend_bytes(work, plan, store)
     elif work.measures:
         targets, budget = measured_ranks(work, plan, store)
     elif work.chooses:
@@ -78,7 +81,7 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
     if work.chooses:
         work.events.planned(plan, free_bytes(work.folder))
     if work.request.recipe.refit == "none" or not plan.ranks:
-        return Prepared(plan, budget=budget)
+        return Prepared(plan, budget=budget, worths=worths)
     return replace(_refit(work, plan, store), budget=budget)
 
 

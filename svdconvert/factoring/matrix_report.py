@@ -33,6 +33,7 @@ class MatrixReport:
         output_error: ||(W - BA) C^1/2|| / ||W C^1/2||, the relative error of the layer's outputs on the calibration
             text, before rounding, where the second moments C of its inputs are known (whiten, kfac).
         predicted_loss: the loss added, nats per token, where the metrics are those of the loss (kfac).
+        worth: what half of ``lost`` was multiplied with for that, measured token by token; None for 1.
         refit: what a refit did: ``damping`` and ``held_out_error`` before and after.
         shared_with: of a layer that uses the factor of another, that other's module path.
         seconds: time of the step; of layers that share, an equal part of it for each.
@@ -51,6 +52,7 @@ class MatrixReport:
     lost: float | None = None
     output_error: float | None = None
     predicted_loss: float | None = None
+    worth: float | None = None
     refit: Mapping[str, Any] | None = None
     shared_with: str | None = None
     bits: Sequence[int] | None = None
@@ -105,6 +107,7 @@ class RoundedReport:
         relative_error: ||W - Q|| / ||W|| of the matrix as it is stored, Frobenius norm.
         whole, lost: in the method's metrics, what there was, and the loss of the matrix as it is stored.
         predicted_loss: the loss added, nats per token, where the metrics are those of the loss.
+        worth: as of :class:`MatrixReport`.
         seconds: time of the step.
     """
 
@@ -115,6 +118,7 @@ class RoundedReport:
     whole: float
     lost: float
     predicted_loss: float | None = None
+    worth: float | None = None
     seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:

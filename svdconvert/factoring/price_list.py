@@ -108,21 +108,21 @@ class PriceLists:
         targets: Sequence[Target],
         codes: Sequence[str],
         lists: Sequence[Sequence[Choice]],
-        price: float,
+        prices: Sequence[float],
         workers: int | None = None,
     ) -> list[list[Choice]] | None:
-        """The lists with the products that might win at a price; None where no more might.
+        """The lists with the products that might win at some prices; None where no more might.
 
         Args:
             targets, codes, workers: see :meth:`dense`.
             lists: as they are known.
-            price: loss per byte; infinite where bytes are so scarce that the dense choices do not fit.
+            prices: of each, its loss per byte; infinite where bytes are so scarce that the dense choices do not fit.
 
         Raises:
             InputError, JobError: see :meth:`dense`.
         """
         missing = {}
-        for target, code, choices in zip(targets, codes, lists, strict=True):
+        for target, code, choices, price in zip(targets, codes, lists, prices, strict=True):
             spectrum = self.store.spectrum(target)
             tails = spectrum.flip(0).cumsum(0).flip(0).tolist() if bool(spectrum.any()) else []
             bar = _Bar(code, lambda rank, tails=tails: tails[rank] if rank < len(tails) else 0.0, price)  # type: ignore[misc]

@@ -106,7 +106,7 @@ def test_the_loss_that_is_told_is_that_of_the_weights_as_they_are_stored(
         weight = before[f"gpt_neox.{module}.weight"].double().numpy()
         error = weight - stored(results[share], module)
         expected = loss(error, kept.load([module])[module])
-        assert matrix["predicted_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-12), module
+        assert matrix["predicted_loss"] == pytest.approx(matrix["worth"] * expected, rel=1e-4, abs=1e-12), module
         relative = np.linalg.norm(error) / np.linalg.norm(weight)
         assert matrix["relative_error"] == pytest.approx(relative, rel=1e-4, abs=1e-6), module
     assert record["predicted_loss"] == pytest.approx(sum(matrix["predicted_loss"] for matrix in told.values()))
@@ -136,7 +136,12 @@ def test_parameters_are_entries_and_not_words(results: dict[float, Path]) -> Non
 @pytest.mark.parametrize("share", SHARES)
 def test_it_is_never_worse_than_even_rounding(share: float, results: dict[float, Path], work: Path) -> None:
     record = read_record(results[share]).results
-    lists = [json.loads(path.read_text())["choices"] for path in (work / "prices").glob("*/*.json")]
+    told = {**record["matrices"], **record["rounded"]}
+    lists = []
+    for path in (work / "prices").glob("*/*.json"):
+        choices = json.loads(path.read_text())["choices"]
+        worth = told[path.stem]["worth"] if path.stem in told else 1.0
+        lists.append([{**one, "loss": worth * one["loss"]} for one in choices])
     assert len(lists) == MATRICES
     budget = share * sum(kind["bytes"]["before"] for kind in record["kinds"].values())
     for bits in (8, 6, 5, 4, 3, 2):
