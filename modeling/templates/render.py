@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from svdconvert.families.rotary import Rotary
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES
 
@@ -41,7 +42,7 @@ def render(row: Architecture) -> str:
 def _fields(row: Architecture) -> dict[str, Any]:
     endings = ("Config", "Model", *(("ForSequenceClassification",) if row.classifies else ()))
     endings += ("ForTokenClassification",) if row.labels else ()
-    rotary = "rope_parameters" in row.config_overrides({})
+    rotary = row.config_overrides if isinstance(row.config_overrides, Rotary) else None
     blocks = row.pieces.blocks
     return {
         "title": row.title or row.stock,
@@ -52,6 +53,9 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "causal": row.causal,
         "classifies": row.classifies,
         "labels": row.labels,
+        "labels_4": row.labels_4,
+        "head_bias": row.head_bias,
+        "kept": row.kept,
         "transposed": row.transposed,
         "auto_map": row.auto_map,
         "inner": row.inner,
@@ -67,8 +71,12 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "second": f"{blocks}.1.{row.targets[0]}",
         "skipped": row.targets[0].rpartition(".")[2],
         "width": row.head_width,
-        "rotary": rotary,
-        "partial": row.partial_rotary,
+        "rotary": rotary is not None,
+        "theta": rotary and rotary.theta,
+        "partial": rotary is not None and rotary.fraction is not None,
+        "fraction": rotary and rotary.fraction,
+        "three_fields": rotary is not None and rotary.three_fields,
+        "scaling": rotary and rotary.scaling,
         **_fused_fields(row, blocks),
     }
 

@@ -12,7 +12,7 @@ ROW = decoder(
     "Granite",
     decoder_shapes(biased_by_config),
     # a factor comes between a block's layers and the sum
-    pieces=replace(PIECES, writers=(), logits="divided"),
+    pieces=replace(PIECES, writers=(), logits="divided by logits_scaling"),
     classifies=False,
     labels="",
     fields={

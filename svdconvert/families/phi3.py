@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from svdconvert.families import rotary
 from svdconvert.families.decoder import Linears, decoder, decoder_shapes, widths
+from svdconvert.families.rotary import Phi3
 from svdconvert.families.row import Config, Fused
 
 
@@ -34,11 +34,11 @@ ROW = decoder(
     "Phi3",
     decoder_shapes(_linears),
     targets=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    config_overrides=rotary.phi3,
+    config_overrides=Phi3(fraction=1.0, three_fields=True),
     # not the gate: both of its inputs share their inner factor well (docs/fused.md)
     fused={"self_attn.qkv_proj": Fused(_attention)},
     title="Phi-3",
-    partial_rotary=True,
+    labels_4="classifier",
     models="Phi-3, Phi-3.5 mini, Phi-4 mini",
     remarks="gate and up in one, longrope",
     tiny={"rope_scaling": _LONGROPE, "original_max_position_embeddings": 32},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from svdconvert.families.row import Config
@@ -10,16 +12,38 @@ from svdconvert.families.row import Config
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")
 
 
-def both_spellings(config: Config) -> dict[str, Any]:
-    """``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``, and the same as ``rope_parameters``."""
-    rope = rope_parameters(config)
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    if config.get("partial_rotary_factor") is not None:
-        rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
-    both = {key: rope[key] for key in _OUTSIDE if key in rope} | {"rope_parameters": rope}
-    if rope["rope_type"] != "default":
-        both["rope_scaling"] = {key: value for key, value in rope.items() if key not in _OUTSIDE}
-    return both
+@dataclass(frozen=True)
+class Rotary:
+    """Config -> ``rope_theta``, ``partial_rotary_factor`` and ``rope_scaling``, and the same as ``rope_parameters``.
+
+    Attributes:
+        theta: the base, if config.json does not say.
+        fraction: of the channels that are rotated, if config.json does not say; None in families that rotate all.
+        scaling: the scaling if config.json has no rotary settings, in families that have one then.
+        three_fields: whether transformers 4 insists on three fields in ``rope_scaling``, those of longrope.
+    """
+
+    theta: float = 10000.0
+    fraction: float | None = None
+    scaling: Mapping[str, Any] | None = None
+    three_fields: bool = False
+
+    def __call__(self, config: Config) -> dict[str, Any]:
+        """The fields that are written."""
+        if config.get("rope_scaling") is None and config.get("rope_parameters") is None and self.scaling:
+            config = {**config, "rope_scaling": self.scaling}
+        rope = rope_parameters(config)
+        theta = config.get("rope_theta")
+        rope.setdefault("rope_theta", self.theta if theta is None else theta)
+        fraction = config.get("partial_rotary_factor")
+        if fraction is None:
+            fraction = self.fraction
+        if fraction is not None:
+            rope.setdefault("partial_rotary_factor", fraction)
+        both = {key: rope[key] for key in _OUTSIDE if key in rope} | {"rope_parameters": rope}
+        if rope["rope_type"] != "default":
+            both["rope_scaling"] = {key: value for key, value in rope.items() if key not in _OUTSIDE}
+        return both
 
 
 def rope_parameters(config: Config) -> dict[str, Any]:
@@ -43,19 +67,22 @@ def gpt_neox(config: Config) -> dict[str, Any]:
     return both
 
 
-def phi3(config: Config) -> dict[str, Any]:
+class Phi3(Rotary):
     """The same for Phi-3, for which transformers 4 insists on three fields in rope_scaling.
 
     Its first checkpoints have other names for their scaling, which transformers 5 no longer understands.
     """
-    rope = rope_parameters(config)
-    if rope["rope_type"] in ("su", "yarn"):
-        config = {**config, "rope_parameters": rope | {"rope_type": "longrope"}}
-    both = both_spellings({"partial_rotary_factor": 1.0, **config})
-    if "rope_scaling" in both:
-        scaling = both["rope_scaling"]
-        if "original_max_position_embeddings" in config:
-            both["rope_parameters"]["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-        factors = {key: scaling[key] for key in ("short_factor", "long_factor") if key in scaling}
-        both["rope_scaling"] = {"type": scaling["rope_type"], **factors}
-    return both
+
+    def __call__(self, config: Config) -> dict[str, Any]:
+        """The fields that are written."""
+        rope = rope_parameters(config)
+        if rope["rope_type"] in ("su", "yarn"):
+            config = {**config, "rope_parameters": rope | {"rope_type": "longrope"}}
+        both = super().__call__(config)
+        if "rope_scaling" in both:
+            scaling = both["rope_scaling"]
+            if "original_max_position_embeddings" in config:
+                both["rope_parameters"]["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+            factors = {key: scaling[key] for key in ("short_factor", "long_factor") if key in scaling}
+            both["rope_scaling"] = {"type": scaling["rope_type"], **factors}
+        return both

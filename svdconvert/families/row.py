@@ -90,7 +90,9 @@ class Pieces:
     blocks: str
     final: tuple[str, ...]
     writers: tuple[str, ...] = ()
-    logits: Literal["as they are", "soft-capped", "divided"] = "as they are"
+    logits: Literal[
+        "as they are", "soft-capped", "divided by logits_scaling", "times logits_scaling", "times logit_scale"
+    ] = "as they are"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Architecture:
         transposed: whether the targets are stored as [in, out] (Conv1D of GPT-2) instead of [out, in].
         classifies: whether transformers has a sequence classifier of the family.
         labels: name of the head in its token classifier; empty if transformers has none.
+        labels_4: its name in transformers 4, if that is another one.
         causal: ending of the stock causal class's name.
         fused: suffixes of the targets that may be split before they are factored, and their parts.
         fields: what the fields of its config.json may hold; ``claims.py`` has those that families have in common.
@@ -122,7 +125,8 @@ class Architecture:
         template: of its modeling file, in ``modeling/templates/``.
         title: its name in the modeling file; ``stock`` if empty.
         head_width: field of the config with the number of inputs of its head.
-        partial_rotary: whether the modeling file has settings for the rotation of a part of the channels.
+        head_bias: whether its head has a bias.
+        kept: settings that the stock causal model keeps as attributes of its own.
         models: published models, for the table in docs/families.md.
         remarks: its particulars, for the same table.
         tiny: settings of the tests' tiny model that make every particular show: windows shorter than its sequences,
@@ -146,6 +150,7 @@ class Architecture:
     transposed: bool = False
     classifies: bool = True
     labels: str = "score"
+    labels_4: str = ""
     causal: str = "ForCausalLM"
     fused: Mapping[str, Fused] = field(default_factory=dict)
     fields: Mapping[str, Kind] = field(default_factory=dict)
@@ -154,7 +159,8 @@ class Architecture:
     text: str = ""
     title: str = ""
     head_width: str = "hidden_size"
-    partial_rotary: bool = False
+    head_bias: bool = False
+    kept: tuple[str, ...] = ()
     models: str = ""
     remarks: str = ""
     tiny: Mapping[str, Any] = field(default_factory=dict)
@@ -222,7 +228,8 @@ class Architecture:
 
     def full_name(self, name: str) -> str:
         """Name in the causal model of a checkpoint's tensor; the checkpoint may be of the base model alone."""
-        return name if name.startswith(self.prefix) or name in self.head else self.prefix + name
+        in_head = name.rpartition(".")[0] in {head.rpartition(".")[0] for head in self.head}
+        return name if name.startswith(self.prefix) or in_head else self.prefix + name
 
     def full_names(self, names: Iterable[str], config: Config) -> dict[str, str]:
         """The same of all tensors; a tied model may have stored its head alone, which then is its embedding."""

@@ -9,17 +9,34 @@ from collections.abc import Mapping
 
 from svdconvert.errors import InputError
 from svdconvert.families import (
+    arcee,
+    cohere,
+    cohere2,
+    ernie4_5,
+    exaone4,
+    gemma,
     gemma2,
     gemma3_text,
+    glm,
+    glm4,
     gpt2,
     gpt_neox,
     granite,
+    helium,
+    hyperclovax,
     llama,
     mistral,
+    nemotron,
+    olmo2,
+    olmo3,
     opt,
+    phi,
     phi3,
     qwen2,
     qwen3,
+    seed_oss,
+    smollm3,
+    stablelm,
     starcoder2,
 )
 from svdconvert.families.claims import check_claims
@@ -38,7 +55,37 @@ __all__ = [
 ]
 
 # The files of the families, in the order of the table in docs/families.md.
-_FILES = (gpt_neox, llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, granite, starcoder2, opt, gpt2)
+_FILES = (
+    gpt_neox,
+    llama,
+    mistral,
+    qwen2,
+    qwen3,
+    gemma,
+    gemma2,
+    gemma3_text,
+    phi,
+    phi3,
+    granite,
+    smollm3,
+    exaone4,
+    hyperclovax,
+    olmo2,
+    olmo3,
+    cohere,
+    cohere2,
+    glm,
+    glm4,
+    seed_oss,
+    ernie4_5,
+    helium,
+    arcee,
+    nemotron,
+    stablelm,
+    starcoder2,
+    opt,
+    gpt2,
+)
 
 ARCHITECTURES: Mapping[str, Architecture] = {file.ROW.model_type: file.ROW for file in _FILES}
 FACTORED: Mapping[str, Architecture] = {row.svd_model_type: row for row in ARCHITECTURES.values()}

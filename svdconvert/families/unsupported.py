@@ -12,7 +12,7 @@ from svdconvert.families.row import Config
 _EXPERTS = (
     "num_experts num_local_experts n_routed_experts num_experts_per_tok moe_intermediate_size moe_num_experts moe_topk"
 ).split()
-_SENSES = ("vision_config", "audio_config", "mm_vision_tower", "visual", "vision_tower")
+_SENSES = ("vision_config", "audio_config", "mm_vision_tower", "visual", "vision_tower", "thinker_config")
 _RECURRENT = (
     "mamba_d_state mamba_d_ssm state_size ssm_state_size conv_L_cache lru_width linear_conv_kernel_dim "
     "attention_hidden_size ssm_cfg hybrid_override_pattern"

@@ -26,7 +26,9 @@ def _divided(config: Any, logits: Tensor) -> Tensor:
 LOGITS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "as they are": _as_they_are,
     "soft-capped": _soft_capped,
-    "divided": _divided,
+    "divided by logits_scaling": _divided,
+    "times logits_scaling": lambda config, logits: logits * config.logits_scaling,
+    "times logit_scale": lambda config, logits: logits * config.logit_scale,
 }
 
 
