@@ -32,5 +32,6 @@ ROW = decoder(
     title="GLM",
     models="GLM-4 9B of 2024, GLM-Edge",
     remarks="gate and up in one, half of the channels rotated, biases on q, k, v",
-    tiny={"head_dim": 32, "rope_theta": 1000.0},
+    # transformers 4.46 takes the size of heads for that of the hidden states divided by their number
+    tiny={"head_dim": 16, "rope_theta": 1000.0},
 )

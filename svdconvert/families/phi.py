@@ -51,5 +51,6 @@ ROW = decoder(
     fields={"qk_layernorm": SWITCH, "resid_pdrop": FACTOR, "embd_pdrop": FACTOR},
     models="Phi 1, 1.5, 2",
     remarks="parallel attention and MLP, no gate, biases on the head too, half of the channels rotated",
-    tiny={"qk_layernorm": True, "rope_theta": 1000.0},
+    # no norms of queries and keys, which transformers 4.46 cannot compute
+    tiny={"rope_theta": 1000.0},
 )
