@@ -16,6 +16,7 @@ LoRA (arXiv:2106.09685) put on it runs beside the whole product: h = W x + bias 
 """
 
 import copy
+import importlib.metadata
 import re
 import sys
 
@@ -166,9 +167,15 @@ def _check_shared(config, path, owner):
         raise ValueError(f"{where}, but their ranks differ: {ranks[path]} and {ranks[owner]}")
 
 
+def _held(linear):
+    """What a linear layer holds in the place of its weight, for its type and device, or to be dequantised."""
+    weight = getattr(linear, "weight", None)
+    return linear.weight_scale if weight is None else weight  # packed, before its first use
+
+
 def _matrix(linear):
     """The weight [out, in] of a linear layer as numbers that can be multiplied: dequantised if it is not there so."""
-    weight = linear.weight
+    weight = _held(linear)
     if type(weight) not in (torch.Tensor, nn.Parameter):
         kind = type(weight).__name__
         if kind == "DTensor":
@@ -278,7 +285,7 @@ class PivotedLinear(FactoredLinear):
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         # Where the weights are on meta, somebody will load them, who may have left the buffers elsewhere, to be filled.
         # Until then no index is valid: an engine that loads parameters only must not compute with an identity.
-        device = None if self.down.weight.is_meta else device
+        device = None if _held(self.down).is_meta else device
         self.register_buffer("position", torch.full((out_features,), -1, device=device, dtype=torch.int64))
         self.checked = False  # whether `position` is known to be a permutation
         self.init_own()
@@ -290,7 +297,7 @@ class PivotedLinear(FactoredLinear):
     @torch.no_grad()
     def init_own(self):
         # transformers 5 comes here after loading, and marks what it has loaded; 4 comes before
-        if not self.down.weight.is_meta and not getattr(self.position, "_is_hf_initialized", False):
+        if not _held(self.down).is_meta and not getattr(self.position, "_is_hf_initialized", False):
             self.position.copy_(torch.arange(self.out_features, device=self.position.device))
         if self.bias is not None and not getattr(self.bias, "_is_hf_initialized", False):
             self.bias.zero_()
@@ -417,7 +424,7 @@ class _DenseWeight(torch.Tensor):
     def __new__(cls, layer, part=None):
         """The weight of `layer`; or `part`, a view of its product."""
         if part is None:
-            like, shape, strides = layer.up.weight, (layer.out_features, layer.in_features), (layer.in_features, 1)
+            like, shape, strides = _held(layer.up), (layer.out_features, layer.in_features), (layer.in_features, 1)
         else:
             like, shape, strides = part, part.shape, part.stride()
         return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype, device=like.device)
@@ -550,13 +557,34 @@ class _Factored:
         """
         # on disk with the weights; by default transformers 4 wants `position` at hand there, and does not load it
         kwargs.setdefault("offload_buffers", True)
+        _check_packing(kwargs.get("config"))
+        plain = False
         if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _skipping_factors(kwargs["quantization_config"])
+            kwargs["quantization_config"], plain = _packed(_skipping_factors(kwargs["quantization_config"]))
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         _check_factors(model, info)
+        _unpack(model, plain)
         _check_positions(model)
         _make_adaptable(model)
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. Weights that were loaded packed are saved packed, unless one of them has changed."""
+        packed = None if len(args) > 2 or kwargs.get("state_dict") is not None else _packed_again(self)
+        if packed is None:
+            return super().save_pretrained(*args, **kwargs)
+        settings = _compressor(self).quantization_config
+        status, weights = settings.quantization_status, {layer: layer._parameters.pop("weight") for layer in packed}
+        settings.quantization_status = type(status)("compressed")
+        try:
+            for layer, words in packed.items():
+                layer.register_parameter("weight_packed", nn.Parameter(words, requires_grad=False))
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            settings.quantization_status = status
+            for layer, weight in weights.items():
+                layer._parameters.pop("weight_packed", None)
+                layer.register_parameter("weight", weight)
 
     def get_submodule(self, target):
         """As in torch. A factor of a layer that PEFT adapts is no submodule any more; its name leads to the adapter.
@@ -624,6 +652,102 @@ def _factors_below(name):
     return f"(?:{name[:-1]}){below}" if name.endswith("$") else ""
 
 
+def _check_packing(config):
+    """ImportError if the installed compressed-tensors would take packed weights of this model for other numbers."""
+    settings = getattr(config, "quantization_config", None)
+    if not isinstance(settings, dict) or settings.get("quant_method") != "compressed-tensors":
+        return
+    groups = settings.get("config_groups") or {}
+    widths = {(group.get("weights") or {}).get("num_bits") for group in groups.values() if isinstance(group, dict)}
+    straddling = sorted(bits for bits in widths if isinstance(bits, int) and 0 < bits < 32 and 32 % bits)
+    try:
+        version = importlib.metadata.version("compressed-tensors")
+    except importlib.metadata.PackageNotFoundError:
+        return  # transformers will say so
+    if straddling and tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (0, 18):
+        raise ImportError(
+            f"this model has weights of {straddling[0]} bits, which compressed-tensors packs otherwise since 0.18, and "
+            f"{version} is installed: update it, with transformers 4.57 or newer, or write the model at 16 bits with "
+            "`svdconvert densify`"
+        )
+
+
+def _packed(settings):
+    """`(settings, plain)`: how packed weights are loaded, and whether they are to become plain ones.
+
+    Asked for that, transformers 5.23 dequantises all layers as it would those of the first group, whatever theirs is;
+    so they are loaded packed, and unpacked each by its own.
+    """
+    fields = settings if isinstance(settings, dict) else vars(settings)
+    method = fields.get("quant_method")
+    if getattr(method, "value", method) != "compressed-tensors":
+        return settings, False
+    plain = bool(fields.get("dequantize")) or fields.get("run_compressed") is False
+    if fields.get("dequantize"):
+        fields["dequantize"] = False
+    return settings, plain
+
+
+def _compressor(model):
+    """What compressed-tensors has packed the weights of a loaded model with; None if they are not packed."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    return compressor if hasattr(compressor, "decompress_model") else None
+
+
+def _unpack(model, plain):
+    """Gives packed layers weights to compute with, as compressed-tensors does when a model is called first.
+
+    What does not call the model would find no weights: PEFT's wrapper, `product`, the base model by itself.
+
+    Args:
+        plain: whether nothing shall be left of how they were packed, so that they are trained and saved as any others.
+    """
+    compressor = _compressor(model)
+    if compressor is None:
+        return
+    if any("weight_packed" in module._parameters for module in model.modules()):
+        compressor.decompress_model(model)
+    if plain:
+        metadata = sys.modules["compressed_tensors.quantization"].QuantizationMetadata
+        for module in model.modules():
+            if hasattr(module, "quantization_scheme"):
+                metadata.clear_quantization(module)
+                module.requires_grad_(True)
+        for holder, names in (
+            (model, ("hf_quantizer", "quantization_method")),
+            (model.config, ("quantization_config",)),
+        ):
+            for name in names:
+                vars(holder).pop(name, None)
+        model.is_quantized = False
+
+
+def _packed_again(model):
+    """Layer -> its packed weight, of a model whose weights came packed; None if any is not what packing leaves of it.
+
+    In float32, since integers are not found again by a division in bfloat16.
+    """
+    if _compressor(model) is None:
+        return None
+    registry = sys.modules["compressed_tensors.compressors"].BaseCompressor
+    packed = {}
+    for layer in model.modules():
+        scheme = getattr(layer, "quantization_scheme", None)
+        if scheme is None:
+            continue
+        held = {name: parameter.data for name, parameter in layer._parameters.items() if parameter is not None}
+        form = getattr(scheme, "format", None)  # what packed it; older versions do not say
+        if form is None or "weight" not in held or held["weight"].is_meta:
+            return None
+        packing = registry.get_value_from_registry(getattr(form, "value", form))
+        wide = {name: value.float() if value.is_floating_point() else value for name, value in held.items()}
+        packed[layer] = packing.compress(wide, scheme)["weight_packed"]
+        again = packing.decompress({**held, "weight_packed": packed[layer]}, scheme)["weight"]
+        if not torch.equal(again, held["weight"]):
+            return None
+    return packed or None
+
+
 def _check_factors(model, info):
     """ValueError if `info` (the loading info of transformers) shows factors without a rank or ranks without factors."""
     ranks, shared = model.config.svd_ranks, model.config.svd_shared
@@ -634,7 +758,7 @@ def _check_factors(model, info):
     if hasattr(model, "hf_device_map") or len(on_meta) == len(parameters):
         on_meta = set()
     # a bias beside `position` is one of the factors if it is lacking; left over, it may be anybody's
-    factor = re.compile(r"(?:model\.)?(.+?)\.((?:down|up)\.(?:weight|bias)|position|bias)")
+    factor = re.compile(r"(?:model\.)?(.+?)\.((?:down|up)\.(?:weight|bias|weight_\w+)|position|bias)")
     mismatched = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])  # 4.57 gives names only
     absent = sorted(
         key
