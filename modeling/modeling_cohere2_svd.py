@@ -709,12 +709,10 @@ def _unpack(model, plain):
             if hasattr(module, "quantization_scheme"):
                 metadata.clear_quantization(module)
                 module.requires_grad_(True)
-        for holder, names in (
-            (model, ("hf_quantizer", "quantization_method")),
-            (model.config, ("quantization_config",)),
-        ):
-            for name in names:
-                vars(holder).pop(name, None)
+        # transformers 4 would write the last one into config.json, which cannot hold it
+        for name in ("hf_quantizer", "quantization_method", "quantization_config", "_pre_quantization_dtype"):
+            vars(model).pop(name, None)
+            vars(model.config).pop(name, None)
         model.is_quantized = False
 
 
