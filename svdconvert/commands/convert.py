@@ -12,7 +12,6 @@ from svdconvert.calibration.knowledge import Calibration
 from svdconvert.commands.budgets import with_ranks
 from svdconvert.commands.byte_budgets import as_recorded
 from svdconvert.commands.conversion_job import conversion_job
-from svdconvert.commands.heal_afterwards import convert_and_heal, with_texts
 from svdconvert.commands.html_report import write_report
 from svdconvert.commands.push import push
 from svdconvert.commands.report import Report
@@ -177,6 +176,8 @@ def run_conversion(
     from svdconvert.models.preflight import check_model
 
     check_model(source)
+    from svdconvert.commands.heal_afterwards import convert_and_heal, with_texts
+
     work = with_texts(Work(source, settled, None, folder, device, events))
     if request.afterwards.heal:
         carried_out, outcome = convert_and_heal(work, plan, _run)

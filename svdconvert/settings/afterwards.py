@@ -37,7 +37,7 @@ class Afterwards:
     text: str | None = option(
         None,
         "--heal-calib",
-        "Heal on another text, or on `self`, text that the dense model writes.",
+        "Text to heal on in the place of that, or `self`, text that the dense model writes.",
         keyword="heal_calib",
         group="Healing",
         kind="path",

@@ -232,7 +232,7 @@ def test_every_option_stands_in_a_group_and_names_its_values(command: str, run: 
     if command in ("convert", "plan", "sweep"):
         assert "--method [svd|asvd|fwsvd|whiten|kfac]" in shown
     if command == "convert":
-        assert headings[:-1] == "Size,What to factor,Method,Calibration,Output,Running,Hub".split(",")
+        assert headings[:-1] == "Size,What to factor,Method,Calibration,Healing,Output,Running,Hub".split(",")
         assert re.search(r"--work FOLDER .*?\n  --keep-work ", shown, re.DOTALL)
 
 
