@@ -117,7 +117,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             (*self._tokens.ids.shape, self._blocks.hidden_size),
             dtype=dtype,
             device=self._blocks.device,
-            copies=self._blocks.count + 2 if needs.gradients else 2,
+            copies=self._copies(),
             group=self._group,
         )
         self.loss: Loss | None = self._files.loss
@@ -133,6 +133,12 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     def close(self) -> None:
         """Stop; what is finished stays for the next run."""
         self._generator.close()
+
+    def _copies(self) -> int:
+        """The most files between blocks that exist at a time; none where a run backward has nothing left to do."""
+        if not self._needs.gradients:
+            return 2
+        return self._blocks.count + 2 if self._todo else 0
 
     def _key(self, tokens: str, batch_size: int) -> dict[str, Any]:
         """All that the files between blocks depend on."""

@@ -464,6 +464,12 @@ class TestBadModel:
         ):
             collect(source, PACKED, ALL, tmp_path)
 
+    def test_nothing_to_do_needs_no_disk(
+        self, source: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("svdconvert.storage.disk.free_bytes", lambda folder: 1000)
+        assert collect(source, PACKED, ALL, tmp_path, skip_blocks=range(99)) == ({}, None)
+
     def test_no_batch(self, source: LocalSource, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"calibration.batch_size=0 is too small"):
             collect(source, PACKED, ALL, tmp_path, batch_size=0)
