@@ -54,7 +54,7 @@ def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> tuple[list[Tar
         events=work.events,
     )
     codes = types_of(plan.targets, tensors, request)
-    workers, budget = request.runtime.workers, bytes_budget(request, plan.targets, tensors)
+    workers, budget = request.runtime.workers, bytes_budget(source, request, plan.targets)
     found = lists.dense(plan.targets, codes, workers)
     bench = bench_of(work)
     with processes.current().leader_first():  # the others find what the leader has measured

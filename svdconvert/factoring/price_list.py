@@ -158,7 +158,9 @@ class PriceLists:
             with ExitStack() as stack:
                 in_threads(jobs, [stack.enter_context(closing(_Pricer(self, lanes))) for _ in range(workers)])
         group.wait()
-        return [self.read(target, code) for target, code in zip(targets, codes, strict=True)]
+        found = [self.read(target, code) for target, code in zip(targets, codes, strict=True)]
+        group.wait()  # or a process that goes on would write more into what another one is still to read
+        return found
 
     def write(self, target: Target, code: str, choices: Sequence[Choice]) -> None:
         """Keep a list."""

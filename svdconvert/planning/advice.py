@@ -40,11 +40,12 @@ def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sen
     measure = f"svdconvert evaluate {shlex.quote(str(folder))} --text FILE --against MODEL"
     if unmeasured(method, settings):
         return Sentence(f"{WITHOUT_A_TEXT.marked}; measure it: {measure}")
+    if settings.get("bytes") is not None:  # weights on grids are not trained
+        return Sentence(f"measure it: {measure}; an adapter trained beside it wins back some of the loss")
     heal = "fine-tuning" if "heal" in settings else "`svdconvert heal` or fine-tuning"
     # A refit lowers the loss, and may move the predictions further away.
     refitted = method.statistics and settings.get("max_kl") is None
-    single = settings.get("share_layers") == 1 and settings.get("bytes") is None
-    if refitted and "heal" not in settings and settings.get("refit") == "none" and single:
+    if refitted and "heal" not in settings and settings.get("refit") == "none" and settings.get("share_layers") == 1:
         refit = asked("refit", "sequential")
         return Sentence(f"measure it: {measure}; {refit} may win back some of the loss, and {heal} more")
     return Sentence(f"measure it: {measure}; {heal} wins back some of the loss")

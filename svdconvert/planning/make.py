@@ -117,24 +117,26 @@ def _in_bytes(
             f"{asked_for} cannot be met for {source.where}: {row.model_type} keeps its matrices transposed, "
             f"for which there are no packed weights; use {asked('keep')} or {asked('params')}"
         )
-    budget = bytes_budget(request, targets, tensors)
+    budget = bytes_budget(source, request, targets)
     plan = plan_for(source, request, evenly(targets, request.size, types_of(targets, tensors, request), budget))
     note = "all matrices are shown alike; which gets how many bits, and which a rank, is chosen by what the text says"
     return replace(plan, notes=(*plan.notes, note))
 
 
-def bytes_budget(request: Conversion, targets: Sequence[Target], tensors: Mapping[str, TensorInfo]) -> int:
+def bytes_budget(source: Source, request: Conversion, targets: Sequence[Target]) -> int:
     """Bytes that the target weights may take together.
 
     Args:
+        source: the dense model. What the result leaves out of it, legacy buffers and copies of the embedding, takes
+            nothing.
         request: with a size in bytes.
-        targets: single matrices.
-        tensors: of the model, as the targets name them.
+        targets: single matrices, whole tensors of it.
 
     Raises:
         InputError: there is nothing left for them.
     """
-    params, others = sum(target.dense_params for target in targets), beside_targets(targets, tensors, request)
+    params = sum(target.dense_params for target in targets)
+    others = beside_targets(targets, _Parameters.of(source).kept, request)
     budget = request.size.target_bytes(params, others)
     assert budget is not None
     if budget <= 0:

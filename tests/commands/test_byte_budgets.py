@@ -14,17 +14,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import tree
+from support.checkpoints import tree, write_checkpoint
 from support.families import write_family
 from support.html_pages import parse
 from support.refusals import assert_refused
 
 from svdconvert import Calibration, InputError, JobError, calibrate, convert, plan, verify
 from svdconvert.calibration.folder import StatisticsFolder
+from svdconvert.factoring import price_list
 from svdconvert.factoring.price_list import PriceLists
 from svdconvert.jobs.record import read_record
+from svdconvert.machine import processes
+from svdconvert.methods.table import METHODS
 from svdconvert.models.loading import load_model
+from svdconvert.planning.advice import next_steps
+from svdconvert.planning.make import bytes_budget, make_plan
 from svdconvert.reports.result_page import result_page
+from svdconvert.settings.conversion import Conversion
+from svdconvert.storage.opening import open_source
 
 SHRINKAGE = 0.2
 # Of all targets' 16-bit bytes; at the last one there are products of low rank.
@@ -221,6 +228,46 @@ def test_the_weight_files_take_no_more_than_a_size_that_is_given(
     card = (out / "README.md").read_text()
     assert f"--bytes {wanted}" in card
     assert "compressed-tensors" in card
+
+
+def test_what_the_result_leaves_out_takes_nothing_of_a_size(dense: Path, tmp_path: Path) -> None:
+    legacy = write_checkpoint(tmp_path / "legacy", legacy=True)
+    size = (dense / "model.safetensors").stat().st_size
+    assert (legacy / "model.safetensors").stat().st_size > size + 1000
+    targets = sum(kind.dense_params for kind in plan(dense, bytes=0.5).groups)
+    request = Conversion.of(bytes=size - targets)
+    budgets = []
+    for folder in (dense, legacy):
+        source = open_source(str(folder))
+        budgets.append(bytes_budget(source, request, make_plan(source, request).targets))
+    assert budgets[0] == budgets[1]
+
+
+def test_no_process_goes_on_before_all_have_read_the_lists(
+    results: dict[float, Path],
+    dense: Path,
+    stats: Path,
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    happened: list[str] = []
+
+    class Alone(processes.Group):
+        def wait(self) -> None:
+            happened.append("wait")
+
+    read = PriceLists.read
+    monkeypatch.setattr(price_list, "current", Alone)
+    monkeypatch.setattr(PriceLists, "read", lambda self, *one: (happened.append("read"), read(self, *one))[1])
+    convert(dense, tmp_path / "out", bytes=0.3, stats=stats, work=work, device="cpu", targets=TARGETS)
+    assert "".join(word[0] for word in happened) == "w" + MATRICES * "r" + "w"
+
+
+def test_a_healing_that_would_be_refused_is_not_advised() -> None:
+    settings: dict[str, Any] = {"bytes": 0.5, "share_layers": 1, "refit": "none"}
+    assert "heal" not in next_steps(METHODS["kfac"], settings, Path("out")).marked
+    assert "heal" in next_steps(METHODS["kfac"], settings | {"bytes": None}, Path("out")).marked
 
 
 def test_widths_are_those_that_were_asked_for(dense: Path, stats: Path, work: Path, tmp_path: Path) -> None:
