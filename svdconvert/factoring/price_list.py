@@ -9,8 +9,9 @@ elsewhere. A product loses what it cuts off, and some of what dense rounding of 
 bytes at that price are more than the loss and the bytes of a choice that is known already, no budget so large would
 take it. So at many bytes only dense choices are made, and products where bytes are scarce.
 
-A matrix's list is kept in a file of its own, which grows as prices rise; so an interrupted run goes on, and another
-budget is a small job.
+What was priced of a matrix is kept in a file of its own, so that an interrupted run goes on, and another budget is a
+small job. What another budget has priced is looked up there and does not widen the choice: the result depends on its
+own budget alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,10 @@ class PriceLists:
         known = current().share(here)
         every = {target.module: _Missing(dense_ways(target, self.widths)) for target in targets}
         missing = {module: ways for module, ways in every.items() if module not in known}
-        return self._with(targets, codes, missing, workers)
+        self._make(targets, codes, missing, workers)
+        found = [self.read(target, code) for target, code in zip(targets, codes, strict=True)]
+        current().wait()  # or a process that goes on would write more into what another one is still to read
+        return [[choice for choice in choices if choice.rank is None] for choices in found]
 
     def at(
         self,
@@ -128,17 +132,31 @@ class PriceLists:
             bar = _Bar(code, lambda rank, tails=tails: tails[rank] if rank < len(tails) else 0.0, price)  # type: ignore[misc]
             more = [way for way in product_ways(target, self.widths) if bar.is_passed(way, choices)]
             if more and tails:  # of a matrix that the text says nothing of, none
-                missing[target.module] = _Missing(more, price)
-        return self._with(targets, codes, missing, workers) if missing else None
+                missing[target.module] = _Missing(more, choices, bar)
+        if not missing:
+            return None
+        todo = {
+            t.module
+            for t, code in zip(targets, codes, strict=True)
+            if t.module in missing and self._looked_up(t, code, missing) is None
+        }
+        todo = current().share(todo)
+        self._make(targets, codes, {module: missing[module] for module in todo}, workers)
+        found = [self._looked_up(target, code, missing) for target, code in zip(targets, codes, strict=True)]
+        current().wait()  # see dense
+        return [
+            list(choices) if more is None else more  # nothing is missing in those that cannot be looked up
+            for choices, more in zip(lists, found, strict=True)
+        ]
 
-    def _with(
+    def _make(
         self,
         targets: Sequence[Target],
         codes: Sequence[str],
         missing: Mapping[str, _Missing],
         workers: int | None,
-    ) -> list[list[Choice]]:
-        """The lists, after what is missing in them was made."""
+    ) -> None:
+        """Price what is missing, and wait until all processes have."""
         group, lanes = current(), lanes_of(self.device)
         todo = [(t, code) for t, code in zip(targets, codes, strict=True) if t.module in missing]
 
@@ -158,9 +176,16 @@ class PriceLists:
             with ExitStack() as stack:
                 in_threads(jobs, [stack.enter_context(closing(_Pricer(self, lanes))) for _ in range(workers)])
         group.wait()
-        found = [self.read(target, code) for target, code in zip(targets, codes, strict=True)]
-        group.wait()  # or a process that goes on would write more into what another one is still to read
-        return found
+
+    def _looked_up(self, target: Target, code: str, missing: Mapping[str, _Missing]) -> list[Choice] | None:
+        """A list with what was missing in it, by the file alone; None where that does not have it all."""
+        if target.module not in missing:
+            return None
+        kept = {(choice.rank, choice.grids): choice for choice in self.read(target, code)}
+        try:
+            return missing[target.module].made(lambda way: kept[way.rank, way.grids])
+        except KeyError:
+            return None
 
     def write(self, target: Target, code: str, choices: Sequence[Choice]) -> None:
         """Keep a list."""
@@ -208,11 +233,27 @@ class _Missing:
 
     Attributes:
         ways: to store the matrix, dense ones or products.
-        price: of a byte, at which a product must win.
+        known: the choices that there are.
+        bar: that a way has to pass; None for dense ones.
     """
 
     ways: Sequence[Target]
-    price: float = math.inf
+    known: Sequence[Choice] = ()
+    bar: _Bar | None = None
+
+    def made(self, price: Callable[[Target], Choice]) -> list[Choice]:
+        """The known choices, and those of the ways that still might win when their turn comes.
+
+        Args:
+            price: makes a choice of a way.
+        """
+        ways, bar, choices = self.ways, self.bar, list(self.known)
+        if bar is not None:  # those that promise most first, since what they reach spares others
+            ways = sorted(ways, key=lambda way: bar.best(way, self.known))
+        for way in ways:
+            if bar is None or bar.is_passed(way, choices):
+                choices.append(price(way))
+        return choices
 
 
 class _Count:
@@ -262,7 +303,7 @@ class _Pricer:
                 weight = self._reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)).to(lists.device)
             try:
                 matrix = MeteredMatrix(weight, lists.store.path(target), torch_dtype(code), self._workspace)
-                choices = _priced(matrix, missing, lists.read(target, code), lists.widths, code)
+                choices = _priced(matrix, missing, lists.read(target, code), code)
             except InputError as error:
                 raise InputError(f"tensor {target.weight} cannot be converted: {error.sentence.marked}") from None
         lists.source.refuse_changed()
@@ -305,23 +346,21 @@ class _Bar:
         return math.isinf(self.price) or self.best(way, choices) < known
 
 
-def _priced(
-    matrix: MeteredMatrix, missing: _Missing, known: Sequence[Choice], widths: Sequence[int], code: str
-) -> list[Choice]:
-    """The choices of a matrix, with what was missing, as far as it still might win when its turn comes."""
-    ways, choices = missing.ways, list(known)
-    if not matrix.is_seen:  # the text says nothing of it, so nothing speaks for few bits
-        ways = dense_ways(ways[0], widths)[:2]
-    bar = _Bar(code, matrix.tail, missing.price)
-    if known:  # those that promise most first, since what they reach spares others
-        ways = sorted(ways, key=lambda way: bar.best(way, known))
-    for way in ways:
-        if way.rank is not None and not bar.is_passed(way, choices):
-            continue
-        loss = 0.0
-        if way.rounded:
-            loss = max(matrix.rounded(way.rank, way.grids).loss, 0.0) / 2
-        elif way.rank is not None:
-            loss = matrix.tail(way.rank) / 2
-        choices.append(Choice(way.rank, way.grids, stored_bytes(way, code), loss))
-    return choices
+def _priced(matrix: MeteredMatrix, missing: _Missing, kept: Sequence[Choice], code: str) -> list[Choice]:
+    """What was priced of a matrix so far, and now."""
+    every = {(choice.rank, choice.grids): choice for choice in kept}
+    if not matrix.is_seen and missing.bar is None:  # the text says nothing of it, so nothing speaks for few bits
+        missing = replace(missing, ways=missing.ways[:2])
+
+    def price(way: Target) -> Choice:
+        if (way.rank, way.grids) not in every:
+            loss = 0.0
+            if way.rounded:
+                loss = max(matrix.rounded(way.rank, way.grids).loss, 0.0) / 2
+            elif way.rank is not None:
+                loss = matrix.tail(way.rank) / 2
+            every[way.rank, way.grids] = Choice(way.rank, way.grids, stored_bytes(way, code), loss)
+        return every[way.rank, way.grids]
+
+    missing.made(price)
+    return list(every.values())
