@@ -66,7 +66,7 @@ def factored_card(
         *_overview(source, plan, settings, matrices, ", factored and healed" if healed else ", factored"),
         *_sizes(plan),
         *(["## Before healing", ""] if healed else []),
-        *_quality(matrices, losses, budget),
+        *_quality(plan, matrices, losses, budget),
         *(["## Healed", "", *healed] if healed else []),
         *_unpacking(plan),
         *usage(source, row, plan.ranks),
@@ -123,11 +123,14 @@ def _sizes(plan: Plan) -> list[str]:
     ]
 
 
-def _quality(matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, float], budget: str) -> list[str]:
+def _quality(
+    plan: Plan, matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, float], budget: str
+) -> list[str]:
     """What was lost, where anything was factored."""
     if not matrices:
         return _measured(losses)
-    advice = "Truncation costs quality; measure it, and fine-tune before use."
+    train = "train an adapter beside it" if plan.grids else "fine-tune"
+    advice = f"Truncation costs quality; measure it, and {train} before use."
     chosen = [f"Ranks chosen by measuring: {budget}.", ""] if budget else []
     return [*_losses(matrices), "", *_measured(losses), *chosen, advice, ""]
 

@@ -126,8 +126,8 @@ def run_healing(
     source = LocalSource(start)
     if source.packed:
         raise InputError(
-            f"{start} has weights on integer grids, which cannot be trained; heal the model at 16 bits and round it "
-            "afterwards, or train an adapter beside it with peft"
+            f"{start} has weights on integer grids, which cannot be trained; train an adapter beside it with peft, "
+            "or convert the model again without them, and heal that"
         )
     row = factored_architecture(source.config, source.where)
     refuse_same_folder(source, folder)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from operator import index
 
 from svdconvert.errors import InputError
 from svdconvert.sentences import asked
@@ -86,7 +87,7 @@ def parse_widths(given: str | Sequence[int] | None) -> tuple[int, ...] | None:
         return None
     words = given.split(",") if isinstance(given, str) else given
     try:
-        widths = sorted({int(word) for word in words}, reverse=True)
+        widths = sorted({int(word) if isinstance(word, str) else index(word) for word in words}, reverse=True)
     except (TypeError, ValueError):
         raise InputError(f"{asked('widths', given)} is not a list of widths; write for example 16,8,4") from None
     wrong = [width for width in widths if width not in WIDTHS]

@@ -311,6 +311,7 @@ def test_a_plan_shows_the_widest_even_width(dense: Path) -> None:
         ({"keep": 0.5, "widths": [8, 4]}, "no effect without"),
         ({"bytes": 0.5, "widths": "16,9"}, "cannot be stored in"),
         ({"bytes": 0.5, "widths": []}, "cannot be stored in"),
+        ({"bytes": 0.5, "widths": [4.7]}, "not a list of widths"),
         ({"bytes": 0.5, "stats": True, "share_layers": 2}, "does not go with"),
         ({"bytes": 0.5, "stats": True, "split_fused": True}, "does not go with"),
         ({"bytes": 0.5, "stats": True, "refit": "sequential"}, "does not go with"),
@@ -347,6 +348,7 @@ def test_a_page_and_the_card_tell_the_bits_of_every_matrix(results: dict[float, 
         assert cells[1:4] == [shape, str(matrix.get("rank", "dense")), bits]
     card = (result / "README.md").read_text()
     assert "| layers | shape | rank | bits |" in card
+    assert "fine-tune" not in card
     narrowest = min(bits for matrix in told.values() for bits in matrix["bits"])
     assert f" at {narrowest} bits" in card
 
