@@ -95,10 +95,8 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        rounded = [target.shape for target in self.targets if target.rounded]
         return max(
             self.solving_bytes(workers),
-            memory.BASE_BYTES + memory.rounding_bytes(rounded, workers),
             memory.BASE_BYTES + self.opening_bytes,
             memory.check_bytes(self.params_after, self.bytes_after, self._largest_block()) if self.checked else 0,
             0 if self.passes is None else self.passes.peak_bytes(workers),
@@ -106,12 +104,12 @@ class Plan:
         )
 
     def solving_bytes(self, workers: int = 1) -> int:
-        """Estimated peak while matrices are solved on the CPU.
+        """Estimated peak while matrices are solved, or rounded to few bits, on the CPU.
 
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        return memory.host_bytes(self._solved(), workers)
+        return max(memory.host_bytes(self._solved(), workers), memory.BASE_BYTES + self._rounding_bytes(workers))
 
     @property
     def worker_bytes(self) -> int:
@@ -124,7 +122,10 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        return memory.device_bytes(self._solved(), workers)
+        return max(memory.device_bytes(self._solved(), workers), self._rounding_bytes(workers))
+
+    def _rounding_bytes(self, workers: int) -> int:
+        return memory.rounding_bytes([target.shape for target in self.targets if target.rounded], workers)
 
     def _largest_block(self) -> int:
         """Parameters of the result's largest block."""

@@ -298,6 +298,16 @@ def test_a_plan_shows_the_widest_even_width(dense: Path) -> None:
     assert made.method == "kfac"
 
 
+def test_every_worker_that_rounds_takes_the_memory_of_its_metrics(dense: Path) -> None:
+    made = plan(dense, bytes=0.35)
+    assert all(target.rank is None for target in made.targets)
+    largest = max(max(target.shape) for target in made.targets)
+    metric = 8 * largest**2
+    assert made.worker_bytes >= 2 * metric
+    assert made.solving_bytes(9) - made.solving_bytes(1) == 8 * made.worker_bytes
+    assert made.device_bytes(2) >= 4 * metric
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
