@@ -14,7 +14,7 @@ ROWS = (
     Row("kfac, global", "kfac", "global"),
     LAW,
     Row("kfac, measured, pivoted", "kfac", "measured", "pivoted"),
-    Row("kfac, global, pivoted, refit", "kfac", "global", "pivoted", refit="sequential"),
+    Row("kfac, measured, pivoted, refit", "kfac", "measured", "pivoted", refit="sequential"),
 )
 KEEPS = (0.8, 0.6)
 LAW_KEEPS = (0.95, 0.9, 0.8, 0.7, 0.6)
