@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import InputError
-from svdconvert.factoring.matrix_report import MatrixReport
+from svdconvert.factoring.matrix_report import MatrixReport, RoundedReport
 from svdconvert.families.fused import split_layers, split_tensors
 from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.jobs.record import RECORD, read_record
@@ -70,7 +70,7 @@ def compare_tensors(factored: Source, dense: Source, row: Architecture, folder: 
     ranks, copies = factored.config["svd_ranks"], head_copies(row, dense)
     split = split_layers(row, ranks)
     full_names = row.full_names(dense.tensors, dense.config)
-    layout, errors = layout_of(factored.config), dict[str, float]()
+    layout, products, rounded = layout_of(factored.config), dict[str, float](), dict[str, float]()
     copied, different = 0, _unequal_heads(dense, row, copies)
     with WeightReader(factored) as ours, WeightReader(dense) as theirs:
         for name, info in split_tensors(dense.tensors, row, dense.config, split.__contains__).items():
@@ -86,16 +86,21 @@ def compare_tensors(factored: Source, dense: Source, row: Architecture, folder: 
                     )
                 up, down = layout.factors([_whole(ours, part) for part in stored])
                 weight = _whole(theirs, info)
-                errors[module] = relative_error(weight.T if row.transposed else weight, up, down)
+                products[module] = relative_error(weight.T if row.transposed else weight, up, down)
                 continue
             target = factored.tensors.get(_copied_name(full, row, factored))
             if target is not None and target.name in factored.packed and target.shape == info.shape:
-                errors[module] = relative_difference(_whole(theirs, info), _whole(ours, target))
+                rounded[module] = relative_difference(_whole(theirs, info), _whole(ours, target))
                 continue
             if target is None or target.shape != info.shape or not _same(ours, theirs, target, info):
                 different.append(name)
             copied += 1
-    return [_copies(copied, different), _products(errors, _recorded_errors(folder))]
+    recorded, checks = _recorded_errors(folder), [_copies(copied, different)]
+    if products or not rounded:
+        checks.append(_as_recorded("factored matrices", "multiplied out", products, recorded))
+    if rounded:
+        checks.append(_as_recorded("rounded matrices", "rounded", rounded, recorded))
+    return checks
 
 
 def _unequal_heads(dense: Source, row: Architecture, copies: Sequence[TensorInfo]) -> list[str]:
@@ -109,9 +114,8 @@ def _copies(count: int, different: list[str]) -> Check:
     return Check("copied tensors", not different, detail)
 
 
-def _products(errors: Mapping[str, float], recorded: Mapping[str, float]) -> Check:
+def _as_recorded(name: str, how: str, errors: Mapping[str, float], recorded: Mapping[str, float]) -> Check:
     """Whether the relative errors are those of the record, both by module path."""
-    name = "factored matrices"
     off = [
         module
         for module, error in errors.items()
@@ -121,8 +125,10 @@ def _products(errors: Mapping[str, float], recorded: Mapping[str, float]) -> Che
         return Check(name, False, f"not as recorded: {listing(off)}")
     worst = max(errors.values(), default=0.0)
     mean = sum(errors.values()) / len(errors) if errors else 0.0
-    figures = f"{len(errors)} multiplied out; relative error mean {mean:.4f}, worst {worst:.4f}"
-    return Check(name, True, f"{figures}, {'as recorded' if recorded else 'with no record of what it should be'}")
+    known = sum(module in recorded for module in errors)
+    as_recorded = "as recorded" if known == len(errors) else f"{known} of them as recorded, the others without a record"
+    figures = f"{len(errors)} {how}; relative error mean {mean:.4f}, worst {worst:.4f}"
+    return Check(name, True, f"{figures}, {as_recorded if known else 'with no record of what it should be'}")
 
 
 def _outcome(factored: Source, dense: Source, row: Architecture) -> Check:
@@ -205,14 +211,17 @@ def _copied_name(name: str, row: Architecture, factored: Source) -> str:
 
 
 def _recorded_errors(folder: Path) -> dict[str, float]:
+    """Module path -> relative error, of products and of rounded matrices; empty without a record."""
     if not (folder / RECORD).is_file():
         return {}
-    matrices = read_record(folder).results.get("matrices") or {}
+    results = read_record(folder).results
+    matrices, rounded = results.get("matrices") or {}, results.get("rounded") or {}
     if not isinstance(matrices, dict):
         raise InputError(
             f"{folder / RECORD} is of a model without factors; convert again with {asked('overwrite', True)}"
         )
-    return {module: MatrixReport.from_json(matrix).relative_error for module, matrix in matrices.items()}
+    products = {module: MatrixReport.from_json(matrix).relative_error for module, matrix in matrices.items()}
+    return products | {module: RoundedReport.from_json(matrix).relative_error for module, matrix in rounded.items()}
 
 
 def _whole(reader: WeightReader, info: TensorInfo) -> torch.Tensor:

@@ -55,8 +55,8 @@ def verify(
 
     Args:
         folder: the factored checkpoint.
-        against: the dense model that it was made from; every factored matrix is multiplied out and compared with
-            it, every other tensor is compared bit by bit, and a few tokens are run through both.
+        against: the dense model that it was made from; the errors of factored and of rounded matrices must be
+            those of the record, every other tensor is compared bit by bit, and a few tokens are run through both.
         revision: of the dense model on the Hub.
 
     Returns:

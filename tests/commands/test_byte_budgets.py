@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.checkpoints import tree, write_checkpoint
 from support.families import write_family
 from support.html_pages import parse
@@ -373,6 +374,47 @@ def test_it_is_what_it_says_it_is(share: float, results: dict[float, Path], dens
     checks = verify(results[share], dense)
     assert len(checks) > 5
     assert [check for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_verify_counts_products_and_rounded_matrices_apart(
+    share: float, results: dict[float, Path], dense: Path
+) -> None:
+    record = read_record(results[share]).results
+    told = {check.name: check.detail for check in verify(results[share], dense)}
+    for name, how, which in (("factored", "multiplied out", "matrices"), ("rounded", "rounded", "rounded")):
+        errors = [matrix["relative_error"] for matrix in record[which].values()]
+        if not errors:
+            assert f"{name} matrices" not in told
+            continue
+        detail = told[f"{name} matrices"]
+        assert detail.startswith(f"{len(errors)} {how}; relative error mean {sum(errors) / len(errors):.4f}, ")
+        assert detail.endswith(", as recorded")
+
+
+def spoil_the_record(folder: Path, module: str) -> None:
+    record = json.loads((folder / "svdconvert.json").read_text())
+    record["rounded"][module]["relative_error"] *= 1.01
+    (folder / "svdconvert.json").write_text(json.dumps(record))
+
+
+def spoil_a_word(folder: Path, module: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"gpt_neox.{module}.weight_packed"][0, 0] ^= 0x7FFFFFFF
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("spoil", [spoil_the_record, spoil_a_word])
+@pytest.mark.parametrize("share", [0.3, 0.1])
+def test_verify_compares_rounded_matrices_with_their_record(
+    share: float, spoil: Callable[[Path, str], None], results: dict[float, Path], dense: Path, tmp_path: Path
+) -> None:
+    module = next(iter(read_record(results[share]).results["rounded"]))
+    shutil.copytree(results[share], tmp_path / "spoilt")
+    spoil(tmp_path / "spoilt", module)
+    (bad,) = [check for check in verify(tmp_path / "spoilt", dense) if check.name == "rounded matrices"]
+    assert not bad.passed
+    assert bad.detail == f"not as recorded: {module}"
 
 
 def test_it_runs_as_the_matrices_that_are_stored(results: dict[float, Path], dense: Path) -> None:

@@ -33,8 +33,8 @@ def test_verify(dense: Path, pair: SimpleNamespace, tmp_path: Path) -> None:
     checks = {check.name: check for check in verify(pair.packed, dense)}
     assert not failed(list(checks.values()))
     assert checks["packed weights"].detail.startswith("3 at 3 bits, 3 at 4 bits in groups of 8, ")
-    # nine products and the dense layer that is packed
-    assert checks["factored matrices"].detail.startswith("10 multiplied out")
+    assert checks["factored matrices"].detail.startswith("9 multiplied out")
+    assert checks["rounded matrices"].detail.startswith("1 rounded")  # the dense layer that is packed
     tensors = read_weights(pair.packed)
     scale = next(name for name in tensors if name.endswith("weight_scale"))
     tensors[scale][0] = torch.inf
