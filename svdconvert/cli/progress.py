@@ -161,7 +161,9 @@ class TerminalEvents(Events):
         show_plan(self._console, plan, free)
 
     def begin(self, steps: Sequence[Step], done_before: int) -> None:
-        if done_before:
+        if done_before and not steps:
+            self.note(f"what an earlier run did of {done_before} matrices is used again")
+        elif done_before:
             self.note(f"{done_before} matrices were done by an earlier run; continuing with {len(steps)}")
         what = "decomposing" if any(step.kind == "decompose" for step in steps) else "factors"
         self._shown, self._matrices = None, True

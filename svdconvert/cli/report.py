@@ -13,7 +13,7 @@ from rich.markup import escape
 from svdconvert.cli.tables import new_table, show_pairs, show_table
 from svdconvert.jobs.record import REPORT
 from svdconvert.machine.timing import StageTime
-from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
+from svdconvert.methods.table import METHODS, calibrated, rough_guess
 from svdconvert.nats import perplexity
 from svdconvert.planning.advice import WITHOUT_A_TEXT, next_steps, unmeasured
 from svdconvert.planning.target_kinds import widths_in_words
@@ -109,7 +109,9 @@ def show_result(console: Console, report: Report) -> None:
         mean = sum(outputs) / len(outputs)
         rows.append(("error of the outputs", f"mean {mean:.4f}, worst {max(outputs):.4f}, on the calibration text"))
     if "measured_loss" in figures:
-        guess = f" ({figures['predicted_loss']:+.4f} predicted; {ROUGH_GUESS})" if "predicted_loss" in figures else ""
+        guess = ""
+        if "predicted_loss" in figures:
+            guess = f" ({figures['predicted_loss']:+.4f} predicted; {rough_guess(bits=bool(plan.grids))})"
         measured = f"{figures['measured_loss']:+.4f} nats per token on {figures['dense_loss']:.4f}"
         text = "the calibration text" if "tokens" not in settings else f"the {settings['tokens']:,} calibration tokens"
         rows.append(("loss added", f"{measured}, measured on {text}, to which it was fitted{guess}"))

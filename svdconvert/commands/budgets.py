@@ -56,7 +56,7 @@ def spend(plan: Plan, size: Size, store: Decompositions, prices: Mapping[str, fl
 def with_ranks(targets: Sequence[Target], ranks: Sequence[int | None]) -> list[Target]:
     """Targets with the ranks of a global budget; None keeps one dense."""
     return [
-        replace(target, rank=rank, reason="" if rank is not None else "the budget keeps it whole")
+        replace(target, rank=rank, reason="" if rank is not None else "kept whole by the budget")
         for target, rank in zip(targets, ranks, strict=True)
     ]
 

@@ -9,7 +9,7 @@ from typing import Any
 from svdconvert.families.fused import split_layers
 from svdconvert.families.table import Architecture
 from svdconvert.jobs.record import REPORT
-from svdconvert.methods.table import METHODS, ROUGH_GUESS, calibrated
+from svdconvert.methods.table import METHODS, calibrated, rough_guess
 from svdconvert.names import suffix
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.target_kinds import widths_in_words
@@ -30,7 +30,7 @@ _LOSSES = (
         "predicted_loss",
         "predicted loss",
         ".2g",
-        f"predicted loss: what the layer is estimated to add, nats per token, {ROUGH_GUESS}",
+        "predicted loss: what the layer is estimated to add, nats per token",
     ),
 )
 
@@ -132,7 +132,7 @@ def _quality(
     train = "train an adapter beside it" if plan.grids else "fine-tune"
     advice = f"Truncation costs quality; measure it, and {train} before use."
     chosen = [f"Ranks chosen by measuring: {budget}.", ""] if budget else []
-    return [*_losses(matrices), "", *_measured(losses), *chosen, advice, ""]
+    return [*_losses(matrices, rough_guess(bits=bool(plan.grids))), "", *_measured(losses), *chosen, advice, ""]
 
 
 def _unpacking(plan: Plan) -> list[str]:
@@ -208,7 +208,7 @@ _SHARED = (
 )
 
 
-def _losses(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _losses(matrices: Mapping[str, Mapping[str, Any]], guess: str) -> list[str]:
     """A table of what each kind of layer has lost, and what its columns are."""
     columns = [column for column in _LOSSES if all(column[0] in report for report in matrices.values())]
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
@@ -222,7 +222,8 @@ def _losses(matrices: Mapping[str, Mapping[str, Any]]) -> list[str]:
             values = [float(report[field]) for report in same]
             cells.append(" / ".join(format(value, form) for value in (min(values), median(values), max(values))))
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return [*lines, "", "; ".join(text for *_, text in columns) + "."]
+    legend = [f"{text}, {guess}" if field == "predicted_loss" else text for field, _, _, text in columns]
+    return [*lines, "", "; ".join(legend) + "."]
 
 
 def _measured(losses: Mapping[str, float]) -> list[str]:

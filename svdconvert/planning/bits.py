@@ -23,7 +23,7 @@ GROUPS: Mapping[int, Sequence[int]] = {8: (0,), 7: (0,), 6: (0, 64), 5: (64, 32)
 # Ranks are multiples of the first of these of which a matrix has at least so many: of a group, so that the output-side
 # factor has whole groups, or of few where matrices are small.
 MULTIPLES, LEAST_STEPS = (64, 32, 16, 8, 4), 8
-WHOLE = "the budget keeps it whole"
+WHOLE = "kept whole by the budget"
 # Ranks of a list, from one to break-even.
 RANKS = 12
 

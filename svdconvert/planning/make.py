@@ -30,6 +30,7 @@ from svdconvert.solvers.table import SOLVERS
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import head_copies
 from svdconvert.tensors import TensorInfo, parameters
+from svdconvert.words import size as size_text
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,11 @@ def _in_bytes(
         )
     budget = bytes_budget(source, request, targets)
     plan = plan_for(source, request, evenly(targets, request.size, types_of(targets, tensors, request), budget))
+    if not plan.grids and not plan.ranks:
+        raise InputError(
+            f"{asked_for} keeps every matrix as it is, since all weight files together take "
+            f"{size_text(plan.bytes_after)}; give less, or a share of the targets' bytes such as 0.5"
+        )
     note = "all matrices are shown alike; which gets how many bits, and which a rank, is chosen by what the text says"
     return replace(plan, notes=(*plan.notes, note))
 

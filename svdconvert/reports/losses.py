@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from svdconvert.methods.table import ROUGH_GUESS
+from svdconvert.methods.table import rough_guess
 from svdconvert.reports import figures
 from svdconvert.reports.facts import Facts, kind_of
 from svdconvert.reports.grid import Grid
@@ -88,7 +88,7 @@ def measured_section(facts: Facts) -> Markup | None:
             f"The dense model has a loss of {figures.nats(dense)}, perplexity {figures.perplexity(dense)}, there."
         )
     if predicted is not None:
-        notes.append(f"The prediction is {ROUGH_GUESS}.")
+        notes.append(f"The prediction is {rough_guess(bits='rounded' in facts.record.results)}.")
     if measured is None:
         notes.append("The written model was not measured.")
     table = scrolling(caption, simple_table(caption, heads, rows, aligned="ttnn")) if rows else None

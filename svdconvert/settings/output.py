@@ -53,7 +53,7 @@ class Output:
     check: bool = option(
         True,
         "--no-check",
-        "Leave out the check of the result: keys, shapes and logits.",
+        "Leave out the check of the result, keys, shapes and logits, and the measuring of the loss added.",
         keyword="check",
         group="Output",
         kind="flag",

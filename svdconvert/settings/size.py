@@ -277,13 +277,11 @@ class Size:
                     f"{asked('widths', self.widths)} has no effect without {asked('bytes')}; give the bytes as well"
                 )
             return
-        if isinstance(self.bytes, float) and not 0 < self.bytes < 1:
+        if not (0 < self.bytes < 1 if isinstance(self.bytes, float) else self.bytes >= 1000):
             raise InputError(
                 f"{asked('bytes', self.bytes)} must lie between 0 and 1 (a share of the targets' 16-bit bytes), or be "
                 "a size such as 90MB"
             )
-        if self.bytes < 1000 and not isinstance(self.bytes, float):
-            raise InputError(f"{asked('bytes', self.bytes)} is too small; write a share such as 0.35, or 90MB")
         for name, given in (("rank_multiple", self.multiple != 1), ("factor_all", self.factor_all)):
             if given:
                 value = self.multiple if name == "rank_multiple" else True

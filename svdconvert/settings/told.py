@@ -8,6 +8,7 @@ from typing import Any
 
 from svdconvert.sentences import Sentence
 from svdconvert.settings.options import option_name
+from svdconvert.words import size_text
 
 
 def told(text: str) -> str:
@@ -30,6 +31,8 @@ def in_options(field: str, value: Any) -> str:
     if isinstance(value, bool):
         # `--no-check` is there for check=False.
         return name if value is not name.startswith("--no-") else f"no {name}"
+    if field == "bytes" and isinstance(value, int):
+        value = size_text(value)
     return " ".join(f"{name} {shlex.quote(word)}" for word in _words(value))
 
 

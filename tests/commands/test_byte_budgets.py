@@ -33,6 +33,7 @@ from svdconvert.planning.make import bytes_budget, make_plan
 from svdconvert.reports.result_page import result_page
 from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.opening import open_source
+from svdconvert.words import size as in_words
 
 SHRINKAGE = 0.2
 # Of all targets' 16-bit bytes; at the last one there are products of low rank.
@@ -315,7 +316,8 @@ def test_every_worker_that_rounds_takes_the_memory_of_its_metrics(dense: Path) -
         ({"bytes": 0.5}, "needs a text"),
         ({"bytes": 1.5}, "between 0 and 1"),
         ({"bytes": "much"}, "neither a share nor a size"),
-        ({"bytes": 20}, "too small"),
+        ({"bytes": 20}, "between 0 and 1"),
+        ({"bytes": "90MB", "stats": True}, "keeps every matrix as it is"),
         ({"bytes": 0.001, "stats": True}, "give more bytes"),
         ({"bytes": "20kB", "stats": True}, "cannot be met"),
         ({"bytes": 0.5, "keep": 0.5}, "exactly one"),
@@ -343,6 +345,10 @@ def test_what_cannot_be_is_refused(
 def test_what_the_command_line_refuses_is_in_its_words(
     run: Callable[..., SimpleNamespace], dense: Path, tmp_path: Path
 ) -> None:
+    refused = run("plan", dense, "--bytes", "3MB")
+    size = (dense / "model.safetensors").stat().st_size
+    assert_refused(refused, "--bytes 3MB keeps every matrix as it is", in_words(size))
+    assert_refused(run("plan", dense, "--bytes", "2"), "--bytes 2 must lie between 0 and 1")
     refused = run(dense, "--bytes", "0.5", "--share-layers", "2", "--out", tmp_path / "out")
     assert_refused(refused, "--bytes 0.5", "--share-layers 2")
 
