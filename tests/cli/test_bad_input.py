@@ -119,11 +119,11 @@ def pickled(value: object, **options: Any) -> Callable[[Path], None]:
 
 
 SINGLE_FILE_FAULTS = {
-    "unknown architecture": (edit_config(model_type="mpt"), "'mpt', which is not", "types gemma2, gemma3_text, gpt2, "),
+    "unknown architecture": (edit_config(model_type="mpt"), "'mpt', which is not", "types arcee, cohere, cohere2, "),
     "no architecture": (
         edit_config(model_type=None),
         "model_type None, which is not",
-        "types gemma2, gemma3_text, gpt2, ",
+        "types arcee, cohere, cohere2, ",
     ),
     "experts": (
         edit_config(model_type="mixtral", num_local_experts=8),
@@ -341,9 +341,12 @@ REQUESTS = {
     "rank of nothing": (["--rank", "=8"], "--rank =8 is"),
     "rank without number": (["--rank", "attention.dense="], "--rank attention.dense= is"),
     "two ranks": (["--rank", 8, "--rank", 9], "--rank is given twice", "8 and 9"),
-    "rank and keep": (["--rank", 8, "--keep", 0.5], "exactly one of --rank, --keep, --params, --max-loss and --max-kl"),
+    "rank and keep": (
+        ["--rank", 8, "--keep", 0.5],
+        "exactly one of --rank, --keep, --params, --bytes, --max-loss and --max-kl",
+    ),
     "keep and params": (["--keep", 0.5, "--params", "100K"], "exactly one of"),
-    "no rank at all": ([], "exactly one of --rank, --keep, --params, --max-loss and --max-kl"),
+    "no rank at all": ([], "exactly one of --rank, --keep, --params, --bytes, --max-loss and --max-kl"),
     "pattern without match": (["--rank", 8, "--rank", "mlp.nothing=4"], "mlp.nothing=4 matches no target", "layers.0."),
     "targets without match": (["--rank", 8, "--targets", "lm_head"], "--targets lm_head matches no", "attention.dense"),
     "rank pattern outside of the targets": (

@@ -141,7 +141,10 @@ def test_on_the_command_line(dense: Path, text: Path, tmp_path: Path, run: Calla
     [
         (["--max-kl", 1e-7], ["--max-kl 1e-07 cannot be met: 99.5% of the target parameters kept", "nats per token"]),
         (["--max-loss", 0.1, "--calib-samples", 1], ["at least 2 calibration sequences, one of them held out"]),
-        (["--max-loss", 0.1, "--keep", 0.5], ["exactly one of --rank, --keep, --params, --max-loss and --max-kl"]),
+        (
+            ["--max-loss", 0.1, "--keep", 0.5],
+            ["exactly one of --rank, --keep, --params, --bytes, --max-loss and --max-kl"],
+        ),
         (["--max-loss", -1], ["--max-loss -1 must be above 0"]),
         (["--max-kl", "nan"], ["--max-kl nan must be above 0"]),
         (["--max-kl", 0.1, "--refit", "sequential"], ["--refit sequential is judged by the loss", "--max-loss"]),
