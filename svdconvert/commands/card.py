@@ -63,16 +63,15 @@ def factored_card(
         report: whether there is a page about it.
     """
     lines = [
-        *_overview(source, plan, settings, matrices, ", factored and healed" if healed else ", factored"),
+        *_overview(source, plan, settings, matrices, f", {_named(plan)}{' and healed' if healed else ''}"),
         *_sizes(plan),
         *(["## Before healing", ""] if healed else []),
         *_quality(plan, matrices, losses, budget),
         *(["## Healed", "", *healed] if healed else []),
-        *_unpacking(plan),
-        *usage(source, row, plan.ranks),
-        *_made_by(command, report),
+        *usage(source, row, plan.ranks, packed=bool(plan.grids)),
+        *_made_by(command, report, factored=_factored(plan)),
     ]
-    tags = ["svdconvert", *(("low-rank", "svd") if plan.ranks or not plan.grids else ())]
+    tags = ["svdconvert", *(("low-rank", "svd") if _factored(plan) else ())]
     return front_matter(source, [*tags, *(("compressed-tensors",) if plan.grids else ())]) + "\n".join(lines) + "\n"
 
 
@@ -95,11 +94,23 @@ def _overview(
     ]
 
 
+def _factored(plan: Plan) -> bool:
+    """Whether the result is told of as one of low rank: not where all that was done is rounding."""
+    return bool(plan.ranks) or not plan.grids
+
+
+def _named(plan: Plan) -> str:
+    """The same in a word, for the title."""
+    if not plan.grids:
+        return "factored"
+    return "factored and rounded" if plan.ranks else "rounded"
+
+
 def _done(plan: Plan) -> str:
     """What became of the linear layers."""
     if not plan.grids:
         return "replaced by products of low rank"
-    return "stored in few bits" + (", some as products of low rank" if plan.ranks else "")
+    return "rounded to few bits" + (", some as products of low rank" if plan.ranks else "")
 
 
 def _sizes(plan: Plan) -> list[str]:
@@ -135,28 +146,32 @@ def _quality(
     return [*_losses(matrices, rough_guess(bits=bool(plan.grids))), "", *_measured(losses), *chosen, advice, ""]
 
 
-def _unpacking(plan: Plan) -> list[str]:
-    """What transformers needs for weights of few bits."""
-    if not plan.grids:
-        return []
-    return [
-        "The weights are packed as compressed-tensors stores them (`pack-quantized`); transformers unpacks them when "
-        f"`compressed-tensors` is installed, {NEEDED} or later.",
-        "",
-    ]
+_UNPACKING = (
+    "The weights are packed as compressed-tensors stores them (`pack-quantized`), which transformers unpacks with the "
+    f"package of that name. Versions before {NEEDED} read 3, 5, 6 and 7 bits wrongly, and transformers does not "
+    "refuse them.",
+    "",
+    "```",
+    f'pip install "compressed-tensors>={NEEDED}"',
+    "```",
+    "",
+)
 
 
-def usage(source: Source, row: Architecture, ranks: Mapping[str, int]) -> list[str]:
-    """How a factored model is loaded and fine-tuned.
+def usage(source: Source, row: Architecture, ranks: Mapping[str, int], *, packed: bool = False) -> list[str]:
+    """How a result is loaded and fine-tuned.
 
     Args:
         source: what it was made from.
         row: its architecture.
         ranks: module path -> rank.
+        packed: whether weights are stored in few bits.
     """
+    merged = ", which unpacks the weights" if packed else ""
     return [
         "## Use",
         "",
+        *(_UNPACKING if packed else ()),
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -167,19 +182,26 @@ def usage(source: Source, row: Architecture, ranks: Mapping[str, int]) -> list[s
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
         "```",
         "",
-        "LoRA (peft) runs in parallel to each whole product, h = B(A x) + scale * LB(LA x), with",
+        _beside(bool(ranks), packed),
         "",
         "```python",
         f"target_modules = {_adaptable(ranks, row)!r}",
         "```",
         "",
-        "To merge such an adapter use `svdconvert fold`; `svdconvert densify` gives a stock "
+        f"To merge such an adapter use `svdconvert fold`{merged}; `svdconvert densify` gives a stock "
         f"{row.dense_class} for engines without remote code.",
         "",
     ]
 
 
-def _made_by(command: str, report: bool) -> list[str]:
+def _beside(factored: bool, packed: bool) -> str:
+    """Where an adapter is."""
+    if not factored and packed:
+        return "LoRA (peft) trains beside each rounded weight Q, which stays as it is, h = Q x + scale * LB(LA x), with"
+    return "LoRA (peft) runs in parallel to each whole product, h = B(A x) + scale * LB(LA x), with"
+
+
+def _made_by(command: str, report: bool, *, factored: bool) -> list[str]:
     """How the model can be made again."""
     return [
         "## Made by",
@@ -188,8 +210,8 @@ def _made_by(command: str, report: bool) -> list[str]:
         command,
         "```",
         "",
-        "`svdconvert.json` holds versions, settings, and the rank and errors of every matrix."
-        + (f" [`{REPORT}`]({REPORT}) shows them: download it and open it in a browser." if report else ""),
+        f"`svdconvert.json` holds versions, settings, and the {'rank' if factored else 'bits'} and errors of every "
+        "matrix." + (f" [`{REPORT}`]({REPORT}) shows them: download it and open it in a browser." if report else ""),
     ]
 
 

@@ -161,6 +161,16 @@ class Facts:
         return float(value) if NUMBER.fits(value) else None
 
     @cached_property
+    def changed(self) -> Mapping[str, MatrixReport | RoundedReport]:
+        """Module path -> what became of a matrix that was factored, rounded to few bits, or both."""
+        return {**self.matrices, **self.rounded}
+
+    @cached_property
+    def in_few_bits(self) -> bool:
+        """Whether any weight is stored in few bits."""
+        return any(matrix.bits for matrix in self.changed.values())
+
+    @cached_property
     def groups(self) -> Mapping[str, Sequence[str]]:
         """Module path of each matrix that holds a factor of its own -> all that use it, itself the first."""
         groups: dict[str, list[str]] = {}

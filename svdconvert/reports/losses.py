@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
+from svdconvert.factoring.matrix_report import RoundedReport
 from svdconvert.methods.table import rough_guess
 from svdconvert.reports import figures
 from svdconvert.reports.facts import Facts, kind_of
@@ -39,9 +40,18 @@ class Loss:
     meaning: str
     adds_up: bool = False
 
+    @property
+    def of_rounded(self) -> bool:
+        """Whether it is known of matrices that stayed dense in few bits, too."""
+        return self.field in {field.name for field in fields(RoundedReport)}
+
     def of(self, facts: Facts) -> dict[str, float]:
-        """Module path -> number; empty unless all matrices have one."""
-        values = {module: getattr(matrix, self.field) for module, matrix in facts.matrices.items()}
+        """Module path -> number; empty unless all matrices have one.
+
+        Those that stayed dense in few bits are among them, if it is known of such.
+        """
+        every = facts.changed if self.of_rounded else facts.matrices
+        values = {module: getattr(matrix, self.field) for module, matrix in every.items()}
         return {} if None in values.values() else values
 
 
@@ -63,7 +73,7 @@ LOSSES = (
         "relative_error",
         "Error of the weights",
         "percent",
-        "Relative error of each matrix as it is stored, ||W - BA|| / ||W||.",
+        "Relative error of each matrix W as it is stored, W': ||W - W'|| / ||W||.",
     ),
 )
 
@@ -134,7 +144,7 @@ def lost_section(facts: Facts, grid: Grid) -> Markup | None:
     parts = [
         (
             element("h3", loss.name),
-            element("p", loss.meaning),
+            element("p", loss.meaning, None if loss.of_rounded or not facts.rounded else " Of products only."),
             _map(facts, grid, loss, values) if grid.drawable else None,
             _summary(loss, values),
         )

@@ -82,8 +82,9 @@ class HeatMap:
         if module not in self.values:
             word, kind = ("dense", "dense") if module in self.facts.dense else ("unknown", None)
             return element("td", hidden(word), class_=kind, title=self.hint(module))
-        matrix, text = self.facts.matrices[module], self.short(module)
-        shade = self.scale.shade(self.values[module]) + (" follows" if matrix.shared_with is not None else "")
+        matrix, text = self.facts.matrices.get(module), self.short(module)
+        follows = matrix is not None and matrix.shared_with is not None
+        shade = self.scale.shade(self.values[module]) + (" follows" if follows else "")
         shown = text if len(self.grid.layers) <= _ALL_FILLED else hidden(text)
         return element("td", shown, class_=shade, title=self.hint(module))
 
@@ -93,6 +94,7 @@ class HeatMap:
 
     def _legend(self) -> Markup:
         swatch = element("span", class_="dense swatch", aria_hidden="true")
-        some_dense = any(module in self.facts.dense for module in self.grid.modules.values())
+        without = set(self.grid.modules.values()) - set(self.values)
+        some_dense = not without.isdisjoint(self.facts.dense)
         dense = element("span", swatch, " stayed dense") if some_dense else None
         return element("p", self.scale.legend, dense, class_="legend")

@@ -25,12 +25,12 @@ _COLUMNS = {
 
 def matrix_section(facts: Facts) -> Markup | None:
     """The table; None where there are no matrices."""
-    if not facts.matrices and not facts.rounded:
+    if not facts.changed:
         return None
     columns = {field: write for field in _COLUMNS if (write := _written(facts, field)) is not None}
     shared = any(matrix.shared_with for matrix in facts.matrices.values())
     modules = sorted({**facts.matrices, **facts.dense}, key=lambda name: natural(name[:LONGEST_NAME]))
-    packed = bool(facts.rounded) or any(matrix.bits for matrix in facts.matrices.values())
+    packed = facts.in_few_bits
     rows: list[Sequence[Child]] = []
     for module in modules[:MOST_MATRICES]:
         matrix = facts.matrices.get(module)
@@ -82,7 +82,7 @@ def _cells(matrix: MatrixReport | RoundedReport | None, columns: Mapping[str, Ca
 
 def _written(facts: Facts, field: str) -> Callable[[float], str] | None:
     """How the numbers of a field are written; None where no matrix has one."""
-    numbers = [getattr(one, field, None) for one in (*facts.matrices.values(), *facts.rounded.values())]
+    numbers = [getattr(one, field, None) for one in facts.changed.values()]
     known = [number for number in numbers if number is not None]
     if not known:
         return None

@@ -19,7 +19,10 @@ _DONE = {"convert": "factored", "densify": "multiplied out", "fold": "adapter fo
 def title(facts: Facts) -> str:
     """``SmolLM2-135M, factored``."""
     name = facts.record.source.name.rstrip("/").split("/")[-1] or "model"
-    return f"{name}, {_DONE.get(facts.record.command, facts.record.command)}"
+    done = _DONE.get(facts.record.command, facts.record.command)
+    if facts.rounded and facts.record.command == "convert":
+        done = "factored and rounded" if facts.matrices else "rounded"
+    return f"{name}, {done}"
 
 
 def header(facts: Facts) -> Markup:
@@ -38,14 +41,7 @@ def lead(facts: Facts) -> str:
     before, after = facts.params
     if before is None:
         return f"The model has {figures.count(after)} parameters.{_healed(facts)}"
-    sentence = (
-        f"{figures.count(before)} parameters became {figures.count(after)}, {figures.share(after, before)} of them: "
-        f"{_matrices(len(facts.matrices))} now products of low rank"
-    )
-    if facts.rounded:
-        sentence += f", and {figures.count(len(facts.rounded))} stayed dense in few bits"
-    if plain := len(facts.dense) - len(facts.rounded):
-        sentence += f", and {figures.count(plain)} stayed dense"
+    sentence = f"{_sizes(facts, before, after)}: {_became(facts)}"
     measured, dense = facts.number("measured_loss"), facts.number("dense_loss")
     if facts.record.results.get("healing") is not None:
         return f"{sentence}.{_healed(facts)}"
@@ -55,6 +51,36 @@ def lead(facts: Facts) -> str:
         f"{sentence}. On the calibration text the perplexity went from {figures.perplexity(dense)} to "
         f"{figures.perplexity(dense + measured)}."
     )
+
+
+def _sizes(facts: Facts, before: int, after: int) -> str:
+    """What is left: of the bytes first where weights are in few bits."""
+    parameters = (
+        f"{figures.count(before)} parameters became {figures.count(after)}, {figures.share(after, before)} of them"
+    )
+    if not facts.in_few_bits or facts.bytes is None:
+        return parameters
+    old, new = facts.bytes.before, facts.bytes.after
+    files = (
+        f"{figures.bytes_text(old)} of weights became {figures.bytes_text(new)}, {figures.share(new, old)} of the bytes"
+    )
+    return files if after == before else f"{files}, and {parameters}"
+
+
+def _became(facts: Facts) -> str:
+    """How many matrices became what."""
+    parts = []
+    if facts.matrices or not facts.rounded:
+        parts.append(f"{_matrices(len(facts.matrices))} now products of low rank")
+    if facts.rounded:
+        parts.append(
+            f"{figures.count(len(facts.rounded))} stayed dense in few bits"
+            if parts
+            else f"{_matrices(len(facts.rounded))} now rounded to few bits"
+        )
+    if plain := len(facts.dense) - len(facts.rounded):
+        parts.append(f"{figures.count(plain)} stayed dense")
+    return ", and ".join(parts)
 
 
 def _healed(facts: Facts) -> str:
@@ -85,7 +111,8 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
         rows[0] = (rows[0][0], figures.share(after, before), f"{figures.rounded(before)} → {figures.rounded(after)}")
     if facts.bytes is not None:
         old, new = facts.bytes.before, facts.bytes.after
-        rows.append(("Weight files", figures.share(new, old), f"{figures.bytes_text(old)} → {figures.bytes_text(new)}"))
+        files = ("Weight files", figures.share(new, old), f"{figures.bytes_text(old)} → {figures.bytes_text(new)}")
+        rows.insert(0 if facts.in_few_bits else 1, files)
     measured, predicted = facts.number("measured_loss"), facts.number("predicted_loss")
     if measured is not None:
         more = "nats per token, measured" + (

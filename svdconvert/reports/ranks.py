@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from svdconvert.reports import figures
-from svdconvert.reports.facts import Facts
+from svdconvert.reports.facts import Facts, in_bits
 from svdconvert.reports.grid import Grid
 from svdconvert.reports.maps import HeatMap
 from svdconvert.reports.markup import Markup, element
@@ -41,11 +41,15 @@ def rank_section(facts: Facts, grid: Grid) -> Markup | None:
 
 def hint(facts: Facts, module: str) -> str:
     """All that is known of a matrix, in one line."""
+    if module in facts.rounded:
+        return _rounded_hint(facts, module)
     if module not in facts.matrices:
         return f"{module}: dense, {facts.dense.get(module, '')}"
     matrix = facts.matrices[module]
     kept, (rows, columns) = facts.kept(module), matrix.shape
     parts = [f"{module}: rank {matrix.rank} of a {rows} x {columns} matrix"]
+    if matrix.bits:
+        parts.append(in_bits(matrix.bits))
     if kept is not None:
         parts.append(f"{figures.share(kept, 1)} of its parameters kept")
     parts.append(f"weights {figures.decimals(matrix.relative_error)}")
@@ -55,6 +59,18 @@ def hint(facts: Facts, module: str) -> str:
         parts.append(f"predicted loss {figures.decimals(matrix.predicted_loss)}")
     if matrix.shared_with is not None:
         parts.append(f"factor of {matrix.shared_with}")
+    return ", ".join(parts)
+
+
+def _rounded_hint(facts: Facts, module: str) -> str:
+    """The same of a matrix that stayed dense, in few bits."""
+    matrix = facts.rounded[module]
+    parts = [
+        f"{module}: a {matrix.shape[0]} x {matrix.shape[1]} matrix, dense, {in_bits(matrix.bits)}",
+        f"weights {figures.decimals(matrix.relative_error)}",
+    ]
+    if matrix.predicted_loss is not None:
+        parts.append(f"predicted loss {figures.decimals(matrix.predicted_loss)}")
     return ", ".join(parts)
 
 

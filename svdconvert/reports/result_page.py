@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from svdconvert.jobs.record import RECORD, Record
+from svdconvert.reports.bits import bits_section
 from svdconvert.reports.document import document
 from svdconvert.reports.facts import Facts
 from svdconvert.reports.grid import Grid
@@ -36,6 +37,7 @@ def result_page(record: Record, where: object) -> bytes:
             advice(facts),
             measured_section(facts),
             rank_section(facts, grid),
+            bits_section(facts, grid),
             lost_section(facts, grid),
             size_section(facts),
             time_section(facts),

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import tree, write_checkpoint
 from support.families import write_family
-from support.html_pages import parse
+from support.html_pages import Node, parse
 from support.refusals import assert_refused
 
 from svdconvert import Calibration, InputError, JobError, calibrate, convert, plan, verify
@@ -33,6 +33,7 @@ from svdconvert.planning.make import bytes_budget, make_plan
 from svdconvert.reports.result_page import result_page
 from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.opening import open_source
+from svdconvert.storage.packed_config import NEEDED
 from svdconvert.words import size as in_words
 
 SHRINKAGE = 0.2
@@ -351,6 +352,65 @@ def test_what_the_command_line_refuses_is_in_its_words(
     assert_refused(run("plan", dense, "--bytes", "2"), "--bytes 2 must lie between 0 and 1")
     refused = run(dense, "--bytes", "0.5", "--share-layers", "2", "--out", tmp_path / "out")
     assert_refused(refused, "--bytes 0.5", "--share-layers 2")
+
+
+def maps_of(page: Node) -> dict[str, dict[str, str]]:
+    """Caption of a map -> module path -> the text of its cell."""
+    found: dict[str, dict[str, str]] = {}
+    for table in (table for table in page.all("table") if "map" in table.classes):
+        heads, (body,) = [head.text for head in next(table.all("thead")).all("th")][1:-1], table.all("tbody")
+        rows = [(kind.text, cells) for kind, *cells, _ in (row.children for row in body.children)]
+        found[next(table.all("caption")).text] = {
+            f"layers.{layer}.{kind}": cell.text
+            for kind, cells in rows
+            for layer, cell in zip(heads, cells, strict=True)
+            if cell.text
+        }
+    return found
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_maps_of_the_page_count_rounded_matrices(share: float, results: dict[float, Path]) -> None:
+    result = results[share]
+    record, tensors = read_record(result), load_file(result / "model.safetensors")
+    told = {**record.results["matrices"], **record.results["rounded"]}
+    maps = maps_of(parse(result_page(record, result)))
+    whole = record.results["predicted_loss"]
+    for module, matrix in told.items():
+        part = 100 * matrix["predicted_loss"] / whole
+        assert float(maps["Predicted loss, percent of its sum"][module]) == pytest.approx(part, abs=0.51), module
+        error = 100 * matrix["relative_error"]
+        assert float(maps["Error of the weights, percent"][module]) == pytest.approx(error, abs=0.51), module
+    bits = maps["Bits per weight of the dense matrix"]
+    assert bits.keys() == {*told, *record.results["dense_targets"]}
+    for module, text in bits.items():
+        stem, shape_or_bias = f"gpt_neox.{module}.", ("bias", "weight_shape")
+        held = [
+            tensor for name, tensor in tensors.items() if name.startswith(stem) and not name.endswith(shape_or_bias)
+        ]
+        shape = told[module]["shape"] if module in told else held[0].shape
+        stored = 8 * sum(tensor.nbytes for tensor in held) / math.prod(shape)
+        assert float(text) == pytest.approx(stored, abs=0.051), module
+    ranks = "Rank of every matrix, and share of its parameters that is kept"
+    assert (ranks in maps) == bool(record.results["matrices"])
+
+
+@pytest.mark.parametrize(("share", "title"), [(0.5, "rounded"), (0.1, "factored and rounded")])
+def test_what_is_rounded_alone_is_not_called_factored(share: float, title: str, results: dict[float, Path]) -> None:
+    record, factored = read_record(results[share]), share == 0.1
+    page = parse(result_page(record, results[share]))
+    assert next(page.all("h1")).text.endswith(f", {title}")
+    (lead,) = [node.text for node in page.all("p") if "lead" in node.classes]
+    before, after = (record.results["bytes"][when] for when in ("before", "after"))
+    kept = f"{100 * after / before:.1f} %"
+    assert lead.startswith(f"{in_words(before)} of weights became {in_words(after)}, {kept} of the bytes")
+    assert ("parameters became" in lead, "low rank" in lead) == (factored, factored)
+    _, front, body = (results[share] / "README.md").read_text().split("---\n", 2)
+    assert f", {title}\n" in body
+    assert ("- low-rank\n" in front, "- svd\n" in front) == (factored, factored)
+    assert ("low rank" in body, "whole product" in body) == (factored, factored)
+    install = body.index(f'pip install "compressed-tensors>={NEEDED}"')
+    assert body.index("## Use") < install < body.index("from_pretrained")
 
 
 def test_a_page_and_the_card_tell_the_bits_of_every_matrix(results: dict[float, Path]) -> None:
