@@ -27,7 +27,7 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"rank": 7, "rank_multiple": 8}, "give a multiple, 8"),
         ({"keep": 0.0}, "keep=0.0 must lie between 0 and 1"),
         ({"bytes": 1.5}, "bytes=1.5 must lie between 0 and 1"),
-        ({"bytes": 20}, "bytes=20 is too small"),
+        ({"bytes": 20}, "bytes=20 must lie between 0 and 1"),
         ({"bytes": 0.5, "rank_multiple": 8}, "rank_multiple=8 does not go with bytes"),
         ({"keep": 0.5, "widths": "8,4"}, "widths=[8, 4] has no effect without bytes"),
         ({"keep": 1.0}, "keep=1.0 must lie between 0 and 1"),
