@@ -9,6 +9,7 @@ Whether it is worth anything is judged by the predictions on the held-out sequen
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,19 +243,28 @@ class _Run:
         )
         try:
             training.run()
-            errors = []
-            for factors in (student.start, training.best or student.start):
-                with student.having(factors):
-                    sums = objective.measure(held, held.sequences, torch.float32)
-                errors.append(sums.kl / sums.tokens)
         except Diverged:  # only the start gets here
             raise InputError(
                 f"block {index} of {work.source.where} gives NaN or infinite numbers in {work.precision}; use "
                 f"{asked('precision', 'float32')}"
             ) from None
-        better = training.best is not None and errors[1] < errors[0]
+
+        def error(factors: Mapping[str, Tensor]) -> float:
+            """On the held-out sequences, in float32; infinite if it is no number."""
+            try:
+                with student.having(factors):
+                    sums = objective.measure(held, held.sequences, torch.float32)
+            except Diverged:
+                return math.inf
+            return sums.kl / sums.tokens
+
+        before = error(student.start)
+        if math.isinf(before):
+            raise InputError(f"block {index} of {work.source.where} gives NaN or infinite numbers; check the model")
+        after = before if training.best is None else error(training.best)
+        better = after < before
         steps = int(training.state.checks[-1]["step"] or 0) if training.state.checks else 0
-        told = {"steps": steps, "lr": training.rate, "before": errors[0], "after": errors[1] if better else errors[0]}
+        told = {"steps": steps, "lr": training.rate, "before": before, "after": min(before, after)}
         best = training.best if better and training.best is not None else student.start
         return told, {name: tensor.cpu() for name, tensor in best.items()}
 

@@ -19,13 +19,11 @@ from torch import Tensor
 
 from svdconvert.grids import Grid
 from svdconvert.linalg.precision import refuse_overflow
+from svdconvert.linalg.rounding import BLOCK, upper_factor
 from svdconvert.sentences import asked
 
 # Steps that are tried, as shares of the one that reaches from 0 to a group's largest entry.
 SHARES = tuple(1.12 * 0.94**i for i in range(14))
-
-# Columns that are rounded before their errors are handed on to all later ones.
-BLOCK = 64
 
 # What is added to the diagonal of a Gram matrix that has no Cholesky factor, relative to it; the first that is enough.
 RIDGES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
@@ -74,24 +72,8 @@ def nearest(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Te
     return Rounded(codes_of(groups, scales.to(groups.dtype)[..., None], grid).flatten(1).to(torch.int8), scales)
 
 
-def with_feedback(weight: Tensor, grid: Grid, gram: Tensor, scale_dtype: torch.dtype) -> Rounded:
-    """Round rows w such that (w' - w) H (w' - w)^T is small; row by row never worse by it than :func:`nearest`.
-
-    Args:
-        weight: [m, n], any floating type.
-        grid: its groups divide n.
-        gram: H, second moments of the inputs, [n, n], symmetric, >= 0. Where it is singular, the least of
-            :data:`RIDGES` that helps is added to its diagonal.
-        scale_dtype: type that the scales are stored in.
-
-    Raises:
-        InputError: see :func:`nearest`.
-    """
-    return Feedback(gram).round(weight, grid, scale_dtype)
-
-
 class Feedback:
-    """:func:`with_feedback` in one metric: what all matrices that read the same inputs, and all grids, have in common.
+    """Calibrated rounding in one metric: what all matrices that read the same inputs, and all grids, have in common.
 
     Entries are rounded one after another in the order of the inputs, and the later ones move to where they best make
     up for the error (GPTQ, Frantar et al., arXiv:2210.17323, algorithm 1, with the Cholesky factor of H^-1). The scale
@@ -103,10 +85,11 @@ class Feedback:
         """Prepare.
 
         Args:
-            gram: see :func:`with_feedback`.
+            gram: H, second moments of the inputs, [n, n], symmetric, >= 0. Where it is singular, the least of
+                :data:`RIDGES` that helps is added to its diagonal.
         """
         exact = gram.double()
-        self._counts, self._upper = exact.diagonal(), _upper_factor(exact)
+        self._counts, self._upper = exact.diagonal(), upper_factor(exact, RIDGES)
         if self._upper is not None:
             identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
             inverse = torch.linalg.solve_triangular(self._upper, identity, upper=True)
@@ -127,7 +110,18 @@ class Feedback:
         return self._cast[dtype]
 
     def round(self, weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Rounded:
-        """See :func:`with_feedback`; computed in float64 where the weight is, else in float32."""
+        """Round rows w such that (w' - w) H (w' - w)^T is small; row by row never worse by it than :func:`nearest`.
+
+        Computed in float64 where the weight is, else in float32.
+
+        Args:
+            weight: [m, n], any floating type.
+            grid: its groups divide n.
+            scale_dtype: type that the scales are stored in.
+
+        Raises:
+            InputError: see :func:`nearest`.
+        """
         exact = weight.to(_working(weight))
         plain = nearest(exact, grid, scale_dtype, self._counts)
         if not self.works:
@@ -225,20 +219,6 @@ def scales_of(groups: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor
         better = found < least  # false for NaN
         chosen, least = torch.where(better, scales, chosen), torch.where(better, found, least)
     return chosen
-
-
-def _upper_factor(gram: Tensor) -> Tensor | None:
-    """J, upper triangular, with H = J J^T, a little added to the diagonal where it has to be; None if that fails."""
-    used = gram.diagonal() > 0
-    norms = torch.where(used, gram.diagonal(), 1).sqrt()  # zeros: a column that nothing depends on
-    near = gram / norms / norms[:, None]
-    ones = torch.where(used, near.diagonal(), 1)
-    for ridge in RIDGES:
-        near.diagonal().copy_(ones + ridge)
-        lower, failed = torch.linalg.cholesky_ex(near.flip(0, 1))
-        if not int(failed):
-            return lower.flip(0, 1) * norms[:, None]
-    return None
 
 
 def _sequential(weight: Tensor, grid: Grid, passed_on: Tensor, importance: Tensor, scale_dtype: torch.dtype) -> Rounded:

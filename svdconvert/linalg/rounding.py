@@ -18,7 +18,7 @@ The geometric mean decomposition protects one factor; :func:`paired` protects bo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,14 +41,9 @@ def round_with_feedback(rows: Tensor, gram: Tensor, dtype: torch.dtype) -> Tenso
     Returns:
         [p, r] in ``dtype``.
     """
-    nearest = rows.to(dtype)
-    norms = torch.where(gram.diagonal() > 0, gram.diagonal(), 1).sqrt()  # zeros: a column that nothing depends on
-    near = gram / norms / norms[:, None]
-    near.diagonal().copy_(torch.where(gram.diagonal() > 0, near.diagonal(), 1))
-    lower, failed = torch.linalg.cholesky_ex(near.flip(0, 1))
-    if int(failed):
+    nearest, upper = rows.to(dtype), upper_factor(gram)
+    if upper is None:
         return nearest
-    upper = lower.flip(0, 1) * norms[:, None]  # H = J J^T
     # Row i: what an error of 1 in column i asks of the later columns.
     demand = upper / upper.diagonal()
     rounded, wanted = torch.empty_like(nearest), rows.clone()
@@ -66,6 +61,25 @@ def round_with_feedback(rows: Tensor, gram: Tensor, dtype: torch.dtype) -> Tenso
 
     better = cost(rounded) < cost(nearest)  # false for NaN
     return torch.where(better[:, None], rounded, nearest)
+
+
+def upper_factor(gram: Tensor, ridges: Sequence[float] = (0.0,)) -> Tensor | None:
+    """J, upper triangular, with H = J J^T; None where there is none.
+
+    Args:
+        gram: H, [r, r] float64, symmetric, >= 0.
+        ridges: what may be added to its diagonal, relative to that; the first that is enough is.
+    """
+    used = gram.diagonal() > 0
+    norms = torch.where(used, gram.diagonal(), 1).sqrt()  # zeros: a column that nothing depends on
+    near = gram / norms / norms[:, None]
+    ones = torch.where(used, near.diagonal(), 1)
+    for ridge in ridges:
+        near.diagonal().copy_(ones + ridge)
+        lower, failed = torch.linalg.cholesky_ex(near.flip(0, 1))
+        if not int(failed):
+            return lower.flip(0, 1) * norms[:, None]
+    return None
 
 
 def geometric_mean_decomposition(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,16 +74,6 @@ def byte_price(lists: Sequence[Sequence[Choice]], budget: int) -> float:
     return 0.0
 
 
-def even_choices(lists: Sequence[Sequence[Choice]], budget: int) -> list[Choice] | None:
-    """All matrices dense at the widest one width that fits; None where none does.
-
-    Args:
-        lists, budget: see :func:`choose`.
-    """
-    found = [one for one in _even(lists) if sum(choice.nbytes for choice in one) <= budget]
-    return min(found, key=_total_loss, default=None)
-
-
 def _total_loss(choices: Sequence[Choice]) -> float:
     return sum(choice.loss for choice in choices)
 

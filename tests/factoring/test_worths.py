@@ -15,7 +15,7 @@ from svdconvert.factoring.sampled import Bench
 from svdconvert.factoring.token_losses import TokenLosses
 from svdconvert.grids import Grid
 from svdconvert.jobs.record import read_record
-from svdconvert.linalg.integers import with_feedback
+from svdconvert.linalg.integers import Feedback
 from svdconvert.methods.table import shrink
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events
@@ -38,7 +38,7 @@ def test_worths_are_measured_losses_over_those_in_the_metrics(
         way = min(dense_ways, key=lambda way: way["grids"][0])
         weight = weights[f"gpt_neox.{module}.weight"].float()
         right = shrink(kept.load([module])[module].input_gram, 0.2)
-        rounded = with_feedback(weight, Grid(*way["grids"][0]), right, torch.float16)
+        rounded = Feedback(right).round(weight, Grid(*way["grids"][0]), torch.float16)
         errors[module], losses[module] = rounded.values(torch.float64) - weight.double(), way["loss"]
     source = LocalSource(dense)
     bench = Bench(source, kept.tokens(), {}, tmp_path / "results", tmp_path / "states", "cpu", 4, Events())

@@ -12,7 +12,7 @@ from support.metrics import normal
 
 from svdconvert.errors import InputError
 from svdconvert.grids import Grid
-from svdconvert.linalg.integers import Rounded, nearest, pack, unpack, with_feedback
+from svdconvert.linalg.integers import Feedback, Rounded, nearest, pack, unpack
 
 GRIDS = [Grid(8), Grid(6, 8), Grid(4, 32), Grid(4), Grid(3, 16), Grid(2, 96)]
 
@@ -115,7 +115,7 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, dtype: torch.dtyp
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_feedback_is_gptq(grid: Grid) -> None:
     weight, gram = normal(12, 96), correlated(96)
-    ours, plain = with_feedback(weight, grid, gram, torch.bfloat16), nearest(weight, grid, torch.bfloat16)
+    ours, plain = Feedback(gram).round(weight, grid, torch.bfloat16), nearest(weight, grid, torch.bfloat16)
     theirs = gptq(weight, gram, grid, torch.bfloat16)
     better = costs(weight, theirs, gram) < costs(weight, plain, gram)
     assert better.sum() > 6
@@ -126,7 +126,7 @@ def test_feedback_is_gptq(grid: Grid) -> None:
 
 def test_feedback_between_the_nearest_and_the_best_of_all() -> None:
     weight, gram, grid = normal(30, 5), correlated(5), Grid(2)
-    found = with_feedback(weight, grid, gram, torch.float32)
+    found = Feedback(gram).round(weight, grid, torch.float32)
     every = torch.tensor(list(product(range(-2, 2), repeat=5)), dtype=torch.float64)
     errors = every * found.scales.double()[:, None] - weight[:, None]
     best = torch.einsum("ikj,jl,ikl->ik", errors, gram, errors).amin(1)
@@ -148,7 +148,7 @@ def test_feedback_is_never_worse_than_the_nearest(
     weight[0] = 0
     inputs[:, 0] = 0
     gram = inputs.T @ inputs  # singular
-    ours = costs(weight, with_feedback(weight, grid, gram, torch.float16), gram)
+    ours = costs(weight, Feedback(gram).round(weight, grid, torch.float16), gram)
     plain = nearest(weight, grid, torch.float16, gram.diagonal())
     theirs, alone = costs(weight, plain, gram), costs(weight, plain, gram.diagonal().diag())
     # A singular metric has a little added to its diagonal.
@@ -163,7 +163,7 @@ def test_rows_of_one_value(grid: Grid, way: str) -> None:
     def rounded(dtype: torch.dtype) -> torch.Tensor:
         if way == "nearest":
             return nearest(weight, grid, dtype).values(torch.float64)
-        return with_feedback(weight, grid, correlated(96), dtype).values(torch.float64)
+        return Feedback(correlated(96)).round(weight, grid, dtype).values(torch.float64)
 
     assert torch.equal(rounded(torch.float32)[0], torch.zeros(96, dtype=torch.float64))
     assert torch.allclose(rounded(torch.float32), weight.double(), rtol=0.02)
@@ -176,7 +176,7 @@ def test_scales_beyond_their_type(value: float) -> None:
     weight = normal(4, 32)
     weight[1, 5] = value
     for round_it in (lambda: nearest(weight, Grid(4, 16), torch.float16),
-                     lambda: with_feedback(weight, Grid(4, 16), correlated(32), torch.float16)):  # fmt: skip
+                     lambda: Feedback(correlated(32)).round(weight, Grid(4, 16), torch.float16)):  # fmt: skip
         with pytest.raises(InputError, match="a scale of it is not finite in float16"):
             round_it()
 
