@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     Pair = tuple[Tensor | None, Tensor | None]
 
 
-# What stands beside every predicted loss, of ranks alone and of bits; docs/prediction.md has the figures of ranks.
+# What stands beside every predicted loss, of ranks alone and of bits; the figures are in docs/prediction.md and
+# docs/rank-or-bits.md.
 _OF_RANKS = "an estimate for comparing ranks; down to 60% kept, models that were tried lost 0.5 to 3 times as much"
-_OF_BITS = "an estimate; in KL, SmolLM2-135M lost 1.15 to 1.3 times as much, and 1.4 to 1.7 times with products"
+_OF_BITS = "an estimate; at 50 to 18% of the bytes, the KL of SmolLM2-135M was 1.0 to 1.5 times as much"
 
 
 def rough_guess(*, bits: bool) -> str:

@@ -53,8 +53,8 @@ def gptq(weight: Tensor, grid: Grid, gram: Tensor) -> Rounded:
 WAYS: Mapping[str, Way] = {"to the nearest": to_the_nearest, "GPTQ": gptq}
 
 
-def alike(bench: Bench, grid: Grid, way: Way, out: Path) -> float:
-    """A dense folder whose target matrices are all on one grid; gives the share of their 16-bit bytes."""
+def alike(bench: Bench, grid: Grid, way: Way, out: Path) -> tuple[float, float | None]:
+    """A dense folder whose target matrices are all on one grid; gives the share of their bytes, and no prediction."""
     stats = StatisticsFolder(bench.statistics("empirical"))
     shutil.copytree(bench.model, out)
     stored = whole = 0
@@ -70,27 +70,27 @@ def alike(bench: Bench, grid: Grid, way: Way, out: Path) -> float:
             stored, whole = stored + grid.nbytes(shape), whole + 2 * weight.numel()
             tensors[name] = way(weight.float(), grid, gram).values(torch.float32).to(weight.dtype)
         save_file(tensors, file, metadata={"format": "pt"})
-    return stored / whole
+    return stored / whole, None
 
 
-def by_budget(bench: Bench, share: float, out: Path) -> float:
-    """A result of ``--bytes``; gives the share that was asked for."""
-    convert(
+def by_budget(bench: Bench, share: float, out: Path) -> tuple[float, float | None]:
+    """A result of ``--bytes``; gives the share that was asked for, and the predicted loss."""
+    report = convert(
         bench.model, out, bytes=share, dtype="bfloat16", stats=bench.statistics("empirical"),
         work=bench.work / "work-bits", device="cpu", check=False,
     )  # fmt: skip
-    return share
+    return share, float(report.outcome.record["predicted_loss"])
 
 
-def measure(bench: Bench, name: str, make: Callable[[Path], float]) -> None:
+def measure(bench: Bench, name: str, make: Callable[[Path], tuple[float, float | None]]) -> None:
     """Print a line of the table; leaves no model."""
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "out"
-        share = make(out)
-        size = sum(file.stat().st_size for file in out.glob("*.safetensors")) / 1e6
+        share, predicted = make(out)
         found = bench.likelihood(out).divergence
     assert found is not None
-    cells = [name, f"{share:.3f}", f"{size:.2f} MB", f"{found.kl:.4f}", f"{found.added:+.4f}", f"{found.agreement:.1%}"]
+    cells = [name, f"{share:.3f}", "" if predicted is None else f"{predicted:.4f}"]
+    cells += [f"{found.kl:.4f}", f"{found.added:+.4f}", f"{found.agreement:.1%}"]
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
