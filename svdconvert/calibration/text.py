@@ -20,12 +20,10 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.models.tokenizer import opening_token
-from svdconvert.paths import user_path
 from svdconvert.sentences import asked
+from svdconvert.settings.text import KINDS, text_path
 from svdconvert.storage.documents import TEXT_ADVICE, open_regular, parse_json
 from svdconvert.words import listing
-
-KINDS = (".txt", ".jsonl", ".parquet")
 
 # Lines of a text without blank lines are joined to documents of about this many characters.
 GROUP_CHARACTERS = 2000
@@ -138,18 +136,16 @@ def load_texts(
             while iterating.
     """
     empty = empty or EmptyRows()
-    path = user_path(spec)
+    path = text_path(spec)
+    if path is None:
+        yield from _dataset(spec, field or "text", empty)
+        return
     if path.is_dir():
         files = sorted(entry for entry in path.rglob("*") if entry.suffix in KINDS and entry.is_file())
         if not files:
             raise InputError(f"{spec} has no calibration text; give files that end in {', '.join(KINDS)}")
-    elif path.exists():
-        files = [path]
-    elif path.suffix in KINDS or path.is_absolute() or spec.startswith(("./", "../", "~")):
-        raise InputError(f"{spec} does not exist; give a text file, a folder or the name of a data set")
     else:
-        yield from _dataset(spec, field or "text", empty)
-        return
+        files = [path]
     for file in files:
         readers = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
         if file.suffix not in readers:

@@ -15,6 +15,7 @@ from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.options import BY_KEYWORD, EVERY
 from svdconvert.settings.row import Kind, Option
 from svdconvert.settings.size import parse_rank_options
+from svdconvert.settings.text import Text
 
 if TYPE_CHECKING:
     from svdconvert.calibration.knowledge import Calibration
@@ -70,13 +71,14 @@ def take_calibration(values: dict[str, Any]) -> Calibration | None:
     """Take the options of the text out of all; None without a text.
 
     Raises:
-        InputError: without a text, one of its options is given.
+        InputError: there is no such text; or without a text, one of its options is given.
     """
-    from svdconvert.calibration.knowledge import Calibration
-
     prefix = "calibration_"
     chosen = {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}
     if chosen["text"] is not None:
+        Text(**chosen).check()
+        from svdconvert.calibration.knowledge import Calibration
+
         return Calibration(**chosen)
     for name, value in chosen.items():
         if value != BY_KEYWORD[f"calibration.{name}"].option.default:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdconvert.errors import InputError
+from svdconvert.paths import user_path
 from svdconvert.sentences import asked
 from svdconvert.settings.row import REQUIRED, option
 
@@ -14,6 +15,22 @@ BATCH_SIZE = 8
 LABELS = ("empirical", "sampled")
 # In the place of a text: one that the model writes.
 SELF = "self"
+# How the names of files with texts end.
+KINDS = (".txt", ".jsonl", ".parquet")
+
+
+def text_path(text: str) -> Path | None:
+    """The file or folder that is meant; None for the name of a data set.
+
+    Raises:
+        InputError: a file or folder is meant that does not exist.
+    """
+    path = user_path(text)
+    if path.exists():
+        return path
+    if path.suffix in KINDS or path.is_absolute() or text.startswith(("./", "../", "~")):
+        raise InputError(f"{text} does not exist; give a text file, a folder or the name of a data set")
+    return None
 
 
 @dataclass(frozen=True)
@@ -96,6 +113,15 @@ class Text:
     def by_model(self) -> bool:
         """Whether the model writes it."""
         return self.text == SELF
+
+    def check(self) -> None:
+        """See whether there is such a text, before anything slow begins.
+
+        Raises:
+            InputError: a file or folder is meant that does not exist.
+        """
+        if not self.by_model:
+            text_path(self.text)
 
     def __post_init__(self) -> None:
         if self.by_model and self.field is not None:

@@ -28,7 +28,7 @@ from svdconvert.version import __version__
 
 SCRIPT = Path(sys.executable).parent / "svdconvert"
 COMMANDS = tuple("convert plan calibrate verify evaluate ablate spectrum sweep densify fold heal push".split())
-HEAL = ("--against", "model", "--calib", "text.txt")
+HEAL = ("--against", "model", "--calib", "a-dataset")
 Run = Callable[..., SimpleNamespace]
 
 
@@ -87,6 +87,9 @@ def test_help_errors_and_plans_do_not_import_torch(dense: Path, tmp_path: Path) 
         (0, "break-even", [str(dense), "--rank", "8", "--dry-run"]),
         (0, "fast solver", ["plan", str(dense), "--rank", "8", "--solver", "fast"]),
         (2, "does not go with", [str(dense), "--rank", "8", "--solver", "fast", "--work", "w", "--out", "o"]),
+        (2, "none.txt does not exist", [str(dense), "--keep", "0.6", "--calib", "none.txt", "--out", "o"]),
+        (2, "none.txt does not exist", ["calibrate", str(dense), "--calib", "none.txt", "--out", "o"]),
+        (2, "none.txt does not exist", ["heal", str(dense), *HEAL[:2], "--calib", "none.txt", "--out", "o"]),
     ]
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps([args for _, _, args in lines])],
