@@ -170,6 +170,7 @@ def repeatable(work: Work) -> Conversion:
     keeps = work.kept is not None and not work.must_decompose
     return replace(
         request,
+        size=request.size.as_asked,
         recipe=replace(recipe, method=method, allocation=allocation),
         calibration=text,
         afterwards=_afterwards(work),

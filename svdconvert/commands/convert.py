@@ -26,10 +26,12 @@ from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.threads import usual_workers
 from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
+from svdconvert.planning.fit import fitted
 from svdconvert.planning.make import make_plan, plan_for
 from svdconvert.planning.plan import Plan
 from svdconvert.sentences import Sentence, asked
 from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.size import INFERENCE
 from svdconvert.solvers.table import DEFAULT_SOLVER, SOLVERS
 from svdconvert.storage.disk import free_bytes
 from svdconvert.storage.opening import open_source
@@ -44,6 +46,9 @@ def convert(
     params: str | int | None = None,
     bytes: str | float | None = None,
     widths: str | Sequence[int] | None = None,
+    fit: str | int | None = None,
+    fit_context: int | None = None,
+    fit_for: str = INFERENCE,
     max_loss: float | None = None,
     max_kl: float | None = None,
     targets: Sequence[str] = (),
@@ -84,8 +89,8 @@ def convert(
     An interrupted call goes on where it stopped when it is made again with the same arguments.
 
     Args:
-        model, rank, keep, params, bytes, widths, targets, dtype, max_shard_size, revision, factor_all, rank_multiple:
-            see :func:`plan`.
+        model, rank, keep, params, bytes, widths, fit, fit_context, fit_for, targets, dtype, max_shard_size, revision,
+            factor_all, rank_multiple: see :func:`plan`.
         max_loss: instead of a size, the nats per token that the smallest size to be found may add to the model's loss,
             measured on held-out sequences of the calibration text. With a refit it is measured before that.
         max_kl: likewise the mean divergence KL(dense || converted), nats per token.
@@ -167,7 +172,7 @@ def run_conversion(
     source = open_source(
         os.fspath(model), request.hub.revision, download_folder=group.own(folder / JOB_FOLDER / "source")
     )
-    settled = _as_the_device_can(request, device).settled()
+    settled = fitted(source, _as_the_device_can(request, device).settled())
     plan = make_plan(source, settled)
     if settled.recipe.solver != request.recipe.solver:
         plan = replace(plan, notes=(*plan.notes, SOLVERS[request.recipe.solver].cpu_only))

@@ -6,9 +6,11 @@ import os
 from collections.abc import Mapping, Sequence
 
 from svdconvert.layouts.table import DEFAULT_LAYOUT
+from svdconvert.planning.fit import fitted
 from svdconvert.planning.make import make_plan
 from svdconvert.planning.plan import Plan
 from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.size import INFERENCE
 from svdconvert.solvers.table import DEFAULT_SOLVER
 from svdconvert.storage.opening import open_source
 
@@ -21,6 +23,9 @@ def plan(
     params: str | int | None = None,
     bytes: str | float | None = None,
     widths: str | Sequence[int] | None = None,
+    fit: str | int | None = None,
+    fit_context: int | None = None,
+    fit_for: str = INFERENCE,
     targets: Sequence[str] = (),
     method: str | None = None,
     dtype: str = "keep",
@@ -45,6 +50,12 @@ def plan(
             text says; the plan shows the same width for all matrices.
         widths: bits that ``bytes`` may store a weight in, as ``16,8,4`` or numbers; 16 is the model's own type. By
             default all that there are but 7.
+        fit: instead, the memory of a device, a number of bytes or ``8GB``: as ``bytes`` of what that leaves for
+            weights, or for training as ``params``. A tenth is left free. Weights of few bits save memory where an
+            engine computes with packed ones.
+        fit_context: tokens of the one sequence that has to fit as well, with its cache of keys and values, or its
+            activations; by default what the model reads, at most 4,096.
+        fit_for: ``inference``, or ``training``, of all parameters by AdamW in float32.
         targets: patterns that choose among the linear layers; empty means all of them.
         method: row of :data:`svdconvert.methods.table.METHODS`, by default svd.
         dtype: ``keep``, ``float16``, ``bfloat16`` or ``float32``.
@@ -72,4 +83,5 @@ def plan_conversion(model: str | os.PathLike[str], request: Conversion) -> Plan:
         InputError: the model or the request cannot be used; the message says why.
     """
     request.check_planned()
-    return make_plan(open_source(os.fspath(model), request.hub.revision, need_weights=False), request)
+    source = open_source(os.fspath(model), request.hub.revision, need_weights=False)
+    return make_plan(source, fitted(source, request))

@@ -149,6 +149,6 @@ def evenly(targets: Sequence[Target], size: Size, codes: Sequence[str], budget: 
         if total(found) <= budget:
             return found
     raise InputError(
-        f"{asked('bytes', size.bytes)} leaves {budget:,} bytes for the targets, and at {narrow} bits and the lowest "
+        f"{asked(*size.given)} leaves {budget:,} bytes for the targets, and at {narrow} bits and the lowest "
         f"ranks that are tried they take {total(found):,}; give more bytes"
     )

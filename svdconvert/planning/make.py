@@ -16,7 +16,9 @@ from svdconvert.layouts.table import layout_named
 from svdconvert.planning.bits import beside_targets, evenly, types_of
 from svdconvert.planning.checks import check_tensors
 from svdconvert.planning.conversion_steps import conversion_steps
+from svdconvert.planning.fit import fit_notes, fits_already, room_of
 from svdconvert.planning.healing_needs import healing_needs
+from svdconvert.planning.memory import training_bytes
 from svdconvert.planning.notes import plan_notes, solver_note
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target, assign
@@ -74,7 +76,7 @@ def make_plan(source: Source, request: Conversion) -> Plan:
 
     Args:
         source: the dense model.
-        request: what is asked for, see :meth:`Conversion.check_planned`.
+        request: what is asked for, see :meth:`Conversion.check_planned`; fitted, see :mod:`svdconvert.planning.fit`.
 
     Raises:
         InputError: the source is not supported, lacks tensors, or cannot meet the request.
@@ -87,6 +89,8 @@ def make_plan(source: Source, request: Conversion) -> Plan:
     targets = share(targets, scope.share_layers, cut)
     if request.size.bytes is not None:
         return _in_bytes(source, request, targets, cut, row)
+    if request.size.fit is not None and request.size.params is not None and request.size.params >= model.count:
+        raise fits_already(room_of(source, request), training_bytes(model.count))
     size = request.size if request.size.limit is None else request.size.at(LARGEST)
     return plan_for(source, request, assign(targets, size, model.beside(targets)))
 
@@ -112,7 +116,7 @@ def _in_bytes(
         tensors: of the model.
         row: its architecture.
     """
-    asked_for = asked("bytes", request.size.bytes)
+    asked_for = asked(*request.size.given)
     if row.transposed:
         raise InputError(
             f"{asked_for} cannot be met for {source.where}: {row.model_type} keeps its matrices transposed, "
@@ -121,6 +125,8 @@ def _in_bytes(
     budget = bytes_budget(source, request, targets)
     plan = plan_for(source, request, evenly(targets, request.size, types_of(targets, tensors, request), budget))
     if not plan.grids and not plan.ranks:
+        if request.size.fit is not None:
+            raise fits_already(room_of(source, request), plan.bytes_after)
         raise InputError(
             f"{asked_for} keeps every matrix as it is, since all weight files together take "
             f"{size_text(plan.bytes_after)}; give less, or a share of the targets' bytes such as 0.5"
@@ -146,9 +152,15 @@ def bytes_budget(source: Source, request: Conversion, targets: Sequence[Target])
     budget = request.size.target_bytes(params, others)
     assert budget is not None
     if budget <= 0:
+        given = asked(*request.size.given)
+        if request.size.fit is not None:
+            raise InputError(
+                f"{given} cannot be met, since everything but the targets takes {size_text(others)}: "
+                f"{room_of(source, request)}; give more memory"
+            )
         raise InputError(
-            f"{asked('bytes', request.size.bytes)} cannot be met, since everything but the targets takes {others:,} "
-            "bytes already; give more, or a share of the targets' bytes such as 0.5"
+            f"{given} cannot be met, since everything but the targets takes {others:,} bytes already; give more, or a "
+            "share of the targets' bytes such as 0.5"
         )
     return budget
 
@@ -193,7 +205,7 @@ def plan_for(
         params_after=_parameters_after(steps, targets),
         bytes_before=sum(info.nbytes for info in source.tensors.values()),
         bytes_after=files_bytes(shards),
-        notes=tuple(notes) if of_solver is None else (*notes, of_solver),
+        notes=(*fit_notes(source, request), *notes, *([] if of_solver is None else [of_solver])),
         settings=request.planned(),
         opening_bytes=source.opening_bytes,
         passes=text_passes(source, row, targets, request),

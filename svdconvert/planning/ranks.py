@@ -247,8 +247,11 @@ def _fraction_for(targets: Sequence[Target], size: Size, untouched: int) -> floa
     share = max(target.least_share(least_rank) for target in targets)
     least = untouched + math.ceil(share * dense)
     if not least <= params < untouched + dense:
+        fits = size.fit is not None
+        leaves = f", as it leaves room for {params:,} parameters" if fits else ""
+        give = "give as much memory as leaves room for a number" if fits else "give a number"
         raise InputError(
-            f"{asked('params', params)} cannot be met; give a number from {least:,} (no matrix below rank "
+            f"{asked(*size.given)} cannot be met{leaves}; {give} from {least:,} (no matrix below rank "
             f"{least_rank}) to {untouched + dense:,} (dense)"
         )
     return (params - untouched) / dense

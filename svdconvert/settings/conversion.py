@@ -90,7 +90,7 @@ class Conversion:
     @property
     def method(self) -> Method:
         """The method; by default kfac with a text, or where bytes are given, which need one, and svd without."""
-        plain = self.calibration is None and self.size.bytes is None
+        plain = self.calibration is None and not self.size.in_bytes
         return method_named(self.recipe.method or ("svd" if plain else "kfac"))
 
     @property

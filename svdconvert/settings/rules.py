@@ -114,7 +114,7 @@ def _users_of_the_text(request: Request) -> list[str]:
     """What a request asks for that reads a text."""
     row, refitted, limit = request.method, request.recipe.refit, request.size.limit
     users = {
-        **({} if request.size.bytes is None else {asked("bytes", request.size.bytes): True}),
+        **({asked(*request.size.given): True} if request.size.in_bytes else {}),
         asked("method", row.name): bool(row.statistics),
         asked("refit", refitted): refitted != "none",
         asked("allocation", "measured"): request.allocation == "measured",
@@ -157,8 +157,9 @@ def solver(request: Request) -> None:
 
 def bits(request: Request) -> None:
     """Bytes are spent on single matrices, by the loss that a method estimates, in two plain factors."""
-    if request.size.bytes is None:
+    if not request.size.in_bytes:
         return
+    given = asked(*request.size.given)
     others = (
         (request.scope.share_layers != 1, asked("share_layers", request.scope.share_layers)),
         (request.scope.split_fused, asked("split_fused", True)),
@@ -169,11 +170,11 @@ def bits(request: Request) -> None:
     )
     other = next((words for given, words in others if given), None)
     if other is not None:
-        raise InputError(f"{asked('bytes', request.size.bytes)} does not go with {other}; leave one of them out")
+        raise InputError(f"{given} does not go with {other}; leave one of them out")
     if not request.method.in_loss:
         good = next(row.name for row in METHODS.values() if row.in_loss)
         raise InputError(
-            f"{asked('bytes', request.size.bytes)} compares matrices by the loss that each would add, which "
+            f"{given} compares matrices by the loss that each would add, which "
             f"{asked('method', request.method.name)} does not estimate; use {asked('method', good)}"
         )
 

@@ -17,6 +17,8 @@ from svdconvert.words import byte_count, size_text
 # Bits of a stored weight: the type of the model itself, 16 as a rule, and the integer grids.
 WIDTHS = (16, 8, 7, 6, 5, 4, 3, 2)
 USUAL_WIDTHS = (16, 8, 6, 5, 4, 3, 2)
+# What a device is to hold: a model that answers, or one that is trained whole.
+INFERENCE, TRAINING = USES = ("inference", "training")
 
 
 def parse_rank_options(options: Sequence[str]) -> tuple[int | None, dict[str, int]]:
@@ -77,6 +79,20 @@ def _byte_count(text: str) -> int:
     return count
 
 
+def parse_memory(given: str | int | None) -> int | None:
+    """Bytes of a device: ``8GB``, or a whole number.
+
+    Raises:
+        InputError: it is no size.
+    """
+    if given is None:
+        return None
+    count = byte_count(given) if isinstance(given, str) else whole("fit", given)
+    if count is None:
+        raise InputError(f"{asked('fit', given)} is not a size; write 8GB or 24GiB")
+    return count
+
+
 def parse_widths(given: str | Sequence[int] | None) -> tuple[int, ...] | None:
     """``16,8,4`` -> ``(16, 8, 4)``, the widest first.
 
@@ -101,6 +117,10 @@ def _written_widths(widths: Sequence[int]) -> list[str]:
     return [",".join(map(str, widths))]
 
 
+def _written_memory(given: int) -> list[str]:
+    return [size_text(given)]
+
+
 def _written_bytes(given: float) -> list[str]:
     return [size_text(given) if isinstance(given, int) else repr(given)]
 
@@ -121,7 +141,8 @@ def default_and_patterns(rank: int | Mapping[str, int] | None) -> tuple[int | No
 class Size:
     """Exactly one of a rank (with exceptions), a kept fraction, the size of the model, or what it may lose.
 
-    The size of the model is a number of parameters, or of bytes, which are spent on ranks and on bits.
+    The size of the model is a number of parameters, or of bytes, which are spent on ranks and on bits. A device that it
+    is to fit makes it one of both (``planning/fit.py``).
 
     Attributes:
         rank: rank of every target that no pattern names.
@@ -130,6 +151,10 @@ class Size:
         params: parameters that the whole converted model may have.
         bytes: a fraction of the bytes that the targets take in 16 bits, or, a whole number, those of all weight files.
         widths: bits that a weight may be stored in where bytes are given; None for :data:`USUAL_WIDTHS`.
+        fit: bytes of a device's memory, which the largest result that fits it is to have; ``bytes`` or ``params`` say
+            what is left for that once the model is known.
+        fit_context: tokens of the sequence that has to fit as well; None for what the model reads, at most 4,096.
+        fit_for: row of :data:`USES`.
         max_loss: nats per token that the smallest size to be found may add to the loss of held-out text.
         max_kl: likewise the mean divergence KL(dense || converted) of its predictions.
         multiple: every rank is a multiple of it; the ranks of a budget are rounded down.
@@ -194,6 +219,35 @@ class Size:
         usual=",".join(map(str, USUAL_WIDTHS)),
         write=_written_widths,
     )
+    fit: int | None = option(
+        None,
+        "--fit",
+        "Instead: the largest result that fits so much memory of a device, 8GB say, as --bytes, or for training as "
+        "--params; a tenth is left free.",
+        keyword="fit",
+        group="Size",
+        metavar="SIZE",
+        read=parse_memory,
+        write=_written_memory,
+    )
+    fit_context: int | None = option(
+        None,
+        "--fit-context",
+        "Tokens of the one sequence that --fit counts, with its cache of keys and values, or its activations.",
+        keyword="fit_context",
+        group="Size",
+        kind="count",
+        usual="the model's longest, at most 4096",
+    )
+    fit_for: str = option(
+        INFERENCE,
+        "--fit-for",
+        "What has to fit: a model that answers, or one that is fine-tuned whole by AdamW in float32.",
+        keyword="fit_for",
+        group="Size",
+        kind="choice",
+        words=USES,
+    )
     max_loss: float | None = option(
         None,
         "--max-loss",
@@ -239,6 +293,7 @@ class Size:
             "keep": self.keep,
             "params": self.params,
             "bytes": self.bytes,
+            "fit": self.fit,
             "max_loss": self.max_loss,
             "max_kl": self.max_kl,
         }
@@ -263,21 +318,35 @@ class Size:
         if self.keep is not None and not 0 < self.keep < 1:
             fraction = "the fraction of target parameters kept"
             raise InputError(f"{asked('keep', self.keep)} must lie between 0 and 1 ({fraction})")
+        self._check_fit()
         self._check_bytes()
         if self.limit is not None:
             name, nats = self.limit
             if not 0 < nats < math.inf:
                 raise InputError(f"{asked(name, nats)} must be above 0 and finite (nats per token)")
 
+    def _check_fit(self) -> None:
+        """Refuse a device that cannot be, and what would have no effect without one."""
+        if self.fit_for not in USES:
+            raise InputError(f"{asked('fit_for', self.fit_for)} is unknown; choose {' or '.join(USES)}")
+        if self.fit is None:
+            for name, given in (("fit_context", self.fit_context is not None), ("fit_for", self.fit_for != INFERENCE)):
+                if given:
+                    words = asked(name, getattr(self, name))
+                    raise InputError(f"{words} has no effect without {asked('fit')}; give the memory as well")
+        elif self.fit < 1000:
+            raise InputError(f"{asked('fit', self.fit)} is too small for a device; write a size such as 8GB")
+
     def _check_bytes(self) -> None:
         """Refuse bytes that cannot be, and what would have no effect beside or without them."""
-        if self.bytes is None:
+        if not self.in_bytes:
             if self.widths is not None:
                 raise InputError(
-                    f"{asked('widths', self.widths)} has no effect without {asked('bytes')}; give the bytes as well"
+                    f"{asked('widths', self.widths)} has no effect without {asked('bytes')}, or {asked('fit')} for "
+                    f"{INFERENCE}; give one of them as well"
                 )
             return
-        if not (0 < self.bytes < 1 if isinstance(self.bytes, float) else self.bytes >= 1000):
+        if self.bytes is not None and not (0 < self.bytes < 1 if isinstance(self.bytes, float) else self.bytes >= 1000):
             raise InputError(
                 f"{asked('bytes', self.bytes)} must lie between 0 and 1 (a share of the targets' 16-bit bytes), or be "
                 "a size such as 90MB"
@@ -286,9 +355,26 @@ class Size:
             if given:
                 value = self.multiple if name == "rank_multiple" else True
                 raise InputError(
-                    f"{asked(name, value)} does not go with {asked('bytes')}, which chooses ranks among those whose "
-                    "factors can be stored in few bits; leave one of them out"
+                    f"{asked(name, value)} does not go with {asked(self.given[0])}, which chooses ranks among those "
+                    "whose factors can be stored in few bits; leave one of them out"
                 )
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether bytes are spent on ranks and bits, also where it is not known yet how many there are."""
+        return self.bytes is not None or (self.fit is not None and self.fit_for == INFERENCE)
+
+    @property
+    def given(self) -> tuple[str, object]:
+        """The field that bytes or parameters come of, and what it says, for messages."""
+        if self.fit is not None:
+            return "fit", self.fit
+        return ("params", self.params) if self.bytes is None else ("bytes", self.bytes)
+
+    @property
+    def as_asked(self) -> Size:
+        """The size without what was worked out to fit a device."""
+        return self if self.fit is None else replace(self, bytes=None, params=None)
 
     @property
     def chosen_widths(self) -> Sequence[int]:
@@ -310,8 +396,8 @@ class Size:
     def key(self) -> dict[str, object]:
         """The size in JSON types, for the record and for comparing an interrupted job with its continuation.
 
-        What it may lose is left out where it is not limited, and bytes where they are not, as in the records of earlier
-        versions.
+        What it may lose is left out where it is not limited, and bytes and devices where there are none, as in the
+        records of earlier versions.
         """
         return {
             "rank": self.rank,
@@ -322,6 +408,7 @@ class Size:
             "rank_multiple": self.multiple,
             **dict([self.limit] if self.limit is not None else []),
             **({} if self.bytes is None else {"bytes": self.bytes, "widths": list(self.chosen_widths)}),
+            **({} if self.fit is None else {name: getattr(self, name) for name in ("fit", "fit_context", "fit_for")}),
         }
 
     def budget(self, target_params: int, other_params: int) -> int | None:

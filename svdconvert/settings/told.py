@@ -31,7 +31,7 @@ def in_options(field: str, value: Any) -> str:
     if isinstance(value, bool):
         # `--no-check` is there for check=False.
         return name if value is not name.startswith("--no-") else f"no {name}"
-    if field == "bytes" and isinstance(value, int):
+    if field in ("bytes", "fit") and isinstance(value, int):
         value = size_text(value)
     return " ".join(f"{name} {shlex.quote(word)}" for word in _words(value))
 

@@ -343,10 +343,10 @@ REQUESTS = {
     "two ranks": (["--rank", 8, "--rank", 9], "--rank is given twice", "8 and 9"),
     "rank and keep": (
         ["--rank", 8, "--keep", 0.5],
-        "exactly one of --rank, --keep, --params, --bytes, --max-loss and --max-kl",
+        "exactly one of --rank, --keep, --params, --bytes, --fit, --max-loss and --max-kl",
     ),
     "keep and params": (["--keep", 0.5, "--params", "100K"], "exactly one of"),
-    "no rank at all": ([], "exactly one of --rank, --keep, --params, --bytes, --max-loss and --max-kl"),
+    "no rank at all": ([], "exactly one of --rank, --keep, --params, --bytes, --fit, --max-loss and --max-kl"),
     "pattern without match": (["--rank", 8, "--rank", "mlp.nothing=4"], "mlp.nothing=4 matches no target", "layers.0."),
     "targets without match": (["--rank", 8, "--targets", "lm_head"], "--targets lm_head matches no", "attention.dense"),
     "rank pattern outside of the targets": (

@@ -28,7 +28,7 @@ from svdconvert.settings.recipe import ALLOCATIONS, REFITS, Recipe
 from svdconvert.settings.row import options_of
 from svdconvert.settings.runtime import Runtime
 from svdconvert.settings.scope import Scope
-from svdconvert.settings.size import Size
+from svdconvert.settings.size import USES, Size
 from svdconvert.settings.text import LABELS, Stats, Text
 
 COMMAND = main.commands["convert"]
@@ -53,6 +53,7 @@ sizes = st.one_of(
     st.builds(Size, rank=counts | st.none(), patterns=st.dictionaries(patterns, counts, max_size=3)),
     st.builds(Size, keep=shares, multiple=counts, factor_all=st.booleans()),
     st.builds(Size, params=counts),
+    st.builds(Size, fit=counts, fit_context=counts | st.none(), fit_for=st.sampled_from(USES)),
     st.builds(Size, max_loss=shares),
     st.builds(Size, max_kl=shares),
 )
@@ -119,6 +120,9 @@ OTHER: Mapping[type, Mapping[str, Any]] = {
         "params": 77,
         "bytes": 0.1 + 0.2,
         "widths": (16, 8),
+        "fit": 8_000_000_000,
+        "fit_context": 100,
+        "fit_for": "training",
         "max_loss": 0.05,
         "max_kl": 0.1,
         "multiple": 8,

@@ -17,7 +17,7 @@ TEXT = Calibration("text.txt")
 # Rule -> keywords that break it, and what is said.
 BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
     "size": [
-        ({}, "give exactly one of rank, keep, params, bytes, max_loss and max_kl"),
+        ({}, "give exactly one of rank, keep, params, bytes, fit, max_loss and max_kl"),
         ({"rank": 8, "keep": 0.5}, "give exactly one of"),
         ({"rank": {"a": 8}, "params": 100}, "give exactly one of"),
         ({"rank": 8, "rank_multiple": 0}, "rank_multiple=0 is too small; the least is 1"),
@@ -28,6 +28,10 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"keep": 0.0}, "keep=0.0 must lie between 0 and 1"),
         ({"bytes": 1.5}, "bytes=1.5 must lie between 0 and 1"),
         ({"bytes": 20}, "bytes=20 must lie between 0 and 1"),
+        ({"fit": 500}, "fit=500 is too small for a device"),
+        ({"fit": "8GB", "fit_for": "fun"}, "fit_for='fun' is unknown; choose inference or training"),
+        ({"keep": 0.5, "fit_context": 9}, "fit_context=9 has no effect without fit"),
+        ({"fit": "8GB", "fit_for": "training", "widths": "8"}, "widths=[8] has no effect without bytes"),
         ({"bytes": 0.5, "rank_multiple": 8}, "rank_multiple=8 does not go with bytes"),
         ({"keep": 0.5, "widths": "8,4"}, "widths=[8, 4] has no effect without bytes"),
         ({"keep": 1.0}, "keep=1.0 must lie between 0 and 1"),
@@ -66,9 +70,11 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"bytes": 0.5, "calibration": TEXT, "allocation": "uniform"}, "does not go with allocation='uniform'"),
         ({"bytes": 0.5, "calibration": TEXT, "layout": "pivoted"}, "does not go with layout='pivoted'"),
         ({"bytes": 0.5, "calibration": TEXT, "method": "whiten"}, "method='whiten' does not estimate"),
+        ({"fit": 8000, "calibration": TEXT, "share_layers": 2}, "fit=8000 does not go with share_layers=2"),
     ],
     "text": [
         ({"bytes": 0.5}, "bytes=0.5 needs a text"),
+        ({"fit": 8000}, "fit=8000 needs a text"),
         ({"keep": 0.5, "method": "kfac"}, "method='kfac' needs a text"),
         ({"keep": 0.5, "refit": "sequential"}, "refit='sequential' needs a text"),
         ({"keep": 0.5, "allocation": "measured"}, "allocation='measured' needs a text"),
@@ -165,6 +171,8 @@ def test_a_plan_needs_no_text(name: str, keywords: dict[str, Any], words: str) -
         {"keep": 0.5, "calibration": TEXT},
         {"bytes": 0.35, "calibration": TEXT, "widths": [8, 16, 4]},
         {"bytes": "90MB", "stats": "s", "shrinkage": 0.1},
+        {"fit": "8GB", "fit_context": 100, "stats": "s", "widths": "16"},
+        {"fit": "8GB", "fit_for": "training", "share_layers": 2},
         {"keep": 0.5, "calibration": TEXT, "method": "drone", "shrinkage": 0.1, "split_fused": True},
         {"keep": 0.5, "calibration": TEXT, "method": "fwsvd", "split_fused": True},
         {"keep": 0.5, "stats": "s", "method": "asvd", "alpha": 0.0, "keep_work": True},
