@@ -56,6 +56,8 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "labels_4": row.labels_4,
         "head_bias": row.head_bias,
         "kept": row.kept,
+        "asks_parallel": row.asks_parallel,
+        "filled": row.filled,
         "transposed": row.transposed,
         "auto_map": row.auto_map,
         "inner": row.inner,

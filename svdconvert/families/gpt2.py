@@ -44,6 +44,7 @@ ROW = Architecture(
     dropped=("*.attn.bias", "*.attn.masked_bias"),
     tied=True,
     transposed=True,
+    asks_parallel=True,
     labels="classifier",
     causal="LMHeadModel",
     fused={"attn.c_attn": Fused(lambda config: (config["n_embd"],) * 3)},

@@ -127,6 +127,8 @@ class Architecture:
         head_width: field of the config with the number of inputs of its head.
         head_bias: whether its head has a bias.
         kept: settings that the stock causal model keeps as attributes of its own.
+        asks_parallel: whether its classes in transformers 4 ask whether they are spread over devices.
+        filled: name of a layer whose weight the initialisation of the module around it fills; empty if there is none.
         models: published models, for the table in docs/families.md.
         remarks: its particulars, for the same table.
         tiny: settings of the tests' tiny model that make every particular show: windows shorter than its sequences,
@@ -161,6 +163,8 @@ class Architecture:
     head_width: str = "hidden_size"
     head_bias: bool = False
     kept: tuple[str, ...] = ()
+    asks_parallel: bool = False
+    filled: str = ""
     models: str = ""
     remarks: str = ""
     tiny: Mapping[str, Any] = field(default_factory=dict)

@@ -10,22 +10,28 @@ from collections.abc import Mapping
 from svdconvert.errors import InputError
 from svdconvert.families import (
     arcee,
+    bloom,
     cohere,
     cohere2,
     ernie4_5,
     exaone4,
+    falcon,
     gemma,
     gemma2,
     gemma3_text,
     glm,
     glm4,
     gpt2,
+    gpt_bigcode,
+    gpt_neo,
     gpt_neox,
+    gptj,
     granite,
     helium,
     hyperclovax,
     llama,
     mistral,
+    mpt,
     nemotron,
     olmo2,
     olmo3,
@@ -85,6 +91,12 @@ _FILES = (
     starcoder2,
     opt,
     gpt2,
+    gpt_bigcode,
+    gptj,
+    gpt_neo,
+    bloom,
+    falcon,
+    mpt,
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = {file.ROW.model_type: file.ROW for file in _FILES}
@@ -166,7 +178,8 @@ def longest_input(config: Config, default: int) -> int:
     Raises:
         InputError: its config does not say it with a number.
     """
-    longest = config.get("max_position_embeddings") or config.get("n_positions") or default
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    longest = next((length for name in names if (length := config.get(name))), default)
     if not isinstance(longest, int) or longest < 1:
         raise InputError(f"config.json says max_position_embeddings {longest!r}, but it must be a number; correct it")
     return longest

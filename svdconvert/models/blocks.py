@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,8 +87,7 @@ class ModelBlocks:
         self._model = skeleton(source, row)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         self.tied = bool(self._model.config.tie_word_embeddings)
-        # If norms follow the sums, as in some OPTs, the outputs of a block's layers do not add up.
-        self.writers = self._pieces.writers if getattr(self._model.config, "do_layer_norm_before", True) else ()
+        self.writers = self._pieces.writers if _adds_up(self._model.config) else ()
         self._base: nn.Module = self._model.base_model
         self._layers: list[nn.Module] = list(self._base.get_submodule(self._pieces.blocks))
         self._calls = BlockCalls(self._base, self._pieces.blocks, self._layers, self.device)
@@ -99,7 +99,8 @@ class ModelBlocks:
         self.vocabulary: int = self._model.get_output_embeddings().weight.shape[0]
         self.width: int = self._model.get_output_embeddings().weight.shape[1]
         # Models without a limit lack the field.
-        self.longest: int | None = getattr(self._model.config, "max_position_embeddings", None)
+        longest = (getattr(self._model.config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        self.longest: int | None = next((length for length in longest if length is not None), None)
 
     @contextmanager
     def embeddings(self, highest: int | None = None) -> Iterator[None]:
@@ -174,7 +175,7 @@ class ModelBlocks:
                     continue
                 kinds.add(kind)
                 call = self._call(index, hidden, mask)
-                with suppress(*_NEED_VALUES), FakeTensorMode():
+                with suppress(*_NEED_VALUES), FakeTensorMode(allow_non_fake_inputs=True):  # tables that are no buffers
                     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
                     given = (tensors, (hidden, *call.args), dict(call.kwargs))
                     functional_call(block, *tree_map_only(Tensor, self._without_values, given))
@@ -288,6 +289,13 @@ class ModelBlocks:
     def _call(self, index: int, hidden: Tensor, mask: Tensor) -> Call:
         """The arguments of a block for this batch."""
         return self._calls.of(index, hidden, mask, self._model.get_input_embeddings().weight.shape[1])
+
+
+def _adds_up(config: Any) -> bool:
+    """Whether the outputs of a block's layers add up; not where norms follow the sums, as in some OPTs."""
+    return getattr(config, "do_layer_norm_before", True) and not getattr(
+        config, "apply_residual_connection_post_layernorm", False
+    )
 
 
 def _hollow(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

@@ -57,7 +57,8 @@ def check_layers(tensors: Mapping[str, TensorInfo], source: Source) -> None:
     Raises:
         InputError: the numbers differ.
     """
-    said = source.config.get("n_layer") or source.config.get("num_hidden_layers")
+    names = ("n_layer", "n_layers", "num_layers", "num_hidden_layers")
+    said = next((number for name in names if (number := source.config.get(name))), None)
     there = 1 + max((layer_number(name) for name in tensors), default=-1)
     if said and there and said != there:
         raise InputError(

@@ -118,6 +118,45 @@ PUBLISHED = {
         {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
         124_439_808,
     ),
+    "kogpt-6b": (
+        "gptj",
+        {"n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048, "vocab_size": 64512, "rotary_dim": 64},
+        6_166_502_400,
+    ),
+    "gpt-neo-1.3b": (
+        "gpt_neo",
+        {"hidden_size": 2048, "num_layers": 24, "num_heads": 16, "max_position_embeddings": 2048, "vocab_size": 50257},
+        1_315_575_808,
+    ),
+    "bloom-560m": ("bloom", {"hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880}, 559_214_592),
+    "bloom-7b1": (
+        "bloom",
+        {"n_embed": 4096, "n_layer": 30, "num_attention_heads": 32, "vocab_size": 250880},
+        7_069_016_064,
+    ),
+    "falcon-7b": (
+        "falcon",
+        {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024},
+        6_921_720_704,
+    ),
+    "falcon-40b": (
+        "falcon",
+        {
+            "hidden_size": 8192,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 128,
+            "num_kv_heads": 8,
+            "new_decoder_architecture": True,
+            "vocab_size": 65024,
+        },
+        41_303_293_952,
+    ),
+    "mpt-7b": ("mpt", {"d_model": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 50432}, 6_649_286_656),
+    "starcoderbase": (
+        "gpt_bigcode",
+        {"n_embd": 6144, "n_layer": 40, "n_head": 48, "n_positions": 8192, "n_inner": 24576, "vocab_size": 49152},
+        15_517_456_384,
+    ),
     "granite-3.1-8b": (
         "granite",
         decoder(4096, 12800, 40, 32, 49155, num_key_value_heads=8, tie_word_embeddings=True),

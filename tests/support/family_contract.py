@@ -145,6 +145,10 @@ class LikeStock:
             if name not in weights:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, buffers[name].clone())
+        for path, module in model.named_modules():  # tables of an older GPT-J that are no buffers
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor):
+                    setattr(module, name, vars(stock.get_submodule(path))[name].clone())
         assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
         with torch.no_grad():
             hidden = model.eval()(IDS, use_cache=False).last_hidden_state
