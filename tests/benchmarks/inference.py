@@ -1,12 +1,15 @@
-"""Using the result: dense against factored layers, at the geometry of polyglot-ko with few layers.
+"""Using the result: dense against factored layers, at the geometry of polyglot-ko or of TinyLlama with few layers.
 
     python -m tests.benchmarks.inference --model 1.3b --layers 2
     python -m tests.benchmarks.inference --model 1.3b --layers 2 --batch 1 8 --compile --repeats 5
+    python -m tests.benchmarks.inference --model llama-1.1b --layers 2 --cpu-time --train-steps 0
 
 Random weights, since time does not depend on values. The vocabulary is cut with the layers, so that the head, which is
 never factored, has the share of the work that it has in the whole model. The dense model and both layouts (balanced at
-the given rank; pivoted at the rank of the same size, and at the same rank; in float32 on the CPU both also after
-``for_decoding``) live in one process and are measured in turn within each round; medians over the rounds. Prefill is
+the given rank; pivoted at the rank of the same size, and at the same rank; layers that the rank does not make smaller
+stay dense) live in one process and are measured in turn within each round; medians over the rounds. In float32 on the
+CPU there are also both layouts after ``for_decoding``, and the dense model with its blocks multiplied by the routine
+that factored layers choose, which tells the gain of fewer bytes from that of the routine. Prefill is
 one pass over the prompt; decoding is token by token after it, with the key-value cache. With ``--cpu-time`` they are
 those of the process, not the clock: with one thread on a busy machine, they alone can be trusted. A training step is
 forward, backward and AdamW on the whole model, in a process of its own, so that its peak memory is its own, likewise in
@@ -16,19 +19,25 @@ turn; its figures are medians over the rounds. Bytes are those of the parameters
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
-from .geometry import MODELS, Geometry, resized
+from .geometry import MODELS as POLYGLOTS
+from .geometry import Geometry, resized
 from .harness import new_parser, page
+from .llama import LLAMAS, Llama
 from .measure import machine, markdown_table, repeated, run, save
 
 VARIANTS = ("dense", "balanced", "pivoted", "pivoted, same rank")
 FOR_DECODING = ("balanced, for decoding", "pivoted, for decoding")
+DENSE_ONEDNN = "dense, by oneDNN"
+MODELS: dict[str, Geometry | Llama] = {**POLYGLOTS, **LLAMAS}
 
 
 def equal_rank(shape: tuple[int, int], rank: int) -> int:
@@ -37,38 +46,57 @@ def equal_rank(shape: tuple[int, int], rank: int) -> int:
     return max(r for r in range(rank, min(m, n) + 1) if r * (m + n - r) <= rank * (m + n))
 
 
-def build(geometry: Geometry, variant: str, rank: int, dtype: str) -> Any:
+def factored_ranks(geometry: Geometry | Llama, rank: int, layout: str, same: bool) -> dict[str, int]:
+    """The rank of each layer that becomes smaller at `rank`, as the converter chooses them; see :func:`equal_rank`."""
+    pays = {name: (m, n) for name, (m, n) in geometry.linears.items() if rank * (m + n) < m * n}
+    return {
+        f"layers.{layer}.{name}": equal_rank(shape, rank) if layout == "pivoted" and not same else rank
+        for layer in range(geometry.layers)
+        for name, shape in pays.items()
+    }
+
+
+def build(geometry: Geometry | Llama, variant: str, rank: int, dtype: str) -> Any:
     """A model with random weights.
 
     Args:
         geometry: its sizes.
-        variant: one of :data:`VARIANTS` or :data:`FOR_DECODING`.
+        variant: one of :data:`VARIANTS` or :data:`FOR_DECODING`, or :data:`DENSE_ONEDNN`.
         rank: of the balanced layers.
         dtype: torch type of the weights.
     """
     import torch
-    from svdconvert.modeling.modeling_polyglot_svd import PolyglotSVDConfig, PolyglotSVDForCausalLM
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    import transformers
 
+    if isinstance(geometry, Llama):
+        from svdconvert.modeling import modeling_llama_svd as modeling
+
+        stock, factored = "Llama", "LlamaSVD"
+    else:
+        from svdconvert.modeling import modeling_polyglot_svd as modeling
+
+        stock, factored = "GPTNeoX", "PolyglotSVD"
     fields = {key: value for key, value in geometry.config.items() if key not in ("architectures", "model_type")}
     fields |= {"num_hidden_layers": geometry.layers, "vocab_size": geometry.vocab, "attn_implementation": "sdpa"}
-    if variant == "dense":
-        model = GPTNeoXForCausalLM(GPTNeoXConfig(**fields))
+    if variant in ("dense", DENSE_ONEDNN):
+        config = getattr(transformers, f"{stock}Config")(**fields)
+        model = getattr(transformers, f"{stock}ForCausalLM")(config)
     else:
         layout, _, how = variant.partition(", ")
-        ranks = {
-            f"layers.{layer}.{name}": equal_rank(shape, rank) if layout == "pivoted" and how != "same rank" else rank
-            for layer in range(geometry.layers)
-            for name, shape in geometry.linears.items()
-        }
-        model = PolyglotSVDForCausalLM(PolyglotSVDConfig(**fields, svd_ranks=ranks, svd_layout=layout))
+        ranks = factored_ranks(geometry, rank, layout, how == "same rank")
+        config = getattr(modeling, f"{factored}Config")(**fields, svd_ranks=ranks, svd_layout=layout)
+        model = getattr(modeling, f"{factored}ForCausalLM")(config)
     model = model.to(getattr(torch, dtype)).eval()
+    if variant == DENSE_ONEDNN:
+        for linear in model.base_model.layers.modules():
+            if isinstance(linear, torch.nn.Linear):
+                linear.forward = partial(modeling._apply, copy.copy(linear))
     return model.for_decoding() if variant in FOR_DECODING else model
 
 
 def weight_bytes(model: Any) -> tuple[int, int]:
     """Bytes of all parameters, and of those in the blocks."""
-    blocks = sum(p.numel() * p.element_size() for p in model.gpt_neox.layers.parameters())
+    blocks = sum(p.numel() * p.element_size() for p in model.base_model.layers.parameters())
     return sum(p.numel() * p.element_size() for p in model.parameters()), blocks
 
 
@@ -147,7 +175,7 @@ def measure_inference(
     return rows
 
 
-def train(geometry: Geometry, variant: str, rank: int, steps: int, length: int, device: str) -> dict[str, Any]:
+def train(geometry: Geometry | Llama, variant: str, rank: int, steps: int, length: int, device: str) -> dict[str, Any]:
     """Seconds of a full training step in float32, and the peak memory of this process."""
     import torch
 
@@ -171,12 +199,13 @@ def train(geometry: Geometry, variant: str, rank: int, steps: int, length: int, 
     return {"variant": variant, "step_s": median(seconds[1:]), "peak_bytes": peak}
 
 
-def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dict[str, Any]:
+def benchmark(options: argparse.Namespace, geometry: Geometry | Llama, rank: int) -> dict[str, Any]:
     """Everything, in turn."""
     import torch
 
     torch.manual_seed(0)
-    variants = VARIANTS + (FOR_DECODING if (options.device, options.dtype) == ("cpu", "float32") else ())
+    on_cpu = (options.device, options.dtype) == ("cpu", "float32")
+    variants = options.variants or VARIANTS + ((*FOR_DECODING, DENSE_ONEDNN) if on_cpu else ())
     models = {name: build(geometry, name, rank, options.dtype).to(options.device) for name in variants}
     sizes = {name: weight_bytes(model) for name, model in models.items()}
     rows = measure_inference(
@@ -210,7 +239,7 @@ def benchmark(options: argparse.Namespace, geometry: Geometry, rank: int) -> dic
     }
 
 
-def training_in_turn(options: argparse.Namespace, geometry: Geometry, rank: int) -> list[dict[str, Any]]:
+def training_in_turn(options: argparse.Namespace, geometry: Geometry | Llama, rank: int) -> list[dict[str, Any]]:
     """Medians of every variant's step and peak memory, and all rounds' steps."""
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     for _ in range(options.repeats):
@@ -273,6 +302,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens to decode")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds of the process instead of the clock's")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these, dense first  [default: all]")
     parser.add_argument("--train-steps", type=int, default=2, help="0 leaves training out")
     parser.add_argument("--train-length", type=int, default=128, help="tokens of the training sequence")
     parser.add_argument("--train", choices=VARIANTS, help="only this variant's training step, as JSON")
