@@ -7,6 +7,8 @@ from svdconvert.names import suffix
 
 _KEPT = (".k_proj", ".v_proj")
 _PARTS = ("key", "value")
+# Projections to queries, keys and values that are not split.
+_WITH_QUERIES = (".query_key_value", ".c_attn", ".Wqkv")
 
 
 def cached_numbers(row: Architecture, config: Config) -> int:
@@ -27,6 +29,8 @@ def cached_numbers(row: Architecture, config: Config) -> int:
         if fused is not None:
             sections = fused.sections(config)
             count += sum(sections[part].outputs for part in _PARTS)
-        elif layer.endswith(_KEPT):
-            count += row.matrix_shape((shape[0], shape[1]))[0]
+        elif layer.endswith((*_KEPT, *_WITH_QUERIES)):
+            outputs, inputs = row.matrix_shape((shape[0], shape[1]))
+            own = outputs if layer.endswith(_KEPT) else outputs - inputs  # there are as many queries as inputs
+            count += 2 * inputs if row.copies_keys(config) else own
     return count

@@ -76,6 +76,7 @@ ROW = Architecture(
     },
     models="Falcon 7B, 11B, 40B, 180B, Falcon RW",
     remarks="parallel attention and MLP, q, k and v in one with few heads of keys, tied head",
+    copies_keys=lambda config: _said(config, "new_decoder_architecture", False),
     tiny={
         "new_decoder_architecture": True,
         "num_kv_heads": 2,

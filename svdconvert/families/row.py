@@ -120,6 +120,7 @@ class Architecture:
         labels_4: its name in transformers 4, if that is another one.
         causal: ending of the stock causal class's name.
         fused: suffixes of the targets that may be split before they are factored, and their parts.
+        copies_keys: config -> whether its cache has keys and values for every head, where several heads share them.
         fields: what the fields of its config.json may hold; ``claims.py`` has those that families have in common.
         since: the first supported version of transformers that has the family.
         template: of its modeling file, in ``modeling/templates/``.
@@ -155,6 +156,7 @@ class Architecture:
     labels_4: str = ""
     causal: str = "ForCausalLM"
     fused: Mapping[str, Fused] = field(default_factory=dict)
+    copies_keys: Callable[[Config], bool] = lambda config: False
     fields: Mapping[str, Kind] = field(default_factory=dict)
     since: tuple[int, int] = (4, 46)
     template: str = "decoder"
