@@ -11,6 +11,11 @@ def suffix(module: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", module)
 
 
+def kind(module: str) -> str:
+    """The same for all experts of a mixture: ``layers.3.mlp.experts.7.up_proj`` -> ``mlp.experts.*.up_proj``."""
+    return re.sub(r"\.\d+\.", ".*.", suffix(module))
+
+
 def layer_number(module: str) -> int:
     """``layers.3.attention.dense`` -> 3; -1 outside of layers."""
     match = re.search(r"\.(\d+)\.", module)

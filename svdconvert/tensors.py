@@ -100,6 +100,8 @@ class TensorInfo:
         """
         unit = self.nbytes // self.shape[0]
         cut = Cut(self.name, begin * unit, (end - begin) * unit, self.nbytes)
+        if self.cut is not None and self.cut.length == self.nbytes:  # one run of bytes of a stored tensor
+            cut = replace(self.cut, start=self.cut.start + begin * unit, length=cut.length)
         return replace(self, shape=(end - begin, *self.shape[1:]), cut=cut)
 
 

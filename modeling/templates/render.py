@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from svdconvert.families.mixture import CountedTwice
 from svdconvert.families.rotary import Rotary
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES
@@ -66,6 +67,7 @@ def _fields(row: Architecture) -> dict[str, Any]:
             {row.inner + ending for ending in endings}
             | {row.stock + ending for ending in (row.causal, "PreTrainedModel")}
         ),
+        "blocks": blocks,
         "base": row.prefix.removesuffix("."),
         "linear": "Conv1D" if row.transposed else "nn.Linear",
         "sizes": "tuple(reversed(layer.weight.shape))" if row.transposed else "tuple(layer.weight.shape)",
@@ -79,6 +81,8 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "fraction": rotary and rotary.fraction,
         "three_fields": rotary is not None and rotary.three_fields,
         "scaling": rotary and rotary.scaling,
+        "experts": row.experts,
+        "counted_twice": isinstance(row.config_overrides, CountedTwice),
         **_fused_fields(row, blocks),
     }
 
@@ -121,7 +125,9 @@ def _line(row: Architecture) -> str:
     models = row.models
     if row.since > OLDEST:
         models += f", from transformers {row.since[0]}.{row.since[1]} on"
-    layers = f"{len(row.targets)}{', q, k and v in one' if row.fused else ''}"
+    each = [name for name in row.targets if ".*." in name]
+    layers = f"{len(row.targets) - len(each)}{', q, k and v in one' if row.fused else ''}"
+    layers += f", and {len(each)} of every expert" if each else ""
     return f"| `{row.model_type}` | {models} | `{row.causal_class}` | {layers} | {row.remarks} |"
 
 

@@ -9,6 +9,8 @@ For a linear layer y = W x + b, W [out, in], over all tokens that are not paddin
 * Fisher vector [in] (FWSVD, arXiv:2207.00112): the mean over sequences of (dL/dW_ij)^2, L the same sum over one
   sequence, summed over the outputs i. The gradient of a batch would be squared after its samples had cancelled.
 
+Experts of a mixture, which see some of the tokens, have sums of their own (``experts.py``).
+
 Memory, with B sequences of T tokens in a batch: the Grams of the block in float64, of hidden size h and inner size f in
 a GPT-NeoX block 8 (3 h^2 + f^2) bytes for C and 8 (11 h^2 + f^2) for G; :data:`~svdconvert.calibration.grams.ROWS` rows
 of a layer's input in float64; what the block's forward and backward passes hold for B T tokens; for the Fisher vector
@@ -28,11 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdconvert.calibration.experts import ExpertCollector
 from svdconvert.calibration.grams import GramSum
 from svdconvert.errors import InputError
 from svdconvert.families.row import Section
 from svdconvert.machine.processes import Group
 from svdconvert.methods.statistics import STATISTICS, ModuleStatistics, Needs
+from svdconvert.models.routing import Routing
 
 
 class Collector:
@@ -45,6 +49,7 @@ class Collector:
         needs: Needs,
         device: torch.device | None = None,
         group: Group | None = None,
+        routing: Routing | None = None,
     ) -> None:
         """Prepare.
 
@@ -54,10 +59,16 @@ class Collector:
             needs: what to collect; gradients need a backward pass for every forward one.
             device: where the block is.
             group: processes that collect from other sequences.
+            routing: of the block, watching; None if it has no experts.
         """
         self._block, self._modules, self._needs = block, modules, needs
         self._group = group or Group()
         self._device = device or torch.device("cpu")
+        self.experts: ExpertCollector | None = None
+        if routing is not None:
+            paths = {name: path for name, (path, _) in modules.items() if routing.expert(path) is not None}
+            if paths:
+                self.experts = ExpertCollector(block, paths, needs, self._device, self._group, routing)
         self._leaders: dict[str, str] = {}
         self._input_grams: dict[str, GramSum] = {}
         self._output_grams: dict[str, GramSum] = {}
@@ -72,7 +83,9 @@ class Collector:
     def __enter__(self) -> Collector:
         """Set the hooks."""
         for name, (path, section) in self._modules.items():
-            self._handles.append(self._block.get_submodule(path).register_forward_hook(self._hook(name, section)))
+            of_expert = self.experts is not None and self.experts.has(name)
+            hook = self.experts.hook(name) if self.experts is not None and of_expert else self._hook(name, section)
+            self._handles.append(self._block.get_submodule(path).register_forward_hook(hook))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -91,6 +104,8 @@ class Collector:
         self._tokens += int(mask.sum())
         self._samples += mask.shape[0]
         self._seen = {}
+        if self.experts is not None:
+            self.experts.begin(self._mask)
 
     def result(self) -> dict[str, ModuleStatistics]:
         """The statistics of all batches of all processes; ends the collection.
@@ -104,12 +119,13 @@ class Collector:
         # In the order in which the block calls its layers, which is the same in every process.
         grams = {name: gram.mean(tokens, group) for name, gram in self._input_grams.items()}
         absolutes = {name: group.add(total.cpu()) / tokens for name, total in self._abs.items()}
-        found = {}
-        for name in self._modules:
+        of_experts = {} if self.experts is None else self.experts.result(tokens, samples)
+
+        def of_all_tokens(name: str) -> ModuleStatistics:
             leader = self._leaders[name]
             output = self._output_grams.pop(name, None)
             fisher = self._fisher.get(name)
-            found[name] = ModuleStatistics(
+            return ModuleStatistics(
                 input_gram=grams.get(leader),
                 output_gram=None if output is None else output.mean(tokens, group),
                 input_abs=absolutes.get(leader),
@@ -117,6 +133,10 @@ class Collector:
                 tokens=tokens,
                 samples=samples,
             )
+
+        found = {}
+        for name in self._modules:
+            found[name] = of_experts.pop(name) if name in of_experts else of_all_tokens(name)
             for kind, tensor in statistic_tensors(found[name]).items():
                 if not bool(torch.isfinite(tensor).all()):
                     raise InputError(

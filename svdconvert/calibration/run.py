@@ -323,7 +323,10 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     @contextmanager
     def _collecting(self, block: nn.Module, index: int, collect: bool) -> Iterator[Collector]:
         places = {name: self._blocks.place(suffix(name)) for name in self._modules.get(index, [])} if collect else {}
-        with Collector(block, places, self._needs, self._blocks.device, self._group) as collector:
+        with (
+            self._blocks.routing(block) as routing,
+            Collector(block, places, self._needs, self._blocks.device, self._group, routing) as collector,
+        ):
             yield collector
 
     def _check(self, tensor: Tensor, what: str, batch: slice, kind: str = "activations") -> None:

@@ -10,7 +10,7 @@ from svdconvert.families.fused import split_layers
 from svdconvert.families.table import Architecture
 from svdconvert.jobs.record import REPORT
 from svdconvert.methods.table import METHODS, calibrated, rough_guess
-from svdconvert.names import suffix
+from svdconvert.names import kind, suffix
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.target_kinds import widths_in_words
 from svdconvert.solvers.table import SOLVERS
@@ -235,15 +235,15 @@ def _losses(matrices: Mapping[str, Mapping[str, Any]], guess: str) -> list[str]:
     columns = [column for column in _LOSSES if all(column[0] in report for report in matrices.values())]
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for module, report in matrices.items():
-        by_kind.setdefault(suffix(module), []).append(report)
+        by_kind.setdefault(kind(module), []).append(report)
     lines = ["| lost, lowest / median / highest | " + " | ".join(heading for _, heading, _, _ in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
-    for kind, same in by_kind.items():
+    for name, same in by_kind.items():
         cells = []
         for field, _, form, _ in columns:
             values = [float(report[field]) for report in same]
             cells.append(" / ".join(format(value, form) for value in (min(values), median(values), max(values))))
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     legend = [f"{text}, {guess}" if field == "predicted_loss" else text for field, _, _, text in columns]
     return [*lines, "", "; ".join(legend) + "."]
 

@@ -8,7 +8,7 @@ from statistics import median
 from svdconvert.commands.card import front_matter, usage
 from svdconvert.families.table import Architecture
 from svdconvert.healing.outcome import Healed
-from svdconvert.names import suffix
+from svdconvert.names import kind
 from svdconvert.nats import perplexity
 from svdconvert.storage.source import Source
 
@@ -84,13 +84,13 @@ def _errors(healed: Healed) -> list[str]:
     """How far the products are from the dense matrices now, which training lets grow."""
     kinds: dict[str, list[float]] = {}
     for module, report in healed.matrices.items():
-        kinds.setdefault(suffix(module), []).append(report.relative_error)
+        kinds.setdefault(kind(module), []).append(report.relative_error)
     if not kinds:
         return []
-    cells = ((kind, (min(errors), median(errors), max(errors))) for kind, errors in kinds.items())
+    cells = ((name, (min(errors), median(errors), max(errors))) for name, errors in kinds.items())
     return [
         "| ‖W - BA‖ / ‖W‖, lowest / median / highest | |",
         "|---|---|",
-        *(f"| {kind} | {' / '.join(f'{one:.4f}' for one in three)} |" for kind, three in cells),
+        *(f"| {name} | {' / '.join(f'{one:.4f}' for one in three)} |" for name, three in cells),
         "",
     ]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import DEFAULT_LAYOUT
-from svdconvert.names import suffix
+from svdconvert.names import kind
 from svdconvert.words import percent
 
 Array = NDArray[np.float64]
@@ -44,7 +44,7 @@ class MatrixSpectrum:
     @property
     def kind(self) -> str:
         """The module's name within its block."""
-        return suffix(self.module)
+        return kind(self.module)
 
     @cached_property
     def energy(self) -> Array:

@@ -21,10 +21,12 @@ class Captured:
     Attributes:
         input: of the layer, [tokens, in].
         outputs: path of a layer -> what it gives, [tokens, out].
+        tokens: of an expert's layer, which tokens of the batch these are, ascending; None where all are.
     """
 
     input: Tensor = field(default_factory=lambda: torch.empty(0))
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
 
 
 class _Reached(Exception):
@@ -56,29 +58,56 @@ def capture(
     def keep(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         section = blocks.place(name)[1]
         part = output if section is None else section.of(output, output.dim() - 1)
+        tokens = routing.tokens(name)
+        if tokens is not None:
+            rows, captured.tokens = stream.counted(tokens, batch)
+            captured.outputs[name], captured.input = part[rows].double(), args[0][rows].double()
+            raise _Reached
         captured.outputs[name] = stream.tokens(part, batch).double()
         if name == path:
             captured.input = stream.tokens(args[0], batch).double()
             raise _Reached
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), blocks.routing(block) as routing:
         for name in (*others, path):
             _hook(hooks, block, blocks.place(name)[0], partial(keep, name))
         try:
             stream.run(block, index, batch)
         except _Reached:
             return captured
-    raise AssertionError(f"the block does not call {path}")
+        if routing.expert(path) is None:
+            raise AssertionError(f"the block does not call {path}")
+    return nothing(blocks, block, path)
+
+
+def nothing(blocks: ModelBlocks, block: nn.Module, path: str) -> Captured:
+    """What an expert's layer leaves that no token is sent to."""
+    rows, columns = blocks.matrix(block, path).shape
+    empty = torch.empty(0, rows + columns, dtype=torch.float64, device=blocks.device)
+    outputs = {path: empty[:, :rows]}
+    return Captured(empty[:, rows:], outputs, torch.empty(0, dtype=torch.int64, device=blocks.device))
+
+
+def in_both(one: Captured, other: Captured, path: str) -> tuple[Tensor, Tensor]:
+    """Outputs of a layer in the first pass and its inputs in the second, of the tokens that it got in both."""
+    outputs, inputs = one.outputs[path], other.input
+    if one.tokens is None or other.tokens is None:
+        return outputs, inputs
+    here, there = torch.isin(one.tokens, other.tokens), torch.isin(other.tokens, one.tokens)
+    return outputs[here], inputs[there]
 
 
 def call_order(blocks: ModelBlocks, block: nn.Module, index: int, stream: Stream, paths: Sequence[str]) -> list[str]:
-    """Paths of linear layers in the order in which a block calls them; arguments as of :func:`capture`."""
+    """Paths of linear layers in the order in which a block calls them; arguments as of :func:`capture`.
+
+    Experts that the first batch has no token for come last.
+    """
     called: list[str] = []
     with ExitStack() as hooks, torch.no_grad():
         for path in paths:
             _hook(hooks, block, blocks.place(path)[0], lambda layer, args, output, path=path: called.append(path))
         stream.run(block, index, stream.batches[0])
-    return list(dict.fromkeys(called))
+    return list(dict.fromkeys([*called, *paths]))
 
 
 def _hook(hooks: ExitStack, block: nn.Module, path: str, function: Callable[..., None]) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
-from svdconvert.factoring.capture import Captured, call_order, capture
+from svdconvert.factoring.capture import Captured, call_order, capture, in_both
 from svdconvert.factoring.operations import OPERATIONS
 from svdconvert.factoring.refit_files import Refit, RefitFolder
 from svdconvert.factoring.refit_streams import RefitStreams
@@ -244,12 +244,14 @@ class _Attempt:
             wanted = capture(self._blocks, block, index, dense, batch, layer.path, earlier)
             with self._blocks.replaced(block, done):
                 given = capture(self._blocks, block, index, refitted, batch, layer.path, earlier)
-            target = wanted.outputs[layer.path] if bias is None else wanted.outputs[layer.path] - bias
+            target, inputs = in_both(wanted, given, layer.path)
+            if bias is not None:
+                target = target - bias
             if is_writer:
                 lacking = dense.tokens(dense.read(index, batch), batch).double()
                 lacking -= dense.tokens(refitted.read(index, batch), batch).double()
                 target = target + _with_earlier(lacking, wanted, given, earlier)
-            sums.add(given.input @ layer.down.T, target)
+            sums.add(inputs @ layer.down.T, target)
         return sums
 
     def _bias(self, block: nn.Module, path: str) -> Tensor | None:

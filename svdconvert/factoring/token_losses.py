@@ -102,12 +102,13 @@ class TokenLosses:
         blocks, store = self._bench.blocks, stream.store
         sums = dict.fromkeys(modules, 0.0)
         given = errors(index)
+        errors_here = {module: given[suffix(module)] for module in modules}
         with blocks.block(index) as block, store.writing(f"gradient-{index}") as write:
             for batch in stream.batches:
                 above = store.read(f"gradient-{index + 1}", batch).to(blocks.device)
-                with _watched(blocks, block, {module: given[suffix(module)] for module in modules}) as effects:
-                    write(stream.differentiate(block, index, batch, above))
                 counted = self._mask[batch].to(blocks.device)
+                with _watched(blocks, block, errors_here, counted.numel()) as effects:
+                    write(stream.differentiate(block, index, batch, above))
                 for module, effect in effects.items():
                     sums[module] += float(effect.view(counted.shape)[counted].square().sum())
         stream.forget(index + 1)
@@ -116,19 +117,23 @@ class TokenLosses:
 
 
 @contextmanager
-def _watched(blocks: ModelBlocks, block: nn.Module, errors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Context in which a backward pass leaves g^T E x of every token, [tokens] float64, by module."""
+def _watched(
+    blocks: ModelBlocks, block: nn.Module, errors: Mapping[str, Tensor], count: int
+) -> Iterator[dict[str, Tensor]]:
+    """Context in which a backward pass leaves g^T E x of every token, [count] float64, by module."""
     effects: dict[str, Tensor] = {}
 
     def hook(module: str, section: Section | None) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def forward(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             x, error = args[0].detach(), errors[module]
             change = x.reshape(-1, x.shape[-1]) @ error.to(x).T
+            tokens = routing.tokens(suffix(module))
 
             def backward(gradient: Tensor) -> None:
                 own = gradient.detach().reshape(-1, gradient.shape[-1])
                 own = own if section is None else section.of(own, 1)
-                effects[module] = (own * change).sum(dim=1, dtype=torch.float64)
+                effect = (own * change).sum(dim=1, dtype=torch.float64)
+                effects[module] = effect if tokens is None else effect.new_zeros(count).index_copy(0, tokens, effect)
 
             output.register_hook(backward)
 
@@ -136,10 +141,11 @@ def _watched(blocks: ModelBlocks, block: nn.Module, errors: Mapping[str, Tensor]
 
     handles = []
     try:
-        for module in errors:
-            path, section = blocks.place(suffix(module))
-            handles.append(block.get_submodule(path).register_forward_hook(hook(module, section)))
-        yield effects
+        with blocks.routing(block) as routing:
+            for module in errors:
+                path, section = blocks.place(suffix(module))
+                handles.append(block.get_submodule(path).register_forward_hook(hook(module, section)))
+            yield effects
     finally:
         for handle in handles:
             handle.remove()

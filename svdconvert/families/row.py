@@ -12,6 +12,8 @@ from svdconvert.fields import Kind
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from svdconvert.families.experts import Experts
+
 Config = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -121,6 +123,7 @@ class Architecture:
         causal: ending of the stock causal class's name.
         fused: suffixes of the targets that may be split before they are factored, and their parts.
         copies_keys: config -> whether its cache has keys and values for every head, where several heads share them.
+        experts: of mixtures; None where every block has one MLP.
         fields: what the fields of its config.json may hold; ``claims.py`` has those that families have in common.
         since: the first supported version of transformers that has the family.
         template: of its modeling file, in ``modeling/templates/``.
@@ -157,6 +160,7 @@ class Architecture:
     causal: str = "ForCausalLM"
     fused: Mapping[str, Fused] = field(default_factory=dict)
     copies_keys: Callable[[Config], bool] = lambda config: False
+    experts: Experts | None = None
     fields: Mapping[str, Kind] = field(default_factory=dict)
     since: tuple[int, int] = (4, 46)
     template: str = "decoder"

@@ -33,6 +33,7 @@ from svdconvert.models.calls import BlockCalls, Call
 from svdconvert.models.head import LOGITS, Logits
 from svdconvert.models.matrices import differentiable, is_linear, matrix, replaced
 from svdconvert.models.piece_weights import Part, PieceWeights
+from svdconvert.models.routing import Routing
 from svdconvert.models.skeleton import is_factored, move_buffers, skeleton
 from svdconvert.names import layer_number, suffix
 from svdconvert.storage.source import Source
@@ -244,6 +245,10 @@ class ModelBlocks:
         """
         layer = fused_layer(self._row, path)
         return (path, None) if layer is None else (layer, section_of(self._row, self._source.config, path))
+
+    def routing(self, block: nn.Module) -> Routing:
+        """Which tokens each expert of a block gets, while the block is run."""
+        return Routing(block, self._row.experts, int(getattr(self._model.config, "num_experts_per_tok", None) or 1))
 
     def matrix(self, block: nn.Module, path: str) -> Tensor:
         """Weight [out, in] of a linear layer in a block, or of a part of one."""

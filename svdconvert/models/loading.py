@@ -72,6 +72,9 @@ def load_model(
     if is_packed(found) and "svd_ranks" in found:
         return load_packed(LocalSource(folder, config=found), device, dtype)
     options = {**dtype_option(dtype), "output_loading_info": True}
+    known = ARCHITECTURES.get(str(found.get("model_type")))
+    if known is not None and known.experts is not None:  # the experts as modules, as everywhere
+        return load_source(LocalSource(folder, config=found), device, dtype)
     row = FACTORED.get(str(found.get("model_type")))
     with foreign_code(f"{folder} cannot be loaded"), quiet_transformers(), _view(folder, found) as seen:
         if row is None:
@@ -203,7 +206,10 @@ def stock_model(row: Architecture, config: Mapping[str, Any]) -> Any:
     settings |= row.config_overrides(config)
     made = AutoConfig.for_model(config["model_type"], **settings)
     # Otherwise buffers would be computed in the config's half type.
-    return AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype_option(torch.float32))
+    model = AutoModelForCausalLM.from_config(made, trust_remote_code=False, **dtype_option(torch.float32))
+    if row.experts is not None:  # as modules, which have matrices and are called one by one
+        importlib.import_module(f"svdconvert.modeling.{row.modeling}")._separate_experts(model.base_model)
+    return model
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, zeros_like
 
 from svdconvert.families.row import Section
 
@@ -68,8 +68,10 @@ def differentiable(block: nn.Module, paths: Sequence[str], places: Places) -> It
     def take() -> dict[str, Tensor]:
         found = {}
         for path, (name, section) in layers.items():
-            gradient = weights[name].grad
-            assert isinstance(gradient, Tensor), f"no backward pass has reached {name}"
+            weight = weights[name]
+            assert isinstance(weight, Tensor)
+            # there is none for an expert that no token was sent to
+            gradient = zeros_like(weight) if weight.grad is None else weight.grad
             whole = gradient if isinstance(block.get_submodule(name), nn.Linear) else gradient.T
             found[path] = whole if section is None else section.of(whole)
         for weight in weights.values():

@@ -115,6 +115,17 @@ class Stream:
         """[batch, length, n] or [batch * length, n] -> [tokens without padding, n]."""
         return values.reshape(-1, values.shape[-1])[self._mask[batch].reshape(-1).to(values.device)]
 
+    def counted(self, tokens: Tensor, batch: slice) -> tuple[Tensor, Tensor]:
+        """Which rows of an expert's layer are no padding, ordered by token, and their tokens; both [n].
+
+        Args:
+            tokens: position in the flattened batch of each row.
+            batch: sequences.
+        """
+        order = tokens.argsort()
+        kept = self._mask[batch].reshape(-1).to(tokens.device)[tokens[order]]
+        return order[kept], tokens[order][kept]
+
     def loss(self, head: nn.Module) -> Loss:
         """Loss of the sequences, from the last block's output."""
         total, count = 0.0, 0

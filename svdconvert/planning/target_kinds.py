@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from svdconvert.names import suffix
+from svdconvert.names import kind
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
 
@@ -58,7 +58,7 @@ def kinds_of(targets: Iterable[Target]) -> list[TargetKind]:
     """Targets summed up by kind, in the order in which the kinds come."""
     kinds: dict[tuple[str, tuple[int, int]], list[Target]] = {}
     for target in targets:
-        kinds.setdefault((suffix(target.module), (target.parts[0].rows, target.shape[1])), []).append(target)
+        kinds.setdefault((kind(target.module), (target.parts[0].rows, target.shape[1])), []).append(target)
     return [_sum(name, shape, same) for (name, shape), same in kinds.items()]
 
 
@@ -75,13 +75,13 @@ def sizes_by_kind(targets: Iterable[Target], steps: Iterable[Step]) -> dict[str,
         read, written = _bytes(target, by_key)
         before = {"params": target.dense_params, "bytes": read}
         after = {"params": target.params, "bytes": written}
-        kind = kinds.setdefault(
-            suffix(target.module), {"matrices": 0, **{name: {"before": 0, "after": 0} for name in before}}
+        sizes = kinds.setdefault(
+            kind(target.module), {"matrices": 0, **{name: {"before": 0, "after": 0} for name in before}}
         )
-        kind["matrices"] += len(target.parts)
+        sizes["matrices"] += len(target.parts)
         for name in before:
-            kind[name]["before"] += before[name]
-            kind[name]["after"] += after[name]
+            sizes[name]["before"] += before[name]
+            sizes[name]["after"] += after[name]
     return kinds
 
 

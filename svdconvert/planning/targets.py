@@ -9,7 +9,7 @@ from svdconvert.errors import InputError
 from svdconvert.families.fused import fused_layer, split_tensors
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import dense_architecture
-from svdconvert.names import layer_number, suffix
+from svdconvert.names import kind, layer_number, natural, suffix
 from svdconvert.planning.ranks import Target
 from svdconvert.sentences import asked
 from svdconvert.settings.scope import patterns_of
@@ -56,11 +56,12 @@ def choose_targets(tensors: Mapping[str, TensorInfo], row: Architecture, pattern
     layers = []
     for name, info in tensors.items():
         module = row.full_name(name).removeprefix(row.prefix).removesuffix(".weight")
-        if name.endswith(".weight") and suffix(module) in row.targets:
+        if name.endswith(".weight") and kind(module) in row.targets:
             fused = fused_layer(row, module)
             shape = row.matrix_shape(info.shape)
             layers.append(Target(module, name, shape, transposed=row.transposed, fused=fused))
-    layers.sort(key=lambda target: (layer_number(target.module), row.targets.index(suffix(target.module))))
+    places = {name: place for place, name in enumerate(row.targets)}
+    layers.sort(key=lambda one: (layer_number(one.module), places[kind(one.module)], natural(one.module)))
     for pattern in patterns:
         if not any(target.parts[0].is_named(pattern) for target in layers):
             raise InputError(
@@ -83,13 +84,13 @@ def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorIn
     groups: list[list[Target]] = []
     growing: dict[tuple[str, int, str], list[Target]] = {}
     for target in targets:
-        kind = (suffix(target.module), target.shape[1], tensors[target.weight].dtype)
-        group = growing.get(kind, [])
+        alike = (suffix(target.module), target.shape[1], tensors[target.weight].dtype)
+        group = growing.get(alike, [])
         if group and len(group) < layers and layer_number(target.module) == layer_number(group[-1].module) + 1:
             group.append(target)
         else:
-            growing[kind] = [target]
-            groups.append(growing[kind])
+            growing[alike] = [target]
+            groups.append(growing[alike])
     return [
         replace(
             first,

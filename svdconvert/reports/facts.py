@@ -12,7 +12,7 @@ from svdconvert.fields import COUNT, NUMBER, OBJECT, TEXT, Kind, either, few, ma
 from svdconvert.jobs.record import ANEW, Record
 from svdconvert.layouts.table import DEFAULT_LAYOUT, LAYOUTS
 from svdconvert.methods.table import METHODS, Method
-from svdconvert.names import layer_number, suffix
+from svdconvert.names import kind, layer_number, suffix
 
 # Names of more than this many characters are nobody's layers.
 LONGEST_NAME = 300
@@ -225,6 +225,11 @@ def in_bits(bits: Sequence[int]) -> str:
 
 def kind_of(module: str) -> str:
     """The kind of a matrix: what its module path ends in."""
+    return kind(module) if len(module) <= LONGEST_NAME else module
+
+
+def path_of(module: str) -> str:
+    """The path of a matrix in its layer, which of experts has the number of the expert."""
     return suffix(module) if len(module) <= LONGEST_NAME else module
 
 

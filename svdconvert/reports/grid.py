@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from svdconvert.reports.facts import Facts, kind_of, layer_of
+from svdconvert.reports.facts import Facts, layer_of, path_of
 
 # A larger model has a table of its matrices, but no map.
 MOST_LAYERS, MOST_KINDS = 400, 64
@@ -31,7 +31,7 @@ class Grid:
         modules: dict[tuple[str, int], str] = {}
         for module in (*facts.matrices, *facts.dense):
             if (layer := layer_of(module)) is not None:
-                modules.setdefault((kind_of(module), layer), module)
+                modules.setdefault((path_of(module), layer), module)
         kinds = dict.fromkeys(kind for kind, _ in modules)
         known = [kind for kind in facts.kinds if kind in kinds]
         return cls(sorted({layer for _, layer in modules}), list(dict.fromkeys([*known, *kinds])), modules)

@@ -38,6 +38,7 @@ from svdconvert.storage.source import (
     Source,
     check_type,
     merge_headers,
+    one_by_one,
     parse_index,
     read_names,
     stock_weights,
@@ -243,7 +244,7 @@ class HubSource(Source):
         self.side_files = list(side.taken)
         self.download_bytes = {file: self._sizes[file] for file in self.files if not self._checkout.cached(file)}
         self._headers = self._pickled_headers() if self.pickled else self._safe_headers()
-        self.tensors, self.stored, note = unwrap(merge_headers(self._headers), self.config)
+        self.tensors, self.stored, note = unwrap(one_by_one(merge_headers(self._headers), self.config), self.config)
         self.notes = (*filter(None, [note]), *side_notes(side, listing))
 
     def path(self, file: str) -> Path:

@@ -82,7 +82,8 @@ class WeightReader:
             self._data = self._source.data(info.file)
             self._file = info.file
         # The positions in a Hub file are certain only once it is here.
-        stored = self._source.tensors.get(info.cut.tensor if info.cut else info.name, info)
+        known = self._source.tensors
+        stored = known.get(info.cut.tensor if info.cut else info.name) or known.get(info.name, info)
         done = 0
         for place, length in info.cut.runs(offset, len(view)) if info.cut else [(offset, len(view))]:
             self._data.fill(stored, view[done : done + length], place)

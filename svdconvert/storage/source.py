@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from svdconvert.errors import InputError
+from svdconvert.families.mixture import unstacked
 from svdconvert.families.table import ARCHITECTURES, FACTORED, dense_architecture, dense_shapes
 from svdconvert.storage.documents import fill, open_regular, read_bytes, read_json, reading
 from svdconvert.storage.folders import ModelFolder, cached_repo
@@ -227,7 +228,7 @@ class LocalSource(FileSource):
             tensors, packed = unpacked(tensors, self.config, self.where, self._pair)
         if packed and self.pickled:
             raise InputError(f"{folder} holds packed weights in pickles; save the model with save_pretrained")
-        self.tensors, self.stored, note = unwrap(tensors, self.config)
+        self.tensors, self.stored, note = unwrap(one_by_one(tensors, self.config), self.config)
         self.packed = {own: packed[name] for own in self.tensors if (name := self.stored.get(own, own)) in packed}
         self.notes = (*filter(None, [note]), *self.notes)
 
@@ -378,6 +379,12 @@ def merge_headers(headers: Mapping[str, list[TensorInfo]]) -> dict[str, TensorIn
                 )
             tensors[info.name] = info
     return tensors
+
+
+def one_by_one(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Mapping[str, TensorInfo]:
+    """The tensors of a checkpoint with the experts of a dense model by themselves, where files have them stacked."""
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    return tensors if row is None else unstacked(tensors, row)
 
 
 def tensors_from_config(config: Mapping[str, Any], where: str) -> dict[str, TensorInfo]:

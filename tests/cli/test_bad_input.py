@@ -126,8 +126,8 @@ SINGLE_FILE_FAULTS = {
         "types arcee, cohere, cohere2, ",
     ),
     "experts": (
-        edit_config(model_type="mixtral", num_local_experts=8),
-        "'mixtral', a mixture of experts, which is not",
+        edit_config(model_type="dbrx", ffn_config={"moe_num_experts": 16}),
+        "'dbrx', a mixture of experts, which is not",
     ),
     "hidden experts": (
         edit_config(model_type="some_vl_moe", text_config={"num_experts": 60}),

@@ -220,10 +220,11 @@ def test_fields_of_one_family(row: Architecture) -> None:
     config = {"model_type": row.model_type, "vocab_size": 160}
     assert dense_architecture(config, "it") is row
     for field, kind in row.fields.items():
-        assert not kind.fits([])
-        assert dense_architecture({**config, "model_type": "mistral", field: []}, "it") is not row
+        wrong: list[Any] = [{}]
+        assert not kind.fits(wrong)
+        assert dense_architecture({**config, "model_type": "mistral", field: wrong}, "it") is not row
         with pytest.raises(InputError, match=f"config.json of it cannot be used: its '{field}' is"):
-            dense_architecture({**config, field: []}, "it")
+            dense_architecture({**config, field: wrong}, "it")
 
 
 @pytest.mark.parametrize("value", ["flash_attention_2", "flex_attention", "kernels-community/flash-attn", "paged|sdpa"])

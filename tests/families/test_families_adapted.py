@@ -34,7 +34,7 @@ def test_lora_runs_beside_the_product_and_folds(row: Architecture, pair: SimpleN
     wrapped = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
     prefix = f"base_model.model.{row.prefix}"
     assert {name.removeprefix(prefix) for name in wrapped} >= set(read_config(pair.factored)["svd_ranks"])
-    assert len(wrapped) == 3 * len(row.targets)
+    assert len(wrapped) == len(full_ranks(row, pair.densified))
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name)

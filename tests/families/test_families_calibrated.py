@@ -13,6 +13,7 @@ from support.checkpoints import read_config, read_weights
 from support.families import (
     full_ranks,
 )
+from support.naive_experts import chosen_tokens, with_naive_experts
 from support.running import IDS, MASK, TOKENS, distance, load, logits
 from torch import Tensor, nn
 from transformers import (
@@ -20,11 +21,13 @@ from transformers import (
 )
 
 from svdconvert import Calibration, calibrate, convert, plan
+from svdconvert.calibration.experts import PRIOR
 from svdconvert.calibration.run import StatisticsRun
 from svdconvert.factoring.measured import measure_losses
 from svdconvert.families.row import Architecture
 from svdconvert.methods.statistics import STATISTICS, Needs
 from svdconvert.methods.table import METHODS
+from svdconvert.names import kind as kind_of
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events
 from svdconvert.storage.source import LocalSource
@@ -38,6 +41,7 @@ def keep(seen: dict[str, tuple[Tensor, Tensor]], name: str, module: Any, args: t
 def in_memory(row: Architecture, model: Any, paths: list[str]) -> tuple[dict[str, dict[str, Tensor]], float]:
     """All statistics by autograd through the whole model, one unpadded sequence at a time; and the loss."""
     sums: dict[str, dict[str, Tensor]] = {}
+    seen_by: dict[str, int] = {}
     nll = 0.0
     for ids, counted in zip(IDS, MASK.sum(dim=1).tolist(), strict=True):
         seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -54,7 +58,10 @@ def in_memory(row: Architecture, model: Any, paths: list[str]) -> tuple[dict[str
         for path, (x, y) in seen.items():
             weight = model.base_model.get_submodule(path).weight
             assert y.grad is not None
-            x, g = x.detach().reshape(counted, -1), y.grad.reshape(counted, -1)
+            x, g = x.detach().flatten(0, -2), y.grad.flatten(0, -2)
+            if (chosen := chosen_tokens(model, path)) is not None:
+                x = x[chosen]
+            seen_by[path] = seen_by.get(path, 0) + len(x)
             here = {
                 "input_gram": x.T @ x,
                 "output_gram": g.T @ g,
@@ -66,12 +73,35 @@ def in_memory(row: Architecture, model: Any, paths: list[str]) -> tuple[dict[str
                 into[kind] = into.get(kind, 0) + value
         model.zero_grad()
     counts = dict.fromkeys(STATISTICS, TOKENS.tokens) | {"fisher": 3}
-    return {path: {kind: value / counts[kind] for kind, value in into.items()} for path, into in sums.items()}, nll
+    means = {path: {kind: value / counts[kind] for kind, value in into.items()} for path, into in sums.items()}
+    for path in sums:
+        if ".experts." in path:
+            alike = [
+                other for other in sums if kind_of(other) == kind_of(path) and layer_number(other) == layer_number(path)
+            ]
+            means[path] |= pulled(path, sums, seen_by, alike, inner=path.endswith(row.experts.names[2]))
+    return means, nll
+
+
+def pulled(
+    path: str, sums: dict[str, dict[str, Tensor]], seen_by: dict[str, int], alike: list[str], *, inner: bool
+) -> dict[str, Tensor]:
+    """Moments of an expert's layer, pulled towards those of all experts, or towards their energy in inner channels."""
+    found, tokens = {}, seen_by[path]
+    for kind, side_is_inner in (("input_gram", inner), ("input_abs", inner), ("output_gram", not inner)):
+        common = sum(sums[other][kind] for other in alike) / sum(seen_by[other] for other in alike)
+        if side_is_inner:
+            energy = common.trace() / len(common) if common.dim() == 2 else common.mean()
+            common = energy * (torch.eye(len(common)) if common.dim() == 2 else torch.ones(len(common)))
+        prior = PRIOR * len(common)
+        mean = (sums[path][kind] + prior * common) / (tokens + prior)
+        found[kind] = mean if kind == "output_gram" else mean * max(tokens, 1) / TOKENS.tokens
+    return found
 
 
 def test_streamed_statistics_equal_those_in_memory(row: Architecture, dense: Path, tmp_path: Path) -> None:
     """Masks, positions, windows, soft caps, scaled embeddings: all that a block is called with must be right."""
-    model = AutoModelForCausalLM.from_pretrained(dense).eval()
+    model = with_naive_experts(AutoModelForCausalLM.from_pretrained(dense).eval(), row)
     paths = list(full_ranks(row, dense))
     expected, nll = in_memory(row, model, paths)
     for batch_size in (1, 3):

@@ -76,6 +76,26 @@ PUBLISHED = {
     "mistral-7b": ("mistral", decoder(4096, 14336, 32, 32, 32000, num_key_value_heads=8), 7_241_732_096),
     "qwen2.5-7b": ("qwen2", decoder(3584, 18944, 28, 28, 152064, num_key_value_heads=4), 7_615_616_512),
     "qwen3-8b": ("qwen3", decoder(4096, 12288, 36, 32, 151936, num_key_value_heads=8, head_dim=128), 8_190_735_360),
+    "qwen3-30b-a3b": (
+        "qwen3_moe",
+        decoder(
+            2048,
+            6144,
+            48,
+            32,
+            151936,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_experts=128,
+            moe_intermediate_size=768,
+        ),
+        30_532_122_624,
+    ),
+    "mixtral-8x7b": (
+        "mixtral",
+        decoder(4096, 14336, 32, 32, 32000, num_key_value_heads=8, num_local_experts=8),
+        46_702_792_704,
+    ),
     "gemma-2-9b": ("gemma2", decoder(3584, 14336, 42, 16, 256000, num_key_value_heads=8, head_dim=256), 9_241_705_984),
     "gemma-3-270m": (
         "gemma3_text",

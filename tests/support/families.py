@@ -72,10 +72,10 @@ def stock_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
             elif name.startswith(embeddings):
                 parameter.copy_(noise)
             else:
-                fan_in = parameter.shape[0 if row.transposed and "lm_head" not in name else 1]
+                fan_in = parameter.shape[0 if row.transposed and "lm_head" not in name else -1]
                 u, _, v = torch.linalg.svd(noise, full_matrices=False)
-                spectrum = torch.arange(1, u.shape[1] + 1).pow(-0.5)
-                parameter.copy_((u * spectrum) @ v * 4 * math.sqrt(max(parameter.shape) / fan_in))
+                spectrum = torch.arange(1, u.shape[-1] + 1).pow(-0.5)
+                parameter.copy_((u * spectrum) @ v * 4 * math.sqrt(max(parameter.shape[-2:]) / fan_in))
         # of size 1 as the first block gets them, whatever the family multiplies them by
         first = model(input_ids=torch.arange(VOCAB)[None, :32], output_hidden_states=True).hidden_states[0]
         model.get_input_embeddings().weight.div_(first.std())
