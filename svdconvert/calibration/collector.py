@@ -13,12 +13,12 @@ Experts of a mixture, which see some of the tokens, have sums of their own (``ex
 
 Memory, with B sequences of T tokens in a batch: the Grams of the block in float64, of hidden size h and inner size f in
 a GPT-NeoX block 8 (3 h^2 + f^2) bytes for C and 8 (11 h^2 + f^2) for G; :data:`~svdconvert.calibration.grams.ROWS` rows
-of a layer's input in float64; what the block's forward and backward passes hold for B T tokens; for the Fisher vector
-one matrix and its square.
+of a layer's input a few times over; what the block's forward and backward passes hold for B T tokens; for the Fisher
+vector one matrix and its square.
 
 Several processes (``machine/processes.py``) take a part of the sequences each, and a block's sums are added up over
-them, in float64 and with the same bits for all. They differ from a single process's by the order of the additions
-alone, a few units of 1e-16 of the largest entries.
+them, in float64 and with the same bits for all. They differ from a single process's by rounding alone
+(``grams.py``).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from svdconvert.calibration.self_text import SelfText
     from svdconvert.calibration.text import CalibrationTokens
     from svdconvert.methods.statistics import ModuleStatistics, Needs
+    from svdconvert.models.activations import Loss
 
 
 class StatisticsProvider(Protocol):
@@ -138,6 +139,7 @@ class Knowledge:
         batch_size: sequences at a time.
         repeatable: the request for the same, with actual numbers and stand-ins for file names.
         collect: (method, modules, device, work folder, events) -> their provider.
+        dense_loss: the model's loss on the text as far as it is known by now, which collecting tells; None if not.
     """
 
     name: str
@@ -146,6 +148,7 @@ class Knowledge:
     batch_size: int
     repeatable: Text | Stats
     collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
+    dense_loss: Callable[[], Loss | None]
 
     @cached_property
     def text(self) -> CalibrationTokens:
@@ -230,12 +233,15 @@ def _from_tokens(
 ) -> Knowledge:
     """Statistics to be computed from sequences of a shape, [samples, length]."""
     samples, length = shape
+    runs: list[StatisticsRun] = []
 
     def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
         def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
-            return run_statistics(
+            run = run_statistics(
                 source, found.text, calibration, method.statistics, modules, device, work, events, skip_blocks
             )
+            runs[:] = [run]
+            return run
 
         return provide
 
@@ -248,7 +254,15 @@ def _from_tokens(
         "seed": calibration.seed,
     }
     repeatable = replace(calibration, samples=samples, length=length)
-    found = Knowledge(name, key, read, calibration.batch_size, repeatable, collect)
+    found = Knowledge(
+        name,
+        key,
+        read,
+        calibration.batch_size,
+        repeatable,
+        collect,
+        dense_loss=lambda: runs[0].loss if runs else None,
+    )
     return found
 
 
@@ -292,7 +306,15 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
 
     settings = {name: key[name] for name in ("samples", "length", "labels", "seed")}
     settings = {"calibration": text.digest, "tokens": text.tokens, **settings}
-    return Knowledge(str(folder), settings, lambda: text, BATCH_SIZE, Stats(Path("STATS")), collect)
+    return Knowledge(
+        str(folder),
+        settings,
+        lambda: text,
+        BATCH_SIZE,
+        Stats(Path("STATS")),
+        collect,
+        dense_loss=lambda: found.loss,
+    )
 
 
 def tokenizer_folder(source: Source) -> Path | None:

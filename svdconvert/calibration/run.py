@@ -29,6 +29,7 @@ from svdconvert.calibration.collector import Collector
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.machine.processes import current
+from svdconvert.machine.products import multiplied_by
 from svdconvert.methods.statistics import ModuleStatistics, Needs
 from svdconvert.models.activations import Loss
 from svdconvert.models.blocks import ModelBlocks
@@ -152,7 +153,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             "device": self._blocks.device.type,
             "labels": self._labels,
             "seed": self._seed,
-            "code": [__version__, torch.__version__],
+            "code": [__version__, torch.__version__, multiplied_by(self._blocks.device.type)],
         }
 
     def _check_tokens(self) -> None:

@@ -119,6 +119,7 @@ class _Results:
             **self.predicted(reports),
             **self.losses,
             **self.written_text,
+            **self.arithmetic,
             **({} if refit is None else {"refit": asdict(refit)}),
             **({} if budget is None else {"budget": budget.to_json()}),
             "repeat": self.command,
@@ -131,6 +132,16 @@ class _Results:
         if knowledge is None or not isinstance(calibration, Text) or not calibration.by_model:
             return {}
         return {"self_text": knowledge.text.digest}
+
+    @property
+    def arithmetic(self) -> dict[str, str]:
+        """How the statistics of a text were computed, in one line; empty without statistics of one."""
+        if not self.work.request.method.statistics or not isinstance(self.work.request.calibration, Text):
+            return {}
+        from svdconvert.machine.products import multiplied_by
+
+        library = multiplied_by(self.work.device.split(":")[0])
+        return {"arithmetic": f"statistics from float32 products by {library}, of massive tokens from float64 ones"}
 
     @property
     def command(self) -> str:

@@ -175,5 +175,6 @@ def measure(work: Work, plan: Plan) -> Mapping[str, float]:
         device=work.device,
         batch_size=work.knowledge.batch_size,
         events=work.events,
+        known=work.knowledge.dense_loss(),
     )
     return {"dense_loss": dense.mean, "measured_loss": compressed.mean - dense.mean}

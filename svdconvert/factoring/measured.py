@@ -87,6 +87,7 @@ def measure_losses(
     device: str,
     batch_size: int,
     events: Events,
+    known: Loss | None = None,
 ) -> tuple[Loss, Loss]:
     """Loss of a model as it is, and with some of its matrices replaced; one block is in memory at a time.
 
@@ -94,10 +95,11 @@ def measure_losses(
         source: the dense model.
         tokens: the text.
         matrices: block -> its other matrices.
-        work: folder for hidden states, four blocks' worth; it is removed.
+        work: folder for hidden states, up to four blocks' worth; it is removed.
         device: where blocks are run.
         batch_size: sequences at a time.
         events: told the progress.
+        known: the loss as it is, where it was measured before.
 
     Raises:
         InputError: something is NaN or infinite, or the disk is too small.
@@ -109,21 +111,22 @@ def measure_losses(
     def stream(name: str, folder: str) -> Stream:
         return Stream(blocks, tokens.ids, tokens.mask, work / folder, key, name=name, batch_size=batch_size)
 
-    dense, other = stream("the model", "dense"), stream("the compressed model", "compressed")
-    check_room([dense.store, other.store], 2)
+    other = stream("the compressed model", "compressed")
+    # Two sets of hidden states at a time, of each.
+    streams = [other] if known else [stream("the model", "dense"), other]
+    check_room([each.store for each in streams], 2)
     with blocks.embeddings():
-        dense.embed()
-        other.embed()
+        for each in streams:
+            each.embed()
     for index in range(blocks.count):
         events.progress("measuring", index, blocks.count)
         with blocks.block(index) as block:
-            dense.step(block, index)
-            with blocks.replaced(block, matrices(index)):
-                other.step(block, index)
-        dense.forget(index)
-        other.forget(index)
+            for each in streams:
+                with blocks.replaced(block, matrices(index) if each is other else {}):
+                    each.step(block, index)
+                each.forget(index)
     events.progress("measuring", blocks.count, blocks.count)
     with blocks.head() as head:
-        losses = dense.loss(head), other.loss(head)
+        *dense, compressed = (each.loss(head) for each in streams)
     shutil.rmtree(work, ignore_errors=True)
-    return losses
+    return known or dense[0], compressed

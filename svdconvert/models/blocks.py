@@ -29,6 +29,7 @@ from svdconvert.families.row import Section
 from svdconvert.families.table import dense_architecture, factored_architecture
 from svdconvert.foreign import foreign_code
 from svdconvert.layouts.table import shared_layers
+from svdconvert.machine.products import fast_products
 from svdconvert.models.calls import BlockCalls, Call
 from svdconvert.models.head import LOGITS, Logits
 from svdconvert.models.matrices import differentiable, is_linear, matrix, replaced
@@ -138,12 +139,15 @@ class ModelBlocks:
     def block(self, index: int) -> Iterator[nn.Module]:
         """Have one block's weights on the device.
 
+        Inside, this thread's float32 products are computed as :mod:`svdconvert.machine.products` says.
+
         Raises:
             InputError: a weight has NaN or infinite entries; it is named.
         """
         module = self._layers[index]
         move_buffers(module, self.device)
-        with self._weights.given([self._part(f"{self._pieces.blocks}.{index}", module), *self._lent(index)]):
+        parts = [self._part(f"{self._pieces.blocks}.{index}", module), *self._lent(index)]
+        with self._weights.given(parts), fast_products(self.device):
             yield module
 
     def run(self, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ class ModelBlocks:
             [..., width] -> logits [..., vocabulary], each position by itself.
         """
         head = self._head()
-        with self._weights.given([head]):
+        with self._weights.given([head]), fast_products(self.device):
             yield nn.Sequential(head[0], Logits(self._pieces.logits, self._model.config))
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:

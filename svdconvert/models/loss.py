@@ -51,14 +51,17 @@ def next_token_loss(
         with torch.set_grad_enabled(gradient):
             logits = wide(head(inputs))
         check(logits)
+        scores, right = logits.detach(), targets[part, None]
         with torch.no_grad():
-            losses = nn.functional.cross_entropy(logits, targets[part], reduction="none")
-            total += float(losses.double().sum())
+            highest = scores.amax(-1, keepdim=True)
+            push = (scores - highest).exp_()
+            sums = push.sum(-1, keepdim=True)
+            total += float((sums.log() + highest - scores.gather(1, right)).double().sum())
         if gradient:
-            wanted = targets[part] if drawn is None else draw(logits.detach(), drawn[part])
-            with torch.enable_grad():
-                loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
-            (slope[rows[part]],) = torch.autograd.grad(loss, inputs)
+            wanted = right if drawn is None else draw(scores, drawn[part])[:, None]
+            # The gradient of the cross-entropy: the model's probabilities, less 1 at the label.
+            push.div_(sums).scatter_add_(1, wanted, sums.new_full(wanted.shape, -1))
+            (slope[rows[part]],) = torch.autograd.grad(logits, inputs, push)
     return total, rows.numel(), slope.view(hidden.shape)
 
 

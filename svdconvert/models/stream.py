@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.errors import InputError
+from svdconvert.machine.products import multiplied_by
 from svdconvert.models.activations import ActivationStore, Loss
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.head_divergence import HeadDivergence, head_divergence
@@ -56,7 +57,7 @@ class Stream:
             "batch_size": batch_size,
             "dtype": str(blocks.dtype),
             "device": blocks.device.type,
-            "code": [__version__, torch.__version__],
+            "code": [__version__, torch.__version__, multiplied_by(blocks.device.type)],
         }
         self.store = ActivationStore(folder, whole, (*ids.shape, blocks.hidden_size), blocks.dtype)
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from svdconvert.calibration.collector import Collector
 from svdconvert.calibration.folder import StatisticsFolder, model_key, save_statistics, statistics_key
-from svdconvert.calibration.grams import GramSum
 from svdconvert.calibration.run import StatisticsRun
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
@@ -246,37 +245,7 @@ class TestSampledLabels:
             StatisticsRun(source, PACKED, ALL, TARGETS, work=tmp_path, labels="soft")
 
 
-class TestGram:
-    @staticmethod
-    def sum_of(rows: Tensor) -> Tensor:
-        gram = GramSum(rows.shape[1], torch.device("cpu"))
-        for part in rows.split(777):
-            gram.add(part)
-        return gram.mean(len(rows))
-
-    @pytest.mark.parametrize("massive", [1.0, 1e3])
-    @pytest.mark.parametrize("size", [5, 256, 300, 700])
-    def test_equals_float64(self, size: int, massive: float) -> None:
-        """Relative to sqrt(C_ii C_jj), so that the channels beside a massive one count as much as it does."""
-        rows = torch.randn(3000, size, generator=torch.Generator().manual_seed(0))
-        rows[:, 1] = massive * (1 + 0.1 * rows[:, 1])
-        wanted = rows.double().T @ rows.double() / len(rows)
-        scale = wanted.diagonal().sqrt()
-        found = self.sum_of(rows)
-        assert torch.equal(found, found.T)
-        assert float(((found - wanted) / scale[:, None] / scale).abs().max()) < 1e-14
-
-    def test_massive_tokens(self) -> None:
-        """Every 256th token has massive channels: what lies beside them is still there, with float32 it is not."""
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(2048, 96, generator=generator)
-        rows[::256, :30] += 1e4 * torch.randn(30, generator=generator)
-        exact = torch.linalg.eigvalsh(rows.double().T @ rows.double() / len(rows))
-        found = torch.linalg.eigvalsh(self.sum_of(rows))
-        assert torch.allclose(found, exact, rtol=1e-6)
-        single = sum(((part.T @ part).double() for part in rows.split(777)), torch.zeros(96, 96, dtype=torch.float64))
-        assert float(torch.linalg.eigvalsh(single / len(rows))[0]) < 0.9 * float(exact[0])
-
+class TestSharing:
     def test_shared_input_gives_one_object(self) -> None:
         class Attention(torch.nn.Module):
             def __init__(self) -> None:

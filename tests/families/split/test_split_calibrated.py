@@ -53,8 +53,10 @@ def test_statistics_of_parts(row: Architecture, dense: Path, text: Path, tmp_pat
         block = all_of_it.output_gram[rows][:, rows]
         taken = part_statistics(replace(all_of_it, fisher=None), row.fused[suffix(layer)].sections(source.config)[part])
         for found in (entry, taken):
-            torch.testing.assert_close(found.output_gram, block, rtol=1e-12, atol=0)
-            torch.testing.assert_close(found.input_gram, all_of_it.input_gram, rtol=1e-12, atol=0)
+            for one, other in ((found.output_gram, block), (found.input_gram, all_of_it.input_gram)):
+                assert one is not None  # to the rounding of float32 products
+                assert other is not None
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.abs().max()))
             torch.testing.assert_close(found.input_abs, all_of_it.input_abs, rtol=1e-12, atol=0)
     for layer, total in fisher.items():
         torch.testing.assert_close(total, whole[layer].fisher, rtol=1e-5, atol=0)

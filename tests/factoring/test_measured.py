@@ -1,0 +1,44 @@
+"""The losses told after a conversion: the dense model's is measured once, and comes out the same either way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from svdconvert import Calibration, calibrate, convert
+from svdconvert.factoring.measured import measure_losses
+from svdconvert.jobs.record import read_record
+from svdconvert.models.stream import Stream
+from svdconvert.planning.events import Events
+from svdconvert.settings.text import BATCH_SIZE
+from svdconvert.storage.source import LocalSource
+
+
+@pytest.mark.parametrize("method", ["kfac", "whiten"])
+@pytest.mark.parametrize("collected", [False, True], ids=["text", "folder"])
+def test_dense_loss_is_measured_once(
+    dense: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, collected: bool
+) -> None:
+    calibration, run = Calibration(str(text), samples=6, length=24), []
+    given: dict[str, object] = {"calibration": calibration}
+    if collected:
+        calibrate(dense, calibration, tmp_path / "stats", methods=[method], device="cpu")
+        given = {"stats": tmp_path / "stats"}
+    step = Stream.step
+    monkeypatch.setattr(Stream, "step", lambda stream, *args: (run.append(stream._name), step(stream, *args)))
+    convert(dense, tmp_path / "out", keep=0.6, method=method, device="cpu", **given)  # type: ignore[arg-type]
+    assert set(run) == {"the compressed model"}
+    told = read_record(tmp_path / "out").results
+    source = LocalSource(dense)
+    loss, same = measure_losses(
+        source,
+        calibration.tokens(source),
+        lambda index: {},
+        work=tmp_path / "work",
+        device="cpu",
+        batch_size=BATCH_SIZE,
+        events=Events(),
+    )
+    assert told["dense_loss"] == loss.mean
+    assert same == loss
