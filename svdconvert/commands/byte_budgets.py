@@ -50,6 +50,7 @@ def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> tuple[list[Tar
         key=decompositions_key(source, request.method, request.options, work.knowledge, work.device),
         folder=work.place / "prices",
         widths=request.size.chosen_widths,
+        multiple=request.size.multiple,
         device=torch.device(work.device),
         events=work.events,
     )

@@ -73,6 +73,7 @@ class PriceLists:
         key: what those depend on, in JSON types.
         folder: keeps the lists.
         widths: that a weight may have, see :class:`svdconvert.settings.size.Size`.
+        multiple: that every rank is one of.
         device: what computes.
         events: receiver of progress.
     """
@@ -83,6 +84,7 @@ class PriceLists:
     key: Mapping[str, Any]
     folder: Path
     widths: Sequence[int]
+    multiple: int
     device: torch.device
     events: Events
 
@@ -130,7 +132,7 @@ class PriceLists:
             spectrum = self.store.spectrum(target)
             tails = spectrum.flip(0).cumsum(0).flip(0).tolist() if bool(spectrum.any()) else []
             bar = _Bar(code, lambda rank, tails=tails: tails[rank] if rank < len(tails) else 0.0, price)  # type: ignore[misc]
-            more = [way for way in product_ways(target, self.widths) if bar.is_passed(way, choices)]
+            more = [way for way in product_ways(target, self.widths, self.multiple) if bar.is_passed(way, choices)]
             if more and tails:  # of a matrix that the text says nothing of, none
                 missing[target.module] = _Missing(more, choices, bar)
         if not missing:
@@ -221,7 +223,7 @@ class PriceLists:
         ]
 
     def _path(self, target: Target, code: str) -> Path:
-        ways = [list(self.widths), [[bits, *GROUPS[bits]] for bits in sorted(GROUPS)], ranks_to_try(target)]
+        ways = [list(self.widths), [[bits, *GROUPS[bits]] for bits in sorted(GROUPS)], ranks_to_try(target, self.multiple)]
         whole = [self.key, ways, code, target.layout.name, versions()["svdconvert"], torch.__version__]
         name = hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=8).hexdigest()
         return self.folder / name / f"{target.module}.json"

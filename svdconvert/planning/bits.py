@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -56,9 +57,9 @@ def product_on(target: Target, rank: int, bits: int) -> Target:
     return replace(target, rank=rank, grids=grids, reason="")
 
 
-def product_ways(target: Target, widths: Sequence[int]) -> list[Target]:
-    """A single matrix as products of some ranks at some widths."""
-    return [product_on(target, rank, bits) for bits in widths for rank in ranks_to_try(target)]
+def product_ways(target: Target, widths: Sequence[int], multiple: int) -> list[Target]:
+    """A single matrix as products of some ranks, all multiples of a number, at some widths."""
+    return [product_on(target, rank, bits) for bits in widths for rank in ranks_to_try(target, multiple)]
 
 
 def as_chosen(target: Target, choice: Choice) -> Target:
@@ -108,13 +109,19 @@ def beside_targets(targets: Sequence[Target], tensors: Mapping[str, TensorInfo],
     return sum(info.nbytes for info in others) + header
 
 
-def ranks_to_try(target: Target) -> list[int]:
-    """Some ranks from low to the highest that saves parameters, ascending."""
+def ranks_to_try(target: Target, multiple: int) -> list[int]:
+    """Some ranks from low to the highest that saves parameters, ascending.
+
+    Args:
+        target: a single matrix.
+        multiple: that every rank has to be one of; there may be none.
+    """
     highest = target.layout.highest_rank(target.shape, target.dense_params - 1)
-    multiple = next((m for m in MULTIPLES if highest // m >= LEAST_STEPS), 1)
-    count = highest // multiple
+    usual = (math.lcm(multiple, m) for m in MULTIPLES)
+    step = next((m for m in usual if highest // m >= LEAST_STEPS), multiple)
+    count = highest // step
     steps = sorted({max(1, round(count * (i + 1) / RANKS)) for i in range(min(RANKS, count))})
-    return [multiple * step for step in steps]
+    return [step * count for count in steps]
 
 
 def evenly(targets: Sequence[Target], size: Size, codes: Sequence[str], budget: int) -> list[Target]:
@@ -140,11 +147,11 @@ def evenly(targets: Sequence[Target], size: Size, codes: Sequence[str], budget: 
         ]
         if total(found) <= budget:
             return found
-    narrow, ladders = size.chosen_widths[-1], [ranks_to_try(target) for target in targets]
+    narrow, ladders = size.chosen_widths[-1], [ranks_to_try(target, size.multiple) for target in targets]
     for share in range(RANKS, 0, -1):
         found = [
-            product_on(target, ranks[max(0, len(ranks) * share // RANKS - 1)], narrow)
-            for target, ranks in zip(targets, ladders, strict=True)
+            product_on(target, ranks[max(0, len(ranks) * share // RANKS - 1)], narrow) if ranks else dense
+            for target, ranks, dense in zip(targets, ladders, found, strict=True)
         ]
         if total(found) <= budget:
             return found

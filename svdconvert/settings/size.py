@@ -351,13 +351,11 @@ class Size:
                 f"{asked('bytes', self.bytes)} must lie between 0 and 1 (a share of the targets' 16-bit bytes), or be "
                 "a size such as 90MB"
             )
-        for name, given in (("rank_multiple", self.multiple != 1), ("factor_all", self.factor_all)):
-            if given:
-                value = self.multiple if name == "rank_multiple" else True
-                raise InputError(
-                    f"{asked(name, value)} does not go with {asked(self.given[0])}, which chooses ranks among those "
-                    "whose factors can be stored in few bits; leave one of them out"
-                )
+        if self.factor_all:
+            raise InputError(
+                f"{asked('factor_all', True)} does not go with {asked(self.given[0])}, which chooses ranks among those "
+                "that save something; leave one of them out"
+            )
 
     @property
     def in_bytes(self) -> bool:

@@ -292,6 +292,28 @@ def test_widths_are_those_that_were_asked_for(dense: Path, stats: Path, work: Pa
     assert {bits for one in told.values() for bits in one.get("bits", ())} <= {16, 8, 4}
 
 
+def test_ranks_are_multiples_where_that_was_asked_for(
+    results: dict[float, Path], dense: Path, stats: Path, work: Path, tmp_path: Path
+) -> None:
+    multiple = 12
+    convert(
+        dense, tmp_path / "out", bytes=0.1, rank_multiple=multiple, stats=stats, work=work, device="cpu", targets=TARGETS
+    )
+    ranks, others = (
+        [matrix["rank"] for matrix in read_record(folder).results["matrices"].values()]
+        for folder in (tmp_path / "out", results[0.1])
+    )
+    assert ranks
+    assert not any(rank % multiple for rank in ranks)
+    assert any(rank % multiple for rank in others)
+
+
+def test_a_plan_without_a_rank_to_take_has_dense_matrices_alone(dense: Path) -> None:
+    with pytest.raises(InputError, match="give more bytes"):
+        plan(dense, bytes=0.1, rank_multiple=1000)
+    assert not plan(dense, bytes=0.2, rank_multiple=1000).ranks
+
+
 def test_a_plan_shows_the_widest_even_width(dense: Path) -> None:
     made = plan(dense, bytes=0.35)  # of all matrices
     assert {grid.bits for grid in made.grids.values()} == {5}
@@ -332,7 +354,7 @@ def test_every_worker_that_rounds_takes_the_memory_of_its_metrics(dense: Path) -
         ({"bytes": 0.5, "stats": True, "layout": "pivoted"}, "does not go with"),
         ({"bytes": 0.5, "stats": True, "allocation": "uniform"}, "does not go with"),
         ({"bytes": 0.5, "stats": True, "method": "whiten"}, "does not estimate"),
-        ({"bytes": 0.5, "stats": True, "rank_multiple": 8}, "does not go with"),
+        ({"bytes": 0.5, "stats": True, "factor_all": True}, "does not go with"),
     ],
 )
 def test_what_cannot_be_is_refused(
