@@ -223,7 +223,8 @@ class PriceLists:
         ]
 
     def _path(self, target: Target, code: str) -> Path:
-        ways = [list(self.widths), [[bits, *GROUPS[bits]] for bits in sorted(GROUPS)], ranks_to_try(target, self.multiple)]
+        ranks = ranks_to_try(target, self.multiple)
+        ways = [list(self.widths), [[bits, *GROUPS[bits]] for bits in sorted(GROUPS)], ranks]
         whole = [self.key, ways, code, target.layout.name, versions()["svdconvert"], torch.__version__]
         name = hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=8).hexdigest()
         return self.folder / name / f"{target.module}.json"

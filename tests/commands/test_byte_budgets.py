@@ -296,9 +296,8 @@ def test_ranks_are_multiples_where_that_was_asked_for(
     results: dict[float, Path], dense: Path, stats: Path, work: Path, tmp_path: Path
 ) -> None:
     multiple = 12
-    convert(
-        dense, tmp_path / "out", bytes=0.1, rank_multiple=multiple, stats=stats, work=work, device="cpu", targets=TARGETS
-    )
+    size = {"bytes": 0.1, "rank_multiple": multiple}
+    convert(dense, tmp_path / "out", **size, stats=stats, work=work, device="cpu", targets=TARGETS)
     ranks, others = (
         [matrix["rank"] for matrix in read_record(folder).results["matrices"].values()]
         for folder in (tmp_path / "out", results[0.1])
