@@ -24,6 +24,7 @@ from svdconvert import Calibration, InputError, JobError, calibrate, convert, pl
 from svdconvert.calibration.folder import StatisticsFolder
 from svdconvert.factoring import price_list
 from svdconvert.factoring.price_list import PriceLists
+from svdconvert.grids import Grid
 from svdconvert.jobs.record import read_record
 from svdconvert.machine import processes
 from svdconvert.methods.table import METHODS
@@ -199,30 +200,54 @@ def test_what_other_budgets_have_priced_does_not_change_the_result(dense: Path, 
     assert tree(tmp_path / "0.15") == tree(tmp_path / "alone")
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.3, 2), (0.1, MATRICES + 2)], ids=["dense ways", "products"])
 def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
-    results: dict[float, Path], dense: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float,
+    kept: int,
+    results: dict[float, Path],
+    dense: Path,
+    stats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write, left = PriceLists.write, [3]
+    write, left, made = PriceLists.write, [kept], set()
+
+    class Told(price_list.MeteredMatrix):
+        def __init__(self, weight: torch.Tensor, file: Path, *more: Any) -> None:
+            super().__init__(weight, file, *more)
+            self.name = file.name.removesuffix(".safetensors")
+
+        def rounded(self, rank: Any, grids: Any) -> Any:
+            made.add((self.name, rank, tuple(grids)))
+            return super().rounded(rank, grids)
 
     def broken(self: PriceLists, *arguments: Any) -> None:
-        left[0] -= 1
         if not left[0]:
             raise JobError("the disk is full")
+        left[0] -= 1
         write(self, *arguments)
 
+    monkeypatch.setattr(price_list, "MeteredMatrix", Told)
     monkeypatch.setattr(PriceLists, "write", broken)
-    request: dict[str, Any] = {"bytes": 0.3, "stats": stats, "device": "cpu", "targets": TARGETS}
+    request: dict[str, Any] = {"bytes": share, "stats": stats, "device": "cpu", "targets": TARGETS}
     with pytest.raises(JobError, match="disk is full"):
         convert(dense, tmp_path / "out", **request, workers=1)
-    begun = {path.stem for path in (tmp_path / "out").glob("**/prices/*/*.json")}
-    assert len(begun) == 2
-    written: list[str] = []
-    monkeypatch.setattr(
-        PriceLists, "write", lambda self, target, *more: (written.append(target.module), write(self, target, *more))
-    )
+    lists = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("**/prices/*/*.json")}
+    begun = {
+        (module, way["rank"], tuple(Grid(*grid) for grid in way["grids"]))
+        for module, told in lists.items()
+        for way in told["choices"]
+        if way["grids"] and None not in way["grids"]
+    }
+    assert len(lists) == min(kept, MATRICES)
+    assert any(rank for _, rank, _ in begun) == (kept > MATRICES)
+    assert begun < made  # what was made last was not kept
+    made.clear()
+    monkeypatch.setattr(PriceLists, "write", write)
     convert(dense, tmp_path / "out", **request, workers=2)
-    assert len(set(written[: MATRICES - 2]) - begun) == MATRICES - 2
-    assert tree(tmp_path / "out") == tree(results[0.3])
+    assert made
+    assert not made & begun
+    assert tree(tmp_path / "out") == tree(results[share])
 
 
 def test_the_weight_files_take_no_more_than_a_size_that_is_given(
