@@ -45,6 +45,11 @@ ALL: Mapping[str, tuple[str, Sequence[str], Sequence[str]]] = {
         ["--layers", "4", "--compile", "--repeats", "5"],
         "--hidden 256 --vocab 1024 --prompt 32 --tokens 4 --train-steps 1 --repeats 1".split(),
     ),
+    "inference-llama-1.1b": (
+        "inference",
+        ["--model", "llama-1.1b", "--layers", "4", "--train-steps", "0", "--repeats", "5"],
+        "--model llama-1.1b --hidden 256 --vocab 1024 --prompt 32 --tokens 4 --train-steps 0 --repeats 1".split(),
+    ),
     "latent-cache-1.3b": (
         "latent_cache",
         [],
