@@ -34,7 +34,7 @@ class ExpertCollector:
     """Sums over what goes through the layers of experts. The hooks are set by who runs the block.
 
     Attributes:
-        fewest: the expert with the fewest tokens, and how many; known with the result.
+        starved: experts that saw fewer tokens than they have channels, and how many; known with the result.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class ExpertCollector:
         self._abs = {n: _zeros(ins[n], device) for n in self._counts} if needs.input_abs else {}
         self._fisher = {n: _zeros(ins[n], device) for n in paths} if needs.fisher else {}
         self._mask = torch.zeros(0, 0, dtype=torch.bool)
-        self.fewest: tuple[str, int] = ("", 0)
+        self._channels = ins
+        self.starved: dict[str, int] = {}
 
     def has(self, name: str) -> bool:
         """Whether a layer is one of them."""
@@ -137,7 +138,9 @@ class ExpertCollector:
             for means in (inputs, absolutes):
                 if name in means:
                     means[name].mul_(share)
-        self.fewest = min(counts.items(), key=lambda item: item[1])
+        self.starved = {
+            name.rpartition(".")[0]: count for name, count in counts.items() if count < self._channels[name]
+        }
         return {
             name: ModuleStatistics(
                 input_gram=inputs.get(leader),

@@ -122,6 +122,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             group=self._group,
         )
         self.loss: Loss | None = self._files.loss
+        self._starved: dict[str, int] = {}
         self._generator = self._backward() if needs.gradients else self._forward()
 
     def __next__(self) -> tuple[int, dict[str, ModuleStatistics]]:
@@ -196,6 +197,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             self._files.drop_hidden(index)
         if self.loss is None:
             self._run_head(gradient=False)
+        self._tell_starved()
         self._files.clear()
 
     def _backward(self) -> _Blocks:
@@ -216,6 +218,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._differentiate(index, collect=False, pass_on=True)
             self._files.drop_hidden(index)
             self._files.drop_gradient(index + 1)
+        self._tell_starved()
         self._files.clear()
 
     def _keep_hidden(self, needed: Sequence[int]) -> None:
@@ -255,7 +258,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._check(output, f"block {index} gives", batch)
                 write(output)
                 self._tell("forward", index, index * len(self._batches) + number + 1)
-        return collector.result()
+        return self._result(collector)
 
     def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics]:
         """Gradient at a block's output -> gradient at its input; with ``collect``, the block's statistics."""
@@ -275,7 +278,25 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._check(hidden.grad, f"block {index} gives", batch, "gradients")
                 write(hidden.grad)
                 self._tell("backward", index, (blocks.count - 1 - index) * len(self._batches) + number + 1)
-        return collector.result()
+        return self._result(collector)
+
+    def _result(self, collector: Collector) -> dict[str, ModuleStatistics]:
+        """The statistics of a block; which experts they are uncertain of is told at the end."""
+        found = collector.result()
+        if collector.experts is not None:
+            self._starved |= collector.experts.starved
+        return found
+
+    def _tell_starved(self) -> None:
+        """Say which experts saw few tokens, and what is done about it."""
+        if not self._starved:
+            return
+        name, fewest = min(self._starved.items(), key=lambda item: item[1])
+        count = "1 expert has" if len(self._starved) == 1 else f"{len(self._starved):,} experts have"
+        self._events.note(
+            f"{count} seen fewer tokens than channels ({name}: {fewest:,}), so what all experts of the block have in "
+            "common counts for much in their metrics; more text helps"
+        )
 
     def _run_head(self, *, gradient: bool) -> None:
         """Output of the last block -> the loss; with ``gradient``, the gradient at that output."""

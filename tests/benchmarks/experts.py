@@ -1,0 +1,194 @@
+"""Mixtures of experts: what a truncation costs, and what a conversion takes (docs/experts.md).
+
+    python -m tests.benchmarks.experts train --text tinystories_sample.txt --out FOLDER
+    python -m tests.benchmarks.experts quality --folder FOLDER
+    python -m tests.benchmarks.experts memory --out FOLDER --layers 1
+
+``train`` makes a tiny mixture that has learned something: 8 experts of which a token passes 2, on TinyStories. Text,
+order and initial weights depend on ``--seed`` alone. ``quality`` converts it by every method and measures held-out
+stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B, copies the others, and
+times one expert against ``torch.linalg.svd``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from tests.benchmarks.tinystories import END, VOCABULARY, calibration_text, read_stories, split, train_tokenizer
+
+LENGTH, ROWS = 128, 16
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.01,
+}
+QWEN: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train the tiny mixture and write it, with the texts beside it."""
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    training, _, heldout = split(read_stories(options.text), options.seed)
+    (out / "heldout.txt").write_text("\n\n".join(heldout) + "\n", "utf-8")
+    (out / "calibration.txt").write_text(calibration_text(training), "utf-8")
+    tokenizer = train_tokenizer(training)
+    ids = torch.tensor(tokenizer(END + END.join(training), verbose=False)["input_ids"])
+    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    torch.manual_seed(options.seed)
+    model = MixtralForCausalLM(MixtralConfig(**TINY))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1, (step + 1) / 40) * (1 + math.cos(math.pi * step / options.steps)) / 2
+    )
+    order = torch.randint(len(rows), (options.steps, ROWS), generator=torch.Generator().manual_seed(options.seed))
+    for step, chosen in enumerate(order):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=rows[chosen], labels=rows[chosen]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        schedule.step()
+        if step % 50 == 0:
+            print(step, f"{float(loss.detach()):.3f}", flush=True)
+    model.config.output_router_logits = False
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+
+
+def quality(options: argparse.Namespace) -> None:
+    """Convert by every method, and measure held-out stories."""
+    from svdconvert import Calibration, convert, evaluate
+
+    folder: Path = options.folder
+    text = Calibration(str(folder / "calibration.txt"), samples=options.samples, length=LENGTH)
+    measured = {"window": LENGTH, "device": "cpu"}
+    dense = evaluate(folder / "model", folder / "heldout.txt", **measured)
+    print(f"dense: {dense.loss:.4f} nats per token", flush=True)
+    for keep in options.keep:
+        for method in ("svd", "whiten", "kfac"):
+            calibration = {} if method == "svd" else {"calibration": text}
+            out = folder / f"{method}-{keep}"
+            convert(folder / "model", out, keep=keep, method=method, device="cpu", overwrite=True, **calibration)
+            found = evaluate(out, folder / "heldout.txt", against=folder / "model", **measured)
+            print(f"{keep} {method}: {found.loss - dense.loss:+.4f} nats per token, KL {found.kl}", flush=True)
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Convert random weights in the geometry of Qwen3-30B-A3B in a process of its own."""
+    from svdconvert import plan
+
+    source = options.out / "source"
+    if not (source / "config.json").exists():
+        write_random(source, options.layers, options.vocabulary)
+    patterns = [f"layers.*.mlp.experts.{number}.*" for number in range(options.experts)]
+    made = plan(source, keep=0.6, targets=patterns)
+    estimate, matrices = made.peak_bytes(), len(made.targets)
+    command = [sys.executable, "-m", "svdconvert", str(source), "--keep", "0.6", "--out", str(options.out / "made")]
+    chosen = [word for pattern in patterns for word in ("--targets", pattern)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    subprocess.run([*command, "--overwrite", "--no-check", "--device", "cpu", "--workers", "1", *chosen], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{matrices} matrices: {time.perf_counter() - began:.0f} s, {cpu:.0f} s of CPU")
+    print(f"an expert: {3 * cpu / matrices:.2f} s of CPU, copies of all others included")
+    print(f"highest memory {after.ru_maxrss * 1024 / 1e9:.2f} GB, planned {estimate / 1e9:.2f} GB")
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    began = time.process_time()
+    for shape in ((768, 2048), (768, 2048), (2048, 768)):
+        torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    print(f"torch.linalg.svd of an expert's three matrices: {time.process_time() - began:.2f} s of CPU")
+
+
+def write_random(folder: Path, layers: int, vocabulary: int) -> None:
+    """Random weights in the names, types and sizes of the published files, a file for each layer."""
+    from safetensors.torch import save_file
+
+    from svdconvert.families.table import ARCHITECTURES
+
+    folder.mkdir(parents=True)
+    config = QWEN | {"num_hidden_layers": layers, "vocab_size": vocabulary}
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    weight_map, generator = {}, torch.Generator().manual_seed(0)
+    for name, shape in ARCHITECTURES["qwen3_moe"].parameters(config).items():
+        part = name.split(".")[2] if ".layers." in name else "rest"
+        file = f"model-{part}.safetensors"
+        tensor = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
+        files.setdefault(file, {})[name] = tensor.bfloat16()
+        weight_map[name] = file
+    for file, tensors in files.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def main() -> None:
+    """Run one of the commands."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("train")
+    one.add_argument("--text", type=Path, required=True, help="TinyStories, stories separated by <|endoftext|>")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--steps", type=int, default=400)
+    one.add_argument("--lr", type=float, default=4e-3)
+    one.add_argument("--seed", type=int, default=1234)
+    one.set_defaults(run=train)
+    one = commands.add_parser("quality")
+    one.add_argument("--folder", type=Path, required=True, help="what `train` has written")
+    one.add_argument("--keep", type=float, nargs="+", default=[0.6])
+    one.add_argument("--samples", type=int, default=128)
+    one.set_defaults(run=quality)
+    one = commands.add_parser("memory")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--layers", type=int, default=1)
+    one.add_argument("--experts", type=int, default=10, help="of each layer, that are factored")
+    one.add_argument("--vocabulary", type=int, default=QWEN["vocab_size"])
+    one.set_defaults(run=memory)
+    options = parser.parse_args()
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main()

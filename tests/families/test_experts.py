@@ -1,0 +1,127 @@
+"""Mixtures of experts: stacked files, and experts that few tokens are sent to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.checkpoints import read_weights
+from support.families import FAMILIES, full_ranks, write_family
+from support.running import TOKENS
+from torch import Tensor
+
+from svdconvert import convert, plan, verify
+from svdconvert.calibration.run import StatisticsRun
+from svdconvert.calibration.text import CalibrationTokens
+from svdconvert.commands.verify import failed
+from svdconvert.families.table import ARCHITECTURES
+from svdconvert.methods.statistics import Needs
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.planning.events import Events
+from svdconvert.storage.reader import WeightReader
+from svdconvert.storage.source import LocalSource
+from svdconvert.tensors import Cut, TensorInfo
+
+MIXTURES = [name for name in FAMILIES if ARCHITECTURES[name].experts is not None]
+
+
+def stacked(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """Weights as transformers 5 has them in memory: [experts, out, in], the gate before what it gates."""
+    experts = ARCHITECTURES[model_type].experts
+    assert experts is not None
+    gate, up, down = experts.names
+    found = {name: tensor for name, tensor in weights.items() if ".experts." not in name}
+    if experts.mixture != "mlp":
+        found = {name.replace(f".{experts.mixture}.", ".mlp."): tensor for name, tensor in found.items()}
+    for block in sorted({name.partition(".experts.")[0] for name in weights if ".experts." in name}):
+        each = [
+            {name: weights[f"{block}.experts.{number}.{name}.weight"] for name in experts.names} for number in range(4)
+        ]
+        own = block.replace(experts.mixture, "mlp")
+        found[f"{own}.experts.gate_up_proj"] = torch.stack([torch.cat([one[gate], one[up]]) for one in each])
+        found[f"{own}.experts.down_proj"] = torch.stack([one[down] for one in each])
+    return found
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_stacked_files(model_type: str, file: str, checkpoints: Any, tmp_path: Path) -> None:
+    """The same tensors come out, to the bit, as of files with a matrix for every expert."""
+    dense = checkpoints.dense(model_type)
+    weights = stacked(read_weights(dense), model_type)
+    (tmp_path / "stacked").mkdir()
+    if file.endswith(".bin"):
+        torch.save(weights, tmp_path / "stacked" / file)
+    else:
+        save_file(weights, tmp_path / "stacked" / file, metadata={"format": "pt"})
+    (tmp_path / "stacked" / "config.json").write_bytes((dense / "config.json").read_bytes())
+    for source in (dense, tmp_path / "stacked"):
+        convert(source, tmp_path / source.name / "made", keep=0.6, device="cpu", check=False)
+    one, two = (read_weights(tmp_path / name / "made") for name in (dense.name, "stacked"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not failed(verify(tmp_path / "stacked" / "made", str(tmp_path / "stacked")))
+
+
+def test_a_plan_has_a_line_for_a_kind(checkpoints: Any) -> None:
+    groups = {group.name: group.count for group in plan(checkpoints.dense("mixtral"), keep=0.6).groups}
+    assert groups["block_sparse_moe.experts.*.w1"] == 12
+    assert len(groups) == len(ARCHITECTURES["mixtral"].targets)
+
+
+def test_rows_of_a_matrix_in_a_stack(tmp_path: Path, checkpoints: Any) -> None:
+    """Bytes of bytes: rows of an expert's matrix are read from the stack that it lies in."""
+    weights = stacked(read_weights(checkpoints.dense("mixtral")), "mixtral")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((checkpoints.dense("mixtral") / "config.json").read_bytes())
+    source = LocalSource(tmp_path)
+    info = source.tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"].rows(5, 9)
+    with WeightReader(source) as reader:
+        found = reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
+    assert torch.equal(found, weights["model.layers.1.mlp.experts.gate_up_proj"][2, 128 + 5 : 128 + 9])
+    cut = TensorInfo("part", "F16", (10, 4), "file", 0, Cut("whole", 800, 80, 8000)).rows(2, 5).cut
+    assert cut == Cut("whole", 816, 24, 8000)
+
+
+class Notes(Events):
+    """Keeps notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_experts_without_a_token(gradients: bool, tmp_path: Path) -> None:
+    """Their metric is what the block's experts have in common, and it is said."""
+    dense = write_family(tmp_path / "dense", "mixtral", num_local_experts=16)
+    source, row = LocalSource(dense), ARCHITECTURES["mixtral"]
+    tokens = CalibrationTokens(TOKENS.ids[:1, :5], TOKENS.mask[:1, :5], 1, 5)
+    events = Notes()
+    run = StatisticsRun(
+        source, tokens, Needs(True, gradients, True, False), list(full_ranks(row, dense)), work=tmp_path, events=events
+    )
+    found = {path: entry for _, block in run for path, entry in block.items()}
+    blocks = ModelBlocks(source)
+    with blocks.embeddings(), torch.no_grad():
+        hidden = blocks.embed(tokens.ids, tokens.mask)
+    with blocks.block(0) as block, blocks.routing(block) as routing, torch.no_grad():
+        blocks.run(block, hidden, tokens.mask)
+        seen = {n: len(routing.tokens(f"block_sparse_moe.experts.{n}.w1")) for n in range(16)}
+    assert sum(seen.values()) == 2 * 5
+    unseen = [number for number, count in seen.items() if count == 0]
+    assert len(unseen) >= 6
+    first, *others = (found[f"layers.0.block_sparse_moe.experts.{number}.w1"] for number in unseen)
+    for other in others:
+        assert torch.equal(other.input_gram, first.input_gram)
+    assert float(first.input_gram.trace()) > 0
+    inner = found[f"layers.0.block_sparse_moe.experts.{unseen[0]}.w2"].input_gram
+    assert torch.allclose(inner, inner.diagonal().mean() * torch.eye(len(inner), dtype=inner.dtype))
+    told = [note for note in events.notes if "experts have seen fewer tokens than channels" in note]
+    assert len(told) == 1
+    assert ": 0)" in told[0]
