@@ -19,6 +19,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,29 +117,42 @@ def quality(options: argparse.Namespace) -> None:
 def memory(options: argparse.Namespace) -> None:
     """Convert random weights in the geometry of Qwen3-30B-A3B in a process of its own."""
     from svdconvert import plan
+    from svdconvert.factoring.operations import OPERATIONS
+    from svdconvert.linalg.panels import Workspace
 
     source = options.out / "source"
     if not (source / "config.json").exists():
         write_random(source, options.layers, options.vocabulary)
     patterns = [f"layers.*.mlp.experts.{number}.*" for number in range(options.experts)]
     made = plan(source, keep=0.6, targets=patterns)
-    estimate, matrices = made.peak_bytes(), len(made.targets)
     command = [sys.executable, "-m", "svdconvert", str(source), "--keep", "0.6", "--out", str(options.out / "made")]
     chosen = [word for pattern in patterns for word in ("--targets", pattern)]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     subprocess.run([*command, "--overwrite", "--no-check", "--device", "cpu", "--workers", "1", *chosen], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"{matrices} matrices: {time.perf_counter() - began:.0f} s, {cpu:.0f} s of CPU")
-    print(f"an expert: {3 * cpu / matrices:.2f} s of CPU, copies of all others included")
-    print(f"highest memory {after.ru_maxrss * 1024 / 1e9:.2f} GB, planned {estimate / 1e9:.2f} GB")
+    highest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(f"{len(made.targets)} matrices, all others copied: {time.perf_counter() - began:.0f} s")
+    print(f"highest memory {highest * 1024 / 1e9:.2f} GB; planned {made.solving_bytes() / 1e9:.2f} GB for this, and")
+    print(f"{made.peak_bytes() / 1e9:.2f} GB with the check that runs tokens through the result")
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    began = time.process_time()
-    for shape in ((768, 2048), (768, 2048), (2048, 768)):
-        torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
-    print(f"torch.linalg.svd of an expert's three matrices: {time.process_time() - began:.2f} s of CPU")
+    steps, workspace = [step for step in made.steps if step.kind == "factorize"][:3], Workspace()
+    weights = [torch.randn(step.inputs[0].shape, generator=torch.Generator().manual_seed(0)) for step in steps]
+    ours = _seconds(
+        lambda: [OPERATIONS[s.kind]([w.bfloat16()], s, workspace) for s, w in zip(steps, weights, strict=True)]
+    )
+    theirs = _seconds(lambda: [torch.linalg.svd(weight, full_matrices=False) for weight in weights])
+    print(
+        f"an expert's three matrices: {ours:.2f} s of CPU, {theirs:.2f} s by torch.linalg.svd ({theirs / ours:.1f} x)"
+    )
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """Least CPU time of three runs, in seconds."""
+    times = []
+    for _ in range(3):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return min(times)
 
 
 def write_random(folder: Path, layers: int, vocabulary: int) -> None:
