@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -104,14 +103,16 @@ def quality(options: argparse.Namespace) -> None:
     text = Calibration(str(folder / "calibration.txt"), samples=options.samples, length=LENGTH)
     measured = {"window": LENGTH, "device": "cpu"}
     dense = evaluate(folder / "model", folder / "heldout.txt", **measured)
-    print(f"dense: {dense.loss:.4f} nats per token", flush=True)
+    print(f"dense: perplexity {dense.perplexity:.2f} of {dense.tokens:,} held-out tokens", flush=True)
     for keep in options.keep:
         for method in ("svd", "whiten", "kfac"):
             calibration = {} if method == "svd" else {"calibration": text}
             out = folder / f"{method}-{keep}"
             convert(folder / "model", out, keep=keep, method=method, device="cpu", overwrite=True, **calibration)
             found = evaluate(out, folder / "heldout.txt", against=folder / "model", **measured)
-            print(f"{keep} {method}: {found.loss - dense.loss:+.4f} nats per token, KL {found.kl}", flush=True)
+            added = math.log(found.perplexity / dense.perplexity)
+            kl = math.nan if found.divergence is None else found.divergence.kl
+            print(f"{keep} {method}: {added:+.4f} nats per token, KL {kl:.4f}", flush=True)
 
 
 def memory(options: argparse.Namespace) -> None:
@@ -125,13 +126,14 @@ def memory(options: argparse.Namespace) -> None:
         write_random(source, options.layers, options.vocabulary)
     patterns = [f"layers.*.mlp.experts.{number}.*" for number in range(options.experts)]
     made = plan(source, keep=0.6, targets=patterns)
-    command = [sys.executable, "-m", "svdconvert", str(source), "--keep", "0.6", "--out", str(options.out / "made")]
     chosen = [word for pattern in patterns for word in ("--targets", pattern)]
-    began = time.perf_counter()
-    subprocess.run([*command, "--overwrite", "--no-check", "--device", "cpu", "--workers", "1", *chosen], check=True)
-    highest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(f"{len(made.targets)} matrices, all others copied: {time.perf_counter() - began:.0f} s")
-    print(f"highest memory {highest * 1024 / 1e9:.2f} GB; planned {made.solving_bytes() / 1e9:.2f} GB for this, and")
+    arguments = ["svdconvert", str(source), "--keep", "0.6", "--out", str(options.out / "made"), "--overwrite"]
+    arguments += ["--no-check", "--device", "cpu", "--workers", "1", *chosen]
+    # from a small process, see measure.py
+    told = subprocess.check_output([sys.executable, "-c", _MEASURE, *arguments], text=True)
+    seconds, highest = map(float, told.split()[-2:])
+    print(f"{len(made.targets)} matrices, all others copied: {seconds:.0f} s")
+    print(f"highest memory {highest / 1e9:.2f} GB; planned {made.solving_bytes() / 1e9:.2f} GB for this, and")
     print(f"{made.peak_bytes() / 1e9:.2f} GB with the check that runs tokens through the result")
     torch.set_num_threads(1)
     steps, workspace = [step for step in made.steps if step.kind == "factorize"][:3], Workspace()
@@ -143,6 +145,14 @@ def memory(options: argparse.Namespace) -> None:
     print(
         f"an expert's three matrices: {ours:.2f} s of CPU, {theirs:.2f} s by torch.linalg.svd ({theirs / ours:.1f} x)"
     )
+
+
+_MEASURE = """
+import sys
+from tests.benchmarks.measure import run
+found = run(sys.argv[1:])
+print(found.wall, found.peak_bytes)
+"""
 
 
 def _seconds(work: Callable[[], Any]) -> float:

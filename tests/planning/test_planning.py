@@ -96,6 +96,7 @@ PUBLISHED = {
         decoder(4096, 14336, 32, 32, 32000, num_key_value_heads=8, num_local_experts=8),
         46_702_792_704,
     ),
+    "olmoe-1b-7b": ("olmoe", decoder(2048, 1024, 16, 16, 50304, num_experts=64), 6_919_161_856),
     "gemma-2-9b": ("gemma2", decoder(3584, 14336, 42, 16, 256000, num_key_value_heads=8, head_dim=256), 9_241_705_984),
     "gemma-3-270m": (
         "gemma3_text",
