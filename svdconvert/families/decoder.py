@@ -104,7 +104,7 @@ def decoder_shapes(
         head_norms: RMS norms of a block, over the channels of one head.
         norm_biases: whether the norms over the residual stream are layer norms, with biases, instead of RMS norms.
         others: config -> what else a block has, by its names in the block.
-        final: the norm after the last block.
+        final: the norm after the last block; empty if it has no weight.
         head_bias: whether the head has a bias.
     """
 
@@ -122,7 +122,7 @@ def decoder_shapes(
                 found[f"{block}{name}.weight"] = shape
                 if bias:
                     found[f"{block}{name}.bias"] = shape[:1]
-        found |= {f"model.{final}.{kind}": (hidden,) for kind in kinds}
+        found |= {f"model.{final}.{kind}": (hidden,) for kind in kinds if final}
         found["lm_head.weight"] = (vocab, hidden)
         if head_bias:
             found["lm_head.bias"] = (vocab,)

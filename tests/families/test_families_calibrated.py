@@ -36,7 +36,7 @@ from svdconvert.storage.source import LocalSource
 def keep(seen: dict[str, tuple[Tensor, Tensor]], name: str, module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
     output.retain_grad()
     seen[name] = args[0], output
-    return output.clone()  # OLMoE clips it in place
+    return output.clone()  # OLMo and OLMoE clip it in place
 
 
 def in_memory(row: Architecture, model: Any, paths: list[str]) -> tuple[dict[str, dict[str, Tensor]], float]:

@@ -33,8 +33,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_parameters_are_those_of_the_stock_model(row: Architecture) -> None:
+    """And the buffers that are stored beside them."""
     model = with_naive_experts(stock_model(row.model_type), row)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    stored = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in [*model.named_parameters(), *stored.items()]}
     if row.head[1] in shapes:  # GPT-NeoX saves it under its old name
         shapes[row.head[0]] = shapes.pop(row.head[1])
     assert row.parameters(model.config.to_dict()) == shapes

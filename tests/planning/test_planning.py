@@ -139,6 +139,23 @@ PUBLISHED = {
         {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257},
         124_439_808,
     ),
+    "olmo-7b": ("olmo", decoder(4096, 11008, 32, 32, 50304), 6_888_095_744),
+    "apertus-8b": ("apertus", decoder(4096, 21504, 32, 32, 131072, num_key_value_heads=8), 8_053_338_240),
+    "hunyuan-7b": (
+        "hunyuan_v1_dense",
+        decoder(4096, 14336, 32, 32, 128167, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
+        7_504_568_320,  # its card says 7.5 billion
+    ),
+    "ministral-8b": (
+        "ministral",
+        decoder(4096, 12288, 36, 32, 131072, num_key_value_heads=8, head_dim=128),
+        8_019_808_256,
+    ),
+    "ministral-3-8b": (
+        "ministral3",
+        decoder(4096, 14336, 34, 32, 131072, num_key_value_heads=8, head_dim=128),
+        8_489_553_920,  # its card says 8.4 billion
+    ),
     "kogpt-6b": (
         "gptj",
         {"n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048, "vocab_size": 64512, "rotary_dim": 64},
