@@ -34,6 +34,9 @@ _EXPORTS = {
     "MatrixReport": "factoring.matrix_report",
     "MatrixSpectrum": "commands.spectra",
     "Spectra": "commands.spectra",
+    "options": "commands.options",
+    "Options": "commands.ways",
+    "Way": "commands.ways",
     "sweep": "commands.sweep",
     "Sweep": "commands.sweep_book",
     "Plan": "planning.plan",
@@ -53,12 +56,14 @@ __all__ = [
     "JobError",
     "MatrixReport",
     "MatrixSpectrum",
+    "Options",
     "Outcome",
     "Plan",
     "Report",
     "Spectra",
     "SvdconvertError",
     "Sweep",
+    "Way",
     "ablate",
     "calibrate",
     "convert",
@@ -66,6 +71,7 @@ __all__ = [
     "evaluate",
     "fold",
     "heal",
+    "options",
     "plan",
     "push",
     "report",
@@ -85,6 +91,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.fold import fold
     from svdconvert.commands.heal import heal
     from svdconvert.commands.html_report import report
+    from svdconvert.commands.options import options
     from svdconvert.commands.plan import plan
     from svdconvert.commands.push import push
     from svdconvert.commands.report import Report
@@ -93,6 +100,7 @@ if TYPE_CHECKING:
     from svdconvert.commands.sweep import sweep
     from svdconvert.commands.sweep_book import Sweep
     from svdconvert.commands.verify import verify
+    from svdconvert.commands.ways import Options, Way
     from svdconvert.errors import InputError, JobError, SvdconvertError
     from svdconvert.factoring.matrix_report import MatrixReport
     from svdconvert.jobs.job import Outcome

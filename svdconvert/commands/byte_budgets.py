@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.commands.measured_budgets import bench_of
@@ -19,59 +19,105 @@ from svdconvert.planning.targets import target_tensors
 
 if TYPE_CHECKING:
     from svdconvert.factoring.decompositions import Decompositions
+    from svdconvert.factoring.price_list import PriceLists
+
+
+@dataclass(frozen=True)
+class BytePrices:
+    """What every way to store the targets costs.
+
+    Attributes:
+        lists: make the price lists.
+        targets: stored in any way.
+        codes: of each, the type of weights and scales.
+        dense: of each, its dense choices.
+        worths: of each, what losses in the metrics are to be multiplied with (``factoring/worths.py``).
+        workers: matrices in work at the same time.
+    """
+
+    lists: PriceLists
+    targets: Sequence[Target]
+    codes: Sequence[str]
+    dense: Sequence[Sequence[Choice]]
+    worths: Sequence[float]
+    workers: int | None
+
+    @classmethod
+    def of(cls, work: Work, plan: Plan, store: Decompositions) -> BytePrices:
+        """Price all dense choices, and make them comparable.
+
+        Args:
+            work: the conversion.
+            plan: of the same targets, stored in any way.
+            store: their decompositions, with both metrics whole.
+
+        Raises:
+            InputError: a matrix does not fit its type.
+            JobError: a price list cannot be written.
+        """
+        import torch
+
+        from svdconvert.factoring.decompositions import decompositions_key
+        from svdconvert.factoring.price_list import PriceLists
+        from svdconvert.factoring.worths import measured_worths
+
+        source, request = work.source, work.request
+        tensors = target_tensors(source, plan.targets)
+        lists = PriceLists(
+            source=source,
+            tensors=tensors,
+            store=store,
+            key=decompositions_key(source, request.method, request.options, work.knowledge, work.device),
+            folder=work.place / "prices",
+            widths=request.size.chosen_widths,
+            multiple=request.size.multiple,
+            device=torch.device(work.device),
+            events=work.events,
+        )
+        codes, workers = types_of(plan.targets, tensors, request), request.runtime.workers
+        dense = lists.dense(plan.targets, codes, workers)
+        bench = bench_of(work)
+        with processes.current().leader_first():  # the others find what the leader has measured
+            worths = measured_worths(bench, store, tensors, plan.targets, codes, dense)
+        bench.tidy()
+        return cls(lists, plan.targets, codes, dense, worths, workers)
+
+    @property
+    def by_module(self) -> dict[str, float]:
+        """Module path -> worth of its losses."""
+        return dict(zip((target.module for target in self.targets), self.worths, strict=True))
+
+    def choose(self, budget: int) -> list[tuple[Target, float]]:
+        """The targets as the choices of the least loss store them, and what each of them loses.
+
+        Args:
+            budget: bytes for all of them.
+
+        Raises:
+            InputError: the budget is too small, or a matrix does not fit its type.
+            JobError: a price list cannot be written.
+        """
+        found = self.dense
+
+        def prices() -> list[float]:
+            price = byte_price(_weighted(found, self.worths), budget)
+            return [price / worth for worth in self.worths]
+
+        # Products make bytes cheaper, and then others may be worth their bytes.
+        while (more := self.lists.at(self.targets, self.codes, found, prices(), self.workers)) is not None:
+            found = more
+        chosen = choose(_weighted(found, self.worths), budget)
+        return [(as_chosen(target, choice), choice.loss) for target, choice in zip(self.targets, chosen, strict=True)]
 
 
 def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> tuple[list[Target], dict[str, float]]:
     """The targets with the ranks and grids that leave the least loss; and module path -> worth of its losses.
 
-    Worths are what losses in the metrics are to be multiplied with (``factoring/worths.py``).
-
-    Args:
-        work: the conversion.
-        plan: of the same targets, stored in any way.
-        store: their decompositions, with both metrics whole.
-
-    Raises:
-        InputError: the budget is too small, or a matrix does not fit its type.
-        JobError: a price list cannot be written.
+    Args, Raises: see :meth:`BytePrices.of`.
     """
-    import torch
-
-    from svdconvert.factoring.decompositions import decompositions_key
-    from svdconvert.factoring.price_list import PriceLists
-    from svdconvert.factoring.worths import measured_worths
-
-    source, request = work.source, work.request
-    tensors = target_tensors(source, plan.targets)
-    lists = PriceLists(
-        source=source,
-        tensors=tensors,
-        store=store,
-        key=decompositions_key(source, request.method, request.options, work.knowledge, work.device),
-        folder=work.place / "prices",
-        widths=request.size.chosen_widths,
-        multiple=request.size.multiple,
-        device=torch.device(work.device),
-        events=work.events,
-    )
-    codes = types_of(plan.targets, tensors, request)
-    workers, budget = request.runtime.workers, bytes_budget(source, request, plan.targets)
-    found = lists.dense(plan.targets, codes, workers)
-    bench = bench_of(work)
-    with processes.current().leader_first():  # the others find what the leader has measured
-        worths = measured_worths(bench, store, tensors, plan.targets, codes, found)
-    bench.tidy()
-
-    def prices() -> list[float]:
-        price = byte_price(_weighted(found, worths), budget)
-        return [price / worth for worth in worths]
-
-    # Products make bytes cheaper, and then others may be worth their bytes.
-    while (more := lists.at(plan.targets, codes, found, prices(), workers)) is not None:
-        found = more
-    chosen = choose(_weighted(found, worths), budget)
-    targets = [as_chosen(target, choice) for target, choice in zip(plan.targets, chosen, strict=True)]
-    return targets, dict(zip((target.module for target in targets), worths, strict=True))
+    budget = bytes_budget(work.source, work.request, plan.targets)
+    prices = BytePrices.of(work, plan, store)
+    return [target for target, _ in prices.choose(budget)], prices.by_module
 
 
 def _weighted(lists: Sequence[Sequence[Choice]], worths: Sequence[float]) -> list[list[Choice]]:

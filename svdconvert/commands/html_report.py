@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdconvert.commands.sweep_book import PAGE, RESULT, Point, Sweep, read_sweep
+from svdconvert.commands.ways import Options
 from svdconvert.errors import InputError
 from svdconvert.jobs.output import held_result
 from svdconvert.jobs.own_files import claim
 from svdconvert.jobs.record import RECORD, REPORT, read_record
 from svdconvert.paths import user_path
+from svdconvert.reports import options_page
 from svdconvert.reports.document import HEAD_BYTES, is_page
 from svdconvert.reports.result_page import result_page
 from svdconvert.reports.sweep_page import Row, sweep_page
@@ -38,9 +40,9 @@ def report(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = 
         InputError: the folder is not finished, its record is damaged, or the file would replace somebody else's.
         JobError: the disk fails.
     """
-    path, place = user_path(folder), None if out is None else _checked(user_path(out))
+    path, place = user_path(folder), None if out is None else check_page(user_path(out))
     if (path / RESULT).is_file() and not (path / RECORD).exists():
-        return _written(place or _checked(path / PAGE), _sweep_page(read_sweep(path)))
+        return _written(place or check_page(path / PAGE), _sweep_page(read_sweep(path)))
     if not (path / "config.json").is_file() or not (path / RECORD).is_file():
         raise InputError(f"{path} holds no finished result of svdconvert; convert a model into it first")
     return write_report(path, place)
@@ -64,6 +66,23 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         return _written(folder / REPORT, page)
 
 
+def write_options(found: Options, out: Path) -> Path:
+    """Write a page about what can be had of a model.
+
+    Args:
+        found: that.
+        out: file to write, see :func:`check_page`.
+
+    Raises:
+        JobError: the disk fails.
+    """
+    rows = [options_page.Row(way.name, way.kind, way.bytes, way.loss, found.cells(way)) for way in found.ways]
+    lead, measured = found.advice, found.measured
+    return _written(
+        out, options_page.options_page(found.model, lead, found.about, found.heads, rows, measured=measured)
+    )
+
+
 def _written(place: Path, page: bytes) -> Path:
     with disk_errors(place.parent):
         atomic_write(place, page)
@@ -80,7 +99,7 @@ def _row(point: Point) -> Row:
     return Row(budget=point.setting.budget, **own)
 
 
-def _checked(out: Path) -> Path:
+def check_page(out: Path) -> Path:
     """A file that can be written.
 
     Raises:

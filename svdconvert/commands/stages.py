@@ -67,7 +67,7 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
     if not work.decomposes:
         return Prepared(plan)
     check_sequences(work)
-    store = _decompose(work, plan)
+    store = decompose(work, plan)
     targets: Sequence[Target] = plan.targets
     budget: MeasuredBudget | None = None
     worths: Mapping[str, float] = {}
@@ -85,7 +85,7 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
     return replace(_refit(work, plan, store), budget=budget)
 
 
-def _decompose(work: Work, plan: Plan) -> Decompositions:
+def decompose(work: Work, plan: Plan) -> Decompositions:
     """The decompositions of all targets, in files."""
     from svdconvert.factoring.decompose import kept_decompositions
 

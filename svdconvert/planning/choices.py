@@ -74,6 +74,17 @@ def byte_price(lists: Sequence[Sequence[Choice]], budget: int) -> float:
     return 0.0
 
 
+def alike(choices: Sequence[Choice], bits: int) -> Choice:
+    """The dense choice of a width that takes the fewest bytes; of the next wider one where there is none of it.
+
+    Args:
+        choices: of a matrix, its own type among them.
+        bits: the width.
+    """
+    dense = [choice for choice in choices if choice.rank is None and _width(choice) >= bits]
+    return min(dense, key=lambda choice: (_width(choice), choice.nbytes))
+
+
 def _total_loss(choices: Sequence[Choice]) -> float:
     return sum(choice.loss for choice in choices)
 

@@ -1,0 +1,260 @@
+"""What can be had of a model: dense in fewer bits, of lower rank, or both, in one table, from one calibration."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from svdconvert.calibration.knowledge import Calibration
+from svdconvert.commands.budgets import spend
+from svdconvert.commands.byte_budgets import BytePrices
+from svdconvert.commands.heal_afterwards import with_texts
+from svdconvert.commands.option_bench import OptionBench
+from svdconvert.commands.stages import decompose
+from svdconvert.commands.ways import BYTES, DENSE, EVEN, RANK, Options, Way
+from svdconvert.commands.work import Work
+from svdconvert.errors import InputError
+from svdconvert.families.table import dense_architecture
+from svdconvert.machine.devices import resolve_device
+from svdconvert.machine.interrupts import temporary_folder
+from svdconvert.paths import user_path
+from svdconvert.planning.bits import WHOLE, as_chosen
+from svdconvert.planning.choices import alike
+from svdconvert.planning.costs import costs_of
+from svdconvert.planning.events import Events
+from svdconvert.planning.fit import Room, room_of
+from svdconvert.planning.make import bytes_budget, make_plan, plan_for
+from svdconvert.planning.plan import Plan
+from svdconvert.planning.ranks import Target
+from svdconvert.sentences import Sentence, asked
+from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.text import Stats
+from svdconvert.storage import locks
+from svdconvert.storage.opening import local_folder, open_source
+from svdconvert.storage.source import Source
+from svdconvert.tensors import DTYPES
+from svdconvert.words import size as in_words
+from svdconvert.words import size_text
+
+# Widths at which the dense model is rounded evenly, parts of the parameters kept by rank alone, and parts of the
+# targets' 16-bit bytes.
+BITS = (8, 4)
+KEPT = (0.8, 0.6)
+SHARES = (0.5, 0.35, 0.25, 0.18)
+# Of rank alone the layout that buys most rank.
+_PIVOTED = "pivoted"
+# What is planned first; any share has the same matrices.
+_ANY = 0.5
+
+
+def options(
+    model: str | os.PathLike[str],
+    *,
+    calibration: Calibration | None = None,
+    stats: str | os.PathLike[str] | None = None,
+    fit: str | int | None = None,
+    fit_context: int | None = None,
+    measure: str | os.PathLike[str] | None = None,
+    window: int | None = None,
+    targets: Sequence[str] = (),
+    dtype: str = "keep",
+    work: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    events: Events | None = None,
+) -> Options:
+    """What can be had of a model: dense in 8 and 4 bits, of lower rank, and both, with what each costs and saves.
+
+    Predictions come of one calibration, one set of decompositions and one price list, by kfac's metrics, as those of
+    :func:`convert` with ``bytes``; those of rank alone are made comparable with them by the same measured worths.
+
+    Args:
+        model, calibration, stats, targets, dtype, workers, revision, device, events: see :func:`convert`.
+        fit: memory of a device, as of :func:`convert`; every way is then told to have room there or not.
+        fit_context: likewise.
+        measure: UTF-8 text file; every way is really made, measured on it, and removed: the log-perplexity that it
+            adds, and KL(dense || it), in windows that do not overlap. It should not be the calibration's.
+        window: tokens of a window; by default 2,048, or what the model reads.
+        work: folder that keeps statistics, decompositions, price lists and what was measured, from which the same call
+            and :func:`convert` go on; without it nothing is kept.
+
+    Raises:
+        InputError: the model, a text or the folder cannot be used.
+        JobError: it broke off; with ``work`` the same call continues it.
+    """
+    keywords = {
+        "calibration": calibration,
+        "stats": stats,
+        "targets": targets,
+        "dtype": dtype,
+        "workers": workers,
+        "revision": revision,
+        "device": device,
+        "check": False,
+    }
+    events, used = events or Events(), resolve_device(device)
+    with ExitStack() as stack:
+        place = stack.enter_context(temporary_folder()) if work is None else user_path(work)
+        keywords["work"] = place
+        request = Conversion.of(**keywords, bytes=_ANY)
+        request.check()
+        device_request = None if fit is None and fit_context is None else _device(keywords, fit, fit_context)
+        source = open_source(os.fspath(model), revision, download_folder=place / "source")
+        _refuse_transposed(source)
+        room = None if device_request is None else room_of(source, device_request)
+        plan = make_plan(source, request.settled())
+        from svdconvert.models.preflight import check_model
+
+        check_model(source)
+        if work is not None:
+            stack.enter_context(locks.working(place))
+        if isinstance(request.calibration, Stats):
+            stack.enter_context(locks.collected(request.calibration.folder))
+        job = with_texts(Work(source, request.settled(), None, place / "options", used, events))
+        assert job.knowledge is not None, "a rule of the request"
+        bench = None
+        if measure is not None:
+            bench = OptionBench.of(job, local_folder(os.fspath(model), revision), user_path(measure), window)
+        found = _Ways(job, plan, keywords, room, bench).every()
+        dense = None if bench is None else bench.dense
+        shutil.rmtree(job.folder, ignore_errors=True)  # the models are gone, and what they needed meanwhile
+    return Options(
+        model=source.name,
+        calibration=f"{job.knowledge.text.tokens:,} tokens of {job.knowledge.name}",
+        matrices=len(plan.targets),
+        ways=found,
+        text=None if measure is None else str(measure),
+        tokens=0 if dense is None else dense["tokens"],
+        perplexity=None if dense is None else dense["perplexity"],
+        room=None if room is None else str(room),
+    )
+
+
+def _device(keywords: Mapping[str, Any], fit: str | int | None, context: int | None) -> Conversion:
+    """A request for a device's size, checked."""
+    if fit is None:
+        raise InputError(
+            f"{asked('fit_context', context)} has no effect without {asked('fit')}; give the memory as well"
+        )
+    request = Conversion.of(**keywords, fit=fit, fit_context=context)
+    request.size.check()
+    return request
+
+
+def _refuse_transposed(source: Source) -> None:
+    row = dense_architecture(source.config, source.where)
+    if row.transposed:
+        raise InputError(
+            f"{source.where} is a {row.model_type} model, which keeps its matrices transposed: there are no packed "
+            "weights to compare ranks with; measure ranks alone with `svdconvert sweep`"
+        )
+
+
+class _Ways:
+    """Makes the ways."""
+
+    def __init__(
+        self, work: Work, plan: Plan, keywords: Mapping[str, Any], room: Room | None, bench: OptionBench | None
+    ) -> None:
+        """Decompose, and price all dense choices.
+
+        Args:
+            work: a conversion by bytes.
+            plan: of it, for its matrices.
+            keywords: that all conversions have in common.
+            room: on a device; None without one.
+            bench: measures ways; None where they are not measured.
+        """
+        self._work, self._keywords, self._room, self._bench = work, keywords, room, bench
+        self._row = dense_architecture(work.source.config, work.source.where)
+        self._matrices = [replace(target, rank=None, grids=(), reason=WHOLE) for target in plan.targets]
+        self._store = decompose(work, plan)
+        self._prices = BytePrices.of(work, plan, self._store)
+
+    def every(self) -> list[Way]:
+        """All ways, kind after kind, from many bytes to few; budgets that cannot be met are left out, and told."""
+        makers = [
+            self._dense,
+            *(partial(self._alike, bits) for bits in BITS),
+            *(partial(self._ranked, keep) for keep in KEPT),
+            *(partial(self._in_bytes, share) for share in self._budgets()),
+        ]
+        found = []
+        for make in makers:
+            try:
+                found.append(make())
+            except InputError as refusal:
+                self._work.events.note(Sentence(f"left out: {refusal.sentence.marked}"))
+        return found
+
+    def _budgets(self) -> list[float]:
+        """Shares, and the bytes that a device has room for."""
+        dense = sum(info.nbytes for step in self._plan(self._matrices).steps for info in step.outputs)
+        room = [] if self._room is None or self._room.weights >= dense else [self._room.weights]
+        return [*SHARES, *room]
+
+    def _plan(self, targets: Sequence[Target], request: Conversion | None = None) -> Plan:
+        return plan_for(self._work.source, request or self._work.request, targets, self._store.files(targets))
+
+    def _dense(self) -> Way:
+        width = 8 * max(DTYPES[code][0] for code in self._prices.codes)
+        return self._way(f"dense, {width} bits", DENSE, "", self._work.request, self._matrices, 0.0)
+
+    def _alike(self, bits: int) -> Way:
+        chosen = [alike(choices, bits) for choices in self._prices.dense]
+        targets = [as_chosen(target, choice) for target, choice in zip(self._matrices, chosen, strict=True)]
+        loss = sum(worth * choice.loss for worth, choice in zip(self._prices.worths, chosen, strict=True))
+        return self._way(f"dense, {bits} bits", EVEN, "", self._work.request, targets, loss)
+
+    def _ranked(self, keep: float) -> Way:
+        request = Conversion.of(**self._keywords, keep=keep, layout=_PIVOTED).settled()
+        plan = make_plan(self._work.source, request)
+        targets = spend(plan, request.size, self._store)
+        worths = self._prices.by_module
+        loss = sum(
+            worths[target.module] * float(self._store.spectrum(target)[target.rank :].sum()) / 2
+            for target in targets
+            if target.rank is not None
+        )
+        words = f"--keep {keep:g} --layout {_PIVOTED}"
+        return self._way(f"rank alone, {keep:.0%} kept", RANK, words, request, targets, loss)
+
+    def _in_bytes(self, budget: float) -> Way:
+        request = Conversion.of(**self._keywords, bytes=budget).settled()
+        chosen = self._prices.choose(bytes_budget(self._work.source, request, self._matrices))
+        targets, loss = [target for target, _ in chosen], sum(loss for _, loss in chosen)
+        words = size_text(budget) if isinstance(budget, int) else f"{budget:g}"
+        name = f"rank and bits, {in_words(budget) if isinstance(budget, int) else words}"
+        return self._way(name, BYTES, f"--bytes {words}", request, targets, loss)
+
+    def _way(
+        self, name: str, kind: str, options: str, request: Conversion, targets: Sequence[Target], predicted: float
+    ) -> Way:
+        plan = self._plan(targets, request)
+        costs = costs_of(self._work.source, self._row, plan)
+        room, bench = self._room, self._bench
+        own = [next((grid.bits for grid in target.grids if grid is not None), 16) for target in targets]
+        measured = None
+        if bench is not None and kind != DENSE:
+            self._work.events.note(f"measuring {name}")
+            measured = bench.measure(request, plan, self._prices.by_module)
+        return Way(
+            name=name,
+            kind=kind,
+            options=options,
+            bytes=plan.bytes_after,
+            params=plan.params_after,
+            products=sum(target.rank is not None for target in targets),
+            bits={bits: own.count(bits) for bits in sorted(set(own), reverse=True)},
+            predicted=predicted,
+            **asdict(costs),
+            fits=None if room is None else plan.bytes_after <= room.weights,
+            added=None if measured is None else measured["added"],
+            kl=None if measured is None else measured["kl"],
+        )
