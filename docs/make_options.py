@@ -15,7 +15,7 @@ PAGE = Path(__file__).with_name("options.md")
 _HEAD = """# Options of a conversion
 
 Every option of `svdconvert convert` and its keyword in Python, made from the fields of the request by
-`make pages`. `plan`, `calibrate`, `spectrum` and `sweep` take those that concern them, as `--help`
+`make pages`. `plan`, `options`, `calibrate`, `spectrum` and `sweep` take those that concern them, as `--help`
 shows; [commands](commands.md) has an overview. Under Healing, those whose names begin with
 `--heal` are of a conversion, and the others of `svdconvert heal`.
 """

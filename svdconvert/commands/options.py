@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -179,7 +179,7 @@ class _Ways:
 
     def every(self) -> list[Way]:
         """All ways, kind after kind, from many bytes to few; budgets that cannot be met are left out, and told."""
-        makers = [
+        makers: list[Callable[[], Way]] = [
             self._dense,
             *(partial(self._alike, bits) for bits in BITS),
             *(partial(self._ranked, keep) for keep in KEPT),

@@ -46,7 +46,8 @@ def costs_of(source: Source, row: Architecture, plan: Plan) -> Costs:
         plan: of single matrices with any ranks and grids.
     """
     shapes = row.parameters(source.config)
-    tables = {f"{row.prefix}{name}.weight" for name in row.pieces.embeddings if not name.endswith(_PROJECTION)}
+    pieces = [f"{row.prefix}{name}.weight" for name in row.pieces.embeddings if not name.endswith(_PROJECTION)]
+    tables = {name for name in pieces if len(shapes.get(name, ())) == _MATRIX}  # not norms
     targets = {row.full_name(target.weight) for target in plan.targets}
     others = sum(
         math.prod(shape)

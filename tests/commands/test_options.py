@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from support.families import write_family
 from support.html_pages import parse
+from support.multiplications import of_a_token
 from support.refusals import assert_refused
-from torch.utils.flop_counter import FlopCounterMode
 
 from svdconvert import Calibration, Options, Way, convert, evaluate, options
 from svdconvert.commands import option_bench
@@ -136,19 +136,7 @@ def test_multiplications_are_those_of_the_model(
     name: str, found: Options, results: dict[str, Path], dense: Path
 ) -> None:
     model, one = load_model(results.get(name, dense), "cpu", torch.float32), way(found, name)
-    counts = []
-    for tokens in (1, 2):  # what a token more takes; attention's own are counted apart
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.arange(tokens)[None])
-        flops = counter.get_flop_counts()["Global"]
-        counts.append(
-            sum(
-                count
-                for kind, count in flops.items()
-                if str(kind).endswith(("mm", "linear")) and "bmm" not in str(kind)
-            )
-        )
-    assert one.answer == (counts[1] - counts[0]) // 2
+    assert one.answer == of_a_token(model)
     head = model.get_output_embeddings().weight.numel()
     assert one.answer - one.prompt == head
     assert one.training_bytes == 16 * sum(parameter.numel() for parameter in model.parameters())

@@ -85,7 +85,7 @@ def test_cards_of_other_jobs_tell_the_size_of_files(
         assert line in (out / "README.md").read_text(encoding="utf-8").splitlines()
 
 
-COMMANDS = ["plan", "sweep", "calibrate", "densify", "fold", "heal", "evaluate", "ablate", "spectrum"]
+COMMANDS = ["plan", "sweep", "calibrate", "densify", "fold", "heal", "evaluate", "ablate", "spectrum", "options"]
 # What the library calls otherwise, or leaves to the program.
 OPPOSITE = {"no_plot": "plot"}
 
