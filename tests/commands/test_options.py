@@ -43,6 +43,10 @@ def found(dense: Path, common: dict[str, Any], text: Path) -> Options:
     return options(dense, **common, **DEVICE, measure=text)
 
 
+def refuse(*arguments: object, **more: object) -> None:
+    raise AssertionError("done again")
+
+
 def way(found: Options, name: str) -> Way:
     (one,) = [way for way in found.ways if way.name == name]
     return one
@@ -54,8 +58,10 @@ def results(found: Options, dense: Path, common: dict[str, Any], tmp_path_factor
     folder = tmp_path_factory.mktemp("converted")
     made = {"rank and bits, 0.18": {"bytes": 0.18}, "rank alone, 60% kept": {"keep": 0.6, "layout": "pivoted"}}
     assert [way(found, name).options for name in made] == ["--bytes 0.18", "--keep 0.6 --layout pivoted"]
-    for number, how in enumerate(made.values()):
-        convert(dense, folder / str(number), **common, **how)
+    with pytest.MonkeyPatch.context() as patch:  # they begin from what is there
+        patch.setattr(PriceLists, "write", refuse)
+        for number, how in enumerate(made.values()):
+            convert(dense, folder / str(number), **common, **how)
     return {name: folder / str(number) for number, name in enumerate(made)}
 
 
@@ -110,10 +116,6 @@ def test_models_are_removed_and_nothing_is_done_twice(
     found: Options, dense: Path, common: dict[str, Any], work: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not (work / "options").exists()
-
-    def refuse(*arguments: object, **more: object) -> None:
-        raise AssertionError("done again")
-
     monkeypatch.setattr(PriceLists, "write", refuse)
     monkeypatch.setattr(option_bench, "evaluate", refuse)
     monkeypatch.setattr(option_bench, "run_job", refuse)
