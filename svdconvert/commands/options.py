@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,13 +34,15 @@ from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target
 from svdconvert.sentences import Sentence, asked
 from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.recipe import Recipe
+from svdconvert.settings.row import options_of
+from svdconvert.settings.size import Size
 from svdconvert.settings.text import Stats
 from svdconvert.storage import locks
 from svdconvert.storage.opening import local_folder, open_source
 from svdconvert.storage.source import Source
 from svdconvert.tensors import DTYPES
 from svdconvert.words import size as in_words
-from svdconvert.words import size_text
 
 # Widths at which the dense model is rounded evenly, parts of the parameters kept by rank alone, and parts of the
 # targets' 16-bit bytes.
@@ -156,6 +159,17 @@ def _refuse_transposed(source: Source) -> None:
         )
 
 
+def _words(request: Conversion) -> str:
+    """The options of a conversion that tell it from the others."""
+    given = {Size: (request.size, ("keep", "bytes")), Recipe: (request.recipe, ("layout",))}
+    return shlex.join(
+        word
+        for section, (values, names) in given.items()
+        for name in names
+        for word in options_of(section)[name].command(getattr(values, name))
+    )
+
+
 class _Ways:
     """Makes the ways."""
 
@@ -204,13 +218,13 @@ class _Ways:
 
     def _dense(self) -> Way:
         width = 8 * max(DTYPES[code][0] for code in self._prices.codes)
-        return self._way(f"dense, {width} bits", DENSE, "", self._work.request, self._matrices, 0.0)
+        return self._way(f"dense, {width} bits", DENSE, self._work.request, self._matrices, 0.0)
 
     def _alike(self, bits: int) -> Way:
         chosen = [alike(choices, bits) for choices in self._prices.dense]
         targets = [as_chosen(target, choice) for target, choice in zip(self._matrices, chosen, strict=True)]
         loss = sum(worth * choice.loss for worth, choice in zip(self._prices.worths, chosen, strict=True))
-        return self._way(f"dense, {bits} bits", EVEN, "", self._work.request, targets, loss)
+        return self._way(f"dense, {bits} bits", EVEN, self._work.request, targets, loss)
 
     def _ranked(self, keep: float) -> Way:
         request = Conversion.of(**self._keywords, keep=keep, layout=_PIVOTED).settled()
@@ -222,20 +236,16 @@ class _Ways:
             for target in targets
             if target.rank is not None
         )
-        words = f"--keep {keep:g} --layout {_PIVOTED}"
-        return self._way(f"rank alone, {keep:.0%} kept", RANK, words, request, targets, loss)
+        return self._way(f"rank alone, {keep:.0%} kept", RANK, request, targets, loss)
 
     def _in_bytes(self, budget: float) -> Way:
         request = Conversion.of(**self._keywords, bytes=budget).settled()
         chosen = self._prices.choose(bytes_budget(self._work.source, request, self._matrices))
         targets, loss = [target for target, _ in chosen], sum(loss for _, loss in chosen)
-        words = size_text(budget) if isinstance(budget, int) else f"{budget:g}"
-        name = f"rank and bits, {in_words(budget) if isinstance(budget, int) else words}"
-        return self._way(name, BYTES, f"--bytes {words}", request, targets, loss)
+        name = f"rank and bits, {in_words(budget) if isinstance(budget, int) else f'{budget:g}'}"
+        return self._way(name, BYTES, request, targets, loss)
 
-    def _way(
-        self, name: str, kind: str, options: str, request: Conversion, targets: Sequence[Target], predicted: float
-    ) -> Way:
+    def _way(self, name: str, kind: str, request: Conversion, targets: Sequence[Target], predicted: float) -> Way:
         plan = self._plan(targets, request)
         costs = costs_of(self._work.source, self._row, plan)
         room, bench = self._room, self._bench
@@ -247,7 +257,7 @@ class _Ways:
         return Way(
             name=name,
             kind=kind,
-            options=options,
+            options=_words(request) if kind in (RANK, BYTES) else "",
             bytes=plan.bytes_after,
             params=plan.params_after,
             products=sum(target.rank is not None for target in targets),
