@@ -109,7 +109,7 @@ def options(
         request.check()
         device_request = None if fit is None and fit_context is None else _device(keywords, fit, fit_context)
         source = open_source(os.fspath(model), revision, download_folder=place / "source")
-        _refuse_transposed(source)
+        _refuse_others(source)
         room = None if device_request is None else room_of(source, device_request)
         plan = make_plan(source, request.settled())
         from svdconvert.models.preflight import check_model
@@ -150,12 +150,18 @@ def _device(keywords: Mapping[str, Any], fit: str | int | None, context: int | N
     return request
 
 
-def _refuse_transposed(source: Source) -> None:
+def _refuse_others(source: Source) -> None:
+    """Refuse what ranks and bits cannot be compared of."""
     row = dense_architecture(source.config, source.where)
     if row.transposed:
         raise InputError(
             f"{source.where} is a {row.model_type} model, which keeps its matrices transposed: there are no packed "
             "weights to compare ranks with; measure ranks alone with `svdconvert sweep`"
+        )
+    if row.experts is not None:
+        raise InputError(
+            f"{source.where} is a mixture of experts, of which each token uses some: what ranks save of its "
+            "multiplications is not counted yet; measure sizes with `svdconvert sweep`"
         )
 
 

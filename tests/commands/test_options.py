@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.families import write_family
+from support.families import FAMILIES, write_family
 from support.html_pages import parse
 from support.multiplications import of_a_token
 from support.refusals import assert_refused
@@ -20,6 +20,7 @@ from support.refusals import assert_refused
 from svdconvert import Calibration, Options, Way, convert, evaluate, options
 from svdconvert.commands import option_bench
 from svdconvert.factoring.price_list import PriceLists
+from svdconvert.families.table import ARCHITECTURES
 from svdconvert.grids import Grid
 from svdconvert.jobs.record import read_record
 from svdconvert.models.loading import load_model
@@ -197,6 +198,10 @@ def test_what_cannot_be_is_refused(
     assert_refused(run("options", dense), "needs a text")
     model = write_family(tmp_path / "gpt2", "gpt2")
     assert_refused(run("options", model, "--calib", text), "keeps its matrices transposed", "svdconvert sweep")
+    mixture = next((name for name in FAMILIES if ARCHITECTURES[name].experts is not None), None)
+    if mixture is not None:
+        experts = write_family(tmp_path / mixture, mixture)
+        assert_refused(run("options", experts, "--calib", text), "is a mixture of experts")
     assert_refused(run("options", dense, "--calib", text, "--fit-context", 9), "no effect without --fit")
     assert_refused(run("options", dense, "--calib", text, "--fit", "20kB", "--fit-context", 60), "cannot be met")
     assert_refused(run("options", dense, "--calib", text, "--measure", tmp_path / "none.txt"), "none.txt")

@@ -178,7 +178,7 @@ def test_ranks_alone_are_told_to_fit_transformers(run: Callable[..., SimpleNames
         (("--fit", "8"), "--fit 8 is too small for a device"),
         (("--fit", "8GB", "--keep", 0.5), "exactly one of"),
         (("--fit", SMALL, "--layout", "pivoted"), "--fit 250kB does not go with --layout pivoted"),
-        (("--fit", SMALL, "--rank-multiple", 8), "--rank-multiple 8 does not go with --fit"),
+        (("--fit", SMALL, "--factor-all"), "--factor-all does not go with --fit"),
         (("--keep", 0.5, "--fit-context", 5), "--fit-context 5 has no effect without --fit"),
         (("--keep", 0.5, "--fit-for", "training"), "--fit-for training has no effect without --fit"),
         (("--fit", "5MB", "--fit-for", "training", "--widths", 8), "--widths 8 has no effect without --bytes"),
