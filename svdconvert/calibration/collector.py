@@ -34,6 +34,7 @@ from svdconvert.calibration.experts import ExpertCollector
 from svdconvert.calibration.grams import GramSum
 from svdconvert.errors import InputError
 from svdconvert.families.row import Section
+from svdconvert.linalg.precision import is_finite
 from svdconvert.machine.processes import Group
 from svdconvert.methods.statistics import STATISTICS, ModuleStatistics, Needs
 from svdconvert.models.routing import Routing
@@ -50,6 +51,8 @@ class Collector:
         device: torch.device | None = None,
         group: Group | None = None,
         routing: Routing | None = None,
+        *,
+        exact: bool = True,
     ) -> None:
         """Prepare.
 
@@ -60,15 +63,16 @@ class Collector:
             device: where the block is.
             group: processes that collect from other sequences.
             routing: of the block, watching; None if it has no experts.
+            exact: whether all products of Grams are to be float64 (``grams.py``).
         """
         self._block, self._modules, self._needs = block, modules, needs
         self._group = group or Group()
-        self._device = device or torch.device("cpu")
+        self._device, self._exact = device or torch.device("cpu"), exact
         self.experts: ExpertCollector | None = None
         if routing is not None:
             paths = {name: path for name, (path, _) in modules.items() if routing.expert(path) is not None}
             if paths:
-                self.experts = ExpertCollector(block, paths, needs, self._device, self._group, routing)
+                self.experts = ExpertCollector(block, paths, needs, self._device, self._group, routing, exact=exact)
         self._leaders: dict[str, str] = {}
         self._input_grams: dict[str, GramSum] = {}
         self._output_grams: dict[str, GramSum] = {}
@@ -138,7 +142,7 @@ class Collector:
         for name in self._modules:
             found[name] = of_experts.pop(name) if name in of_experts else of_all_tokens(name)
             for kind, tensor in statistic_tensors(found[name]).items():
-                if not bool(torch.isfinite(tensor).all()):
+                if not is_finite(tensor):
                     raise InputError(
                         f"{name} has NaN or infinite {'inputs' if kind.startswith('input') else 'gradients'} on the "
                         "calibration text; check the source model"
@@ -172,7 +176,7 @@ class Collector:
         rows = self._rows(x)
         if self._needs.input_gram:
             if name not in self._input_grams:
-                self._input_grams[name] = GramSum(x.shape[-1], self._device)
+                self._input_grams[name] = GramSum(x.shape[-1], self._device, exact=self._exact)
             self._input_grams[name].add(rows)
         if self._needs.input_abs:
             total = rows.abs().sum(dim=0, dtype=torch.float64)
@@ -181,7 +185,7 @@ class Collector:
     def _add_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
         if self._needs.output_gram:
             if name not in self._output_grams:
-                self._output_grams[name] = GramSum(gradient.shape[-1], self._device)
+                self._output_grams[name] = GramSum(gradient.shape[-1], self._device, exact=self._exact)
             self._output_grams[name].add(self._rows(gradient))
         if self._needs.fisher:
             total = self._fisher.get(name)

@@ -45,6 +45,8 @@ class ExpertCollector:
         device: torch.device,
         group: Group,
         routing: Routing,
+        *,
+        exact: bool = True,
     ) -> None:
         """Start at zero.
 
@@ -55,6 +57,7 @@ class ExpertCollector:
             device: where the block is.
             group: processes that collect from other sequences.
             routing: of the block, watching.
+            exact: whether all products of Grams are to be float64 (``grams.py``).
         """
         self._paths, self._needs, self._device = paths, needs, device
         self._group, self._routing = group, routing
@@ -69,8 +72,8 @@ class ExpertCollector:
         self._counts = {name: 0 for name in paths if name in leaders}
         ins = {name: int(sizes[name].in_features) for name in paths}  # type: ignore[arg-type]
         outs = {name: int(sizes[name].out_features) for name in paths}  # type: ignore[arg-type]
-        self._input_grams = {n: GramSum(ins[n], device) for n in self._counts} if needs.input_gram else {}
-        self._output_grams = {n: GramSum(outs[n], device) for n in paths} if needs.output_gram else {}
+        self._input_grams = {n: GramSum(ins[n], device, exact=exact) for n in self._counts} if needs.input_gram else {}
+        self._output_grams = {n: GramSum(outs[n], device, exact=exact) for n in paths} if needs.output_gram else {}
         self._abs = {n: _zeros(ins[n], device) for n in self._counts} if needs.input_abs else {}
         self._fisher = {n: _zeros(ins[n], device) for n in paths} if needs.fisher else {}
         self._mask = torch.zeros(0, 0, dtype=torch.bool)

@@ -9,6 +9,9 @@ beyond its channel's usual size are float64. The others' are float32, in sums of
 in float64, and sum x x^T = sum z z^T + s m^T + m s^T + n m m^T, with s = sum z. What rounding then leaves is some 1e-7
 to 1e-6 of the channels' deviations.
 
+That is enough for a metric that is shrunk towards its diagonal (:func:`svdconvert.methods.table.shrink`). One that is
+not may be singular, and would be no more: channels that a norm makes add up to zero, for one. So it is left to float64.
+
 Only the upper triangle is computed.
 """
 
@@ -42,13 +45,15 @@ LARGEST = 2.0**50
 class GramSum:
     """Sum of x x^T over rows, in float64."""
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, *, exact: bool = False) -> None:
         """Start at zero.
 
         Args:
             size: length of x.
             device: of the rows and of the sum.
+            exact: whether all products are to be float64.
         """
+        self._exact = exact
         self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)
         # Few rows at a time would cost as much as many.
         self._waiting: list[Tensor] = []
@@ -59,7 +64,7 @@ class GramSum:
     def add(self, rows: Tensor) -> None:
         """Add rows [n, size], of any floating type."""
         for part in rows.split(ROWS):
-            if part.dtype == torch.float64 or len(part) < GROUP:
+            if self._exact or part.dtype == torch.float64 or len(part) < GROUP:
                 self._add_exactly(part)
                 continue
             single = part.float()

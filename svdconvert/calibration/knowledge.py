@@ -138,7 +138,8 @@ class Knowledge:
         read: gives the text, in the model's tokens.
         batch_size: sequences at a time.
         repeatable: the request for the same, with actual numbers and stand-ins for file names.
-        collect: (method, modules, device, work folder, events) -> their provider.
+        collect: (method, modules, device, work folder, events, whether they are to be exact) -> their provider; see
+            :class:`svdconvert.calibration.run.StatisticsRun`.
         dense_loss: the model's loss on the text as far as it is known by now, which collecting tells; None if not.
     """
 
@@ -147,7 +148,7 @@ class Knowledge:
     read: Callable[[], CalibrationTokens]
     batch_size: int
     repeatable: Text | Stats
-    collect: Callable[[Method, Sequence[str], str, Path, Events], StatisticsProvider]
+    collect: Callable[[Method, Sequence[str], str, Path, Events, bool], StatisticsProvider]
     dense_loss: Callable[[], Loss | None]
 
     @cached_property
@@ -235,10 +236,12 @@ def _from_tokens(
     samples, length = shape
     runs: list[StatisticsRun] = []
 
-    def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
+    def collect(
+        method: Method, modules: Sequence[str], device: str, work: Path, events: Events, exact: bool
+    ) -> StatisticsProvider:
         def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
             run = run_statistics(
-                source, found.text, calibration, method.statistics, modules, device, work, events, skip_blocks
+                source, found.text, calibration, method.statistics, modules, device, work, events, skip_blocks, exact
             )
             runs[:] = [run]
             return run
@@ -283,7 +286,9 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
     found = StatisticsFolder(folder, expected)
     key, text, row = found.key, found.tokens(), dense_architecture(source.config, source.where)
 
-    def collect(method: Method, modules: Sequence[str], device: str, work: Path, events: Events) -> StatisticsProvider:
+    def collect(
+        method: Method, modules: Sequence[str], device: str, work: Path, events: Events, exact: bool
+    ) -> StatisticsProvider:
         layers = {name: fused_layer(row, name) or name for name in modules}
 
         def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
@@ -341,6 +346,7 @@ def run_statistics(
     work: Path,
     events: Events,
     skip_blocks: Collection[int],
+    exact: bool = True,
 ) -> StatisticsRun:
     """The run that collects statistics of a text; see :class:`svdconvert.calibration.run.StatisticsRun`."""
     from svdconvert.calibration.run import StatisticsRun
@@ -357,4 +363,5 @@ def run_statistics(
         seed=calibration.seed,
         skip_blocks=skip_blocks,
         events=events,
+        exact=exact,
     )

@@ -28,6 +28,8 @@ from svdconvert.calibration.boundaries import Boundaries
 from svdconvert.calibration.collector import Collector
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
+from svdconvert.linalg.precision import is_finite
+from svdconvert.machine.memory import give_memory_back
 from svdconvert.machine.processes import current
 from svdconvert.machine.products import multiplied_by
 from svdconvert.methods.statistics import ModuleStatistics, Needs
@@ -73,6 +75,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         seed: int = 0,
         skip_blocks: Collection[int] = (),
         events: Events | None = None,
+        exact: bool = True,
     ) -> None:
         """Make all checks that need no weights.
 
@@ -91,6 +94,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             seed: of the drawing.
             skip_blocks: blocks whose statistics are not needed any more.
             events: receives the loss and the progress.
+            exact: whether all products of Grams are to be float64; metrics that are shrunk need not be.
 
         Raises:
             InputError: a module does not exist, the tokens are not the model's, or the disk is too small. While it
@@ -104,6 +108,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         self._blocks = ModelBlocks(source, device=device, dtype=dtype)
         self._source = source
         self._name, self._tokens, self._needs, self._labels, self._seed = source.name, tokens, needs, labels, seed
+        self._exact = exact
         self._events, self._group = events or Events(), current()
         self._check_tokens()
         self._draw_shape, self._part = tokens.ids.shape, self._group.portion(tokens.ids.shape[0])
@@ -263,6 +268,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics]:
         """Gradient at a block's output -> gradient at its input; with ``collect``, the block's statistics."""
         blocks, masks = self._blocks, self._tokens.mask
+        give_memory_back()
         with (
             blocks.block(index) as block,
             self._files.writing_gradient(index, dry=not pass_on) as write,
@@ -301,6 +307,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     def _run_head(self, *, gradient: bool) -> None:
         """Output of the last block -> the loss; with ``gradient``, the gradient at that output."""
         total, count = 0.0, 0
+        give_memory_back()
         with (
             self._blocks.head() as head,
             self._files.writing_gradient(self._blocks.count, dry=not gradient) as write,
@@ -347,13 +354,15 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         places = {name: self._blocks.place(suffix(name)) for name in self._modules.get(index, [])} if collect else {}
         with (
             self._blocks.routing(block) as routing,
-            Collector(block, places, self._needs, self._blocks.device, self._group, routing) as collector,
+            Collector(
+                block, places, self._needs, self._blocks.device, self._group, routing, exact=self._exact
+            ) as collector,
         ):
             yield collector
 
     def _check(self, tensor: Tensor, what: str, batch: slice, kind: str = "activations") -> None:
         """InputError if a tensor has NaN or infinite entries."""
-        if bool(torch.isfinite(tensor).all()):
+        if is_finite(tensor):
             return
         type_hint = "" if self._blocks.dtype in (torch.float32, torch.float64) else " in float32"
         raise InputError(

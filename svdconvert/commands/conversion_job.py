@@ -15,6 +15,7 @@ from svdconvert.factoring.matrix_report import RoundedReport, matrix_reports
 from svdconvert.families.table import dense_architecture
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Reports
+from svdconvert.methods.table import is_shrunk
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.target_kinds import sizes_by_kind
 from svdconvert.reports.result_page import result_page
@@ -141,7 +142,12 @@ class _Results:
         from svdconvert.machine.products import multiplied_by
 
         library = multiplied_by(self.work.device.split(":")[0])
-        return {"arithmetic": f"statistics from float32 products by {library}, of massive tokens from float64 ones"}
+        ways = (
+            "float32 products, of massive tokens float64"
+            if is_shrunk(self.work.request.options)
+            else "float64 products"
+        )
+        return {"arithmetic": f"float32 passes by {library}; second moments from {ways}"}
 
     @property
     def command(self) -> str:

@@ -19,9 +19,10 @@ from svdconvert.factoring.decomposer import Decomposer, Task, announcement
 from svdconvert.factoring.decompositions import Decompositions, decompositions_key
 from svdconvert.factoring.stores import GroupStore, Store
 from svdconvert.machine.lanes import lanes_of
+from svdconvert.machine.memory import give_memory_back
 from svdconvert.machine.processes import current
 from svdconvert.machine.threads import in_threads, usual_workers
-from svdconvert.methods.table import Method
+from svdconvert.methods.table import Method, is_shrunk
 from svdconvert.names import layer_number
 from svdconvert.planning.events import Events
 from svdconvert.planning.memory import decomposition_bytes
@@ -94,7 +95,7 @@ def decompose_all(
             few = f"{count:,} tokens, fewer than the {widest:,} channels of the widest layer, make the metrics singular"
             events.note(Sentence(f"{few}; collect from more text ({asked('calibration.samples')}) for better factors"))
         modules = [part.module for target in targets for part in target.parts]
-        statistics = knowledge.collect(method, modules, device, work, events)
+        statistics = knowledge.collect(method, modules, device, work, events, not is_shrunk(options))
     decompose_targets(
         source, targets, method, options, store, statistics, torch.device(device), events, workers, groups
     )
@@ -154,6 +155,7 @@ def decompose_targets(
             in_threads((partial(Decomposer.plain, target=target) for target in mine), decomposers)
         else:
             _block_by_block(task, targets, missing, mine, statistics, decomposers)
+    give_memory_back()
     process_group.wait()
 
 

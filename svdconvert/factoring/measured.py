@@ -13,6 +13,7 @@ from torch import Tensor
 
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.layouts.row import Layout
+from svdconvert.machine.memory import give_memory_back
 from svdconvert.models.activations import Loss, check_room
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.stream import Stream, Weights
@@ -105,6 +106,7 @@ def measure_losses(
         InputError: something is NaN or infinite, or the disk is too small.
         JobError: reading or writing failed; the same call goes on.
     """
+    give_memory_back()
     blocks = ModelBlocks(source, device=device)
     key = {"model": source.identity(), "tokens": tokens.digest}
 
@@ -126,6 +128,7 @@ def measure_losses(
                     each.step(block, index)
                 each.forget(index)
     events.progress("measuring", blocks.count, blocks.count)
+    give_memory_back()
     with blocks.head() as head:
         *dense, compressed = (each.loss(head) for each in streams)
     shutil.rmtree(work, ignore_errors=True)

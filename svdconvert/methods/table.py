@@ -75,6 +75,15 @@ def shrink(gram: Tensor, amount: float) -> Tensor:
     return gram if amount == 0 else torch.lerp(gram, gram.diagonal().diag(), amount)
 
 
+# Rounding of float32 products is far below so much of the diagonal.
+LEAST_SHRINKAGE = 0.01
+
+
+def is_shrunk(options: Mapping[str, Any]) -> bool:
+    """Whether a method's second moments are shrunk enough to be regular whatever float32 products leave of them."""
+    return float(options.get("shrinkage", 0.0)) >= LEAST_SHRINKAGE
+
+
 def unshrink(gram: Tensor, amount: float) -> Tensor:
     """Undo :func:`shrink`, for an amount below 1."""
     import torch

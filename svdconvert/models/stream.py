@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.errors import InputError
+from svdconvert.linalg.precision import is_finite
 from svdconvert.machine.products import multiplied_by
 from svdconvert.models.activations import ActivationStore, Loss
 from svdconvert.models.blocks import ModelBlocks
@@ -192,5 +193,5 @@ class Stream:
         return sums
 
     def _check(self, values: Tensor, what: str, kind: str = "activations") -> None:
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             raise InputError(f"{what} NaN or infinite {kind} on the calibration text; check the source model")

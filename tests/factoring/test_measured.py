@@ -41,4 +41,7 @@ def test_dense_loss_is_measured_once(
         events=Events(),
     )
     assert told["dense_loss"] == loss.mean
+    # Only a metric that is shrunk takes float32 products; those of a folder were made elsewhere.
+    assert ("moments from float32" in told.get("arithmetic", "")) is (method == "kfac" and not collected)
+    assert ("arithmetic" in told) is not collected
     assert same == loss

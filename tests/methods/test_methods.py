@@ -207,7 +207,13 @@ def test_statistics_collected_beforehand(dense: Path, calibration: Calibration, 
         convert(dense, tmp_path / f"{method}-text", method=method, calibration=calibration, **settings)
         convert(dense, tmp_path / f"{method}-stats", method=method, stats=tmp_path / "stats", **settings)
         one, two = (read_weights(tmp_path / f"{method}-{kind}") for kind in ("text", "stats"))
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        if method == "kfac":  # shrunk, it takes float32 sums from a text, while a folder's serve every method
+            for name, tensor in one.items():
+                torch.testing.assert_close(
+                    two[name].float(), tensor.float(), rtol=0, atol=1e-2 * float(tensor.abs().max())
+                )
+        else:
+            assert all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(InputError, match="no fisher"):
         convert(dense, tmp_path / "fwsvd", method="fwsvd", stats=tmp_path / "stats", **settings)
 
