@@ -3,6 +3,7 @@
     python -m tests.benchmarks.experts train --text tinystories_sample.txt --out FOLDER
     python -m tests.benchmarks.experts quality --folder FOLDER
     python -m tests.benchmarks.experts memory --out FOLDER --layers 1
+    python -m tests.benchmarks.experts speed
 
 ``train`` makes a tiny mixture that has learned something: 8 experts of which a token passes 2, on TinyStories. Text,
 order and initial weights depend on ``--seed`` alone. ``quality`` converts it by every method and measures held-out
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,14 +157,48 @@ print(found.wall, found.peak_bytes)
 """
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    """Least CPU time of three runs, in seconds."""
+def _seconds(work: Callable[[], Any], repeats: int = 3) -> float:
+    """Least CPU time of some runs, in seconds."""
     times = []
-    for _ in range(3):
+    for _ in range(repeats):
         began = time.process_time()
         work()
         times.append(time.process_time() - began)
     return min(times)
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Time the experts of the modeling file, dense and at equal multiplications, beside those of transformers."""
+    from svdconvert.modeling import modeling_qwen3_moe_svd as modeling
+
+    torch.set_num_threads(1)
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 384, "num_experts": 32, "num_experts_per_tok": 4}
+    stock = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**sizes)).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in stock.parameters():
+        parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    stacked, act_fn = stock.experts, stock.experts.act_fn
+    ways: dict[str, torch.nn.Module] = {"grouped_mm": stacked, "eager": stacked}
+    for share in (1.0, 0.6):
+        rank = int(share * 384 * 1024 / (384 + 1024))
+        factored = modeling.Experts(modeling.Expert(1024, 384, act_fn) for _ in range(sizes["num_experts"]))
+        for expert in factored:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                dense = getattr(expert, name)
+                setattr(expert, name, modeling.SVDLinear(dense.in_features, dense.out_features, rank, bias=False))
+        ways[f"factored, {share:.0%} of the multiplications"] = factored
+    for tokens in (1, 16, 128):
+        hidden, times = torch.randn(1, tokens, 1024, generator=generator), {}
+        for name, experts in ways.items():
+            stock.experts = experts
+            stacked.config._experts_implementation = name
+            with torch.no_grad():
+                stock(hidden)
+                times[name] = 1000 * _seconds(partial(stock, hidden), repeats=max(3, 48 // tokens))
+        print(f"{tokens} tokens: " + "; ".join(f"{name} {value:.2f} ms" for name, value in times.items()), flush=True)
 
 
 def write_random(folder: Path, layers: int, vocabulary: int) -> None:
@@ -210,6 +246,7 @@ def main() -> None:
     one.add_argument("--experts", type=int, default=10, help="of each layer, that are factored")
     one.add_argument("--vocabulary", type=int, default=QWEN["vocab_size"])
     one.set_defaults(run=memory)
+    commands.add_parser("speed").set_defaults(run=speed)
     options = parser.parse_args()
     options.run(options)
 
