@@ -68,11 +68,14 @@ def test_against_single_conversions(dense: Path, text: Path, calibration: Calibr
             check=False,
         )
         direct = evaluate(tmp_path / str(i), text, window=48, device="cpu")
-        # Plain SVD alone takes another way through the solver, up to rounding.
-        assert point.perplexity == pytest.approx(direct.perplexity, rel=1e-3 if point.setting.method == "svd" else 1e-9)
+        # Plain SVD takes another way through the solver, up to rounding; kfac's statistics are float32 sums in a single
+        # conversion, while those of a sweep serve every method.
+        rounding = {"svd": 1e-3, "kfac": 1e-5, "whiten": 1e-9}[point.setting.method]
+        assert point.perplexity == pytest.approx(direct.perplexity, rel=rounding)
         assert point.params == direct.parameters == report.plan.params_after
         assert point.bytes == report.plan.bytes_after
-        assert point.predicted_loss == pytest.approx(report.outcome.record.get("predicted_loss"))
+        predicted = report.outcome.record.get("predicted_loss")
+        assert point.predicted_loss == (predicted if predicted is None else pytest.approx(predicted, rel=1e-5))
     folder = tmp_path / "sweep"
     assert {path.name for path in folder.iterdir()} == {"sweep.json", "sweep.md"}
     told = json.loads((folder / "sweep.json").read_text())
