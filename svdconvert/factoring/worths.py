@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ from svdconvert.tensors import TensorInfo
 
 # The dense way that is nearest to so many bits is measured: where budgets bind, and errors are still small.
 MEASURED_BITS = 3
+# A worth counts between these multiples of their median, so that a matrix whose error a text hardly meets is not taken
+# for free. They are wider than what was seen: Gemma 3 270M has down projections at a 180th of the median, since one
+# massive token, the opening one, makes up their metric and has no gradient, and that is as it should be.
+LOWEST, HIGHEST = 1e-3, 1e3
 
 
 def measured_worths(
@@ -36,7 +41,7 @@ def measured_worths(
     codes: Sequence[str],
     lists: Sequence[Sequence[Choice]],
 ) -> list[float]:
-    """What the losses of each list are to be multiplied with; 1 where no dense way on a grid loses anything.
+    """What the losses of each list are to be multiplied with, in bounds; 1 where no dense way on a grid loses anything.
 
     Args:
         bench: the model and its text.
@@ -54,7 +59,17 @@ def measured_worths(
     errors = _Errors(bench, store, tensors, {t.module: (t, code) for t, code in zip(targets, codes, strict=True)}, ways)
     grids = {module: [grid.bits, grid.group] for module, (grid, _) in ways.items()}
     found = TokenLosses(bench).measure(list(ways), errors, {"grids": grids, "types": list(codes)}) if ways else {}
-    return [found[t.module] / ways[t.module][1] if found.get(t.module) else 1.0 for t in targets]
+    return bounded([found[t.module] / ways[t.module][1] if found.get(t.module) else None for t in targets])
+
+
+def bounded(worths: Sequence[float | None]) -> list[float]:
+    """Worths between :data:`LOWEST` and :data:`HIGHEST` times their median; 1 for those that are None.
+
+    Args:
+        worths: as they were measured, positive.
+    """
+    middle = median([worth for worth in worths if worth is not None] or [1.0])
+    return [1.0 if worth is None else min(max(worth, LOWEST * middle), HIGHEST * middle) for worth in worths]
 
 
 def _measured_way(choices: Sequence[Choice]) -> tuple[Grid, float] | None:

@@ -13,6 +13,7 @@ from svdconvert import Calibration, calibrate, convert
 from svdconvert.calibration.folder import StatisticsFolder
 from svdconvert.factoring.sampled import Bench
 from svdconvert.factoring.token_losses import TokenLosses
+from svdconvert.factoring.worths import HIGHEST, LOWEST, bounded
 from svdconvert.grids import Grid
 from svdconvert.jobs.record import read_record
 from svdconvert.linalg.integers import Feedback
@@ -48,3 +49,9 @@ def test_worths_are_measured_losses_over_those_in_the_metrics(
     for module, matrix in told.items():
         assert matrix["worth"] == pytest.approx(measured[module] / losses[module], rel=0.01), module
     assert len({matrix["worth"] for matrix in told.values()}) == 4
+
+
+def test_a_worth_far_from_all_others_is_held_near_them() -> None:
+    assert bounded([1e-9, 0.3, None, 0.5, 0.7, 1e9]) == [LOWEST * 0.5, 0.3, 1.0, 0.5, 0.7, HIGHEST * 0.5]
+    assert bounded([0.3, 0.5, 0.4]) == [0.3, 0.5, 0.4]
+    assert bounded([None, None]) == [1.0, 1.0]
