@@ -96,6 +96,7 @@ def quantiles(source: LocalSource, ids: Tensor) -> tuple[Tensor, Tensor]:
         [N, length - 1] each.
     """
     model = AutoModelForCausalLM.from_pretrained(source.folder).double().eval()
+    model.config._experts_implementation = "eager"  # the product of all experts at once has no float64
     with torch.no_grad():
         logits = [model(input_ids=ids[:, :end]).logits[:, -1].double() for end in range(1, ids.shape[1])]
     probability = torch.softmax(torch.stack(logits, 1), -1)
@@ -120,7 +121,8 @@ def test_tokens_are_drawn_from_the_model(model_type: str, tmp_path: Path) -> Non
     drawn = uniform(source, ids)[:, 1:]
     assert bool((low - 1e-4 <= drawn).all())
     assert bool((drawn <= high + 1e-4).all())
-    assert len(ids[:, 1:].unique()) > 1
+    chance = float((high - low).double().log().sum().exp())  # some tiny models know but one token
+    assert chance > 0.01 or len(ids[:, 1:].unique()) > 1
 
 
 def test_frequencies(exact: LocalSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

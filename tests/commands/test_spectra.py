@@ -232,7 +232,7 @@ def test_json_and_per_layer(dense: Path, run: Run) -> None:
         ("needs a text", ["--method", "whiten"]),
         ("unknown; choose one of svd", ["--method", "nonsense"]),
         ("matches no linear layer", ["--targets", "nonsense"]),
-        ("has no effect on --method svd", ["--method", "svd", "--calib", "text.txt"]),
+        ("has no effect on --method svd", ["--method", "svd", "--calib", "text"]),
         ("has no effect on --method svd", ["--alpha", "0.5"]),
     ],
 )

@@ -204,7 +204,7 @@ def test_another_model_text_or_calibration(dense: Path, text: Path, calibration:
         ("is larger than", ["--rank", "8,1000"]),
         ("needs a text", ["--keep", "0.5", "--method", "svd", "--method", "kfac"]),
         ("--alpha has no effect on --method svd", ["--keep", "0.5", "--alpha", "0.3"]),
-        ("has no effect on --method svd", ["--keep", "0.5", "--method", "svd", "--calib", "somewhere.txt"]),
+        ("has no effect on --method svd", ["--keep", "0.5", "--method", "svd", "--calib", "somewhere"]),
         ("--method nonsense is unknown; choose one of", ["--keep", "0.5", "--method", "nonsense"]),
         ("--window 1000 is not possible", ["--keep", "0.5", "--window", "1000"]),
     ],
