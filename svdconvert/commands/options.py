@@ -101,6 +101,8 @@ def options(
         "device": device,
         "check": False,
     }
+    if calibration is None and stats is None:
+        raise InputError(f"comparing ranks with bits needs a text; give one as {asked('calibration')}")
     events, used = events or Events(), resolve_device(device)
     with ExitStack() as stack:
         place = stack.enter_context(temporary_folder()) if work is None else user_path(work)
@@ -210,6 +212,7 @@ class _Ways:
             try:
                 found.append(make())
             except InputError as refusal:
+                self._work.source.refuse_changed()  # then no way can be had
                 self._work.events.note(Sentence(f"left out: {refusal.sentence.marked}"))
         return found
 

@@ -56,7 +56,7 @@ def next_token_loss(
             highest = scores.amax(-1, keepdim=True)
             push = (scores - highest).exp_()
             sums = push.sum(-1, keepdim=True)
-            total += float((sums.log() + highest - scores.gather(1, right)).double().sum())
+            total += float((sums.log() + (highest - scores.gather(1, right))).double().sum())
         if gradient:
             wanted = right if drawn is None else draw(scores, drawn[part])[:, None]
             # The gradient of the cross-entropy: the model's probabilities, less 1 at the label.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from svdconvert.families.row import Architecture
+from svdconvert.families.row import Architecture, Config
 from svdconvert.families.table import longest_input
 from svdconvert.models.writing import writing_bytes
 from svdconvert.names import layer_number
@@ -47,7 +47,7 @@ class TextPasses:
         vocabulary, hidden: of the embeddings.
         batch, length: sequences at a time, and tokens in each.
         weights: parameters of the largest block.
-        widths: inputs and outputs of its matrices, added up.
+        widths: inputs and outputs of its matrices, added up; of experts, as far as tokens meet them.
         inputs, outputs: the same of the factored ones, squared.
         largest: the largest side of a factored matrix.
         gradients: whether statistics of gradients are collected.
@@ -150,9 +150,13 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
     collected = set() if isinstance(given, Stats) else set(statistics)
     named = row.full_names(source.tensors, source.config)
     blocks: dict[int, list[TensorInfo]] = {}
+    widths: dict[int, float] = {}
     for name, info in source.tensors.items():
         if not row.is_dropped(name):
-            blocks.setdefault(layer_number(named[name]), []).append(info)
+            block = layer_number(named[name])
+            blocks.setdefault(block, []).append(info)
+            if len(info.shape) == 2:
+                widths[block] = widths.get(block, 0) + _met(row, source.config, named[name]) * sum(info.shape)
     vocabulary, hidden = next(info.shape for name, info in source.tensors.items() if named[name] == row.embedding)
     layers = [infos for block, infos in blocks.items() if block >= 0]
     matrices = _shapes(targets)
@@ -163,7 +167,7 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
         batch=min(text.batch_size, text.samples),
         length=length,
         weights=max(sum(info.size for info in infos) for infos in layers),
-        widths=max(sum(sum(info.shape) for info in infos if len(info.shape) == 2) for infos in layers),
+        widths=int(max(width for block, width in widths.items() if block >= 0)),
         inputs=max(sum(columns**2 for _, columns in shapes) for shapes in matrices.values()),
         outputs=max(sum(rows**2 for rows, _ in shapes) for shapes in matrices.values()),
         largest=max(max(shape) for shapes in matrices.values() for shape in shapes),
@@ -176,6 +180,14 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
         refits=request.recipe.refit != "none",
         writing=_writing(source, text, vocabulary, 2 * len(layers) * hidden * length) if text.by_model else 0,
     )
+
+
+def _met(row: Architecture, config: Config, name: str) -> float:
+    """The share of the tokens that a matrix meets: all, or of an expert's, on average, as many as are sent to one."""
+    chosen = config.get("num_experts_per_tok")
+    if row.experts is None or chosen is None or ".experts." not in name:
+        return 1.0
+    return min(float(chosen) / row.experts.count(config), 1.0)
 
 
 def _writing(source: Source, text: Text, vocabulary: int, kept: int) -> int:
