@@ -209,7 +209,8 @@ def _onednn_is_faster():
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    weight, x = torch.ones(2048, 512), torch.ones(16, 512)
+    # whatever the caller has set as the usual type and device: the answer is kept
+    weight, x = (torch.ones(rows, 512, dtype=torch.float32, device="cpu") for rows in (2048, 16))
     seconds = {nn.functional.linear: [], _onednn: []}
     begin = time.perf_counter()
     while len(seconds[_onednn]) < 16 and time.perf_counter() - begin < 0.3:  # a busy machine takes longer
