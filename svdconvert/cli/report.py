@@ -70,7 +70,11 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
             f"{plan.params_before:,} -> {plan.params_after:,} ({plan.params_after / plan.params_before:.1%})",
         ),
         ("weight files", f"{size(plan.bytes_before)} -> {size(plan.bytes_after)} in {len(plan.shards)}"),
-        ("full fine-tuning, AdamW", f"{size(trained[0])} -> {size(trained[1])} (16 bytes a parameter, no activations)"),
+        (
+            "full fine-tuning, AdamW",
+            f"{size(trained[0])} -> "
+            + ("adapters alone" if plan.grids else f"{size(trained[1])} (16 bytes a parameter, no activations)"),
+        ),
         ("peak memory of the conversion", f"about {size(peak)}, {size(worker)} more for every further worker"),
     ]
     if free is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from svdconvert.methods.table import Method
 from svdconvert.sentences import Sentence, asked
+from svdconvert.settings.size import INFERENCE
 
 # Measured, docs/real.md: dense 23.42; 95, 90 and 80 % kept 353,345, 4,860,799 and
 # 108,540,214. Relative errors do not tell: 0.26 on average there at 95 %, and 0.23 in the bundled model at 80 %, which
@@ -40,8 +41,11 @@ def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sen
     measure = f"svdconvert evaluate {shlex.quote(str(folder))} --text FILE --against MODEL"
     if unmeasured(method, settings):
         return Sentence(f"{WITHOUT_A_TEXT.marked}; measure it: {measure}")
-    if settings.get("bytes") is not None:  # weights on grids are not trained
-        return Sentence(f"measure it: {measure}; an adapter trained beside it wins back some of the loss")
+    if settings.get("bytes") is not None or settings.get("fit_for") == INFERENCE:  # weights on grids are not trained
+        return Sentence(
+            f"measure it: {measure}; to load it, install compressed-tensors (`pip install 'svdconvert[packed]'`); an "
+            "adapter trained beside it wins back some of the loss"
+        )
     heal = "fine-tuning" if "heal" in settings else "`svdconvert heal` or fine-tuning"
     # A refit lowers the loss, and may move the predictions further away.
     refitted = method.statistics and settings.get("max_kl") is None

@@ -135,19 +135,25 @@ def evenly(targets: Sequence[Target], size: Size, codes: Sequence[str], budget: 
         budget: bytes for all of them.
 
     Raises:
-        InputError: the budget is below what the lowest ranks take.
+        InputError: the budget is below what the lowest ranks take, or no rank is a multiple of what was asked for.
     """
 
     def total(found: Sequence[Target]) -> int:
         return sum(stored_bytes(target, code) for target, code in zip(found, codes, strict=True))
 
+    ladders = [ranks_to_try(target, size.multiple) for target in targets]
+    if size.multiple > 1 and not any(ladders):
+        raise InputError(
+            f"{asked('rank_multiple', size.multiple)} leaves no rank that saves anything in any matrix; give a smaller "
+            "one, or leave it out"
+        )
     for place in range(len(dense_ways(targets[0], size.chosen_widths))):
         found = [
             ways[min(place, len(ways) - 1)] for ways in (dense_ways(target, size.chosen_widths) for target in targets)
         ]
         if total(found) <= budget:
             return found
-    narrow, ladders = size.chosen_widths[-1], [ranks_to_try(target, size.multiple) for target in targets]
+    narrow = size.chosen_widths[-1]
     for share in range(RANKS, 0, -1):
         found = [
             product_on(target, ranks[max(0, len(ranks) * share // RANKS - 1)], narrow) if ranks else dense

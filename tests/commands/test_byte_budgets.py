@@ -306,6 +306,8 @@ def test_no_process_goes_on_before_all_have_read_the_lists(
 def test_a_healing_that_would_be_refused_is_not_advised() -> None:
     settings: dict[str, Any] = {"bytes": 0.5, "share_layers": 1, "refit": "none"}
     assert "heal" not in next_steps(METHODS["kfac"], settings, Path("out")).marked
+    fitted = settings | {"bytes": None, "fit": 10**9, "fit_context": None, "fit_for": "inference"}
+    assert "heal" not in next_steps(METHODS["kfac"], fitted, Path("out")).marked
     assert "heal" in next_steps(METHODS["kfac"], settings | {"bytes": None}, Path("out")).marked
 
 
@@ -332,10 +334,9 @@ def test_ranks_are_multiples_where_that_was_asked_for(
     assert any(rank % multiple for rank in others)
 
 
-def test_a_plan_without_a_rank_to_take_has_dense_matrices_alone(dense: Path) -> None:
-    with pytest.raises(InputError, match="give more bytes"):
-        plan(dense, bytes=0.1, rank_multiple=1000)
-    assert not plan(dense, bytes=0.2, rank_multiple=1000).ranks
+def test_a_multiple_that_leaves_no_rank_is_refused(dense: Path) -> None:
+    with pytest.raises(InputError, match="rank_multiple=1000 leaves no rank that saves anything in any matrix"):
+        plan(dense, bytes=0.2, rank_multiple=1000)
 
 
 def test_a_plan_shows_the_widest_even_width(dense: Path) -> None:
