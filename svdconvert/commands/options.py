@@ -239,7 +239,7 @@ class _Ways:
         request = Conversion.of(**self._keywords, keep=keep, layout=_PIVOTED).settled()
         plan = make_plan(self._work.source, request)
         targets = spend(plan, request.size, self._store)
-        worths = self._prices.by_module
+        worths = dict(zip((target.module for target in targets), self._prices.worths, strict=True))
         loss = sum(
             worths[target.module] * float(self._store.spectrum(target)[target.rank :].sum()) / 2
             for target in targets
@@ -262,7 +262,7 @@ class _Ways:
         measured = None
         if bench is not None and kind != DENSE:
             self._work.events.note(f"measuring {name}")
-            measured = bench.measure(request, plan, self._prices.by_module)
+            measured = bench.measure(request, plan, self._prices.worths_of(targets))
         return Way(
             name=name,
             kind=kind,

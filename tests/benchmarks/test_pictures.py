@@ -103,7 +103,14 @@ def of_inference(patch: pytest.MonkeyPatch, scratch: Path) -> tuple[dict[str, An
         lambda line: measured({"step_s": 0.5 if "dense" in line else 0.25, "peak_bytes": 500_000_000}),
     )
     options = {"model": "1.3b", "dtype": "float32", "device": "cpu", "batch": [1, 2], "prompt": 4, "tokens": 2}
-    options |= {"repeats": 2, "compile": False, "cpu_time": False, "train_steps": 1, "train_length": 8}
+    options |= {
+        "repeats": 2,
+        "compile": False,
+        "cpu_time": False,
+        "train_steps": 1,
+        "train_length": 8,
+        "variants": None,
+    }
     return inference.benchmark(argparse.Namespace(**options), TINY, 16), inference.markdown
 
 

@@ -119,11 +119,15 @@ def pickled(value: object, **options: Any) -> Callable[[Path], None]:
 
 
 SINGLE_FILE_FAULTS = {
-    "unknown architecture": (edit_config(model_type="mpt"), "'mpt', which is not", "types arcee, cohere, cohere2, "),
+    "unknown architecture": (
+        edit_config(model_type="codegen"),
+        "'codegen', which is not",
+        "types apertus, arcee, bloom, ",
+    ),
     "no architecture": (
         edit_config(model_type=None),
         "model_type None, which is not",
-        "types arcee, cohere, cohere2, ",
+        "types apertus, arcee, bloom, ",
     ),
     "experts": (
         edit_config(model_type="dbrx", ffn_config={"moe_num_experts": 16}),

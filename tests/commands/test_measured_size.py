@@ -143,7 +143,7 @@ def test_on_the_command_line(dense: Path, text: Path, tmp_path: Path, run: Calla
         (["--max-loss", 0.1, "--calib-samples", 1], ["at least 2 calibration sequences, one of them held out"]),
         (
             ["--max-loss", 0.1, "--keep", 0.5],
-            ["exactly one of --rank, --keep, --params, --bytes, --max-loss and --max-kl"],
+            ["exactly one of --rank, --keep, --params, --bytes, --fit, --max-loss and --max-kl"],
         ),
         (["--max-loss", -1], ["--max-loss -1 must be above 0"]),
         (["--max-kl", "nan"], ["--max-kl nan must be above 0"]),

@@ -190,7 +190,7 @@ def test_what_the_page_says_of_other_types() -> None:
     ("config", "words"),
     [
         ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "not attention alone (conv)"),
-        ({"model_type": "mpt"}, "'mpt', which is not supported"),
+        ({"model_type": "codegen"}, "'codegen', which is not supported"),
         ({"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"bits": 4}}, "quantised (MLX)"),
         ({"quantization_config": {"load_in_4bit": True}}, "quantised (bitsandbytes)"),
         ({"quantization_config": {"quant_method": "quanto"}}, "quantised (quanto)"),
