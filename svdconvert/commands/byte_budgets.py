@@ -17,14 +17,14 @@ from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import target_tensors
 
+if TYPE_CHECKING:
+    from svdconvert.factoring.decompositions import Decompositions
+    from svdconvert.factoring.price_list import PriceLists
+
 # The loss of a product in few bits counts so many times. Worths are measured on rounded matrices, whose errors are
 # noise; a truncation takes whole directions from every token, which costs 1.3 to 8 times as much, where both were
 # measured token by token on SmolLM2-135M. Gemma 3 270M loses 3 times as much without it (docs/rank-or-bits.md).
 PRODUCT = 2.5
-
-if TYPE_CHECKING:
-    from svdconvert.factoring.decompositions import Decompositions
-    from svdconvert.factoring.price_list import PriceLists
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,14 @@ from support.families import FAMILIES, full_ranks, write_family
 from support.running import TOKENS
 from torch import Tensor
 
-from svdconvert import convert, plan, verify
+from svdconvert import Calibration, convert, densify, plan, verify
 from svdconvert.calibration.run import StatisticsRun
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.commands.verify import failed
 from svdconvert.families.table import ARCHITECTURES
 from svdconvert.methods.statistics import Needs
 from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.loading import load_model
 from svdconvert.planning.events import Events
 from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import LocalSource
@@ -125,3 +126,20 @@ def test_experts_without_a_token(gradients: bool, tmp_path: Path) -> None:
     told = [note for note in events.notes if "experts have seen fewer tokens than channels" in note]
     assert len(told) == 1
     assert ": 0)" in told[0]
+
+
+def test_bytes_are_spent_on_experts_too(checkpoints: Any, tmp_path: Path) -> None:
+    """Some experts are rounded and some become products; each is stored as recorded, and multiplied out the same."""
+    dense = checkpoints.dense("mixtral")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"tiger {i} and lion {i * i}" for i in range(200)), encoding="utf-8")
+    calibration = Calibration(str(text), samples=4, length=16)
+    out, targets = tmp_path / "out", ("layers.1.*",)
+    report = convert(dense, out, bytes=0.15, calibration=calibration, device="cpu", targets=targets)
+    record = report.outcome.record
+    assert any(".experts." in name for name in record["rounded"])
+    assert any(".experts." in name for name in record["matrices"])
+    assert not failed(verify(tmp_path / "out", against=str(dense)))
+    densify(tmp_path / "out", tmp_path / "plain")
+    packed, plain = (load_model(tmp_path / name, "cpu", torch.float32)(TOKENS.ids).logits for name in ("out", "plain"))
+    assert torch.allclose(packed, plain, rtol=0, atol=1e-3 * float(plain.abs().max()))
