@@ -27,6 +27,7 @@ from svdconvert.grids import Grid
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import layout_named
 from svdconvert.linalg.exact import truncate
+from svdconvert.linalg.feedback import SWEEPS
 from svdconvert.linalg.metrics import Metric
 from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.precision import refuse_overflow
@@ -88,7 +89,7 @@ def _rounded(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done
     (weight,) = inputs
     rank, grids = step.options["rank"], grids_of_step(step)
     code = next(info.dtype for info in step.outputs if info.dtype in FLOATS)
-    matrix = MeteredMatrix(weight, Path(step.options["decomposition"]), torch_dtype(code), workspace)
+    matrix = MeteredMatrix(weight, Path(step.options["decomposition"]), torch_dtype(code), workspace, SWEEPS)
     found = matrix.rounded(rank, grids)
     tensors, lost, whole = stored(found, grids), max(found.loss, 0.0), float(matrix.found.spectrum.sum())
     told: dict[str, Any] = {

@@ -18,7 +18,7 @@ from svdconvert.linalg.rounded_factors import MatrixRounding, RoundedMatrix
 class MeteredMatrix:
     """A matrix, its decomposition and both metrics."""
 
-    def __init__(self, weight: Tensor, file: Path, dtype: torch.dtype, workspace: Workspace) -> None:
+    def __init__(self, weight: Tensor, file: Path, dtype: torch.dtype, workspace: Workspace, sweeps: int = 0) -> None:
         """Read what belongs to it.
 
         Args:
@@ -26,6 +26,7 @@ class MeteredMatrix:
             file: of its decomposition, with the other metric beside it.
             dtype: type that scales are stored in.
             workspace: buffers of the calling thread.
+            sweeps: of coordinate descent after every feedback.
         """
         self.weight, self._workspace = weight, workspace
         self.found, small, diagonal = load_decomposition(file, weight.device)
@@ -36,7 +37,7 @@ class MeteredMatrix:
         self.is_seen = all(metric is not None and bool(metric.any()) for metric in (left, right))
         # A truncation sees the diagonal of the metric on the longer side, and not that it was kept in float32.
         self._pair = (diagonal, small) if tall else (small, diagonal)
-        self._rounding = MatrixRounding(weight, left, right, dtype)
+        self._rounding = MatrixRounding(weight, left, right, dtype, sweeps=sweeps)
 
     def rounded(self, rank: int | None, grids: Sequence[Grid | None]) -> RoundedMatrix:
         """Its weights on grids; the loss is tr(L E R E^T).

@@ -18,6 +18,7 @@ from svdconvert.factoring.rounding import MeteredMatrix
 from svdconvert.factoring.sampled import Bench
 from svdconvert.factoring.token_losses import TokenLosses
 from svdconvert.grids import Grid
+from svdconvert.linalg.feedback import PROCEDURE
 from svdconvert.linalg.panels import Workspace
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.choices import Choice
@@ -58,7 +59,8 @@ def measured_worths(
     ways = {t.module: way for t, choices in zip(targets, lists, strict=True) if (way := _measured_way(choices))}
     errors = _Errors(bench, store, tensors, {t.module: (t, code) for t, code in zip(targets, codes, strict=True)}, ways)
     grids = {module: [grid.bits, grid.group] for module, (grid, _) in ways.items()}
-    found = TokenLosses(bench).measure(list(ways), errors, {"grids": grids, "types": list(codes)}) if ways else {}
+    key = {"procedure": PROCEDURE, "grids": grids, "types": list(codes)}
+    found = TokenLosses(bench).measure(list(ways), errors, key) if ways else {}
     return bounded([found[t.module] / ways[t.module][1] if found.get(t.module) else None for t in targets])
 
 

@@ -1,4 +1,4 @@
-"""Matrices rounded to integer grids: scales, calibrated rounding, and the packing of compressed-tensors.
+"""Matrices rounded to integer grids: scales, nearest values, and the packing of compressed-tensors.
 
 An entry is q s, q an integer of b bits from -2^(b-1) to 2^(b-1) - 1 and s the scale of its row or group. A scale is
 rounded to the type that it is stored in before the integers are chosen, so that they make up for that.
@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from svdconvert.grids import Grid
 from svdconvert.linalg.precision import refuse_overflow
-from svdconvert.linalg.rounding import BLOCK, upper_factor
 from svdconvert.sentences import asked
 
 # Steps that are tried, as shares of the one that reaches from 0 to a group's largest entry.
 SHARES = tuple(1.12 * 0.94**i for i in range(14))
-
-# What is added to the diagonal of a Gram matrix that has no Cholesky factor, relative to it; the first that is enough.
-RIDGES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -66,76 +61,10 @@ def nearest(weight: Tensor, grid: Grid, scale_dtype: torch.dtype, importance: Te
     Raises:
         InputError: an entry is not finite, or so large that the scale is not finite in its type.
     """
-    groups = weight.to(_working(weight)).unflatten(1, (grid.scales(weight.shape)[1], -1))  # type: ignore[arg-type]
+    groups = weight.to(working(weight)).unflatten(1, (grid.scales(weight.shape)[1], -1))  # type: ignore[arg-type]
     counts = None if importance is None else importance.to(groups).view(groups.shape[1:])
     scales = scales_of(groups, grid, scale_dtype, counts)
     return Rounded(codes_of(groups, scales.to(groups.dtype)[..., None], grid).flatten(1).to(torch.int8), scales)
-
-
-class Feedback:
-    """Calibrated rounding in one metric: what all matrices that read the same inputs, and all grids, have in common.
-
-    Entries are rounded one after another in the order of the inputs, and the later ones move to where they best make
-    up for the error (GPTQ, Frantar et al., arXiv:2210.17323, algorithm 1, with the Cholesky factor of H^-1). The scale
-    of a group is chosen when its first entry is reached, for the values then wanted. With H = J J^T, J upper
-    triangular, an error of entry j costs J_jj^2 after that; the scales are chosen by it.
-    """
-
-    def __init__(self, gram: Tensor) -> None:
-        """Prepare.
-
-        Args:
-            gram: H, second moments of the inputs, [n, n], symmetric, >= 0. Where it is singular, the least of
-                :data:`RIDGES` that helps is added to its diagonal.
-        """
-        exact = gram.double()
-        self._counts, self._upper = exact.diagonal(), upper_factor(exact, RIDGES)
-        if self._upper is not None:
-            identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-            inverse = torch.linalg.solve_triangular(self._upper, identity, upper=True)
-            self._passed_on = inverse.mul_(self._upper.diagonal()[:, None])
-            self._upper *= (self._counts > 0)[:, None]  # what nothing depends on costs nothing
-            self._cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def works(self) -> bool:
-        """Whether the metric has a triangular factor; else all is rounded to the nearest."""
-        return self._upper is not None
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """``(J, row i: by how much an error in column i moves the optimum of the later ones)``, [n, n] in a type."""
-        assert self._upper is not None
-        if dtype not in self._cast:
-            self._cast[dtype] = self._upper.to(dtype), self._passed_on.to(dtype)
-        return self._cast[dtype]
-
-    def round(self, weight: Tensor, grid: Grid, scale_dtype: torch.dtype) -> Rounded:
-        """Round rows w such that (w' - w) H (w' - w)^T is small; row by row never worse by it than :func:`nearest`.
-
-        Computed in float64 where the weight is, else in float32.
-
-        Args:
-            weight: [m, n], any floating type.
-            grid: its groups divide n.
-            scale_dtype: type that the scales are stored in.
-
-        Raises:
-            InputError: see :func:`nearest`.
-        """
-        exact = weight.to(_working(weight))
-        plain = nearest(exact, grid, scale_dtype, self._counts)
-        if not self.works:
-            return plain
-        upper, passed_on = self.factors(exact.dtype)
-        rounded = _sequential(exact, grid, passed_on, upper.diagonal().square(), scale_dtype)
-
-        def cost(candidate: Rounded) -> Tensor:
-            return ((candidate.values(exact.dtype) - exact) @ upper).square_().sum(dim=1, keepdim=True)
-
-        better = cost(rounded) < cost(plain)  # false for NaN
-        return Rounded(
-            torch.where(better, rounded.codes, plain.codes), torch.where(better, rounded.scales, plain.scales)
-        )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -177,7 +106,8 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     return (entries.view(rows, count * 32)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
 
 
-def _working(weight: Tensor) -> torch.dtype:
+def working(weight: Tensor) -> torch.dtype:
+    """The type that a matrix is rounded in."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -219,25 +149,3 @@ def scales_of(groups: Tensor, grid: Grid, dtype: torch.dtype, importance: Tensor
         better = found < least  # false for NaN
         chosen, least = torch.where(better, scales, chosen), torch.where(better, found, least)
     return chosen
-
-
-def _sequential(weight: Tensor, grid: Grid, passed_on: Tensor, importance: Tensor, scale_dtype: torch.dtype) -> Rounded:
-    """Entries rounded one after another, each to what the errors before it ask for. Columns are rows here."""
-    (m, n), group = weight.shape, grid.group or weight.shape[1]
-    wanted = weight.T.contiguous()
-    errors = torch.empty_like(wanted)
-    codes = torch.empty(n, m, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(*grid.scales((m, n)), dtype=scale_dtype, device=weight.device)
-    for start, stop in pairwise(sorted({*range(0, n, BLOCK), *range(0, n, group), n})):
-        if start % group == 0:
-            part = slice(start, start + group)
-            chosen = scales_of(wanted[part].T.contiguous(), grid, scale_dtype, importance[part])
-            scales[:, start // group] = chosen
-            step = chosen.to(wanted.dtype)
-        for j in range(start, stop):
-            code = codes_of(wanted[j], step, grid)
-            codes[j] = code
-            errors[j] = code * step - wanted[j]
-            wanted[j + 1 : stop].addr_(passed_on[j, j + 1 : stop], errors[j])
-        wanted[stop:].addmm_(passed_on[start:stop, stop:].T, errors[start:stop])
-    return Rounded(codes.T.contiguous(), scales)

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from svdconvert.grids import Grid
-from svdconvert.linalg.integers import Feedback, Rounded, nearest
+from svdconvert.linalg.feedback import Feedback
+from svdconvert.linalg.integers import Rounded, nearest
 from svdconvert.linalg.metrics import Metric, apply_metric
 from svdconvert.linalg.pivot import fitted
 from svdconvert.linalg.results import SINGULAR
@@ -60,7 +61,13 @@ class MatrixRounding:
     """All ways to round one matrix in a pair of metrics: what the grids and ranks have in common is computed once."""
 
     def __init__(
-        self, weight: Tensor, left: Metric, right: Metric, dtype: torch.dtype, feedback: Feedback | None = None
+        self,
+        weight: Tensor,
+        left: Metric,
+        right: Metric,
+        dtype: torch.dtype,
+        feedback: Feedback | None = None,
+        sweeps: int = 0,
     ) -> None:
         """Prepare.
 
@@ -70,9 +77,10 @@ class MatrixRounding:
             right: metric on the inputs, [n, n]; with its diagonal alone, or None, there is nothing to feed back.
             dtype: type that scales are stored in.
             feedback: in ``right``, where another matrix that reads the same inputs has it already.
+            sweeps: of coordinate descent after every feedback.
         """
         self.given, self.weight = weight, weight.double()
-        self.left, self.right, self.dtype = left, right, dtype
+        self.left, self.right, self.dtype, self.sweeps = left, right, dtype, sweeps
         if feedback is None and right is not None and right.dim() == 2:
             feedback = Feedback(right)
         self.feedback = feedback
@@ -114,14 +122,14 @@ class MatrixRounding:
     def _product(self, way: str, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> RoundedMatrix:
         first = self._inputs_side(down.float(), grids[0])
         wanted, gram = fitted(self.weight, first.values(torch.float64), self.right)
-        second = Feedback(gram).round(wanted.float(), grids[1], self.dtype)
+        second = Feedback(gram).round(wanted.float(), grids[1], self.dtype, self.sweeps)
         product = second.values(torch.float64) @ first.values(torch.float64)
         return RoundedMatrix((first, second), self.loss(product), way)
 
     def _inputs_side(self, rows: Tensor, grid: Grid) -> Rounded:
         """Rows of what the inputs meet."""
         if self.feedback is not None:
-            return self.feedback.round(rows, grid, self.dtype)
+            return self.feedback.round(rows, grid, self.dtype, self.sweeps)
         return nearest(rows, grid, self.dtype, self._diagonal())
 
     def _diagonal(self) -> Tensor | None:

@@ -41,7 +41,7 @@ DECOMPOSITION_SQUARES, GPU_DECOMPOSITION_SQUARES = 3, 9
 
 # Rounding to few bits with feedback, in float64: the inputs' metric, its factor and what is made of them, the outputs'
 # metric, and copies of the matrix.
-ROUNDED_INPUTS, ROUNDED_OUTPUTS, ROUNDED_COPIES = 5, 2, 8
+ROUNDED_INPUTS, ROUNDED_OUTPUTS, ROUNDED_COPIES = 6, 2, 8
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from svdconvert.factoring.token_losses import TokenLosses
 from svdconvert.factoring.worths import HIGHEST, LOWEST, bounded
 from svdconvert.grids import Grid
 from svdconvert.jobs.record import read_record
-from svdconvert.linalg.integers import Feedback
+from svdconvert.linalg.feedback import Feedback
 from svdconvert.methods.table import shrink
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events

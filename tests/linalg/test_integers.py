@@ -12,7 +12,9 @@ from support.metrics import normal
 
 from svdconvert.errors import InputError
 from svdconvert.grids import Grid
-from svdconvert.linalg.integers import Feedback, Rounded, nearest, pack, unpack
+from svdconvert.linalg.descent import descend
+from svdconvert.linalg.feedback import Feedback
+from svdconvert.linalg.integers import Rounded, nearest, pack, unpack
 
 GRIDS = [Grid(8), Grid(6, 8), Grid(4, 32), Grid(4), Grid(3, 16), Grid(2, 96)]
 
@@ -94,34 +96,71 @@ def test_a_search_of_the_scale_is_near_the_best_there_is() -> None:
 
 
 def gptq(weight: torch.Tensor, gram: torch.Tensor, grid: Grid, dtype: torch.dtype) -> Rounded:
-    """Optimal brain quantisation in a fixed order, as in the GPTQ paper: H^-1 with the columns taken out one by one."""
-    wanted, inverse = weight.clone(), torch.linalg.inv(gram)
+    """Optimal brain quantisation of the GPTQ paper, largest moments first: H^-1 with columns taken out one by one."""
+    order = gram.diagonal().argsort(descending=True)
+    wanted, sorted_gram = weight[:, order].clone(), gram[order][:, order]
+    inverse = torch.linalg.inv(sorted_gram)
     # What an error in a column costs once all later ones may make up for it.
-    own = torch.stack([1 / torch.linalg.inv(gram[j:, j:])[0, 0] for j in range(len(gram))])
-    codes, scales = [], []
-    for j in range(weight.shape[1]):
-        if j % (grid.group or weight.shape[1]) == 0:
-            part = slice(j, j + (grid.group or weight.shape[1]))
-            scales.append(nearest(wanted[:, part], Grid(grid.bits), dtype, own[part]).scales)
-        step = scales[-1][:, 0].double()
-        code = (wanted[:, j] / step).round().clamp(-grid.largest - 1, grid.largest)
-        codes.append(code)
-        error = (wanted[:, j] - code * step) / inverse[j, j]
+    own = torch.empty(len(gram), dtype=torch.float64)
+    own[order] = torch.stack([1 / torch.linalg.inv(sorted_gram[j:, j:])[0, 0] for j in range(len(gram))])
+    scales = nearest(weight, grid, dtype, own).scales
+    steps = scales.double().repeat_interleave(grid.group or weight.shape[1], dim=1)
+    codes = torch.empty_like(weight)
+    for j, place in enumerate(order):
+        codes[:, place] = (wanted[:, j] / steps[:, place]).round().clamp(-grid.largest - 1, grid.largest)
+        error = (wanted[:, j] - codes[:, place] * steps[:, place]) / inverse[j, j]
         wanted -= error[:, None] * inverse[j]
         inverse = inverse - inverse[:, j, None] * inverse[j] / inverse[j, j]
-    return Rounded(torch.stack(codes, 1).to(torch.int8), torch.cat(scales, 1))
+    return Rounded(codes.to(torch.int8), scales)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_feedback_is_gptq(grid: Grid) -> None:
     weight, gram = normal(12, 96), correlated(96)
-    ours, plain = Feedback(gram).round(weight, grid, torch.bfloat16), nearest(weight, grid, torch.bfloat16)
+    ours = Feedback(gram).round(weight, grid, torch.bfloat16)
+    plain = nearest(weight, grid, torch.bfloat16, gram.diagonal())
     theirs = gptq(weight, gram, grid, torch.bfloat16)
     better = costs(weight, theirs, gram) < costs(weight, plain, gram)
     assert better.sum() > 6
     assert torch.equal(ours.codes[better], theirs.codes[better])
     assert torch.equal(ours.scales[better], theirs.scales[better])
     assert costs(weight, ours, gram).sum() < 0.7 * costs(weight, plain, gram).sum()
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_descent_ends_where_no_single_move_helps(grid: Grid) -> None:
+    weight, gram = normal(12, 96), correlated(96)
+    start = Feedback(gram).round(weight, grid, torch.bfloat16)
+    found = descend(weight, start, gram, grid, sweeps=200)
+    least, group = costs(weight, found, gram), grid.group or 96
+    assert bool((least <= costs(weight, start, gram) * (1 + 1e-12)).all())
+    assert least.sum() < 0.995 * costs(weight, start, gram).sum() or grid.bits == 8
+    assert found.codes.min() >= -grid.largest - 1
+    assert found.codes.max() <= grid.largest
+    for column in range(96):
+        for change in (-1, 1):
+            codes = found.codes.clone()
+            codes[:, column] = (codes[:, column] + change).clamp(-grid.largest - 1, grid.largest)
+            assert bool((costs(weight, Rounded(codes, found.scales), gram) >= least * (1 - 1e-12)).all())
+    for column in range(96 // group):
+        for change in (1 - 2**-8, 1 + 2**-7):  # the neighbours in bfloat16, or beyond
+            scales = found.scales.clone()
+            scales[:, column] *= change
+            assert bool((costs(weight, Rounded(found.codes, scales), gram) >= least * (1 - 1e-12)).all())
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sweeps_never_lose(grid: Grid, dtype: torch.dtype) -> None:
+    """Beside an input ten thousand times as large as the others, where float32 is a little off."""
+    weight, gram = normal(12, 96), correlated(96)
+    large = torch.ones(96, dtype=torch.float64)
+    large[7] = 1e4
+    gram = gram * large * large[:, None]
+    feedback = Feedback(gram)
+    before, after = (feedback.round(weight.to(dtype), grid, torch.float16, sweeps) for sweeps in (0, 3))
+    assert bool((costs(weight, after, gram) <= costs(weight, before, gram) * (1 + 1e-3)).all())
+    assert costs(weight, after, gram).sum() < costs(weight, before, gram).sum()
 
 
 def test_feedback_between_the_nearest_and_the_best_of_all() -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 from svdconvert import convert
 from svdconvert.calibration.folder import StatisticsFolder
 from svdconvert.grids import Grid
-from svdconvert.linalg.integers import Feedback, Rounded, nearest
+from svdconvert.linalg.feedback import Feedback
+from svdconvert.linalg.integers import Rounded, nearest
 
 from .losses import LENGTH, Bench, add_options
 from .subjects import SUBJECTS
