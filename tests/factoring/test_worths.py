@@ -47,7 +47,8 @@ def test_worths_are_measured_losses_over_those_in_the_metrics(
         list(errors), lambda index: {suffix(m): e for m, e in errors.items() if layer_number(m) == index}, {}
     )
     for module, matrix in told.items():
-        assert matrix["worth"] == pytest.approx(measured[module] / losses[module], rel=0.03), module  # near ties may be rounded either way
+        # near ties may be rounded either way
+        assert matrix["worth"] == pytest.approx(measured[module] / losses[module], rel=0.03), module
     assert len({matrix["worth"] for matrix in told.values()}) == 4
 
 
