@@ -6,7 +6,8 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -31,7 +32,12 @@ settings.load_profile("busy")
 # Where its asserts are those of tests, too.
 pytest.register_assert_rewrite("support")
 
+# Waiting for the disk, thousands of times, would take longer than what is tested.
+os.fsync = import_module("support.durable").sync_nothing
+
 if TYPE_CHECKING:
+    from support.forked import Forked
+
     from svdconvert import Calibration
 
 MODULES = os.environ["HF_MODULES_CACHE"]
@@ -78,6 +84,16 @@ def calibration(text: Path) -> Calibration:
     from svdconvert import Calibration
 
     return Calibration(str(text), samples=24, length=48, batch_size=5)
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """Starts commands in several processes, by ``support.launching.together``."""
+    from support.launching import launcher
+
+    started = launcher(tmp_path_factory.mktemp("launcher"))
+    yield started
+    started.close()
 
 
 @pytest.fixture

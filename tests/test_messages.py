@@ -72,7 +72,7 @@ def asked_fields(tree: ast.Module) -> list[str]:
 def keywords() -> set[str]:
     """Parameters of the public functions, and fields of a calibration."""
     found = {f"calibration.{field.name}" for field in fields(Calibration)}
-    for _, tree in library():
+    for tree in FILES.values():
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name in svdconvert.__all__:
                 found.update(argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
@@ -80,6 +80,7 @@ def keywords() -> set[str]:
 
 
 FILES = dict(library())
+KEYWORDS = keywords()
 FIELDS = sorted({field for tree in FILES.values() for field in asked_fields(tree)})
 
 
@@ -109,5 +110,5 @@ def test_no_option_of_the_command_line(name: str) -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_field_is_a_keyword_and_an_option(field: str) -> None:
-    assert field in keywords()
+    assert field in KEYWORDS
     assert option_name(field) in OPTIONS

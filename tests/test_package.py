@@ -134,9 +134,10 @@ def test_where_the_modeling_files_are(installation: bool, checkout: Path, instal
     """An installation uses its own package, a checkout the folder beside it; neither needs the other."""
     place = installed if installation else checkout
     program = (
-        "import svdconvert.modeling as m; from svdconvert.modeling import modeling_llama_svd as f; "
+        "import svdconvert.modeling as m; from importlib.util import find_spec; "
         "from svdconvert.version import versions; "
-        "print(m.__file__); print(f.__file__); print(versions()['svdconvert'])"
+        "print(m.__file__); print(find_spec('svdconvert.modeling.modeling_llama_svd').origin); "
+        "print(versions()['svdconvert'])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -34,6 +35,12 @@ def imports(text: str, modules: frozenset[str]) -> Iterator[str]:
             package, _, rest = name.partition(".")
             if package == "svdconvert":
                 yield rest if rest in modules else rest.rpartition(".")[0]
+
+
+def first_imports(text: str, modules: frozenset[str]) -> set[str]:
+    """Those that a file imports as soon as it is imported."""
+    lines = [ast.unparse(node) for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return set(imports("\n".join(lines), modules))
 
 
 def graph(package: Path = PACKAGE) -> dict[str, set[str]]:
@@ -110,18 +117,33 @@ def test_rooms_say_what_they_may_use(room: str) -> None:
     assert said == (", ".join(ROOMS[: ROOMS.index(room)]) or "the modules beside it")
 
 
+# Forks at every module, so that what several modules import is imported once.
+ALONE = """
+import importlib, json, os, sys
+import torch, transformers
+above = json.loads(sys.argv[1])
+def grow(name):
+    importlib.import_module(f"svdconvert.{name}".rstrip("."))
+    for other in above.get(name, ()):
+        child = os.fork()
+        if not child:
+            grow(other)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, other
+grow("")
+"""
+
+
 def test_every_module_is_imported_alone() -> None:
-    """Each in a process that has imported nothing else of the package."""
-    names = [f"svdconvert.{name}" for name in graph() if name not in ROOF]
-    program = (
-        "import importlib, os, sys\n"
-        "import torch, transformers\n"  # once for all
-        "for name in sys.argv[1:]:\n"
-        "    child = os.fork()\n"
-        "    if not child:\n"
-        "        importlib.import_module(name)\n"
-        "        os._exit(0)\n"
-        "    assert os.waitpid(child, 0)[1] == 0, name\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=False)
+    """Each in a process that has imported nothing else of the package than what it imports itself."""
+    files = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+    at_once = {name: first_imports(path.read_text(), frozenset(files)) - {name} for name, path in files.items()}
+    reached: dict[str, set[str]] = {}
+    for name in TopologicalSorter(at_once).static_order():
+        reached[name] = {name}.union(*(reached[other] for other in at_once[name]))
+    above: dict[str, list[str]] = {}
+    for name in files.keys() - ROOF:
+        below = max(at_once[name] - {""}, key=lambda other: (len(reached[other]), other), default="")
+        above.setdefault(below, []).append(name)
+    done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(above)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,8 @@ import pytest
 import torch
 from support.checkpoints import VOCAB, random_tensors
 from support.families import FAMILIES, stock_config, write_family
-from support.launching import torchrun
+from support.forked import Forked
+from support.launching import together
 from support.refusals import assert_refused
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -340,12 +341,12 @@ def test_a_file_of_that_name(exact: LocalSource, tmp_path: Path, text: Path, mon
     assert Calibration("self", **options).tokens(exact).digest != read.digest
 
 
-def test_several_processes(exact: LocalSource, tmp_path: Path) -> None:
+def test_several_processes(exact: LocalSource, launcher: Forked, tmp_path: Path) -> None:
     """A part each, and the same tokens as one process."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    done = torchrun(2, program, exact.folder, tmp_path / "kept")
-    assert done.code == 0, done.err
+    done = together(launcher, 2, exact.folder, tmp_path / "kept", program=str(program))
+    assert [ended.status for ended in done] == [0, 0], done
     expected = Calibration("self", samples=7, length=12).tokens(exact).digest
     assert [(tmp_path / "kept" / f"{rank}.digest").read_text() for rank in (0, 1)] == [expected] * 2
     assert len(list((tmp_path / "kept").rglob("*.safetensors"))) == 4

@@ -179,7 +179,7 @@ def _save(sheet: Path, rows: list[dict[str, Any]]) -> None:
 
 def test_a_killed_generation_goes_on(prepared: Path, tmp_path: Path) -> None:
     out, partial = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.partial"
-    options = ["--template", "kodoc2dial-short", "--max-new-tokens", "40", "--batch-size", "1", "--device", "cpu"]
+    options = ["--template", "kodoc2dial-short", "--max-new-tokens", "20", "--batch-size", "1", "--device", "cpu"]
     line = [sys.executable, "-m", "examples.dialogue.generate", MODEL, "--data", prepared / "train.jsonl", "--out", out]
     with subprocess.Popen([*map(str, line), *options], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 4):

@@ -127,7 +127,8 @@ def finished(dense, tmp_path_factory):
 def kill(dense, tmp_path_factory):
     """Starts a run in a process of its own that is killed while it writes its last checkpoint but one."""
     context = multiprocessing.get_context("forkserver")  # imports once what every run needs
-    context.set_forkserver_preload(["transformers.trainer", "peft", "bitsandbytes", "matplotlib.figure"])
+    needed = ["transformers.trainer", "peft", "bitsandbytes", "matplotlib.figure", "examples.dialogue.train"]
+    context.set_forkserver_preload([*needed, "transformers.models.gpt_neox.modeling_gpt_neox"])
 
     def run(settings_file: Path, output: Path) -> None:
         process = context.Process(target=killed_run, args=(settings_file, 6, output))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import read_weights, tree
-from support.forked import Ended, Forked
-from support.launching import free_port
+from support.forked import Forked
+from support.launching import together
 
 from svdconvert import Calibration, heal
 
@@ -40,24 +39,6 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
     found = Forked(tmp_path_factory.mktemp("forked"), HOOKS)
     yield found
     found.close()
-
-
-def together(forked: Forked, count: int, *args: object, victim: int = -1, dies: int = 0) -> list[Ended]:
-    """A command in so many processes, of which one may die as it saves the state for the n-th time."""
-    port = str(free_port())
-    started = []
-    for rank in range(count):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        environment = {name: str(value) for name, value in names.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        started.append(forked.start(*args, environment=environment, dies=dies if rank == victim else 0))
-    if victim >= 0:  # as torchrun ends the others
-        ended = started[victim].wait()
-        for rank, running in enumerate(started):
-            if rank != victim:
-                os.kill(running.pid, signal.SIGKILL)
-        return [ended, *(running.wait() for rank, running in enumerate(started) if rank != victim)]
-    return [running.wait() for running in started]
 
 
 def words(model: Path, dense: Path, text: Path, *more: object) -> list[object]:

@@ -1,4 +1,4 @@
-"""One job on several processes: real ones, started by torchrun, on gloo."""
+"""One job on several processes, on gloo: started by torchrun, and, where that changes nothing, forked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.checkpoints import TARGETS, content, random_tensors, read_weights, tree, write_checkpoint
-from support.launching import environment, free_port, torchrun
+from support.forked import BATCH_BYTES, Ended, Forked
+from support.launching import environment, free_port, together, torchrun
 from support.moments import assert_nothing_half
 
 from svdconvert import JobError, calibrate, convert
@@ -38,22 +39,21 @@ from svdconvert.planning.partition import matrix_cost, split, split_steps, step_
 from svdconvert.planning.steps import Step
 from svdconvert.tensors import TensorInfo
 
-# The command line, in a process that kills itself with SIGKILL at the n-th call of a kind, if it has that rank.
+# The command line, in a process that kills itself with SIGKILL at its fifth pwrite.
 VICTIM = r"""
 import os, signal, sys
-victim, call, at = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 from svdconvert.cli import app
 from svdconvert.jobs import shard_writer
 shard_writer.BATCH_BYTES = 1
-if int(os.environ["RANK"]) == victim:
-    real, seen = getattr(os, call), []
+if os.environ["RANK"] == "1":
+    real, seen = os.pwrite, []
     def dying(*args, **kwargs):
         seen.append(args)
-        if len(seen) == at:
+        if len(seen) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
-    setattr(os, call, dying)
-app.main(sys.argv[4:])
+    os.pwrite = dying
+app.main(sys.argv[1:])
 """
 
 # The library, as a program uses it.
@@ -75,6 +75,14 @@ assert processes.current().size == 1
 def sentences(err: str) -> list[str]:
     """What the tool itself said on standard error."""
     return [line for line in err.splitlines() if line.startswith("Error:")]
+
+
+def statuses(done: Sequence[Ended]) -> list[int]:
+    return [ended.status for ended in done]
+
+
+def printed(done: Sequence[Ended]) -> str:
+    return "".join(ended.out for ended in done)
 
 
 @pytest.fixture(scope="module")
@@ -144,32 +152,34 @@ class TestSameBytes:
         assert [list(stages) for stages in timing] == [["prepare", "read", "solve", "write"]] * 2
         assert all(stages["solve"]["wall_seconds"] > 0 for stages in timing), "both have solved something"
 
-    def test_three_and_many_weight_files(self, model: Path, in_many_files: Path, tmp_path: Path) -> None:
+    def test_three_and_many_weight_files(
+        self, launcher: Forked, model: Path, in_many_files: Path, tmp_path: Path
+    ) -> None:
         options = ["--max-shard-size", "30KB", "--workers", 2]
-        done = torchrun(3, "-m", "svdconvert", *command(model, tmp_path / "out", *options))
-        assert done.code == 0, done
+        done = together(launcher, 3, *command(model, tmp_path / "out", *options))
+        assert statuses(done) == [0, 0, 0], done
         assert tree(tmp_path / "out") == tree(in_many_files)
-        assert done.out.count("wrote model-") == 6
-        again = torchrun(2, "-m", "svdconvert", *command(model, tmp_path / "out", *options))
-        assert again.code == 0, again
-        assert again.out.count("already holds this result") == 1
+        assert printed(done).count("wrote model-") == 6
+        again = together(launcher, 2, *command(model, tmp_path / "out", *options))
+        assert statuses(again) == [0, 0], again
+        assert printed(again).count("already holds this result") == 1
 
-    def test_from_a_program_and_densify(self, model: Path, reference: Path, tmp_path: Path) -> None:
+    def test_from_a_program_and_densify(self, launcher: Forked, model: Path, reference: Path, tmp_path: Path) -> None:
         program = tmp_path / "program.py"
         program.write_text(PROGRAM)
-        done = torchrun(2, program, model, tmp_path / "out", tmp_path / "dense")
-        assert done.code == 0, done
-        assert sorted(done.out.splitlines()) == [f"{rank} of 2: {len(TARGETS)} 2" for rank in range(2)]
+        done = together(launcher, 2, model, tmp_path / "out", tmp_path / "dense", program=str(program))
+        assert statuses(done) == [0, 0], done
+        assert printed(done).splitlines() == [f"{rank} of 2: {len(TARGETS)} 2" for rank in range(2)]
         assert tree(tmp_path / "out") == tree(reference)
         from svdconvert import densify
 
         densify(reference, tmp_path / "expected", device="cpu", check=False)
         assert weights_bytes(tmp_path / "dense") == weights_bytes(tmp_path / "expected")
 
-    def test_other_commands_run_once(self, model: Path) -> None:
-        done = torchrun(2, "-m", "svdconvert", "plan", model, "--rank", 16)
-        assert done.code == 0, done
-        assert done.out.count("peak memory of the conversion") == 1
+    def test_other_commands_run_once(self, launcher: Forked, model: Path) -> None:
+        done = together(launcher, 2, "plan", model, "--rank", 16)
+        assert statuses(done) == [0, 0], done
+        assert printed(done).count("peak memory of the conversion") == 1
 
 
 def weights_bytes(folder: Path) -> dict[str, bytes]:
@@ -187,15 +197,21 @@ class TestLostProcess:
         ],
     )
     def test_the_same_command_goes_on(
-        self, victim: int, call: str, at: int, go_on: int, model: Path, in_many_files: Path, tmp_path: Path
+        self,
+        victim: int,
+        call: str,
+        at: int,
+        go_on: int,
+        launcher: Forked,
+        model: Path,
+        in_many_files: Path,
+        tmp_path: Path,
     ) -> None:
         """With any number of processes, to the same bytes. The last case dies while the files get their names."""
-        out, script = tmp_path / "out", tmp_path / "victim.py"
-        script.write_text(VICTIM)
+        out = tmp_path / "out"
         options = command(model, out, "--max-shard-size", "30KB")
-        lost = torchrun(2, script, victim, call, at, *options)
-        assert lost.code != 0, lost
-        assert "SIGKILL" in lost.err, lost
+        lost = together(launcher, 2, *options, victim=victim, dies=(call, at), constants={BATCH_BYTES: 1})
+        assert lost[0].status == -signal.SIGKILL, lost
         assert not (out / "config.json").exists()
         for path in out.glob("*.safetensors"):
             assert content(path) == content(in_many_files / path.name)
@@ -204,19 +220,13 @@ class TestLostProcess:
         # where the other process was slow, nothing but copies may be done, of which nothing is said
         solved = sum(bool(entry["report"]) for entry in recorded)
         if go_on == 1:
-            done = subprocess.run(
-                [sys.executable, "-m", "svdconvert", *map(str, options)],
-                capture_output=True,
-                text=True,
-                env=environment(),
-                check=False,
-            )
-            assert (done.returncode, done.stderr) == (0, "")
+            done = launcher.run(*options)
+            assert (done.status, done.err) == (0, "")
             told = (f"{solved} matrices were done by an earlier run", f"did of {solved} matrices is used again")
-            assert any(words in done.stdout for words in told) == bool(solved)
+            assert any(words in done.out for words in told) == bool(solved)
         else:
-            again = torchrun(go_on, "-m", "svdconvert", *options)
-            assert again.code == 0, again
+            again = together(launcher, go_on, *options)
+            assert statuses(again) == [0] * go_on, again
         assert tree(out) == tree(in_many_files)
 
     def test_without_a_launcher_that_ends_the_others(self, model: Path, reference: Path, tmp_path: Path) -> None:
@@ -228,7 +238,7 @@ class TestLostProcess:
         for rank in range(2):
             variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            line = [sys.executable, script, 1, "pwrite", 5, *command(model, out)]
+            line = [sys.executable, script, *command(model, out)]
             started.append(
                 subprocess.Popen(
                     list(map(str, line)),
@@ -248,7 +258,7 @@ class TestLostProcess:
         convert(model, out, rank=16, device="cpu", check=False)
         assert tree(out) == tree(reference)
 
-    @pytest.mark.parametrize("delay", [0.0, 1.0, 3.0])
+    @pytest.mark.parametrize("delay", [0.0, 1.0, pytest.param(3.0, marks=pytest.mark.slow)])
     def test_ctrl_c_under_torchrun(self, delay: float, model: Path, reference: Path, tmp_path: Path) -> None:
         """A terminal sends it to all; the tool says one sentence, and what torchrun itself says is torchrun's."""
         out = tmp_path / "out"
@@ -280,26 +290,37 @@ class TestLostProcess:
 
 
 class TestErrors:
-    def test_one_process_fails(self, tmp_path: Path) -> None:
+    def test_one_process_fails(self, launcher: Forked, tmp_path: Path) -> None:
         """A bad tensor is in one process's share: it says which, and nobody else says anything."""
         tensors = random_tensors()
         tensors["gpt_neox.layers.1.attention.dense.weight"][3, 4] = float("nan")
         bad = write_checkpoint(tmp_path / "bad", tensors)
-        done = torchrun(3, "-m", "svdconvert", *command(bad, tmp_path / "out"))
+        done = together(launcher, 3, *command(bad, tmp_path / "out"))
+        assert all(statuses(done)), done
+        err = "".join(ended.err for ended in done)
+        (sentence,) = sentences(err)
+        assert "gpt_neox.layers.1.attention.dense.weight cannot be converted: it has NaN" in sentence
+        assert "svdconvert/" not in err, "no traceback of ours"
+
+    def test_under_torchrun(self, model: Path, tmp_path: Path) -> None:
+        line = ["-m", "svdconvert", model, "--rank", 100, "--device", "cpu", "--out", tmp_path / "out"]
+        done = torchrun(2, *line)
         assert done.code != 0
         (sentence,) = sentences(done.err)
-        assert "gpt_neox.layers.1.attention.dense.weight cannot be converted: it has NaN" in sentence
-        assert "svdconvert/" not in done.err, "no traceback of ours"
+        assert "rank 100" in sentence
+        assert not re.search(r'File ".*/svdconvert/', done.err), done.err
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(
         ("options", "expected"),
         [(["--rank", "100"], "rank 100"), (["--rank", "16", "--bad"], "No such option")],
     )
-    def test_all_processes_fail_alike(self, options: list[str], expected: str, model: Path, tmp_path: Path) -> None:
-        line = ["-m", "svdconvert", model, *options, "--device", "cpu", "--out", tmp_path / "out"]
-        done = torchrun(2, *line)
-        assert done.code != 0
-        (sentence,) = sentences(done.err)
+    def test_all_processes_fail_alike(
+        self, options: list[str], expected: str, launcher: Forked, model: Path, tmp_path: Path
+    ) -> None:
+        done = together(launcher, 2, model, *options, "--device", "cpu", "--out", tmp_path / "out")
+        assert all(statuses(done)), done
+        (sentence,) = sentences("".join(ended.err for ended in done))
         assert expected in sentence
         assert not (tmp_path / "out").exists()
 
@@ -318,7 +339,9 @@ def text_options(text: Path) -> list[object]:
 
 class TestCalibration:
     @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
-    def test_statistics_are_those_of_one_process(self, count: int, model: Path, text: Path, tmp_path: Path) -> None:
+    def test_statistics_are_those_of_one_process(
+        self, count: int, launcher: Forked, model: Path, text: Path, tmp_path: Path
+    ) -> None:
         """Seven sequences for two or three processes; sampled labels too are the same ones."""
         methods = ["kfac", "asvd", "fwsvd"]
         chosen = Calibration(str(text), samples=7, length=32, batch_size=2, labels="sampled")
@@ -326,13 +349,13 @@ class TestCalibration:
         line = ["calibrate", model, "--out", tmp_path / "many", "--device", "cpu", "--labels", "sampled"]
         for method in methods:
             line += ["--method", method]
-        done = torchrun(count, "-m", "svdconvert", *line, *text_options(text))
-        assert done.code == 0, done
+        done = together(launcher, count, *line, *text_options(text))
+        assert statuses(done) == [0] * count, done
         one, many = (json.loads((tmp_path / name / "stats.json").read_text()) for name in ("one", "many"))
         assert many["key"] == one["key"]
         assert many["loss"]["nll"] == pytest.approx(one["loss"]["nll"], rel=1e-6)
         assert many["loss"]["tokens"] == one["loss"]["tokens"] == 7 * 31
-        assert f"{perplexity:,.2f}" in done.out
+        assert f"{perplexity:,.2f}" in printed(done)
         assert many["blocks"] == one["blocks"], "the counts of tokens and samples"
         files = sorted((tmp_path / "one").glob("block-*.safetensors"))
         assert len(files) == 3
@@ -344,18 +367,16 @@ class TestCalibration:
                 torch.testing.assert_close(found[name], tensor, rtol=0, atol=float(tensor.abs().max()) * 1e-6)
         assert not (tmp_path / "many" / "work").exists()
 
-    def test_conversion(self, model: Path, text: Path, tmp_path: Path) -> None:
+    def test_conversion(self, launcher: Forked, model: Path, text: Path, tmp_path: Path) -> None:
         """Global budget, both metrics, killed on the way and finished by another number of processes."""
-        script = tmp_path / "victim.py"
-        script.write_text(VICTIM)
         budget = ["--keep", 0.5, "--method", "kfac", "--device", "cpu", "--no-check", *text_options(text)]
         line = [model, *budget, "--out", tmp_path / "many"]
-        lost = torchrun(2, script, 1, "replace", 11, *line)
-        assert "SIGKILL" in lost.err, lost
+        lost = together(launcher, 2, *line, victim=1, dies=("replace", 11), constants={BATCH_BYTES: 1})
+        assert lost[0].status == -signal.SIGKILL, lost
         work = tmp_path / "many" / JOB_FOLDER / "work"
         assert list(work.glob("decompositions/layers*")), "something was done that need not be done again"
-        done = torchrun(3, "-m", "svdconvert", *line)
-        assert done.code == 0, done
+        done = together(launcher, 3, *line)
+        assert statuses(done) == [0, 0, 0], done
         chosen = Calibration(str(text), samples=7, length=32, batch_size=2)
         report = convert(
             model, tmp_path / "one", keep=0.5, method="kfac", calibration=chosen, device="cpu", check=False
@@ -371,7 +392,7 @@ class TestCalibration:
             difference = second[up].float() @ second[down].float() - expected
             assert float(difference.norm() / expected.norm()) < 2e-3, module
 
-    def test_refit(self, model: Path, tmp_path: Path) -> None:
+    def test_refit(self, launcher: Forked, model: Path, tmp_path: Path) -> None:
         """The leader's work, one layer after the other: from given statistics, the bytes of a single process."""
         draw = random.Random(0)
         syllables = [chr(0xAC00 + draw.randrange(11172)) for _ in range(300)]
@@ -380,20 +401,20 @@ class TestCalibration:
         text.write_text(" ".join(words), encoding="utf-8")
         calibrate(model, Calibration(str(text), samples=32, length=48), stats, methods=["whiten"], device="cpu")
         line = [model, "--keep", 0.3, "--method", "whiten", "--stats", stats, "--refit", "sequential"]
-        done = torchrun(2, "-m", "svdconvert", *line, "--device", "cpu", "--out", tmp_path / "many")
-        assert done.code == 0, done
-        assert done.out.count("the refit brought the loss from") == 1
+        done = together(launcher, 2, *line, "--device", "cpu", "--out", tmp_path / "many")
+        assert statuses(done) == [0, 0], done
+        assert printed(done).count("the refit brought the loss from") == 1
         settings = {"method": "whiten", "stats": stats, "refit": "sequential", "device": "cpu"}
         report = convert(model, tmp_path / "one", keep=0.3, **settings)
         told = report.outcome.record["refit"]
         assert told["refitted"] < told["truncated"], "it was taken"
         assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
-    def test_fewer_sequences_than_processes(self, model: Path, text: Path, tmp_path: Path) -> None:
+    def test_fewer_sequences_than_processes(self, launcher: Forked, model: Path, text: Path, tmp_path: Path) -> None:
         line = ["calibrate", model, "--out", tmp_path / "out", "--device", "cpu", "--calib", text]
-        done = torchrun(2, "-m", "svdconvert", *line, "--calib-samples", 1, "--calib-length", 32)
-        assert done.code != 0
-        (sentence,) = sentences(done.err)
+        done = together(launcher, 2, *line, "--calib-samples", 1, "--calib-length", 32)
+        assert all(statuses(done)), done
+        (sentence,) = sentences("".join(ended.err for ended in done))
         assert sentence == (
             "Error: 1 calibration sequences are too few for 2 processes; raise --calib-samples or start fewer"
         )

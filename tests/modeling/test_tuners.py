@@ -4,6 +4,8 @@ A tuner is put on the layers by their names, and on their factors; it trains thr
 base, and unloaded. On the layers it also has to do what it does on the stock model of the products.
 """
 
+import copy
+import functools
 from types import SimpleNamespace
 
 import peft
@@ -144,6 +146,16 @@ def split_checkpoint(folder):
     return whole
 
 
+@functools.cache
+def read_once(path):
+    return load(path).eval()
+
+
+def fresh(path):
+    """A model of its own, as it is loaded."""
+    return copy.deepcopy(read_once(path))
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """By layout."""
@@ -178,17 +190,17 @@ def trained(model, ids):
 def reloaded(adapted, path, ids, tmp_path):
     """The saved adapter on a fresh base; it gives the same logits."""
     adapted.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(load(path), tmp_path / "adapter").eval()
+    again = PeftModel.from_pretrained(fresh(path), tmp_path / "adapter").eval()
     assert distance(logits(again, ids), logits(adapted, ids)) < 1e-6
     return again
 
 
 def assert_unchanged(model, path, ids):
-    fresh = load(path)
-    before, after = fresh.state_dict(), model.state_dict()
+    loaded = read_once(path)
+    before, after = loaded.state_dict(), model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert torch.equal(logits(fresh, ids), logits(model.eval(), ids))
+    assert torch.equal(logits(loaded, ids), logits(model.eval(), ids))
 
 
 def slow(*values):
@@ -199,7 +211,7 @@ def slow(*values):
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_on_the_layers(checkpoints, layout, tuner, ids, tmp_path):
     line, checkpoint = TABLE[tuner], checkpoints[layout]
-    base = load(checkpoint.path)
+    base = fresh(checkpoint.path)
     parts = ["query", "key", "value"] if layout == "split" else []
     targets = [*TARGETS, *parts]
     targets = targets[1:] if parts else targets
@@ -209,7 +221,7 @@ def test_on_the_layers(checkpoints, layout, tuner, ids, tmp_path):
         return
     adapted = trained(attached(base, line, targets), ids)
     moved = logits(adapted, ids)
-    change = distance(moved, logits(load(checkpoint.path), ids))
+    change = distance(moved, logits(read_once(checkpoint.path), ids))
     assert change > 1e-4
     if line.layers is AS_DENSE and not parts:
         dense = trained(attached(stock_model(checkpoint.product), line, targets), ids)
@@ -226,9 +238,9 @@ def test_on_the_layers(checkpoints, layout, tuner, ids, tmp_path):
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_on_the_factors(checkpoints, layout, tuner, ids, tmp_path):
     line, checkpoint = TABLE[tuner], checkpoints[layout]
-    adapted = trained(attached(load(checkpoint.path), line, ["down", "up"]), ids)
+    adapted = trained(attached(fresh(checkpoint.path), line, ["down", "up"]), ids)
     moved = logits(adapted, ids)
-    assert distance(moved, logits(load(checkpoint.path), ids)) > 1e-4
+    assert distance(moved, logits(read_once(checkpoint.path), ids)) > 1e-4
     again = reloaded(adapted, checkpoint.path, ids, tmp_path)
     if line.factors in (UNMERGED, NO_BIAS):
         with pytest.raises((NotImplementedError, RuntimeError, ValueError), match=f"(?i){line.factors}"):
@@ -256,11 +268,11 @@ def test_the_split_checkpoint_is_the_model_of_its_products(checkpoints, ids):
 def test_beside_the_layers(checkpoints, layout, tuner, ids, tmp_path):
     line, checkpoint = ASIDE[tuner], checkpoints[layout]
     line.options["task_type"] = "CAUSAL_LM"
-    adapted = trained(attached(load(checkpoint.path), line, None), ids)
+    adapted = trained(attached(fresh(checkpoint.path), line, None), ids)
     moved = logits(adapted, ids)
     dense = trained(attached(stock_model(checkpoint.product), line, None), ids)
     assert distance(moved, logits(dense, ids)) < 1e-3
-    assert distance(moved[:, -ids.shape[1] :], logits(load(checkpoint.path), ids)) > 1e-4
+    assert distance(moved[:, -ids.shape[1] :], logits(read_once(checkpoint.path), ids)) > 1e-4
     reloaded(adapted, checkpoint.path, ids, tmp_path)
     base = adapted.unload() if tuner == "trainable tokens" else adapted.get_base_model()
     assert_unchanged(base, checkpoint.path, ids)

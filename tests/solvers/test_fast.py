@@ -12,7 +12,8 @@ import pytest
 import torch
 from support.accelerator import accelerator  # noqa: F401 - a fixture
 from support.checkpoints import read_weights, tree, write_checkpoint
-from support.launching import torchrun
+from support.forked import Forked
+from support.launching import together
 from support.results import products
 
 from svdconvert import Events, InputError, convert, plan
@@ -160,10 +161,10 @@ def test_workers_change_nothing(workers: int, dense: Path, converted: Path, tmp_
     assert tree(tmp_path / "out") == tree(converted)
 
 
-def test_processes_change_nothing(dense: Path, converted: Path, tmp_path: Path) -> None:
-    line = ["-m", "svdconvert", dense, "--rank", RANK, "--solver", "fast", "--device", "cpu", "--no-check"]
-    done = torchrun(2, *line, "--workers", 1, "--out", tmp_path / "out")
-    assert done.code == 0, done.err
+def test_processes_change_nothing(dense: Path, converted: Path, launcher: Forked, tmp_path: Path) -> None:
+    line = [dense, "--rank", RANK, "--solver", "fast", "--device", "cpu", "--no-check"]
+    done = together(launcher, 2, *line, "--workers", 1, "--out", tmp_path / "out")
+    assert [ended.status for ended in done] == [0, 0], done
     assert tree(tmp_path / "out") == tree(converted)
 
 

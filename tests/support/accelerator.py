@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 DEVICE = torch.device("lazy")
 
@@ -72,7 +72,8 @@ class _Device(TorchDispatchMode):
 
 
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    tensors = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
+    tensors: list[Tensor] = []
+    _mapped(lambda value: tensors.append(value) if isinstance(value, Tensor) else None, (args, kwargs))
     ours = {id(tensor.raw): tensor for tensor in tensors if isinstance(tensor, _Elsewhere)}
     asked = kwargs.get("device")
     there = bool(ours) if asked is None else torch.device(asked).type == DEVICE.type
@@ -85,7 +86,7 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         there = isinstance(args[0], _Elsewhere)
     if ours and (func in _READING or (func in _COPIES and not there)):
         _reads.append(str(func))
-    args, kwargs = tree_map(lambda value: value.raw if isinstance(value, _Elsewhere) else value, (args, kwargs))
+    args, kwargs = _mapped(lambda value: value.raw if isinstance(value, _Elsewhere) else value, (args, kwargs))
     if asked is not None:
         kwargs["device"] = torch.device("cpu")
     if kwargs.get("pin_memory"):
@@ -96,7 +97,17 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return value
         return ours.get(id(value)) if id(value) in ours else _Elsewhere(value) if there else value
 
-    return tree_map(back, func(*args, **kwargs))
+    return _mapped(back, func(*args, **kwargs))
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """As tree_map, which takes most of the time of tests on this device."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_mapped(function, one) for one in value])
+    if kind is dict:
+        return {key: _mapped(function, one) for key, one in value.items()}
+    return tree_map(function, value) if isinstance(value, tuple | list | dict) else function(value)
 
 
 @contextmanager

@@ -29,6 +29,9 @@ for module in pkgutil.walk_packages(svdconvert.__path__, "svdconvert."):
     if "modeling" not in module.name and not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 from svdconvert import program
+if "LD_PRELOAD" not in os.environ:  # where nobody stands before the system's calls
+    from support.durable import sync_nothing
+    os.fsync = sync_nothing
 hooks = {"begin": lambda order: None, "end": lambda order: {}}
 exec(sys.argv[1], hooks)
 
@@ -72,6 +75,7 @@ for line in sys.stdin:
                     importlib.import_module(name)
 """
 
+TESTS = Path(__file__).parents[1]
 PACKAGES = "svdconvert transformers tokenizers safetensors scipy torch rich numpy threadpoolctl".split()
 BATCH_BYTES = "svdconvert.jobs.shard_writer.BATCH_BYTES"
 BATCH_SECONDS = "svdconvert.jobs.shard_writer.BATCH_SECONDS"
@@ -101,6 +105,10 @@ class Running:
     def __init__(self, server: Forked, pid: int, files: str) -> None:
         self.pid, self.files, self._server, self._start = pid, files, server, time.perf_counter()
 
+    def kill(self) -> None:
+        """SIGKILL. As it is not reaped yet, the number is still its own."""
+        os.kill(self.pid, signal.SIGKILL)
+
     def wait(self) -> Ended:
         """Wait for its end."""
         status = self._server.ask({"wait": self.pid, "files": self.files, "packages": self._server.packages})
@@ -129,6 +137,7 @@ class Forked:
         """
         self.folder, self._count, self.packages = folder, 0, PACKAGES if learns else []
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), variables.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-c", SERVER, hooks],
             stdin=subprocess.PIPE,
@@ -168,7 +177,7 @@ class Forked:
         running = self.start(*args, **options)
         if kill is not None:
             time.sleep(kill)
-            os.kill(running.pid, signal.SIGKILL)  # it is not reaped yet, so that the number is still its own
+            running.kill()
         return running.wait()
 
     def close(self) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from support.checkpoints import read_config, read_weights, tree
 from support.families import rewrite_config, write_family
 from support.family_contract import LikeStock
-from support.launching import torchrun
+from support.forked import Forked
+from support.launching import together
 from support.split_models import distance, load, logits, outputs, ranks, stock
 from transformers import AutoModelForCausalLM
 
@@ -156,11 +157,11 @@ def test_from_the_hub(row: Architecture, pairs: Any, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_several_processes(tmp_path: Path) -> None:
+def test_several_processes(launcher: Forked, tmp_path: Path) -> None:
     dense = write_family(tmp_path / "dense", "gpt_neox")
     line = [dense, "--rank", 16, "--split-fused", "--device", "cpu", "--no-check", "--out", tmp_path / "many"]
-    done = torchrun(2, "-m", "svdconvert", *line)
-    assert done.code == 0, done.err
+    done = together(launcher, 2, *line)
+    assert [ended.status for ended in done] == [0, 0], done
     convert(dense, tmp_path / "one", rank=16, split_fused=True, device="cpu", check=False)
     assert tree(tmp_path / "many") == tree(tmp_path / "one")
 
