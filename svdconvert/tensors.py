@@ -41,12 +41,14 @@ class Cut:
         start: position of the piece in a stretch, in bytes.
         length: size of the piece, in bytes.
         stride: bytes from one stretch to the next.
+        turned: whether they are a matrix the other way round: they hold its columns, one after the other.
     """
 
     tensor: str
     start: int
     length: int
     stride: int
+    turned: bool = False
 
     def runs(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
         """The part's bytes in the stored tensor: ``(position, length)`` of each run, in order.
@@ -99,6 +101,11 @@ class TensorInfo:
         Cut(tensor='head', start=16, length=24, stride=80)
         """
         unit = self.nbytes // self.shape[0]
+        if self.cut is not None and self.cut.turned:  # of every column, some entries
+            size = DTYPES[self.dtype][0]
+            start, length, stride = self.cut.start + begin * size, (end - begin) * size, self.shape[0] * size
+            cut = replace(self.cut, start=start, length=length, stride=stride)
+            return replace(self, shape=(end - begin, *self.shape[1:]), cut=cut)
         cut = Cut(self.name, begin * unit, (end - begin) * unit, self.nbytes)
         if self.cut is not None and self.cut.length == self.nbytes:  # one run of bytes of a stored tensor
             cut = replace(self.cut, start=self.cut.start + begin * unit, length=cut.length)

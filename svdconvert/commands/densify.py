@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from svdconvert.commands.dense_experts import stacked
 from svdconvert.commands.rewriting import Layer, Rewriting, factored_steps, rewrite
 from svdconvert.errors import InputError
 from svdconvert.families.fused import split_layers
@@ -87,7 +88,7 @@ def _dense_steps(source: Source, row: Architecture) -> list[Step]:
     def dense_name(name: str) -> str:
         return biases.get(name) or row.dense_name(name)
 
-    return _joined(factored_steps(source, row, multiplied, dense_name), source, row)
+    return stacked(_joined(factored_steps(source, row, multiplied, dense_name), source, row), source, row)
 
 
 def _joined(steps: Sequence[Step], source: Source, row: Architecture) -> list[Step]:

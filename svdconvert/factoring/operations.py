@@ -269,11 +269,31 @@ def _join(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
     left = list(inputs)
     for part in step.options["parts"]:
         own, left = left[: part["inputs"]], left[part["inputs"] :]
-        if part["kind"] != "copy":
-            inner = Step(part["kind"], step.key, (), step.outputs, part["options"])
-            own, _ = OPERATIONS[part["kind"]](own, inner, workspace)
-        Section(*part["section"]).put(own[0], fused, axis)
+        Section(*part["section"]).put(_part(own, part, step, workspace), fused, axis)
     return [fused], PlainReport()
+
+
+def _stack(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
+    """The tensors of each expert -> the stack of their matrices, which are transposed, or of their biases.
+
+    The options tell for each expert the step that makes its part, and how many of the inputs it takes.
+    """
+    (info,) = step.outputs
+    stack = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device=inputs[0].device)
+    left = list(inputs)
+    for place, part in zip(stack, step.options["parts"], strict=True):
+        own, left = left[: part["inputs"]], left[part["inputs"] :]
+        place.copy_(_part(own, part, step, workspace).mT if place.dim() == 2 else own[0])
+    return [stack], PlainReport()
+
+
+def _part(inputs: Sequence[Tensor], part: Mapping[str, Any], step: Step, workspace: Workspace) -> Tensor:
+    """A part of what a step makes, as its options tell."""
+    if part["kind"] == "copy":
+        return inputs[0]
+    inner = Step(part["kind"], step.key, (), step.outputs, part["options"])
+    (made,), _ = OPERATIONS[part["kind"]](inputs, inner, workspace)
+    return made
 
 
 def _extend(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
@@ -343,6 +363,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "healed": _healed,
     "multiply": _multiply,
     "join": _join,
+    "stack": _stack,
     "extend": _extend,
     "extend_shared": _extend_shared,
     "add": _add,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 Config = Mapping[str, Any]
-# Names of the three matrices of an expert: the gate, what is gated, and the way back.
-Names = tuple[str, str, str]
+# Names of the linear layers of an expert: the gate, what is gated, and the way back. Two where gate and what is gated
+# are one, whose outputs alternate.
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,17 @@ class Experts:
 
     Attributes:
         mixture: the part of a block that holds them.
-        names: of an expert's linear layers: gate, up, down.
+        names: of an expert's linear layers: gate, up, down; or both in one, and down.
         count: config -> experts of a block.
         width: config -> inner channels of an expert.
         field: of the configuration class with the number of experts.
         mixture_5: what transformers 5 calls the mixture, in memory and in files with stacked experts.
         router: the linear layer in it that chooses among them; it is never factored.
+        biased: whether its layers, and the router, have biases.
+        clamped: whether gate and what is gated are clamped, as gpt-oss does it.
+        transposed: whether they are stacked as [experts, in, out], and files have them in no other form.
+        scattered: whether version 4 hands them a weight for every expert, zeros for those that a token does not pass.
+        multiplied_out: ways of quantisation in which files may hold them, by their names in config.json.
     """
 
     mixture: str
@@ -32,6 +38,11 @@ class Experts:
     field: str = "num_experts"
     mixture_5: str = "mlp"
     router: str = "gate"
+    biased: bool = False
+    clamped: bool = False
+    transposed: bool = False
+    scattered: bool = False
+    multiplied_out: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -40,17 +51,22 @@ class Experts:
 
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """What the mixture of a block consists of."""
-        gate, up, down = self.names
+        *inward, down = self.names
         hidden, inner, count = config["hidden_size"], self.width(config), self.count(config)
-        found: dict[str, tuple[int, ...]] = {f"{self.mixture}.{self.router}.weight": (count, hidden)}
+        linears = {f"{self.mixture}.{self.router}": (count, hidden)}
         for expert in range(count):
             path = f"{self.mixture}.experts.{expert}"
-            found |= {f"{path}.{gate}.weight": (inner, hidden), f"{path}.{up}.weight": (inner, hidden)}
-            found[f"{path}.{down}.weight"] = (hidden, inner)
+            linears |= {f"{path}.{name}": (inner * 2 // len(inward), hidden) for name in inward}
+            linears[f"{path}.{down}"] = (hidden, inner)
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in linears.items():
+            found[f"{name}.weight"] = shape
+            if self.biased:
+                found[f"{name}.bias"] = shape[:1]
         return found
 
     @property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:
         """Name of a stacked tensor -> the matrices that it holds of every expert, one after the other."""
-        gate, up, down = self.names
-        return {"gate_up_proj": (gate, up), "down_proj": (down,)}
+        *inward, down = self.names
+        return {"gate_up_proj": tuple(inward), "down_proj": (down,)}

@@ -87,13 +87,15 @@ def unstacked(tensors: Mapping[str, TensorInfo], row: Architecture) -> dict[str,
     if experts is None:
         return dict(tensors)
     mixture = re.escape(experts.mixture_5)
-    stack = re.compile(rf"(.*\.){mixture}\.experts\.({'|'.join(experts.stacks)})")
+    stack = re.compile(
+        rf"(.*\.){mixture}\.experts\.({'|'.join(experts.stacks)}){'(_bias)?' if experts.biased else '()'}"
+    )
     router = re.compile(rf"(.*\.){mixture}\.{experts.router}\.(\w+)")
     found: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
-        if (match := stack.fullmatch(name)) and len(info.shape) == 3:
-            parts = experts.stacks[match[2]]
-            found |= _matrices(info, f"{match[1]}{experts.mixture}.experts", parts)
+        if (match := stack.fullmatch(name)) and len(info.shape) == (2 if match[3] else 3):
+            path, parts = f"{match[1]}{experts.mixture}.experts", experts.stacks[match[2]]
+            found |= _parts(info, path, parts, transposed=experts.transposed)
         elif experts.mixture != experts.mixture_5 and (match := router.fullmatch(name)):
             own = f"{match[1]}{experts.mixture}.{experts.router}.{match[2]}"
             found[own] = replace(info, name=own, cut=Cut(name, 0, info.nbytes, info.nbytes))
@@ -102,16 +104,28 @@ def unstacked(tensors: Mapping[str, TensorInfo], row: Architecture) -> dict[str,
     return found
 
 
-def _matrices(info: TensorInfo, path: str, parts: tuple[str, ...]) -> dict[str, TensorInfo]:
-    """The matrices of a stack [experts, parts * out, in], by their names."""
-    count, rows, columns = info.shape
+def _parts(info: TensorInfo, path: str, parts: tuple[str, ...], *, transposed: bool) -> dict[str, TensorInfo]:
+    """The matrices of a stack [experts, parts * out, in], by their names, or the biases of one [experts, parts * out].
+
+    Args:
+        info: the stack.
+        path: of the experts.
+        parts: names of the layers that it holds, one after the other.
+        transposed: whether it is [experts, in, out], which has one part.
+    """
+    count, *shape = info.shape
+    turned = transposed and len(shape) == 2
+    if turned:
+        shape.reverse()
+    rows, *columns = shape
     if rows % len(parts):
         return {info.name: info}
+    kind = "weight" if columns else "bias"
     length = info.nbytes // (count * len(parts))
     found = {}
     for expert in range(count):
         for place, part in enumerate(parts):
-            own = f"{path}.{expert}.{part}.weight"
-            cut = Cut(info.name, (expert * len(parts) + place) * length, length, info.nbytes)
-            found[own] = replace(info, name=own, shape=(rows // len(parts), columns), cut=cut)
+            own = f"{path}.{expert}.{part}.{kind}"
+            cut = Cut(info.name, (expert * len(parts) + place) * length, length, info.nbytes, turned=turned)
+            found[own] = replace(info, name=own, shape=(rows // len(parts), *columns), cut=cut)
     return found

@@ -26,6 +26,7 @@ from svdconvert.families import (
     gpt_bigcode,
     gpt_neo,
     gpt_neox,
+    gpt_oss,
     gptj,
     granite,
     helium,
@@ -105,6 +106,7 @@ _FILES = (
     qwen3_moe,
     mixtral,
     olmoe,
+    gpt_oss,
     opt,
     gpt2,
     gpt_bigcode,
@@ -133,7 +135,8 @@ def dense_architecture(config: Config, where: str) -> Architecture:
         raise InputError(
             f"{where} is already factored; give its dense source, or run `svdconvert densify {where} --out DIR` first"
         )
-    if method := quantisation_of(config):
+    method = quantisation_of(config)
+    if method is not None and method not in multiplied_out(config):
         raise InputError(
             f"{where} is already quantised ({method}); convert the unquantised model and quantise the result"
         )
@@ -163,6 +166,12 @@ def dense_shapes(row: Architecture, config: Config, where: str) -> Shapes:
         if not all(shape):
             raise InputError(f"config.json of {where} gives {name} the shape {list(shape)}; correct its sizes")
     return shapes
+
+
+def multiplied_out(config: Config) -> tuple[str, ...]:
+    """The ways of quantisation in which a model of this type is read all the same."""
+    row = ARCHITECTURES.get(str(config.get("model_type")))
+    return row.experts.multiplied_out if row is not None and row.experts is not None else ()
 
 
 def _model_type(config: Config, where: str) -> str | None:

@@ -54,7 +54,7 @@ class Routing:
     def has_own_inputs(self, path: str) -> bool:
         """Whether inputs of an expert's layer are inner channels of that expert, and so are no other's."""
         assert self._experts is not None
-        return path.endswith(f".{self._experts.names[2]}")
+        return path.endswith(f".{self._experts.names[-1]}")
 
     def tokens(self, path: str) -> Tensor | None:
         """Positions in the batch, flattened, of the rows that a layer was called with last; None for all in order."""
@@ -66,7 +66,7 @@ class Routing:
         return chosen % len(self._chosen)
 
     def _note(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, tuple):  # transformers 5: logits, weights, choices
-            self._chosen = output[2]
+        if isinstance(output, tuple):  # logits, weights, choices in transformers 5; where 4 has several, choices last
+            self._chosen = output[-1]
         else:
             self._chosen = output.detach().softmax(-1, dtype=torch.float).topk(self._choices, dim=-1).indices

@@ -31,6 +31,7 @@ from svdconvert.storage.folders import ModelFolder
 from svdconvert.storage.gguf_files import is_gguf
 from svdconvert.storage.headers import MAX_HEADER_BYTES, parse_header, read_header
 from svdconvert.storage.hub_client import TIMEOUT, hub_api, hub_errors, retried
+from svdconvert.storage.mxfp4 import read_mxfp4
 from svdconvert.storage.other_formats import refuse_other_format
 from svdconvert.storage.packed_config import is_packed
 from svdconvert.storage.side_files import SideFiles, choose_side_files, side_notes
@@ -244,8 +245,10 @@ class HubSource(Source):
         self.side_files = list(side.taken)
         self.download_bytes = {file: self._sizes[file] for file in self.files if not self._checkout.cached(file)}
         self._headers = self._pickled_headers() if self.pickled else self._safe_headers()
-        self.tensors, self.stored, note = unwrap(one_by_one(merge_headers(self._headers), self.config), self.config)
-        self.notes = (*filter(None, [note]), *side_notes(side, listing))
+        read = read_mxfp4(merge_headers(self._headers), self.config, self.name, pickled=self.pickled)
+        self.config, self.stacks = read.config, read.stacks
+        self.tensors, self.stored, note = unwrap(one_by_one(read.tensors, self.config), self.config)
+        self.notes = (*filter(None, [note, read.note]), *side_notes(side, listing))
 
     def path(self, file: str) -> Path:
         """The local path of a file: in the Hugging Face cache if it is there, else downloaded now.

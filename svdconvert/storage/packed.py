@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svdconvert.errors import InputError
 from svdconvert.grids import PACKED, SCALE, SHAPE, SUFFIXES, Grid
 from svdconvert.storage.packed_config import FIELD, is_packed, packed_grids
 from svdconvert.tensors import FLOATS, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Where the data of a tensor lies: its file, and its position in it.
 Place = tuple[str, int]
@@ -40,9 +43,27 @@ class Packed:
         """That of the weight, which is that of its integers."""
         return self.words.file, self.words.start
 
+    @property
+    def code(self) -> str:
+        """Type of the weight as it is read."""
+        return "F32"
+
+    def values(self, rows: Callable[[TensorInfo], Tensor]) -> Tensor:
+        """Some rows of the weight, [rows, in], float32.
+
+        Args:
+            rows: reads those of a tensor.
+        """
+        import torch
+
+        from svdconvert.linalg.integers import Rounded, unpack
+
+        codes = unpack(rows(self.words), self.grid.bits, self.shape[1])
+        return Rounded(codes, rows(self.scale)).values(torch.float32)
+
     def info(self, name: str) -> TensorInfo:
         """The weight as it is read."""
-        return TensorInfo(name, "F32", self.shape, *self.place)
+        return TensorInfo(name, self.code, self.shape, *self.place)
 
 
 def unpacked(

@@ -1,17 +1,16 @@
-"""Tensor data of weight files in which weights are packed integers: multiplied out to float32, some rows at a time."""
+"""Tensor data of weight files in which weights are packed: multiplied out, some rows at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from svdconvert.linalg.integers import Rounded, unpack
-from svdconvert.storage.packed import Packed, Place
+from svdconvert.storage.packed import Place
 from svdconvert.storage.tensor_data import PlainData, TensorData
 from svdconvert.tensors import DTYPES, TensorInfo
 
@@ -19,10 +18,29 @@ from svdconvert.tensors import DTYPES, TensorInfo
 PIECE = 4 * 2**20
 
 
+class PackedRows(Protocol):
+    """Rows of numbers that are stored in another form, as `packed.py` and `mxfp4.py` know them."""
+
+    @property
+    def place(self) -> Place:
+        """Where they are."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(rows, columns)``."""
+
+    @property
+    def code(self) -> str:
+        """Type of the numbers as they are read."""
+
+    def values(self, rows: Callable[[TensorInfo], Tensor]) -> Tensor:
+        """Some rows; the argument reads those of a tensor."""
+
+
 class PackedData(TensorData):
     """One open file, and others that scales may lie in."""
 
-    def __init__(self, path: Callable[[str], Path], file: str, packed: Mapping[Place, Packed]) -> None:
+    def __init__(self, path: Callable[[str], Path], file: str, packed: Mapping[Place, PackedRows]) -> None:
         """Open it.
 
         Args:
@@ -45,8 +63,9 @@ class PackedData(TensorData):
             self._file(info.file).fill(info, view, place)
             return
         height, width = packed.shape
-        rows = max(1, PIECE // (4 * width))
-        length, done = 4 * width * rows, 0
+        of_row = width * DTYPES[packed.code][0]
+        rows = max(1, PIECE // of_row)
+        length, done = of_row * rows, 0
         while done < len(view):
             number, inside = divmod(place + done, length)
             piece = self._decoded(packed, number * rows, min(height, (number + 1) * rows))[inside:]
@@ -64,12 +83,10 @@ class PackedData(TensorData):
             self._files[file] = PlainData(self._path(file), file)
         return self._files[file]
 
-    def _decoded(self, packed: Packed, begin: int, end: int) -> memoryview:
-        """Rows of a weight, float32."""
+    def _decoded(self, packed: PackedRows, begin: int, end: int) -> memoryview:
+        """The bytes of some rows."""
         if self._key != (packed.place, begin):
-            words, scales = (self._rows(info, begin, end) for info in (packed.words, packed.scale))
-            codes = unpack(words, packed.grid.bits, packed.shape[1])
-            self._piece = _bytes(Rounded(codes, scales).values(torch.float32).contiguous())
+            self._piece = _bytes(packed.values(lambda info: self._rows(info, begin, end)).contiguous())
             self._key = (packed.place, begin)
         return self._piece
 

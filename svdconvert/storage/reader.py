@@ -14,6 +14,8 @@ from svdconvert.storage.tensor_data import TensorData
 from svdconvert.tensors import DTYPES, TensorInfo
 
 CHUNK = 16 * 2**20
+# Bytes of a matrix that are turned round at a time.
+PANEL = 4 * 2**20
 
 
 def torch_dtype(code: str) -> torch.dtype:
@@ -53,7 +55,9 @@ class WeightReader:
             The tensor in its stored type and shape.
         """
         target = buffer[: info.nbytes]
-        if self._source.pickled:
+        if info.cut is not None and info.cut.turned:
+            self._turn(info, target)
+        elif self._source.pickled:
             target.copy_(self._pickled_bytes(info))
         else:
             self._fill(info, as_bytes(target), 0)
@@ -61,6 +65,10 @@ class WeightReader:
 
     def stream(self, info: TensorInfo) -> Iterator[Tensor]:
         """The bytes of one tensor in order, as flat uint8 pieces of whole elements; each is valid until the next."""
+        if info.cut is not None and info.cut.turned:
+            self._turn(info, whole := torch.empty(info.nbytes, dtype=torch.uint8))
+            yield from whole.split(CHUNK)
+            return
         if self._source.pickled:
             yield from self._pickled_bytes(info).split(CHUNK)
             return
@@ -89,6 +97,22 @@ class WeightReader:
             self._data.fill(stored, view[done : done + length], place)
             done += length
 
+    def _turn(self, info: TensorInfo, target: Tensor) -> None:
+        """Read a matrix that is stored by columns, some of them at a time."""
+        rows, columns = info.shape
+        matrix = target.view(torch_dtype(info.dtype)).view(rows, columns)
+        if self._source.pickled:
+            matrix.copy_(self._pickled_bytes(info).view(matrix.dtype).view(columns, rows).T)
+            return
+        length = info.nbytes // columns
+        step = max(1, PANEL // length)
+        buffer = torch.empty(min(step, columns) * length, dtype=torch.uint8)
+        for begin in range(0, columns, step):
+            end = min(begin + step, columns)
+            piece = buffer[: (end - begin) * length]
+            self._fill(info, as_bytes(piece), begin * length)
+            matrix[:, begin:end] = piece.view(matrix.dtype).view(end - begin, rows).T
+
     def _pickled_bytes(self, info: TensorInfo) -> Tensor:
         from svdconvert.storage.pickled import load_pickled
 
@@ -97,7 +121,8 @@ class WeightReader:
         data = stored.detach().contiguous().reshape(-1).view(torch.uint8)
         if info.cut is None:
             return data
-        return data.view(-1, info.cut.stride).narrow(1, info.cut.start, info.cut.length).reshape(-1)
+        cut, place = info.cut, data.storage_offset() + info.cut.start
+        return data.as_strided((info.nbytes // cut.length, cut.length), (cut.stride, 1), place).reshape(-1)
 
 
 def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:

@@ -22,6 +22,7 @@ from svdconvert.storage.documents import fill, open_regular, read_bytes, read_js
 from svdconvert.storage.folders import ModelFolder, cached_repo
 from svdconvert.storage.headers import read_header
 from svdconvert.storage.identity import file_digest, weights_digest
+from svdconvert.storage.mxfp4 import Mxfp4, read_mxfp4
 from svdconvert.storage.other_formats import ADAPTER_CONFIG, refuse_other_format
 from svdconvert.storage.packed import Packed, unpacked
 from svdconvert.storage.side_files import choose_side_files, is_side_file, side_notes
@@ -56,6 +57,7 @@ class Source(ABC):
         download_bytes: size of the weight files that have to be downloaded, by name.
         stored: tensor -> its name in the file, where the two differ (``storage/wrappers.py``).
         packed: weight -> what stands for it in the files, where that are packed integers (``storage/packed.py``).
+        stacks: what stands for experts, where the files have them rounded (``storage/mxfp4.py``).
         notes: for the user, about how it was read.
         opening_bytes: memory that its tokenizer takes where it has to be made, before any work.
     """
@@ -74,6 +76,7 @@ class Source(ABC):
     download_bytes: Mapping[str, int] = MappingProxyType({})
     stored: Mapping[str, str] = MappingProxyType({})
     packed: Mapping[str, Packed] = MappingProxyType({})
+    stacks: tuple[Mxfp4, ...] = ()
     notes: tuple[str, ...] = ()
     opening_bytes: int = 0
 
@@ -91,11 +94,12 @@ class Source(ABC):
         Raises:
             JobError: it could not be fetched or opened.
         """
-        if not self.packed:
+        if not self.packed and not self.stacks:
             return PlainData(self.path(file), file)
-        from svdconvert.storage.packed_data import PackedData
+        from svdconvert.storage.packed_data import PackedData, PackedRows
 
-        return PackedData(self.path, file, {packed.place: packed for packed in self.packed.values()})
+        packed: list[PackedRows] = [*self.packed.values(), *self.stacks]
+        return PackedData(self.path, file, {each.place: each for each in packed})
 
     def kept_type(self, info: TensorInfo) -> str:
         """safetensors' code of the type in which another checkpoint takes a tensor over: its own, or its scales'."""
@@ -210,6 +214,7 @@ class LocalSource(FileSource):
         self.side_files, self.notes = list(side.taken), tuple(side_notes(side, listing))
         if not self.files:
             self.config_only = True
+            self.config = read_mxfp4({}, self.config, self.where, pickled=False).config
             self.tensors = tensors_from_config(self.config, self.where)
             if need_weights or not self.tensors:
                 raise InputError(
@@ -228,9 +233,11 @@ class LocalSource(FileSource):
             tensors, packed = unpacked(tensors, self.config, self.where, self._pair)
         if packed and self.pickled:
             raise InputError(f"{folder} holds packed weights in pickles; save the model with save_pretrained")
-        self.tensors, self.stored, note = unwrap(one_by_one(tensors, self.config), self.config)
+        read = read_mxfp4(tensors, self.config, self.where, pickled=self.pickled)
+        self.config, self.stacks = read.config, read.stacks
+        self.tensors, self.stored, note = unwrap(one_by_one(read.tensors, self.config), self.config)
         self.packed = {own: packed[name] for own in self.tensors if (name := self.stored.get(own, own)) in packed}
-        self.notes = (*filter(None, [note]), *self.notes)
+        self.notes = (*filter(None, [note, read.note]), *self.notes)
 
     def _pair(self, info: TensorInfo) -> tuple[int, int]:
         """The values of a tensor of two int64."""

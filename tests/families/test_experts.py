@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from svdconvert import Calibration, convert, densify, plan, verify
 from svdconvert.calibration.run import StatisticsRun
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.commands.verify import failed
+from svdconvert.errors import InputError
 from svdconvert.families.table import ARCHITECTURES
 from svdconvert.methods.statistics import Needs
 from svdconvert.models.blocks import ModelBlocks
@@ -26,7 +28,10 @@ from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import LocalSource
 from svdconvert.tensors import Cut, TensorInfo
 
-MIXTURES = [name for name in FAMILIES if ARCHITECTURES[name].experts is not None]
+EXPERTS = {name: row.experts for name, row in ARCHITECTURES.items() if name in FAMILIES and row.experts is not None}
+# what files have in two forms, and what they have stacked alone
+MIXTURES = [name for name, experts in EXPERTS.items() if not experts.transposed]
+TRANSPOSED = [name for name, experts in EXPERTS.items() if experts.transposed]
 
 
 def stacked(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
@@ -65,6 +70,52 @@ def test_stacked_files(model_type: str, file: str, checkpoints: Any, tmp_path: P
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not failed(verify(tmp_path / "stacked" / "made", str(tmp_path / "stacked")))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("model_type", TRANSPOSED)
+def test_transposed_stacks(
+    model_type: str, file: str, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An expert's matrix, some of its rows and its bias, of stacks [experts, in, out]; columns are read in pieces."""
+    monkeypatch.setattr("svdconvert.storage.reader.PANEL", 5000)
+    monkeypatch.setattr("svdconvert.storage.reader.CHUNK", 3000)
+    dense, experts = checkpoints.dense(model_type), EXPERTS[model_type]
+    weights = read_weights(dense)
+    if file.endswith(".bin"):
+        torch.save(weights, tmp_path / file)
+    else:
+        save_file(weights, tmp_path / file, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((dense / "config.json").read_bytes())
+    source = LocalSource(tmp_path)
+    buffer = torch.empty(2**17, dtype=torch.uint8)
+    with WeightReader(source) as reader:
+        for name in experts.names:
+            stack = f"model.layers.1.{experts.mixture_5}.experts.{name}"
+            path = f"model.layers.1.{experts.mixture}.experts.2.{name}"
+            info, expected = source.tensors[f"{path}.weight"], weights[stack][2].T
+            assert torch.equal(reader.read(info, buffer), expected)
+            assert torch.equal(
+                torch.cat([piece.clone() for piece in reader.stream(info)]).view(expected.dtype).view(expected.shape),
+                expected,
+            )
+            assert torch.equal(reader.read(info.rows(5, 9), buffer), expected[5:9])
+            assert torch.equal(reader.read(source.tensors[f"{path}.bias"], buffer), weights[f"{stack}_bias"][2])
+    assert not any(name.endswith(tuple(experts.stacks)) for name in source.tensors)
+
+
+@pytest.mark.parametrize("model_type", TRANSPOSED)
+def test_densified_without_an_expert(model_type: str, checkpoints: Any, tmp_path: Path) -> None:
+    """Nothing takes the place of a matrix that is not there."""
+    made = checkpoints.pairs(model_type)["balanced"].factored
+    weights, lost = read_weights(made), f"model.layers.1.{EXPERTS[model_type].mixture}.experts.2."
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
+    config = json.loads((made / "config.json").read_text())
+    config["svd_ranks"] = {n: r for n, r in config["svd_ranks"].items() if not f"model.{n}.".startswith(lost)}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"lacks a part of .*, that of expert 2"):
+        densify(tmp_path, tmp_path / "out", device="cpu")
 
 
 def test_a_plan_has_a_line_for_a_kind(checkpoints: Any) -> None:

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import read_config, read_weights
-from support.families import (
-    full_ranks,
-)
+from support.families import full_ranks, read_matrices
 from support.naive_experts import chosen_tokens, with_naive_experts
 from support.running import IDS, MASK, TOKENS, distance, load, logits
 from torch import Tensor, nn
@@ -79,7 +77,7 @@ def in_memory(row: Architecture, model: Any, paths: list[str]) -> tuple[dict[str
             alike = [
                 other for other in sums if kind_of(other) == kind_of(path) and layer_number(other) == layer_number(path)
             ]
-            means[path] |= pulled(path, sums, seen_by, alike, inner=path.endswith(row.experts.names[2]))
+            means[path] |= pulled(path, sums, seen_by, alike, inner=path.endswith(row.experts.names[-1]))
     return means, nll
 
 
@@ -127,7 +125,7 @@ def test_streamed_losses_with_and_without_replaced_weights(
 ) -> None:
     """Blocks of the dense model with the products in the place of their matrices are the densified model."""
     pair = pairs["balanced"]  # of either layout they are dense matrices here
-    products = read_weights(pair.densified)
+    products = read_matrices(pair.densified)
     factored = read_config(pair.factored)["svd_ranks"]
 
     def weights(index: int) -> dict[str, Tensor]:

@@ -96,6 +96,16 @@ PUBLISHED = {
         decoder(4096, 14336, 32, 32, 32000, num_key_value_heads=8, num_local_experts=8),
         46_702_792_704,
     ),
+    "gpt-oss-20b": (
+        "gpt_oss",
+        decoder(2880, 2880, 24, 64, 201088, num_key_value_heads=8, head_dim=64, num_local_experts=32),
+        20_914_757_184,
+    ),
+    "gpt-oss-120b": (
+        "gpt_oss",
+        decoder(2880, 2880, 36, 64, 201088, num_key_value_heads=8, head_dim=64, num_local_experts=128),
+        116_829_156_672,
+    ),
     "olmoe-1b-7b": ("olmoe", decoder(2048, 1024, 16, 16, 50304, num_experts=64), 6_919_161_856),
     "gemma-2-9b": ("gemma2", decoder(3584, 14336, 42, 16, 256000, num_key_value_heads=8, head_dim=256), 9_241_705_984),
     "gemma-3-270m": (

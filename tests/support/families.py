@@ -61,7 +61,9 @@ def stock_config(model_type: str, **changes: Any) -> Any:
 def stock_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
     """The tiny model in float32, with weights of which every single one matters to the logits."""
     row = ARCHITECTURES[model_type]
-    model = getattr(transformers, row.dense_class)(stock_config(model_type, **changes)).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # gpt-oss begins with sinks that are not constant
+        model = getattr(transformers, row.dense_class)(stock_config(model_type, **changes)).eval()
     generator = torch.Generator().manual_seed(seed)
     embeddings = tuple(f"{row.prefix}{name}." for name in row.pieces.embeddings)
     with torch.no_grad():
@@ -109,6 +111,19 @@ def rewrite_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def read_matrices(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, those of experts one by one."""
+    from svdconvert.storage.reader import WeightReader
+    from svdconvert.storage.source import LocalSource
+
+    source = LocalSource(folder)
+    with WeightReader(source) as reader:
+        return {
+            name: reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8))
+            for name, info in source.tensors.items()
+        }
 
 
 def full_ranks(row: Architecture, folder: Path) -> dict[str, int]:
