@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdconvert.commands.measured_budgets import bench_of
 from svdconvert.commands.work import Work
 from svdconvert.grids import Grid
 from svdconvert.machine import processes
 from svdconvert.planning.bits import as_chosen, types_of
-from svdconvert.planning.choices import Choice, byte_price, choose
-from svdconvert.planning.make import bytes_budget
+from svdconvert.planning.choices import Choice, byte_price, choose, evenly_rounded
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import target_tensors
@@ -20,11 +20,26 @@ from svdconvert.planning.targets import target_tensors
 if TYPE_CHECKING:
     from svdconvert.factoring.decompositions import Decompositions
     from svdconvert.factoring.price_list import PriceLists
+    from svdconvert.factoring.worths import Worths
 
-# The loss of a product in few bits counts so many times. Worths are measured on rounded matrices, whose errors are
-# noise; a truncation takes whole directions from every token, which costs 1.3 to 8 times as much, where both were
-# measured token by token on SmolLM2-135M. Gemma 3 270M loses 3 times as much without it (docs/rank-or-bits.md).
-PRODUCT = 2.5
+
+class Stored(NamedTuple):
+    """A target as it is to be stored.
+
+    Attributes:
+        target: with its rank and grids.
+        choice: of its list, with the loss in the metrics.
+        worth: what that is to be multiplied with.
+    """
+
+    target: Target
+    choice: Choice
+    worth: float
+
+    @property
+    def loss(self) -> float:
+        """That it adds, in nats per token."""
+        return self.worth * self.choice.loss
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,8 @@ class BytePrices:
         targets: stored in any way.
         codes: of each, the type of weights and scales.
         dense: of each, its dense choices.
-        worths: of each, what losses in the metrics are to be multiplied with (``factoring/worths.py``).
+        measured: measures worths.
+        worths: of each, what losses of dense choices in the metrics are to be multiplied with.
         workers: matrices in work at the same time.
     """
 
@@ -44,6 +60,7 @@ class BytePrices:
     targets: Sequence[Target]
     codes: Sequence[str]
     dense: Sequence[Sequence[Choice]]
+    measured: Worths
     worths: Sequence[float]
     workers: int | None
 
@@ -64,7 +81,7 @@ class BytePrices:
 
         from svdconvert.factoring.decompositions import decompositions_key
         from svdconvert.factoring.price_list import PriceLists
-        from svdconvert.factoring.worths import measured_worths
+        from svdconvert.factoring.worths import Worths, dense_way
 
         source, request = work.source, work.request
         tensors = target_tensors(source, plan.targets)
@@ -81,65 +98,106 @@ class BytePrices:
         )
         codes, workers = types_of(plan.targets, tensors, request), request.runtime.workers
         dense = lists.dense(plan.targets, codes, workers)
-        bench = bench_of(work)
-        with processes.current().leader_first():  # the others find what the leader has measured
-            worths = measured_worths(bench, store, tensors, plan.targets, codes, dense)
-        bench.tidy()
-        return cls(lists, plan.targets, codes, dense, worths, workers)
+        measured = Worths(bench_of(work), store, tensors, plan.targets, codes)
+        worths = _measured(measured, [dense_way(choices) for choices in dense], [1.0] * len(dense))
+        return cls(lists, plan.targets, codes, dense, measured, worths, workers)
 
-    def worths_of(self, targets: Sequence[Target]) -> dict[str, float]:
-        """Module path -> what the loss in the metrics is to be multiplied with.
+    def offers(self, budget: int) -> Offers:
+        """What a budget may be spent on, products included.
 
         Args:
-            targets: the same, as they are to be stored.
-        """
-        pairs = zip(targets, self.worths, strict=True)
-        return {target.module: worth * _factor(target.rank) for target, worth in pairs}
-
-    def choose(self, budget: int) -> list[tuple[Target, float]]:
-        """The targets as the choices of the least loss store them, and what each of them loses.
-
-        Args:
-            budget: bytes for all of them.
+            budget: bytes for all targets.
 
         Raises:
-            InputError: the budget is too small, or a matrix does not fit its type.
+            InputError: a matrix does not fit its type.
             JobError: a price list cannot be written.
         """
+        from svdconvert.factoring.worths import is_measurable, product_way
+
         found = self.dense
 
         def prices() -> list[float]:
-            price = byte_price(_weighted(found, self.worths), budget)
+            price = byte_price(_weighted(found, self.worths, self.worths), budget)
             return [price / worth for worth in self.worths]
 
         # Products make bytes cheaper, and then others may be worth their bytes.
         while (more := self.lists.at(self.targets, self.codes, found, prices(), self.workers)) is not None:
             found = more
-        chosen = choose(_weighted(found, self.worths), budget)
-        return [(as_chosen(target, choice), choice.loss) for target, choice in zip(self.targets, chosen, strict=True)]
+        best = [product_way(choices, price) for choices, price in zip(found, prices(), strict=True)]
+        offers = Offers(self.targets, budget, found, self.worths, _measured(self.measured, best, self.worths))
+        # What costs more than was thought gives way to products that have to be measured as well.
+        taken = [one.choice for one in offers.choose()]
+        others = [
+            one if one.rank is not None and is_measurable(one) and one != known else None
+            for one, known in zip(taken, best, strict=True)
+        ]
+        products = _measured(self.measured, others, offers.products)
+        self.measured.bench.tidy()
+        return replace(offers, products=products)
 
 
-def spend_bytes(work: Work, plan: Plan, store: Decompositions) -> tuple[list[Target], dict[str, float]]:
-    """The targets with the ranks and grids that leave the least loss; and module path -> worth of its losses.
+@dataclass(frozen=True)
+class Offers:
+    """What a budget of bytes may be spent on.
 
-    Args, Raises: see :meth:`BytePrices.of`.
+    Attributes:
+        targets: stored in any way.
+        budget: bytes for all of them.
+        lists: of each target, its choices, with their losses in the metrics.
+        dense, products: of each target, what those of its dense choices and of its products are to be multiplied with.
     """
-    budget = bytes_budget(work.source, work.request, plan.targets)
-    prices = BytePrices.of(work, plan, store)
-    targets = [target for target, _ in prices.choose(budget)]
-    return targets, prices.worths_of(targets)
+
+    targets: Sequence[Target]
+    budget: int
+    lists: Sequence[Sequence[Choice]]
+    dense: Sequence[float]
+    products: Sequence[float]
+
+    def choose(self, counted: float = 1.0) -> list[Stored]:
+        """The targets as the choices of the least loss store them.
+
+        Args:
+            counted: how often the loss of a product counts in that; infinity for no products.
+
+        Raises:
+            InputError: the budget is too small.
+        """
+        lists, products = self._without_products() if math.isinf(counted) else self.lists, self.products
+        return self._stored(choose(_weighted(lists, self.dense, [counted * worth for worth in products]), self.budget))
+
+    def even(self) -> list[Stored] | None:
+        """The targets all rounded at one width, the best that fits; None where none does."""
+        found = evenly_rounded(_weighted(self._without_products(), self.dense, self.dense), self.budget)
+        return None if found is None else self._stored(found)
+
+    def _without_products(self) -> list[list[Choice]]:
+        return [[choice for choice in choices if choice.rank is None] for choices in self.lists]
+
+    def _stored(self, chosen: Sequence[Choice]) -> list[Stored]:
+        found = []
+        for target, one, choices, dense, product in zip(
+            self.targets, chosen, self.lists, self.dense, self.products, strict=True
+        ):
+            known = next(raw for raw in choices if (raw.rank, raw.grids) == (one.rank, one.grids))
+            found.append(Stored(as_chosen(target, one), known, dense if one.rank is None else product))
+        return found
 
 
-def _weighted(lists: Sequence[Sequence[Choice]], worths: Sequence[float]) -> list[list[Choice]]:
-    """The lists with losses that may be compared."""
+def _measured(measured: Worths, ways: Sequence[Choice | None], otherwise: Sequence[float]) -> list[float]:
+    """Worths of choices; others where there is none."""
+    with processes.current().leader_first():  # the others find what the leader has measured
+        worths = measured.of(ways)
+    return [other if worth is None else worth for worth, other in zip(worths, otherwise, strict=True)]
+
+
+def _weighted(
+    lists: Sequence[Sequence[Choice]], dense: Sequence[float], products: Sequence[float]
+) -> list[list[Choice]]:
+    """The lists with losses that may be compared, by the worths of dense choices and of products."""
     return [
-        [replace(choice, loss=worth * _factor(choice.rank) * choice.loss) for choice in choices]
-        for choices, worth in zip(lists, worths, strict=True)
+        [replace(choice, loss=(own if choice.rank is None else other) * choice.loss) for choice in choices]
+        for choices, own, other in zip(lists, dense, products, strict=True)
     ]
-
-
-def _factor(rank: int | None) -> float:
-    return 1.0 if rank is None else PRODUCT
 
 
 def as_recorded(targets: Sequence[Target], record: Mapping[str, Any]) -> list[Target]:

@@ -138,11 +138,12 @@ def _quality(
     plan: Plan, matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, float], budget: str
 ) -> list[str]:
     """What was lost, where anything was factored."""
+    what = "Ranks and bits" if plan.grids else "Ranks"
+    chosen = [f"{what} chosen by measuring: {budget}.", ""] if budget else []
     if not matrices:
-        return _measured(losses)
+        return [*_measured(losses), *chosen]
     train = "train an adapter beside it" if plan.grids else "fine-tune"
     advice = f"Truncation costs quality; measure it, and {train} before use."
-    chosen = [f"Ranks chosen by measuring: {budget}.", ""] if budget else []
     return [*_losses(matrices, rough_guess(bits=bool(plan.grids))), "", *_measured(losses), *chosen, advice, ""]
 
 

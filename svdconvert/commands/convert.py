@@ -99,8 +99,9 @@ def convert(
         device: ``auto`` (cuda if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         calibration: the text that a data-aware method uses.
         allocation: ``uniform``, every matrix as the request says; ``global``, the same number of parameters where they
-            help most; or ``measured``, which corrects that by what is measured on the compressed model. By default what
-            the method does best with.
+            help most; or ``measured``, which corrects that by what is measured on the compressed model, and of a few
+            ways to spend bytes takes the one that is measured to be the nearest to the dense model. By default what the
+            method does best with.
         alpha: exponent of asvd.
         shrinkage: how far kfac and whiten pull their metrics towards the diagonal, 0 to 1; by default 0.2 for kfac and
             0 for whiten, which then is SVD-LLM.

@@ -46,6 +46,7 @@ class MeasuredBudget:
         share: fraction of the target parameters kept, where that was to be found; None otherwise.
         sizes: what was measured to find it: ``share``, ``kl`` and ``added`` of each, in that order.
         rounds: of a measured allocation, ``kl`` and ``added`` of the global budget and of each correction.
+        tried: of a budget of bytes, ``name``, ``kl`` and ``added`` of each way to spend it; the least ``kl`` was taken.
     """
 
     kl: float
@@ -55,6 +56,7 @@ class MeasuredBudget:
     share: float | None = None
     sizes: Sequence[Mapping[str, float]] = ()
     rounds: Sequence[Mapping[str, float]] = ()
+    tried: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> MeasuredBudget:
@@ -71,6 +73,8 @@ class MeasuredBudget:
         size = "" if self.share is None else f"{self.share:.1%} of the target parameters kept: "
         rounds = ", ".join(f"{one['kl']:.4f}" for one in self.rounds)
         corrections = f"; KL of the global budget and its corrections: {rounds}" if rounds else ""
+        tried = ", ".join(f"{one['name']} {one['kl']:.4f}" for one in self.tried)
+        corrections += f"; KL of what was tried: {tried}" if tried else ""
         return (
             f"{size}KL {self.kl:.4f} and {self.added:+.4f} nats per token on {self.tokens:,} held-out tokens of the "
             f"calibration text (dense {self.dense_loss:.4f}){corrections}"
@@ -221,7 +225,7 @@ def check_sequences(work: Work) -> None:
 
         assert work.knowledge is not None, "a rule of the request"
         held_out_sample(work.knowledge.text)
-        if work.request.allocation == "measured":
+        if work.request.allocation == "measured" and not work.request.size.in_bytes:
             correction_sample(work.knowledge.text, 0)
 
 

@@ -249,12 +249,20 @@ class _Ways:
 
     def _in_bytes(self, budget: float) -> Way:
         request = Conversion.of(**self._keywords, bytes=budget).settled()
-        chosen = self._prices.choose(bytes_budget(self._work.source, request, self._matrices))
-        targets, loss = [target for target, _ in chosen], sum(loss for _, loss in chosen)
+        chosen = self._prices.offers(bytes_budget(self._work.source, request, self._matrices)).choose()
+        targets, loss = [one.target for one in chosen], sum(one.loss for one in chosen)
         name = f"rank and bits, {in_words(budget) if isinstance(budget, int) else f'{budget:g}'}"
-        return self._way(name, BYTES, request, targets, loss)
+        return self._way(name, BYTES, request, targets, loss, [one.worth for one in chosen])
 
-    def _way(self, name: str, kind: str, request: Conversion, targets: Sequence[Target], predicted: float) -> Way:
+    def _way(
+        self,
+        name: str,
+        kind: str,
+        request: Conversion,
+        targets: Sequence[Target],
+        predicted: float,
+        worths: Sequence[float] | None = None,
+    ) -> Way:
         plan = self._plan(targets, request)
         costs = costs_of(self._work.source, self._row, plan)
         room, bench = self._room, self._bench
@@ -262,7 +270,8 @@ class _Ways:
         measured = None
         if bench is not None and kind != DENSE:
             self._work.events.note(f"measuring {name}")
-            measured = bench.measure(request, plan, self._prices.worths_of(targets))
+            modules = (target.module for target in targets)
+            measured = bench.measure(request, plan, dict(zip(modules, worths or self._prices.worths, strict=True)))
         return Way(
             name=name,
             kind=kind,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from svdconvert.commands.budgets import spend
-from svdconvert.commands.byte_budgets import spend_bytes
 from svdconvert.commands.measured_budgets import MeasuredBudget, check_sequences, measured_ranks
+from svdconvert.commands.measured_bytes import spend_bytes
 from svdconvert.commands.work import Work
 from svdconvert.families.table import dense_architecture
 from svdconvert.grids import weights_of
@@ -72,7 +72,9 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
     budget: MeasuredBudget | None = None
     worths: Mapping[str, float] = {}
     if work.request.size.bytes is not None:
-        targets, worths = spend_bytes(work, plan, store)
+        chosen, budget = spend_bytes(work, plan, store)
+        targets = [one.target for one in chosen]
+        worths = {one.target.module: one.worth for one in chosen}
     elif work.measures:
         targets, budget = measured_ranks(work, plan, store)
     elif work.chooses:

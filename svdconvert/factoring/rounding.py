@@ -11,6 +11,7 @@ from torch import Tensor
 from svdconvert.factoring.decompositions import load_decomposition, load_metrics
 from svdconvert.grids import Grid
 from svdconvert.linalg.exact import truncate
+from svdconvert.linalg.integers import Rounded, unpack
 from svdconvert.linalg.panels import Workspace
 from svdconvert.linalg.rounded_factors import MatrixRounding, RoundedMatrix
 
@@ -71,3 +72,20 @@ def stored(found: RoundedMatrix, grids: Sequence[Grid | None]) -> list[Tensor]:
         for weight, grid in zip(found.weights, grids, strict=True)
         for tensor in weight.tensors(0 if grid is None else grid.bits)
     ]
+
+
+def multiplied(tensors: Sequence[Tensor], grids: Sequence[Grid | None]) -> Tensor:
+    """The matrix that :func:`stored` tensors make up, [m, n] float64.
+
+    Args:
+        tensors: as they are stored.
+        grids: of each weight.
+    """
+    left = iter(tensors)
+    weights = []
+    for grid in grids:
+        assert grid is not None
+        words, scales, shape = next(left), next(left), next(left)
+        weights.append(Rounded(unpack(words, grid.bits, int(shape[1])), scales).values(torch.float64))
+    first, *rest = weights
+    return rest[0] @ first if rest else first

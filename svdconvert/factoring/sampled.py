@@ -17,6 +17,7 @@ from torch import Tensor
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.factoring.truncations import Truncations
 from svdconvert.fields import Kind, require
+from svdconvert.linalg.feedback import PROCEDURE, SWEEPS
 from svdconvert.models.activations import check_room
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.stream import Stream, Weights
@@ -163,4 +164,5 @@ class Sampled:
 def _factors_key(step: Step) -> list[Any]:
     """What the factors of a step depend on beside the decompositions."""
     names, types = [info.name for info in step.inputs], [info.dtype for info in step.outputs]
-    return [step.kind, names, step.options["rank"], step.options["layout"], types]
+    grids = [step.options["grids"], PROCEDURE, SWEEPS] if "grids" in step.options else []
+    return [step.kind, names, step.options["rank"], step.options["layout"], types, *grids]

@@ -8,7 +8,8 @@ projections and 1.7 times for gates. That does not matter within a matrix, but b
 
 One pass forward and back through the dense model measures one error of every matrix; what the same error costs in the
 metrics, divided by it, then corrects all that the metrics say of the matrix. In memory are one block, its errors, and
-the activations of one batch in it.
+the activations of one batch in it. The way forward and the gradient at the head's input do not depend on the errors:
+they stay in files for the next ones, until the bench is tidied.
 """
 
 from __future__ import annotations
@@ -78,6 +79,21 @@ class TokenLosses:
             batch_size=bench.batch_size,
         )
         check_room([stream.store], blocks.count + 3)
+        if not stream.store.has(f"gradient-{blocks.count}"):
+            self._to_the_head(stream)
+        stream.forget(blocks.count)
+        losses: dict[str, float] = {}
+        for index in reversed(range(blocks.count)):
+            bench.events.progress("differentiating", blocks.count - 1 - index, blocks.count, "the dense model")
+            inside = [module for module in modules if layer_number(module) == index]
+            losses |= self._block(stream, index, inside, errors)
+        bench.events.progress("differentiating", blocks.count, blocks.count, "the dense model")
+        stream.store.remove("gradient-0")
+        return losses
+
+    def _to_the_head(self, stream: Stream) -> None:
+        """The inputs of all blocks, and the gradient at the head's input."""
+        bench, blocks = self._bench, self._bench.blocks
         for index in range(stream.begin(), blocks.count):
             bench.events.progress("measuring", index, blocks.count, "the dense model")
             with blocks.block(index) as block:
@@ -86,14 +102,6 @@ class TokenLosses:
         draws = torch.rand(self._ids.shape, generator=generator, dtype=torch.float64)
         with blocks.head() as head, stream.store.writing(f"gradient-{blocks.count}") as write:
             stream.slopes(head, draws, write)
-        losses: dict[str, float] = {}
-        for index in reversed(range(blocks.count)):
-            bench.events.progress("differentiating", blocks.count - 1 - index, blocks.count, "the dense model")
-            inside = [module for module in modules if layer_number(module) == index]
-            losses |= self._block(stream, index, inside, errors)
-        bench.events.progress("differentiating", blocks.count, blocks.count, "the dense model")
-        stream.store.clear()
-        return losses
 
     def _block(
         self, stream: Stream, index: int, modules: Sequence[str], errors: Callable[[int], Weights]
@@ -111,8 +119,8 @@ class TokenLosses:
                     write(stream.differentiate(block, index, batch, above))
                 for module, effect in effects.items():
                     sums[module] += float(effect.view(counted.shape)[counted].square().sum())
-        stream.forget(index + 1)
-        store.remove(f"gradient-{index + 1}")
+        if index + 1 < blocks.count:
+            store.remove(f"gradient-{index + 1}")
         return {module: total / 2 / int(self._mask.sum()) for module, total in sums.items()}
 
 

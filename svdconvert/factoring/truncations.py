@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.factoring.operations import run
+from svdconvert.factoring.rounding import multiplied
 from svdconvert.linalg.panels import Workspace
 from svdconvert.models.stream import Weights
 from svdconvert.names import layer_number, suffix
@@ -18,7 +19,7 @@ from svdconvert.storage.source import Source
 
 
 class Truncations:
-    """The products of a plan's factors, made as its blocks are asked for.
+    """The products of a plan's factors and its rounded matrices, made as its blocks are asked for.
 
     A group of layers that share a factor is made once for all its blocks; its factors wait in memory meanwhile.
     """
@@ -36,19 +37,21 @@ class Truncations:
         self._steps = {step.key: step for step in steps}
         self._blocks: dict[int, list[tuple[Target, int]]] = {}
         for target in targets:
-            for place, part in enumerate(target.parts if target.rank is not None else ()):
+            for place, part in enumerate(target.parts if target.rank is not None or target.rounded else ()):
                 self._blocks.setdefault(layer_number(part.module), []).append((target, place))
         # Factors of groups, and the layers that have not been asked for yet.
         self._groups: dict[str, tuple[list[Tensor], set[int]]] = {}
 
     def __call__(self, index: int) -> Weights:
-        """The products [out, in] of one block, float64 on the host."""
+        """The matrices [out, in] of one block, float64."""
         return {
             suffix(target.parts[place].module): self._product(target, place)
             for target, place in self._blocks.get(index, [])
         }
 
     def _product(self, target: Target, place: int) -> Tensor:
+        if target.rounded:
+            return multiplied(self._factors(target), target.grids)
         if not target.followers:
             return target.layout.product(self._factors(target))
         if target.module not in self._groups:

@@ -34,6 +34,7 @@ _BUDGET = {
     "share": optional(NUMBER),
     "sizes": optional(many(record({"share": NUMBER, **_TRIAL}))),
     "rounds": optional(many(record(_TRIAL))),
+    "tried": optional(many(record({"name": TEXT, **_TRIAL}))),
 }
 _MATRIX = {"rank": COUNT, "shape": many(COUNT), "relative_error": NUMBER}
 _ROUNDED = {"bits": many(COUNT), "groups": many(COUNT), "shape": many(COUNT), "relative_error": NUMBER}

@@ -85,6 +85,16 @@ def alike(choices: Sequence[Choice], bits: int) -> Choice:
     return min(dense, key=lambda choice: (_width(choice), choice.nbytes))
 
 
+def evenly_rounded(lists: Sequence[Sequence[Choice]], budget: int) -> list[Choice] | None:
+    """All matrices dense at one width, of the least loss within a budget; None where no width fits.
+
+    Args:
+        lists, budget: see :func:`choose`.
+    """
+    fitting = (even for even in _even(lists) if sum(choice.nbytes for choice in even) <= budget)
+    return min(fitting, key=_total_loss, default=None)
+
+
 def _total_loss(choices: Sequence[Choice]) -> float:
     return sum(choice.loss for choice in choices)
 

@@ -109,19 +109,21 @@ def measured_section(facts: Facts) -> Markup | None:
 def _budget(budget: Mapping[str, Any]) -> Markup:
     """What was measured to choose the ranks."""
     said = (
-        f"On {figures.count(budget['tokens'])} held-out tokens of the calibration text, the chosen ranks add "
+        f"On {figures.count(budget['tokens'])} held-out tokens of the calibration text, what was chosen adds "
         f"{figures.signed_nats(budget['added'])} to a loss of {figures.nats(budget['dense_loss'])}; "
         f"KL(dense || model) is {figures.nats(budget['kl'])}."
     )
     sizes = [(figures.share(size["share"], 1), size) for size in budget.get("sizes") or []]
     names = ("global", *(f"correction {number}" for number in range(1, MOST_ROWS)))
     rounds = list(zip(names, budget.get("rounds") or [], strict=False))
+    tried = [(one["name"], one) for one in budget.get("tried") or []]
     return element(
         "div",
-        element("h3", "Measured to choose the ranks"),
+        element("h3", f"Measured to choose {'ranks and bits' if tried else 'the ranks'}"),
         element("p", said),
         _trials("Sizes that were tried, nats per token", "kept", sizes),
         _trials("The global budget and its corrections, nats per token", "ranks", rounds),
+        _trials("What was tried, nats per token", "bytes spent on", tried),
     )
 
 

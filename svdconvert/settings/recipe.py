@@ -80,7 +80,8 @@ class Recipe:
         None,
         "--allocation",
         "Spend a budget evenly, or where it helps most: by the singular values, which is for kfac and often hurts "
-        "others, or corrected by what is measured on the compressed model.",
+        "others, or corrected by what is measured on the compressed model. With bytes, measured makes a few ways to "
+        "spend them and takes the one nearest to the dense model.",
         keyword="allocation",
         group="Method",
         kind="choice",

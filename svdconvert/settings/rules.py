@@ -165,7 +165,7 @@ def bits(request: Request) -> None:
         (request.scope.split_fused, asked("split_fused", True)),
         (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
         (request.afterwards.heal, asked("heal", True)),
-        (request.recipe.allocation in ("uniform", "measured"), asked("allocation", request.recipe.allocation)),
+        (request.recipe.allocation == "uniform", asked("allocation", request.recipe.allocation)),
         (not layout_named(request.recipe.layout).two_factors, asked("layout", request.recipe.layout)),
     )
     other = next((words for given, words in others if given), None)

@@ -22,8 +22,6 @@ from support.refusals import assert_refused
 
 from svdconvert import Calibration, InputError, JobError, calibrate, convert, plan, verify
 from svdconvert.calibration.folder import StatisticsFolder
-from svdconvert.commands import byte_budgets
-from svdconvert.commands.byte_budgets import PRODUCT
 from svdconvert.factoring import price_list
 from svdconvert.factoring.price_list import PriceLists
 from svdconvert.grids import Grid
@@ -154,8 +152,6 @@ def test_it_is_never_worse_than_even_rounding(share: float, results: dict[float,
     for path in (work / "prices").glob("*/*.json"):
         choices = json.loads(path.read_text())["choices"]
         worth = told[path.stem]["worth"] if path.stem in told else 1.0
-        if path.stem in record["matrices"]:
-            worth /= PRODUCT
         lists.append([{**one, "loss": worth * one["loss"]} for one in choices])
     assert len(lists) == MATRICES
     budget = share * sum(kind["bytes"]["before"] for kind in record["kinds"].values())
@@ -336,21 +332,6 @@ def test_ranks_are_multiples_where_that_was_asked_for(
     assert ranks
     assert not any(rank % multiple for rank in ranks)
     assert any(rank % multiple for rank in others)
-
-
-@pytest.mark.parametrize(("product", "are_chosen"), [(1e-6, True), (1e6, False)])
-def test_what_a_product_counts_decides_whether_it_is_taken(
-    product: float,
-    are_chosen: bool,
-    dense: Path,
-    stats: Path,
-    work: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(byte_budgets, "PRODUCT", product)
-    convert(dense, tmp_path / "out", bytes=0.3, stats=stats, work=work, device="cpu", targets=TARGETS)
-    assert bool(read_record(tmp_path / "out").results["matrices"]) == are_chosen
 
 
 def test_a_multiple_that_leaves_no_rank_is_refused(dense: Path) -> None:

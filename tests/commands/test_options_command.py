@@ -19,7 +19,6 @@ from support.refusals import assert_refused
 
 from svdconvert import Calibration, Options, Way, convert, evaluate, options
 from svdconvert.commands import option_bench
-from svdconvert.commands.byte_budgets import PRODUCT
 from svdconvert.factoring.price_list import PriceLists
 from svdconvert.families.table import ARCHITECTURES
 from svdconvert.grids import Grid
@@ -87,10 +86,11 @@ def test_the_ways(found: Options) -> None:
         assert many.kl < few.kl  # type: ignore[operator]
 
 
-def test_a_conversion_does_what_the_table_says(found: Options, results: dict[str, Path]) -> None:
-    bits = read_record(results["rank and bits, 0.18"]).results
-    worths = {name: one["worth"] / PRODUCT for name, one in bits["matrices"].items()}
-    worths |= {name: one["worth"] for name, one in bits["rounded"].items()}
+def test_a_conversion_does_what_the_table_says(
+    found: Options, results: dict[str, Path], dense: Path, common: dict[str, Any], tmp_path: Path
+) -> None:
+    convert(dense, tmp_path / "half", **common, bytes=0.5)
+    worths = {name: one["worth"] for name, one in read_record(tmp_path / "half").results["rounded"].items()}
     for name, result in results.items():
         told, one = read_record(result).results, way(found, name)
         assert (one.bytes, one.params) == (told["bytes"]["after"], told["params"]["after"])
@@ -100,7 +100,8 @@ def test_a_conversion_does_what_the_table_says(found: Options, results: dict[str
         again = sum(
             one["predicted_loss"] * (1 if "worth" in one else worths[module]) for module, one in matrices.items()
         )
-        assert one.predicted == pytest.approx(again, rel=1e-3)
+        # what is written is improved by coordinate descent
+        assert one.predicted == pytest.approx(again, rel=0.15 if "rounded" in told else 1e-3)
 
 
 def test_what_is_measured_is_what_is_measured_of_the_conversion(

@@ -16,6 +16,7 @@ from svdconvert.factoring.token_losses import TokenLosses
 from svdconvert.families.fused import fused_layer, section_of
 from svdconvert.families.table import dense_architecture
 from svdconvert.models.loss import draw
+from svdconvert.models.stream import Stream
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events
 from svdconvert.planning.make import make_plan
@@ -82,6 +83,14 @@ def test_against_the_whole_model(
     errors = {module: 2 * error for module, error in errors.items()}
     doubled = TokenLosses(bench("two")).measure(list(errors), of_block, {"seed": 4})
     assert doubled == pytest.approx({module: 4 * loss for module, loss in found.items()}, rel=1e-4)
+
+    # What does not depend on the errors is not computed again.
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("another pass forward")
+
+    monkeypatch.setattr(Stream, "step", refuse)
+    monkeypatch.setattr(Stream, "slopes", refuse)
+    assert TokenLosses(bench("one")).measure(list(errors), of_block, {"seed": 4}) == doubled
 
 
 def test_it_is_the_loss_that_a_small_error_adds(dense: Path, calibration: Calibration, tmp_path: Path) -> None:

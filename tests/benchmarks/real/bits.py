@@ -5,7 +5,8 @@
 Calibration and test text are those of the table of losses (``tests/benchmarks/real/losses.py``). All matrices alike are
 rounded to the nearest, or by GPTQ (arXiv:2210.17323) in the second moments of the dense model's inputs, with 1 % of
 their mean diagonal added, as tools do it by default; those tools collect the inputs anew behind every rounded block,
-which is not done here. Prints lines of the table in docs/rank-or-bits.md. Folders with price lists stay.
+which is not done here. Prints lines of the table in docs/rank-or-bits.md, and, with ``--allocation measured``, what was
+measured of every way to spend a budget. Folders with price lists stay.
 """
 
 from __future__ import annotations
@@ -74,13 +75,17 @@ def alike(bench: Bench, grid: Grid, way: Way, out: Path) -> tuple[float, float |
     return stored / whole, None
 
 
-def by_budget(bench: Bench, share: float, out: Path) -> tuple[float, float | None]:
+def by_budget(bench: Bench, share: float, allocation: str, out: Path) -> tuple[float, float | None]:
     """A result of ``--bytes``; gives the share that was asked for, and the predicted loss."""
     report = convert(
-        bench.model, out, bytes=share, dtype="bfloat16", stats=bench.statistics("empirical"),
+        bench.model, out, bytes=share, allocation=allocation, dtype="bfloat16", stats=bench.statistics("empirical"),
         work=bench.work / "work-bits", device="cpu", check=False,
     )  # fmt: skip
-    return share, float(report.outcome.record["predicted_loss"])
+    record = report.outcome.record
+    print(
+        f"{len(record['matrices'])} products, {len(record['rounded'])} rounded; {record.get('budget', '')}", flush=True
+    )
+    return share, float(record["predicted_loss"])
 
 
 def measure(bench: Bench, name: str, make: Callable[[Path], tuple[float, float | None]]) -> None:
@@ -101,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES), help="budgets of --bytes")
     parser.add_argument("--alike", nargs="*", choices=WAYS, default=list(WAYS), help="ways to round all alike")
+    parser.add_argument("--grids", nargs="*", type=int, default=[4, 3], help="bits of those grids")
+    parser.add_argument("--allocation", choices=("global", "measured"), default="global", help="of --bytes")
     options = parser.parse_args(arguments)
     for name in options.subjects:
         subject = SUBJECTS[name]
@@ -110,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{subject.title}, {samples * LENGTH:,} calibration tokens, tested on {bench.passage.tokens:,}", flush=True
         )
         for share in options.shares:
-            measure(bench, "--bytes", partial(by_budget, bench, share))
-        for grid, title in itertools.product(GRIDS, options.alike):
+            measure(bench, "--bytes", partial(by_budget, bench, share, options.allocation))
+        grids = [grid for grid in GRIDS if grid.bits in options.grids]
+        for grid, title in itertools.product(grids, options.alike):
             measure(bench, f"{grid}, {title}", partial(alike, bench, grid, WAYS[title]))
 
 
