@@ -113,7 +113,7 @@ class OlmoeSVDConfig(OlmoeConfig):
         """
         stock = getattr(super(), "base_model_tp_plan", None) or {}
         # every process has all experts, whose rules are for the tensors in which transformers 5 stacks them
-        stock = {rule: style for rule, style in stock.items() if ".experts" not in rule}
+        stock = {rule: style for rule, style in stock.items() if ".experts" not in rule and style != "ep_router"}
         counts = (0,) if self.svd_layout == "pivoted" else (0, self.num_hidden_layers)
         factored = {rule: sum(path.endswith(rule.partition("*")[2]) for path in self.svd_ranks) for rule in stock}
         mixed = {rule.rpartition(".")[0] for rule in stock if factored[rule] not in counts}

@@ -180,7 +180,11 @@ class ModelBlocks:
                     continue
                 kinds.add(kind)
                 call = self._call(index, hidden, mask)
-                with suppress(*_NEED_VALUES), FakeTensorMode(allow_non_fake_inputs=True):  # tables that are no buffers
+                with (
+                    suppress(*_NEED_VALUES),
+                    FakeTensorMode(allow_non_fake_inputs=True),  # tables that are no buffers
+                    self._weights.given(self._lent(index), lambda reader, name, empty: self._without_values(empty)),
+                ):
                     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
                     given = (tensors, (hidden, *call.args), dict(call.kwargs))
                     functional_call(block, *tree_map_only(Tensor, self._without_values, given))

@@ -20,6 +20,9 @@ from support.tiny_factored import (
 )
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.storage.source import LocalSource
+
 OWNER, SHARER = (f"layers.{n}.attention.query_key_value" for n in (0, 1))
 
 
@@ -211,3 +214,12 @@ def test_every_kind_of_layer_shares(tiny):
 def test_compiled(model, ids, expected):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert distance(logits(compiled, ids), expected) < 2e-5
+
+
+def test_rehearsed_where_blocks_are_of_several_kinds(tiny, monkeypatch):
+    """As some blocks of transformers 4.57 are: one is run without values whose `down` lies in another."""
+    blocks = ModelBlocks(LocalSource(tiny.path))
+    for number, block in enumerate(blocks._layers):
+        monkeypatch.setattr(block, "attention_type", str(number), raising=False)
+    blocks.rehearse()
+    assert all(parameter.is_meta for block in blocks._layers for parameter in block.parameters())
