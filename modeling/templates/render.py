@@ -1,7 +1,8 @@
 """Render what is written of each family's row: its modeling file, and the table in docs/families.md. `make modeling`.
 
 Everything that families share is in factored.py.jinja. Two templates fill in the rest: gpt_neox.py.jinja for the family
-whose head and rotary settings have names of their own, decoder.py.jinja for all others. What comes out is checked in,
+whose head and rotary settings have names of their own, decoder.py.jinja for all others,
+which tower.py.jinja extends for a model that sees around its language model. What comes out is checked in,
 since it is what runs in a user's process, and formatted, since names of any length are put into it.
 """
 
@@ -18,6 +19,7 @@ from svdconvert.families.mixture import CountedTwice
 from svdconvert.families.rotary import Rotary
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES
+from svdconvert.families.tower import TOWERS, Tower
 
 TEMPLATES = Path(__file__).parent
 MODELING = TEMPLATES.parent
@@ -27,8 +29,8 @@ PAGE = MODELING.parent / "docs" / "families.md"
 OLDEST = (4, 46)
 
 
-def render(row: Architecture) -> str:
-    """The text of a family's modeling file."""
+def render(row: Architecture, tower: Tower | None = None) -> str:
+    """The text of a family's modeling file; of a model that sees, around the row of its language model."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -36,11 +38,11 @@ def render(row: Architecture) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    text = environment.get_template(f"{row.template}.py.jinja").render(_fields(row))
+    text = environment.get_template(f"{row.template}.py.jinja").render(_fields(row, tower))
     return _formatted(text)
 
 
-def _fields(row: Architecture) -> dict[str, Any]:
+def _fields(row: Architecture, tower: Tower | None) -> dict[str, Any]:
     endings = ("Config", "Model", *(("ForSequenceClassification",) if row.classifies else ()))
     endings += ("ForTokenClassification",) if row.labels else ()
     rotary = row.config_overrides if isinstance(row.config_overrides, Rotary) else None
@@ -60,7 +62,9 @@ def _fields(row: Architecture) -> dict[str, Any]:
         "asks_parallel": row.asks_parallel,
         "filled": row.filled,
         "transposed": row.transposed,
-        "auto_map": row.auto_map,
+        "auto_map": row.auto_map if tower is None else tower.auto_map,
+        "tower": tower,
+        "inside": "" if tower is None else r"(?:language_model\.)?",
         "inner": row.inner,
         "since_5": row.since >= (5, 0),
         "imports": sorted(
@@ -135,6 +139,8 @@ def main() -> None:
     """Write every file."""
     for row in ARCHITECTURES.values():
         (MODELING / f"{row.modeling}.py").write_text(render(row), encoding="utf-8")
+    for tower in TOWERS.values():
+        (MODELING / f"{tower.modeling}.py").write_text(render(tower.rendered, tower), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
 
 

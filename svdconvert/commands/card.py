@@ -168,17 +168,18 @@ def usage(source: Source, row: Architecture, ranks: Mapping[str, int], *, packed
         ranks: module path -> rank.
         packed: whether weights are stored in few bits.
     """
+    auto = "AutoModelForCausalLM" if source.whole is None else "AutoModelForImageTextToText"
     merged = ", which unpacks the weights" if packed else ""
     return [
         "## Use",
         "",
         *(_UNPACKING if packed else ()),
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
         'path = "THIS_REPOSITORY"',
         "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
-        "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
+        f"model = {auto}.from_pretrained(path, trust_remote_code=True)",
         f'inputs = tokenizer("{_greeting(source)}", return_tensors="pt", return_token_type_ids=False)',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
         "```",
@@ -190,7 +191,9 @@ def usage(source: Source, row: Architecture, ranks: Mapping[str, int], *, packed
         "```",
         "",
         f"To merge such an adapter use `svdconvert fold`{merged}; `svdconvert densify` gives a stock "
-        f"{row.dense_class} for engines without remote code.",
+        f"{row.dense_class} for engines without remote code."
+        if source.whole is None
+        else f"`svdconvert densify` gives a stock {source.whole.tower.dense_class} for engines without remote code.",
         "",
     ]
 
@@ -289,7 +292,7 @@ def front_matter(source: Source, tags: Sequence[str]) -> str:
         # The Hub links a base model by repository id; a local folder has none unless its own card names one.
         base_model=source.repo or theirs.get("base_model"),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if source.whole is None else "image-text-to-text",
         tags=list(dict.fromkeys([*(theirs.get("tags") or []), *tags])),
         **kept,
     )

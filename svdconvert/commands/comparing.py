@@ -95,12 +95,25 @@ def compare_tensors(factored: Source, dense: Source, row: Architecture, folder: 
             if target is None or target.shape != info.shape or not _same(ours, theirs, target, info):
                 different.append(name)
             copied += 1
+        beside = _beside(dense, ours, theirs, factored)
+        copied, different = copied + len(beside), [*different, *filter(None, beside)]
     recorded, checks = _recorded_errors(folder), [_copies(copied, different)]
     if products or not rounded:
         checks.append(_as_recorded("factored matrices", "multiplied out", products, recorded))
     if rounded:
         checks.append(_as_recorded("rounded matrices", "rounded", rounded, recorded))
     return checks
+
+
+def _beside(dense: Source, ours: WeightReader, theirs: WeightReader, factored: Source) -> list[str]:
+    """For every tensor beside the language models of two that see: its name if it differs, else nothing."""
+    if dense.whole is None or factored.whole is None:
+        return []
+    there = factored.whole.rest
+    return [
+        "" if (own := there.get(name)) is not None and _same(ours, theirs, own, info) else name
+        for name, info in dense.whole.rest.items()
+    ]
 
 
 def _unequal_heads(dense: Source, row: Architecture, copies: Sequence[TensorInfo]) -> list[str]:

@@ -44,8 +44,8 @@ def conversion_job(work: Work, prepared: Prepared, settings: Mapping[str, Any]) 
     return Job(
         steps=plan.steps,
         shards=plan.shards,
-        config=config,
-        extra={f"{row.modeling}.py": model_files.modeling_source(row)},
+        config=model_files.written_config(source, config),
+        extra=model_files.code_files(source, row),
         card=results.card,
         details=results.details,
         page=result_page if work.request.output.report else None,

@@ -61,6 +61,7 @@ def densify(
     check_model(source)
     config = model_files.dense_config(source.config, row)
     check_stock(config, source.where)
+    made = row if source.whole is None else source.whole.tower
     work = Rewriting(
         command="densify",
         arguments="densify MODEL",
@@ -69,7 +70,7 @@ def densify(
         steps=steps,
         config=config,
         title="densified",
-        text=f"The low-rank factors of {source.name} multiplied out: a stock {row.dense_class} that computes the same "
+        text=f"The low-rank factors of {source.name} multiplied out: a stock {made.dense_class} that computes the same "
         "function, for engines without remote code (GGUF conversion among them). Made by",
         details={"matrices": len(source.config["svd_ranks"])},
     )

@@ -83,6 +83,11 @@ def fold(
     lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
     row = factored_architecture(source.config, source.where)
+    if source.whole is not None:
+        raise InputError(
+            f"{folder} is a model that sees, into which no adapter is folded; keep the adapter beside it, or fold it "
+            "into its language model converted alone"
+        )
     limit = parse_size(max_shard_size)
     folding = _Folding(source, row, lora)
     steps = folding.steps()
@@ -102,7 +107,7 @@ def fold(
         row=row,
         steps=steps,
         config=unpacked_config(source.config) | {"svd_ranks": folding.ranks},
-        extra={f"{row.modeling}.py": model_files.modeling_source(row)},
+        extra=model_files.code_files(source, row),
         title="adapter folded in",
         text=f"{source.name} with a LoRA adapter folded into its factors, whose ranks grew by the adapter's"
         f"{'; the weights that were packed are multiplied out' if source.packed else ''}. Made by",

@@ -28,6 +28,7 @@ from svdconvert.models.preflight import check_model
 from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, shard
+from svdconvert.planning.whole import whole_steps
 from svdconvert.sentences import Sentence, printable
 from svdconvert.settings.healing import HealRequest
 from svdconvert.storage.documents import json_or_none
@@ -136,7 +137,7 @@ def run_healing(
     )
     refuse_same_folder(dense, folder)
     work = folder / JOB_FOLDER / "work"
-    steps = healed_steps(source, row, result_file(work / "heal"))
+    steps = whole_steps(source, healed_steps(source, row, result_file(work / "heal")))
     dense_matrices(source, dense)
     precision = precision_of(request.healing.precision, device)
     for one in (source, dense):
@@ -183,8 +184,8 @@ def _job(work: HealingWork, row: Architecture, steps: Sequence[Step], healed: He
     return Job(
         steps=steps,
         shards=shard(outputs, work.request.output.max_shard_bytes),
-        config=dict(source.config),
-        extra={f"{row.modeling}.py": model_files.modeling_source(row)},
+        config=model_files.written_config(source, source.config),
+        extra=model_files.code_files(source, row),
         card=lambda reports: healed_card(source, dense, row, [*starts, command], healed, params),
         details=lambda reports: {"params": params, **details, "repeat": command},
     )

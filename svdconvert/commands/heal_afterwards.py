@@ -27,6 +27,7 @@ from svdconvert.jobs.job import Job, Outcome, run_job
 from svdconvert.jobs.record import read_record
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.steps import shard
+from svdconvert.planning.whole import whole_steps
 from svdconvert.reports.result_page import result_page
 from svdconvert.sentences import Sentence, asked
 from svdconvert.settings.healing import HealRequest
@@ -158,7 +159,7 @@ class _Healing:
         assert work.healed_on is not None
         work.events.note("the conversion is done; healing it")
         row, folder = factored_architecture(source.config, source.where), work.job / "work" / "heal"
-        steps = healed_steps(source, row, result_file(folder))
+        steps = whole_steps(source, healed_steps(source, row, result_file(folder)))
         healing = HealingWork(
             source, work.source, work.healed_on.text, request, folder, work.device, precision, work.events
         )
@@ -171,8 +172,8 @@ class _Healing:
         return Job(
             steps=steps,
             shards=shard([info for step in steps for info in step.outputs], request.output.max_shard_bytes),
-            config=dict(source.config),
-            extra={f"{row.modeling}.py": model_files.modeling_source(row)},
+            config=model_files.written_config(source, source.config),
+            extra=model_files.code_files(source, row),
             card=lambda reports: self._card(figures, rest["repeat"], healed),
             details=lambda reports: {**rest, "training_free": figures, **told},
             page=result_page if work.request.output.report else None,

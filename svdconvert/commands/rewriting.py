@@ -10,6 +10,7 @@ from typing import Any
 from svdconvert.commands import card
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture
+from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Outcome, Reports, run_job
 from svdconvert.layouts.table import layout_of, shared_layers, stored_names
 from svdconvert.machine.devices import resolve_device
@@ -17,6 +18,7 @@ from svdconvert.models.index_tensors import refuse_unsound
 from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, in_order, shard, with_copies
+from svdconvert.planning.whole import whole_steps
 from svdconvert.settings.options import short_command
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import head_copies
@@ -156,7 +158,8 @@ def rewrite(
     from svdconvert.commands.verify import self_check
 
     source = work.source
-    outputs = [info for step in work.steps for info in step.outputs]
+    steps = whole_steps(source, work.steps)
+    outputs = [info for step in steps for info in step.outputs]
 
     command = short_command(work.arguments, max_shard_bytes)
 
@@ -169,9 +172,9 @@ def rewrite(
         return job
 
     job = Job(
-        steps=work.steps,
+        steps=steps,
         shards=shard(outputs, max_shard_bytes),
-        config=work.config,
+        config=model_files.written_config(source, work.config),
         extra=work.extra,
         card=model_card,
         details=lambda reports: {"params": parameters(outputs), **work.details, "repeat": command},

@@ -13,6 +13,7 @@ import torch
 from svdconvert.commands.comparing import Check, compare
 from svdconvert.errors import InputError, JobError
 from svdconvert.families.table import Architecture, dense_architecture, factored_architecture
+from svdconvert.families.tower import Tower
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.jobs.model_files import modeling_source
 from svdconvert.jobs.record import RECORD, SEAL, is_changed, read_record
@@ -39,7 +40,7 @@ def self_check(folder: Path, config: Mapping[str, Any]) -> list[str]:
         JobError: the files do not make the model that the config describes.
     """
     source = LocalSource(folder, config=config)
-    checks = [_keys_and_shapes(source, config), _logits(folder, source)]
+    checks = [_keys_and_shapes(source, source.config), _logits(folder, source)]
     for check in checks:
         if not check.passed:
             raise JobError(
@@ -69,7 +70,14 @@ def verify(
     source = LocalSource(folder)
     row = factored_architecture(source.config, str(folder))
     ranks, shapes = _ranks(source, row), _keys_and_shapes(source, source.config)
-    checks = [_modeling_file(folder, row), ranks, shapes, *_packed(source), *_as_written(folder)]
+    owner = row if source.whole is None else source.whole.tower
+    checks = [
+        _modeling_file(folder, owner),
+        ranks,
+        shapes,
+        *_packed(source),
+        *_as_written(folder),
+    ]
     if ranks.passed and shapes.passed:
         positions = _positions(source, row)
         checks += positions
@@ -81,7 +89,7 @@ def verify(
     return checks
 
 
-def _modeling_file(folder: Path, row: Architecture) -> Check:
+def _modeling_file(folder: Path, row: Architecture | Tower) -> Check:
     path = folder / f"{row.modeling}.py"
     if not path.is_file():
         return Check("modeling file", False, f"{path.name} is missing, so trust_remote_code has nothing to load")

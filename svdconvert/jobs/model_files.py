@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from svdconvert.families.table import Architecture
+from svdconvert.families.tower import Tower
 from svdconvert.jobs.output import OutputFolder
 from svdconvert.jobs.record import RECORD
 from svdconvert.planning.steps import index_json
@@ -19,10 +20,21 @@ from svdconvert.storage.source import SAFE_INDEX, Source
 from svdconvert.tensors import TensorInfo
 
 
-def modeling_source(row: Architecture) -> bytes:
+def modeling_source(row: Architecture | Tower) -> bytes:
     """The modeling file of an architecture, as it is copied into checkpoints."""
     # By the package's folder: in a checkout that is another one than this file's.
     return Path(import_module("svdconvert.modeling").__path__[0], f"{row.modeling}.py").read_bytes()
+
+
+def code_files(source: Source, row: Architecture) -> dict[str, bytes]:
+    """The modeling file that a factored result needs, by its name: the whole model's, where that sees."""
+    owner = row if source.whole is None else source.whole.tower
+    return {f"{owner.modeling}.py": modeling_source(owner)}
+
+
+def written_config(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a result, from that of its language model, which it is itself unless the source sees."""
+    return dict(config) if source.whole is None else source.whole.tower.whole_config(source.whole.config, config)
 
 
 def factored_config(

@@ -20,6 +20,7 @@ from svdconvert.families.table import (
     dense_shapes,
     factored_architecture,
 )
+from svdconvert.families.tower import tower_of
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.storage.documents import json_or_none, read_json
@@ -28,7 +29,7 @@ from svdconvert.storage.headers import read_header
 from svdconvert.storage.other_models import refuse_other_model
 from svdconvert.storage.packed_config import is_packed, unpacked_config
 from svdconvert.storage.pickled import pickled_header
-from svdconvert.storage.source import LocalSource, Source, parse_index, read_config, weight_files
+from svdconvert.storage.source import LocalSource, Source, parse_index, raw_config, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,11 @@ def load_model(
         return load_source(viewed, device, dtype)
     from transformers import AutoModelForCausalLM
 
-    found = portable(config or read_config(folder))
+    raw = dict(config) if config is not None else raw_config(folder)
+    if tower_of(raw) is not None:  # its language model
+        source = LocalSource(folder, config=raw)
+        return (load_packed if "svd_ranks" in source.config else load_source)(source, device, dtype)
+    found = portable(raw)
     if is_packed(found) and "svd_ranks" in found:
         return load_packed(LocalSource(folder, config=found), device, dtype)
     options = {**dtype_option(dtype), "output_loading_info": True}
@@ -128,7 +133,7 @@ def load_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Mod
 
 
 def load_packed(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A factored model whose weights are stored packed, multiplied out, in evaluation mode.
+    """A factored model whose weights are read one by one, packed ones multiplied out, in evaluation mode.
 
     compressed-tensors need not be installed: its own arithmetic in float32 gives the same numbers.
 

@@ -7,17 +7,21 @@ result is checked.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import transformers
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture, dense_architecture, dense_shapes, factored_architecture
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.loading import portable
 from svdconvert.models.skeleton import is_factored
 from svdconvert.storage.other_models import refuse_other_model
 from svdconvert.storage.reader import same_values
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import embedding_of, head_copies, other_head
+from svdconvert.storage.whole import Whole
 
 _ATTENTION = "eager sdpa flex_attention flash_attention_2 flash_attention_3 flash_attention_4".split()
 
@@ -43,8 +47,28 @@ def check_model(source: Source) -> None:
     _check_weights(source, row, blocks, row.head[factored])
     blocks.rehearse()
     _check_generation(source)
+    if source.whole is not None and not factored:
+        _check_beside(source.whole)
     if not source.fetched:  # files that are fetched one by one are compared on arrival
         _check_head(source, row)
+
+
+def _check_beside(whole: Whole) -> None:
+    """What a model sees with has to be there. Versions of transformers differ in its names, but not in its shapes."""
+    from accelerate import init_empty_weights
+
+    tower, config = whole.tower, portable(whole.config)
+    problem = f"config.json of {whole.where} cannot be used"
+    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+        made = transformers.AutoConfig.for_model(**config)
+        model = getattr(transformers, tower.dense_class)(made).model
+    shapes = Counter(tuple(part.shape) for name in tower.vision for part in getattr(model, name).parameters())
+    if shapes != Counter(info.shape for info in whole.rest.values()):
+        raise InputError(
+            f"{whole.where} has {len(whole.rest)} tensors beside its language model, but by its config.json there are "
+            f"{sum(shapes.values())} in {' and '.join(tower.vision)}, or they are of other shapes; the checkpoint is "
+            "incomplete, or config and weights are not of one model"
+        )
 
 
 def _check_version(row: Architecture, source: Source) -> None:

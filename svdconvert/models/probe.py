@@ -47,7 +47,7 @@ def probe(folder: Path, source: Source) -> str:
 
 
 def _logits_at_once(folder: Path, source: Source, ids: Tensor) -> Iterator[Tensor]:
-    model = load_model(folder, "cpu", torch.float32, source.config)
+    model = load_model(folder, "cpu", torch.float32, source.config if source.whole is None else source.whole.config)
     with torch.inference_mode():
         logits = model(input_ids=ids).logits
     yield logits

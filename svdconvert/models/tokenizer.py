@@ -8,6 +8,7 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import FACTORED
+from svdconvert.families.tower import FACTORED_TOWERS
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.storage.documents import read_json
 
@@ -37,9 +38,12 @@ def load_tokenizer(folder: Path) -> Any:
         if (folder / name).exists():
             read_json(folder / name, "")
     file = folder / "config.json"
-    row = FACTORED.get(str(read_json(file, "").get("model_type"))) if file.is_file() else None
+    config = read_json(file, "") if file.is_file() else {}
+    found = FACTORED.get(str(config.get("model_type")))
+    if (tower := FACTORED_TOWERS.get(str(config.get("model_type")))) is not None:
+        found = tower.text
     # Without a config, transformers 5 reads config.json as a generic one, which fails on some rotary scalings.
-    options = {"config": AutoConfig.for_model(row.model_type)} if row else {}
+    options = {"config": AutoConfig.for_model(found.model_type)} if found else {}
     with foreign_code(f"{folder} has no usable tokenizer"), quiet_transformers():
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 

@@ -26,6 +26,7 @@ from svdconvert.planning.size_search import LARGEST
 from svdconvert.planning.steps import Step, files_bytes, in_order, shard, with_copies
 from svdconvert.planning.targets import choose_targets, in_parts, share
 from svdconvert.planning.text_memory import text_passes
+from svdconvert.planning.whole import bytes_of, refuse_bytes, whole_steps
 from svdconvert.sentences import asked
 from svdconvert.settings.conversion import Conversion
 from svdconvert.solvers.table import SOLVERS
@@ -42,12 +43,14 @@ class _Parameters:
     Attributes:
         row: their architecture.
         kept: tensors that the result has as well.
+        rest: parameters beside the language model.
         dropped: names of legacy buffers.
         copies: copies of the embedding, which is stored once.
     """
 
     row: Architecture
     kept: Mapping[str, TensorInfo]
+    rest: int
     dropped: Sequence[str]
     copies: Sequence[TensorInfo]
 
@@ -59,12 +62,13 @@ class _Parameters:
         copies = head_copies(row, source)
         left_out = {*dropped, *(copy.name for copy in copies)}
         kept = {name: info for name, info in source.tensors.items() if name not in left_out}
-        return cls(row, kept, dropped, copies)
+        rest = 0 if source.whole is None else source.whole.size
+        return cls(row, kept, rest, dropped, copies)
 
     @property
     def count(self) -> int:
         """Parameters of the whole model."""
-        return sum(info.size for info in self.kept.values())
+        return self.rest + sum(info.size for info in self.kept.values())
 
     def beside(self, targets: Iterable[Target]) -> int:
         """Parameters outside the target weights."""
@@ -87,6 +91,7 @@ def make_plan(source: Source, request: Conversion) -> Plan:
     cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
     targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
     targets = share(targets, scope.share_layers, cut)
+    refuse_bytes(source, request)
     if request.size.bytes is not None:
         return _in_bytes(source, request, targets, cut, row)
     if request.size.fit is not None and request.size.params is not None and request.size.params >= model.count:
@@ -188,6 +193,7 @@ def plan_for(
     steps = conversion_steps(cut, targets, row, source.config, request, files or {})
     if model.copies:
         steps = in_order(with_copies(step, model.copies, row) for step in steps)
+    steps = whole_steps(source, steps)
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, request.output.max_shard_bytes)
     budget = request.size.budget(sum(target.dense_params for target in targets), model.beside(targets))
@@ -203,7 +209,7 @@ def plan_for(
         shards=shards,
         params_before=model.count,
         params_after=_parameters_after(steps, targets),
-        bytes_before=sum(info.nbytes for info in source.tensors.values()),
+        bytes_before=bytes_of(source),
         bytes_after=files_bytes(shards),
         notes=(*fit_notes(source, request), *notes, *([] if of_solver is None else [of_solver])),
         settings=request.planned(),

@@ -24,6 +24,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from svdconvert.errors import InputError, JobError, SvdconvertError
+from svdconvert.families.tower import language_config
 from svdconvert.sentences import printable
 from svdconvert.storage.disk import refuse_full
 from svdconvert.storage.documents import read_bytes, read_json
@@ -45,6 +46,7 @@ from svdconvert.storage.source import (
     stock_weights,
     weight_files,
 )
+from svdconvert.storage.whole import language_tensors
 from svdconvert.storage.wrappers import unwrap
 from svdconvert.tensors import TensorInfo
 from svdconvert.words import listing, size
@@ -233,7 +235,8 @@ class HubSource(Source):
         self._local: dict[str, Path] = {}
         self._in_flight: set[str] = set()
         self._headers: dict[str, list[TensorInfo]] = {}
-        self.config = self._checkout.config()
+        raw = self._checkout.config()
+        self.config = language_config(raw, self.name)
         check_type(self.config, self.name)
         if is_packed(self.config):
             raise InputError(
@@ -241,14 +244,18 @@ class HubSource(Source):
                 "DIR` and give DIR"
             )
         self.files, self.pickled, index = self._checkout.weights()
-        side = self._checkout.side_files(self.config, [*self.files, *filter(None, [index])])
+        side = self._checkout.side_files(raw, [*self.files, *filter(None, [index])])
         self.side_files = list(side.taken)
         self.download_bytes = {file: self._sizes[file] for file in self.files if not self._checkout.cached(file)}
         self._headers = self._pickled_headers() if self.pickled else self._safe_headers()
-        read = read_mxfp4(merge_headers(self._headers), self.config, self.name, pickled=self.pickled)
+        tensors, self.whole = language_tensors(merge_headers(self._headers), raw, self.where)
+        read = read_mxfp4(tensors, self.config, self.name, pickled=self.pickled)
         self.config, self.stacks = read.config, read.stacks
         self.tensors, self.stored, note = unwrap(one_by_one(read.tensors, self.config), self.config)
         self.notes = (*filter(None, [note, read.note]), *side_notes(side, listing))
+        if self.whole is not None:
+            self.stored = {**self.whole.names, **self.stored}
+            self.notes = (self.whole.note(), *self.notes)
 
     def path(self, file: str) -> Path:
         """The local path of a file: in the Hugging Face cache if it is there, else downloaded now.

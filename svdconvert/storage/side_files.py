@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdconvert.families.table import FACTORED
+from svdconvert.families.tower import FACTORED_TOWERS
 from svdconvert.storage.other_formats import ADAPTER_CONFIG
 
 TEMPLATES = "additional_chat_templates/"
@@ -93,7 +94,9 @@ def choose_side_files(
         config: parsed ``config.json``.
         weights: the weight files, and their index.
     """
-    replaced = {f"{row.modeling}.py" for kind, row in FACTORED.items() if kind == config.get("model_type")}
+    own = {kind: row.modeling for kind, row in FACTORED.items()}
+    own |= {kind: tower.modeling for kind, tower in FACTORED_TOWERS.items()}
+    replaced = {f"{name}.py" for kind, name in own.items() if kind == config.get("model_type")}
     by_rule = {name for name, size in sizes.items() if is_side_file(name) and size <= MAX_BYTES}
     known = {name: settings(name) for name in _SETTINGS if name in sizes}
     todo = [(module, "config.json") for module in _modules(config)]

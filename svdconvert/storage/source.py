@@ -18,6 +18,7 @@ from typing import Any
 from svdconvert.errors import InputError
 from svdconvert.families.mixture import unstacked
 from svdconvert.families.table import ARCHITECTURES, FACTORED, dense_architecture, dense_shapes
+from svdconvert.families.tower import language_config, tower_of
 from svdconvert.storage.documents import fill, open_regular, read_bytes, read_json, reading
 from svdconvert.storage.folders import ModelFolder, cached_repo
 from svdconvert.storage.headers import read_header
@@ -27,6 +28,7 @@ from svdconvert.storage.other_formats import ADAPTER_CONFIG, refuse_other_format
 from svdconvert.storage.packed import Packed, unpacked
 from svdconvert.storage.side_files import choose_side_files, is_side_file, side_notes
 from svdconvert.storage.tensor_data import PlainData, TensorData
+from svdconvert.storage.whole import Whole, language_tensors
 from svdconvert.storage.wrappers import unwrap
 from svdconvert.tensors import CODES, TensorInfo
 from svdconvert.words import listing
@@ -48,8 +50,9 @@ class Source(ABC):
         repo: repository id on the Hub, or None for a local folder outside the Hub cache.
         commit: commit hash on the Hub, or None.
         fetched: whether weight files are downloaded one by one and deleted after use.
-        config: parsed ``config.json``.
-        tensors: header of every tensor, by name.
+        config: parsed ``config.json``; of a model that sees, that of its language model.
+        tensors: header of every tensor of the language model, by name.
+        whole: what there is beside it, in a model that sees.
         files: weight files in the order of their names.
         side_files: other files that a converted model keeps.
         pickled: whether the weight files are ``torch.save`` pickles.
@@ -75,6 +78,7 @@ class Source(ABC):
     config_only: bool = False
     download_bytes: Mapping[str, int] = MappingProxyType({})
     stored: Mapping[str, str] = MappingProxyType({})
+    whole: Whole | None = None
     packed: Mapping[str, Packed] = MappingProxyType({})
     stacks: tuple[Mxfp4, ...] = ()
     notes: tuple[str, ...] = ()
@@ -196,7 +200,8 @@ class LocalSource(FileSource):
         self.where = self.repo or str(folder)
         listed = survey(folder)
         names = [name for name in listed.sizes if "/" not in name]
-        self.config = self.read_config()
+        raw = self.read_config()
+        self.config = language_config(raw, self.where)
         check_type(self.config, self.where)
         index, self.files, self.pickled = weight_files(names, folder)
         listed.check([*self.files, *filter(None, [index])])
@@ -207,9 +212,7 @@ class LocalSource(FileSource):
             if missing:
                 raise InputError(f"{folder} lacks {listing(missing)}, which {index} names; fetch the missing files")
             listed.check(self.files)
-        side = choose_side_files(
-            listed.sizes, self._settings, self._code, self.config, {*self.files, *filter(None, [index])}
-        )
+        side = choose_side_files(listed.sizes, self._settings, self._code, raw, {*self.files, *filter(None, [index])})
         listed.check([*side.taken, "README.md"])
         self.side_files, self.notes = list(side.taken), tuple(side_notes(side, listing))
         if not self.files:
@@ -229,6 +232,10 @@ class LocalSource(FileSource):
             headers = {file: read_header(folder / file) for file in self.files}
         self._in_files = merge_headers(headers)
         tensors, packed = dict(self._in_files), dict[str, Packed]()
+        if as_stored and tower_of(raw) is not None:
+            self.tensors = tensors
+            return
+        tensors, self.whole = language_tensors(tensors, raw, self.where)
         if not as_stored and "svd_ranks" in self.config:  # a dense model that is quantised was refused
             tensors, packed = unpacked(tensors, self.config, self.where, self._pair)
         if packed and self.pickled:
@@ -237,6 +244,9 @@ class LocalSource(FileSource):
         self.config, self.stacks = read.config, read.stacks
         self.tensors, self.stored, note = unwrap(one_by_one(read.tensors, self.config), self.config)
         self.packed = {own: packed[name] for own in self.tensors if (name := self.stored.get(own, own)) in packed}
+        if self.whole is not None:
+            self.stored = {**self.whole.names, **self.stored}
+            self.notes = (self.whole.note(), *self.notes)
         self.notes = (*filter(None, [note, read.note]), *self.notes)
 
     def _pair(self, info: TensorInfo) -> tuple[int, int]:
@@ -257,7 +267,7 @@ class LocalSource(FileSource):
 
     def read_config(self) -> dict[str, Any]:
         """Parsed ``config.json``."""
-        return read_config(self.folder) if self._config is None else dict(self._config)
+        return raw_config(self.folder) if self._config is None else dict(self._config)
 
     def path(self, file: str) -> Path:
         return self.folder / file
@@ -282,6 +292,15 @@ class LocalSource(FileSource):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """Parsed ``config.json`` of a model folder; of a model that sees, the config of its language model.
+
+    Raises:
+        InputError: there is none, or it is no JSON object.
+    """
+    return language_config(raw_config(folder), str(folder))
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
     """Parsed ``config.json`` of a model folder.
 
     Raises:

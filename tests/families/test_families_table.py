@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from svdconvert.errors import InputError
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES, FACTORED
+from svdconvert.families.tower import TOWERS
 from svdconvert.jobs.model_files import modeling_source
 from svdconvert.models import preflight
 from svdconvert.models.head import LOGITS
@@ -79,6 +80,9 @@ def test_what_is_rendered() -> None:
     spec.loader.exec_module(module)
     for row in FACTORED.values():
         assert modeling_source(row).decode() == module.render(row), f"{row.modeling}: run `make modeling`"
+    for tower in TOWERS.values():
+        rendered = module.render(tower.rendered, tower)
+        assert modeling_source(tower).decode() == rendered, f"{tower.modeling}: run `make modeling`"
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "docs/families.md: run `make modeling`"
 
 

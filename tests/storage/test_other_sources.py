@@ -24,6 +24,7 @@ from svdconvert import convert, densify, evaluate, plan, verify
 from svdconvert.commands.verify import failed
 from svdconvert.errors import InputError
 from svdconvert.families.table import ARCHITECTURES
+from svdconvert.families.tower import TOWERS
 from svdconvert.families.unsupported import kind_of
 from svdconvert.storage.source import LocalSource
 
@@ -173,11 +174,13 @@ def test_every_kind_of_the_installed_transformers() -> None:
 def test_what_the_page_says_of_other_types() -> None:
     """Every type that this version of transformers has, by the configuration that its class has by default."""
     page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`.*`) \| (converts|is refused.*) \|$", page, re.MULTILINE)
+    rows = re.findall(r"^\| (`.*`) \| (converts|its language model converts|is refused.*) \|$", page, re.MULTILINE)
     said = {kind: verdict for kinds, verdict in rows for kind in re.findall(r"`(.+?)`", kinds)}
     assert sum(len(kinds.split(", ")) for kinds, _ in rows) == len(said) >= 100
     assert {kind for kind, verdict in said.items() if verdict == "converts"} == ARCHITECTURES.keys()
-    known = {kind: verdict for kind, verdict in said.items() if kind in CONFIG_MAPPING and kind not in ARCHITECTURES}
+    assert {kind for kind, verdict in said.items() if verdict.startswith("its language")} == TOWERS.keys()
+    converted = {*ARCHITECTURES, *TOWERS}
+    known = {kind: verdict for kind, verdict in said.items() if kind in CONFIG_MAPPING and kind not in converted}
     assert len(known) > 40
     for kind, verdict in known.items():
         clause = "" if verdict.endswith("types that convert") else verdict.replace("is refused:", ",")
