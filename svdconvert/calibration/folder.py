@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from svdconvert.calibration.collector import statistic_tensors
+from svdconvert.calibration.presence import no_statistics
 from svdconvert.calibration.run import StatisticsRun
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
@@ -132,7 +133,7 @@ class StatisticsFolder:
             return
         document = read_json(
             path,
-            f"{folder} has no stats.json, so it holds no statistics; give the folder that `svdconvert calibrate` wrote",
+            no_statistics(folder),
             _AGAIN,
         )
         require(document, _STATE, path, _AGAIN)

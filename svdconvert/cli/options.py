@@ -66,6 +66,10 @@ def options(model: str, out: Path | None, as_json: bool, quiet: bool, **given: A
         from svdconvert.commands.html_report import check_page
 
         check_page(out)
+    from svdconvert.commands.option_checks import check_options
+
+    names = ("stats", "measure", "window")
+    check_options(model, given=calibration is not None, **{name: given[name] for name in names})
     from svdconvert.commands.options import options as run
 
     console = console_for(as_json)
@@ -95,5 +99,6 @@ def show_options(console: Console, result: Options) -> None:
     for sentence in result.advice:
         console.print(sentence, markup=False, highlight=False)
     for way in result.ways:
-        if way.options:
-            console.print(f"{way.name}: svdconvert MODEL {way.options} ...", style="dim", markup=False, highlight=False)
+        if way.command:
+            line = f"{way.name}: {way.command}"
+            console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)  # to be copied whole

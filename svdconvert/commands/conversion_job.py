@@ -15,7 +15,6 @@ from svdconvert.factoring.matrix_report import RoundedReport, matrix_reports
 from svdconvert.families.table import dense_architecture
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Reports
-from svdconvert.methods.table import is_shrunk
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.target_kinds import sizes_by_kind
 from svdconvert.reports.result_page import result_page
@@ -136,18 +135,17 @@ class _Results:
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """How the statistics of a text were computed, in one line; empty without statistics of one."""
-        if not self.work.request.method.statistics or not isinstance(self.work.request.calibration, Text):
-            return {}
-        from svdconvert.machine.products import multiplied_by
+        """How the statistics of the decompositions were computed, in one line each; empty where they were collected.
 
-        library = multiplied_by(self.work.device.split(":")[0])
-        ways = (
-            "float32 products, of massive tokens float64"
-            if is_shrunk(self.work.request.options)
-            else "float64 products"
-        )
-        return {"arithmetic": f"float32 passes by {library}; second moments from {ways}"}
+        As kept with each decomposition: an earlier run with the same work folder may have taken its statistics from
+        elsewhere.
+        """
+        from svdconvert.factoring.decompositions import load_arithmetic
+
+        files = [step.options["decomposition"] for step in self.plan.steps if "decomposition" in step.options]
+        lines = [load_arithmetic(Path(file)) for file in files]
+        told = dict.fromkeys(line if line else "others collected beforehand" for line in sorted(lines, reverse=True))
+        return {"arithmetic": ", and ".join(told)} if any(lines) else {}
 
     @property
     def command(self) -> str:

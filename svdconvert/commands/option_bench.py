@@ -21,7 +21,8 @@ from svdconvert.fields import COUNT, NUMBER
 from svdconvert.jobs.job import run_job
 from svdconvert.jobs.model_files import digest
 from svdconvert.machine.threads import usual_workers
-from svdconvert.models.passages import read_passage, read_text
+from svdconvert.models.passages import read_passage
+from svdconvert.models.windows import read_text
 from svdconvert.planning.plan import Plan
 from svdconvert.settings.conversion import Conversion
 

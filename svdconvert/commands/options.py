@@ -16,6 +16,7 @@ from svdconvert.commands.budgets import spend
 from svdconvert.commands.byte_budgets import BytePrices
 from svdconvert.commands.heal_afterwards import with_texts
 from svdconvert.commands.option_bench import OptionBench
+from svdconvert.commands.option_checks import check_options
 from svdconvert.commands.stages import decompose
 from svdconvert.commands.ways import BYTES, DENSE, EVEN, RANK, Options, Way
 from svdconvert.commands.work import Work
@@ -101,8 +102,7 @@ def options(
         "device": device,
         "check": False,
     }
-    if calibration is None and stats is None:
-        raise InputError(f"comparing ranks with bits needs a text; give one as {asked('calibration')}")
+    check_options(model, given=calibration is not None, stats=stats, measure=measure, window=window)
     events, used = events or Events(), resolve_device(device)
     with ExitStack() as stack:
         place = stack.enter_context(temporary_folder()) if work is None else user_path(work)
@@ -126,7 +126,8 @@ def options(
         bench = None
         if measure is not None:
             bench = OptionBench.of(job, local_folder(os.fspath(model), revision), user_path(measure), window)
-        found = _Ways(job, plan, keywords, room, bench).every()
+        repeated = {**keywords, "work": work, "revision": revision}
+        found = _Ways(job, plan, keywords, partial(_command, os.fspath(model), repeated), room, bench).every()
         dense = None if bench is None else bench.dense
         shutil.rmtree(job.folder, ignore_errors=True)  # the models are gone, and what they needed meanwhile
     return Options(
@@ -172,6 +173,10 @@ def _refuse_others(source: Source) -> None:
         )
 
 
+def _named(budget: float) -> str:
+    return in_words(budget) if isinstance(budget, int) else f"{budget:g}"
+
+
 def _words(request: Conversion) -> str:
     """The options of a conversion that tell it from the others."""
     given = {Size: (request.size, ("keep", "bytes")), Recipe: (request.recipe, ("layout",))}
@@ -183,11 +188,29 @@ def _words(request: Conversion) -> str:
     )
 
 
+def _command(model: str, keywords: Mapping[str, Any], request: Conversion) -> str:
+    """The whole command of a conversion.
+
+    Args:
+        model: as it was given.
+        keywords: that all conversions have in common, as they were given.
+        request: that tells it from the others.
+    """
+    own = {"bytes": request.size.bytes, "keep": request.size.keep, "layout": request.recipe.layout}
+    return Conversion.of(**keywords, **{name: value for name, value in own.items() if value is not None}).command(model)
+
+
 class _Ways:
     """Makes the ways."""
 
     def __init__(
-        self, work: Work, plan: Plan, keywords: Mapping[str, Any], room: Room | None, bench: OptionBench | None
+        self,
+        work: Work,
+        plan: Plan,
+        keywords: Mapping[str, Any],
+        command: Callable[[Conversion], str],
+        room: Room | None,
+        bench: OptionBench | None,
     ) -> None:
         """Decompose, and price all dense choices.
 
@@ -195,10 +218,12 @@ class _Ways:
             work: a conversion by bytes.
             plan: of it, for its matrices.
             keywords: that all conversions have in common.
+            command: the command of a conversion.
             room: on a device; None without one.
             bench: measures ways; None where they are not measured.
         """
         self._work, self._keywords, self._room, self._bench = work, keywords, room, bench
+        self._command = command
         self._row = dense_architecture(work.source.config, work.source.where)
         self._matrices = [replace(target, rank=None, grids=(), reason=WHOLE) for target in plan.targets]
         self._store = decompose(work, plan)
@@ -206,19 +231,20 @@ class _Ways:
 
     def every(self) -> list[Way]:
         """All ways, kind after kind, from many bytes to few; budgets that cannot be met are left out, and told."""
-        makers: list[Callable[[], Way]] = [
-            self._dense,
-            *(partial(self._alike, bits) for bits in BITS),
-            *(partial(self._ranked, keep) for keep in KEPT),
-            *(partial(self._in_bytes, share) for share in self._budgets()),
-        ]
+        width = 8 * max(DTYPES[code][0] for code in self._prices.codes)
+        makers: dict[str, Callable[[str], Way]] = {
+            f"dense, {width} bits": self._dense,
+            **{f"dense, {bits} bits": partial(self._alike, bits) for bits in BITS},
+            **{f"rank alone, {keep:.0%} kept": partial(self._ranked, keep) for keep in KEPT},
+            **{f"rank and bits, {_named(share)}": partial(self._in_bytes, share) for share in self._budgets()},
+        }
         found = []
-        for make in makers:
+        for name, make in makers.items():
             try:
-                found.append(make())
+                found.append(make(name))
             except InputError as refusal:
                 self._work.source.refuse_changed()  # then no way can be had
-                self._work.events.note(Sentence(f"left out: {refusal.sentence.marked}"))
+                self._work.events.note(Sentence(f"left out is {name}: {refusal.sentence.marked}"))
         return found
 
     def _budgets(self) -> list[float]:
@@ -230,17 +256,16 @@ class _Ways:
     def _plan(self, targets: Sequence[Target], request: Conversion | None = None) -> Plan:
         return plan_for(self._work.source, request or self._work.request, targets, self._store.files(targets))
 
-    def _dense(self) -> Way:
-        width = 8 * max(DTYPES[code][0] for code in self._prices.codes)
-        return self._way(f"dense, {width} bits", DENSE, self._work.request, self._matrices, 0.0)
+    def _dense(self, name: str) -> Way:
+        return self._way(name, DENSE, self._work.request, self._matrices, 0.0)
 
-    def _alike(self, bits: int) -> Way:
+    def _alike(self, bits: int, name: str) -> Way:
         chosen = [alike(choices, bits) for choices in self._prices.dense]
         targets = [as_chosen(target, choice) for target, choice in zip(self._matrices, chosen, strict=True)]
         loss = sum(worth * choice.loss for worth, choice in zip(self._prices.worths, chosen, strict=True))
-        return self._way(f"dense, {bits} bits", EVEN, self._work.request, targets, loss)
+        return self._way(name, EVEN, self._work.request, targets, loss)
 
-    def _ranked(self, keep: float) -> Way:
+    def _ranked(self, keep: float, name: str) -> Way:
         request = Conversion.of(**self._keywords, keep=keep, layout=_PIVOTED).settled()
         plan = make_plan(self._work.source, request)
         targets = spend(plan, request.size, self._store)
@@ -250,13 +275,12 @@ class _Ways:
             for target in targets
             if target.rank is not None
         )
-        return self._way(f"rank alone, {keep:.0%} kept", RANK, request, targets, loss)
+        return self._way(name, RANK, request, targets, loss)
 
-    def _in_bytes(self, budget: float) -> Way:
+    def _in_bytes(self, budget: float, name: str) -> Way:
         request = Conversion.of(**self._keywords, bytes=budget).settled()
         chosen = self._prices.offers(bytes_budget(self._work.source, request, self._matrices)).choose()
         targets, loss = [one.target for one in chosen], sum(one.loss for one in chosen)
-        name = f"rank and bits, {in_words(budget) if isinstance(budget, int) else f'{budget:g}'}"
         return self._way(name, BYTES, request, targets, loss, [one.worth for one in chosen])
 
     def _way(
@@ -281,6 +305,7 @@ class _Ways:
             name=name,
             kind=kind,
             options=_words(request) if kind in (RANK, BYTES) else "",
+            command=self._command(request) if kind in (RANK, BYTES) else "",
             bytes=plan.bytes_after,
             params=plan.params_after,
             products=sum(target.rank is not None for target in targets),

@@ -15,7 +15,8 @@ from svdconvert.commands.convert import run_conversion
 from svdconvert.commands.evaluate import evaluate
 from svdconvert.commands.sweep_book import DENSE, Point, Setting
 from svdconvert.jobs.model_files import digest
-from svdconvert.models.passages import read_passage, read_text
+from svdconvert.models.passages import read_passage
+from svdconvert.models.windows import read_text
 from svdconvert.planning.events import Events
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.steps import Step

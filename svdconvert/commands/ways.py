@@ -35,6 +35,7 @@ class Way:
         fits: whether the weights have room on the device; None where there is none.
         added: log-perplexity on top of the dense model's, nats per token; None where it was not measured.
         kl: KL(dense || this), nats per token, likewise.
+        command: the whole command that makes it, of the model and the text that were given; empty as ``options`` is.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Way:
     fits: bool | None = None
     added: float | None = None
     kl: float | None = None
+    command: str = ""
 
     @property
     def loss(self) -> float:

@@ -21,6 +21,7 @@ from svdconvert.factoring.stores import GroupStore, Store
 from svdconvert.machine.lanes import lanes_of
 from svdconvert.machine.memory import give_memory_back
 from svdconvert.machine.processes import current
+from svdconvert.machine.products import multiplied_by
 from svdconvert.machine.threads import in_threads, usual_workers
 from svdconvert.methods.table import Method, is_shrunk
 from svdconvert.names import layer_number
@@ -30,6 +31,7 @@ from svdconvert.planning.partition import matrix_cost, split
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import target_tensors
 from svdconvert.sentences import Sentence, asked
+from svdconvert.settings.text import Stats
 from svdconvert.storage.source import Source
 
 if TYPE_CHECKING:
@@ -66,10 +68,23 @@ def kept_decompositions(
     """
     key = decompositions_key(source, method, options, knowledge, device)
     with current().leader_first():
-        store = Decompositions(folder / "decompositions", key, whole=whole)
+        arithmetic = arithmetic_of(method, options, knowledge, device)
+        store = Decompositions(folder / "decompositions", key, whole=whole, arithmetic=arithmetic)
     work = folder / "statistics"
     decompose_all(source, targets, method, options, knowledge, store, work, device, events, workers, groups=store)
     return store
+
+
+def arithmetic_of(method: Method, options: Mapping[str, float], knowledge: Knowledge | None, device: str) -> str:
+    """How the statistics of a text are computed here, in one line; empty where none are.
+
+    Args:
+        method, options, knowledge, device: see :func:`kept_decompositions`.
+    """
+    if not method.statistics or knowledge is None or isinstance(knowledge.repeatable, Stats):
+        return ""
+    ways = "float32 products, of massive tokens float64" if is_shrunk(options) else "float64 products"
+    return f"float32 passes by {multiplied_by(device.split(':')[0])}; second moments from {ways}"
 
 
 def decompose_all(

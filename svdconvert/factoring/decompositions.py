@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 class Decompositions:
     """Files of one model under one method, in a folder of their own."""
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], *, whole: bool = False) -> None:
+    def __init__(self, folder: Path, key: Mapping[str, Any], *, whole: bool = False, arithmetic: str = "") -> None:
         """Open or begin a collection.
 
         Args:
@@ -51,11 +51,13 @@ class Decompositions:
             key: everything that they depend on, in JSON types.
             whole: whether the metric on the longer side of a matrix is kept whole; a target whose is not here does not
                 count as done.
+            arithmetic: how the statistics of what is saved from now on are computed, in words; empty where they are
+                not computed here. It is kept with each file, as one folder serves texts and collected statistics.
 
         Raises:
             InputError: the folder holds the decompositions of something else; the field that differs is named.
         """
-        self.folder, self._whole = folder, whole
+        self.folder, self._whole, self._arithmetic = folder, whole, arithmetic
         key_file = folder / "key.json"
         wanted = in_json_types(key)
         if key_file.is_file():
@@ -162,6 +164,8 @@ class Decompositions:
             "scale": torch.tensor(decomposition.scale, dtype=torch.float64),
         }
         given = {name: tensor for name, tensor in more.items() if tensor is not None}
+        if self._arithmetic:
+            given["arithmetic"] = torch.tensor(list(self._arithmetic.encode()), dtype=torch.uint8)
         write_tensors(self.path(target), tensors | given)
 
     def spectrum(self, target: Target) -> torch.Tensor:
@@ -181,6 +185,12 @@ def _load(path: Path, device: torch.device) -> dict[str, Tensor]:
 def load_outputs(path: Path) -> torch.Tensor | None:
     """:meth:`Decompositions.outputs` of a target's file."""
     return read_tensors(path, (), optional=("outputs",)).get("outputs")
+
+
+def load_arithmetic(path: Path) -> str:
+    """How the statistics of a target's file were computed; empty where they were not, or where it is not known."""
+    found = read_tensors(path, (), optional=("arithmetic",)).get("arithmetic")
+    return "" if found is None else bytes(found.tolist()).decode(errors="replace")
 
 
 def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition, Metric, Metric]:

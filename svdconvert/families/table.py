@@ -62,6 +62,7 @@ __all__ = [
     "ARCHITECTURES",
     "FACTORED",
     "GPT_NEOX",
+    "LONGEST",
     "Architecture",
     "dense_architecture",
     "dense_shapes",
@@ -197,14 +198,17 @@ def factored_architecture(config: Config, where: str) -> Architecture:
     return row
 
 
+# Fields of a config that say how many tokens the model reads; each family has one of them, or none.
+LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
 def longest_input(config: Config, default: int) -> int:
     """Tokens that a model reads at most.
 
     Raises:
         InputError: its config does not say it with a number.
     """
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
-    longest = next((length for name in names if (length := config.get(name))), default)
-    if not isinstance(longest, int) or longest < 1:
-        raise InputError(f"config.json says max_position_embeddings {longest!r}, but it must be a number; correct it")
+    name, longest = next(((name, length) for name in LONGEST if (length := config.get(name))), ("", default))
+    if type(longest) is not int or longest < 1:
+        raise InputError(f"config.json says {name} {longest!r}, but it must be a number above 0; correct it")
     return longest

@@ -37,9 +37,11 @@ def prefers_onednn() -> bool:
 
 
 def multiplied_by(kind: str) -> str:
-    """The library that multiplies float32 matrices on a kind of device, ``cpu`` or ``cuda``."""
+    """The library that multiplies float32 matrices on a kind of device, as torch names it."""
+    if kind == "cuda":  # torch calls AMD's GPUs so, too
+        return "cuBLAS" if torch.version.hip is None else "hipBLAS"
     if kind != "cpu":
-        return "cuBLAS"
+        return f"torch on {kind}"
     if prefers_onednn():
         return "oneDNN"
     return "MKL" if torch.backends.mkl.is_available() else "BLAS"

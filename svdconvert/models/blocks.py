@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from svdconvert.families.fused import fused_layer, section_of
 from svdconvert.families.row import Section
-from svdconvert.families.table import dense_architecture, factored_architecture
+from svdconvert.families.table import LONGEST, dense_architecture, factored_architecture
 from svdconvert.foreign import foreign_code
 from svdconvert.layouts.table import shared_layers
 from svdconvert.machine.products import fast_products
@@ -101,7 +101,7 @@ class ModelBlocks:
         self.vocabulary: int = self._model.get_output_embeddings().weight.shape[0]
         self.width: int = self._model.get_output_embeddings().weight.shape[1]
         # Models without a limit lack the field.
-        longest = (getattr(self._model.config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        longest = (getattr(self._model.config, name, None) for name in LONGEST)
         self.longest: int | None = next((length for length in longest if length is not None), None)
 
     @contextmanager

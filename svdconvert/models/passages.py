@@ -19,19 +19,12 @@ from typing import Any
 import torch
 
 from svdconvert.errors import InputError
-from svdconvert.families.table import longest_input
 from svdconvert.fields import COUNT, require
 from svdconvert.models.tokenizer import load_tokenizer, opening_token
+from svdconvert.models.windows import read_text, windows
 from svdconvert.sentences import asked
-from svdconvert.storage import documents
-
-# Protocol -> tokens of a window by default, or as many as the model reads if those are fewer.
-PROTOCOLS: Mapping[str, int] = {"sliding": 1024, "disjoint": 2048}
 
 _CONFIG = {"vocab_size": COUNT}
-
-# The whole text is in memory; no test set is larger.
-MAX_TEXT_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -105,7 +98,7 @@ def read_passage(
     """
     require(config, _CONFIG, f"config.json of {folder}", "correct it")
     content = read_text(text)
-    window, stride = _window(config, window, stride, protocol)
+    window, stride = windows(config, window, stride, protocol)
     tokenizer = load_tokenizer(folder)
     disjoint = protocol == "disjoint"
     ids = tokenizer(content, return_tensors="pt", add_special_tokens=disjoint, verbose=False)["input_ids"][0]
@@ -125,39 +118,3 @@ def read_passage(
         raise InputError(f"the tokenizer of {folder} has more tokens than the model; it belongs to another model")
     name = None if opening is None else str(tokenizer.convert_ids_to_tokens(opening))
     return Passage(ids, len(content), window, stride, protocol, name)
-
-
-def _window(config: Mapping[str, Any], window: int | None, stride: int | None, protocol: str) -> tuple[int, int]:
-    if protocol not in PROTOCOLS:
-        raise InputError(f"{asked('protocol', protocol)} is unknown; choose {' or '.join(PROTOCOLS)}")
-    usual = PROTOCOLS[protocol]
-    longest = longest_input(config, usual)
-    window = min(usual, longest) if window is None else window
-    if not 2 <= window <= longest:
-        raise InputError(f"{asked('window', window)} is not possible; the model reads from 2 to {longest} tokens")
-    if protocol == "disjoint":
-        if stride not in (None, window):
-            raise InputError(
-                f"{asked('stride')} does not go with {asked('protocol', 'disjoint')}, whose windows do not overlap; "
-                "leave it out"
-            )
-        return window, window
-    stride = max(window // 2, 1) if stride is None else stride
-    if not 1 <= stride < window:
-        raise InputError(
-            f"{asked('stride', stride)} must lie between 1 and {window - 1}, below the window; for windows that do not "
-            f"overlap use {asked('protocol', 'disjoint')}"
-        )
-    return window, stride
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 text file with something in it.
-
-    Raises:
-        InputError: it cannot be read or is empty.
-    """
-    content = documents.read_text(path, f"{path} cannot be read (No such file or directory)", MAX_TEXT_BYTES)
-    if not content.strip():
-        raise InputError(f"{path} is empty; give a text with content")
-    return content

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from svdconvert.errors import InputError
-from svdconvert.families.table import dense_architecture
+from svdconvert.families.table import LONGEST, dense_architecture
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.machine.devices import has_bfloat16
 from svdconvert.machine.memory import available_memory_bytes
@@ -55,7 +55,8 @@ class Sampler:
         self._source, self._length, self._device = source, length, device
         config = skeleton(source, dense_architecture(source.config, source.where)).config
         self.vocabulary = int(config.vocab_size)
-        longest = getattr(config, "max_position_embeddings", None)  # models without a limit lack the field
+        lengths = (getattr(config, name, None) for name in LONGEST)  # models without a limit have none of them
+        longest = next((length for length in lengths if length is not None), None)
         if longest is not None and length > longest:
             raise InputError(
                 f"calibration sequences of {length:,} tokens are too long; {source.name} reads up to {longest:,}, so "

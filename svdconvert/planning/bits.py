@@ -9,6 +9,7 @@ from dataclasses import replace
 from svdconvert.errors import InputError
 from svdconvert.grids import Grid
 from svdconvert.planning.choices import Choice
+from svdconvert.planning.fit import enough
 from svdconvert.planning.ranks import Target
 from svdconvert.sentences import asked
 from svdconvert.settings.conversion import Conversion
@@ -161,7 +162,23 @@ def evenly(targets: Sequence[Target], size: Size, codes: Sequence[str], budget: 
         ]
         if total(found) <= budget:
             return found
+    least = total(found)
     raise InputError(
         f"{asked(*size.given)} leaves {budget:,} bytes for the targets, and at {narrow} bits and the lowest "
-        f"ranks that are tried they take {total(found):,}; give more bytes"
+        f"ranks that are tried they take {least:,}; "
+        + ("give more bytes" if size.fit is None else f"give more memory, {enough(size.fit, least - budget)} at least")
     )
+
+
+def least_bytes(targets: Sequence[Target], size: Size, codes: Sequence[str]) -> int:
+    """Bytes of all matrices at the narrowest width and the lowest ranks that are tried.
+
+    Args:
+        targets, size, codes: see :func:`evenly`.
+    """
+    found = 0
+    for target, code in zip(targets, codes, strict=True):
+        ranks, narrow = ranks_to_try(target, size.multiple), size.chosen_widths[-1]
+        lowest = product_on(target, ranks[0], narrow) if ranks else dense_ways(target, [narrow])[-1]
+        found += stored_bytes(lowest, code)
+    return found

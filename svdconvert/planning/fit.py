@@ -9,6 +9,7 @@ to what is not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from svdconvert.planning.memory import FLOAT32, TRAINING_BYTES_PER_PARAMETER
 from svdconvert.sentences import Sentence, asked
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.size import TRAINING, WIDTHS
+from svdconvert.storage.headers import file_layout
 from svdconvert.storage.source import Source
 from svdconvert.tensors import CODES, DTYPES, majority_dtype
 from svdconvert.words import size as in_words
@@ -98,12 +100,26 @@ def room_of(source: Source, request: Conversion) -> Room:
         sequence = context * _stored(source.tensors, request) * cached_numbers(row, config)
     room = Room(size.fit, int(FREE * size.fit), context, sequence, training)
     if room.weights <= 0:
+        whole = enough(size.fit, _whole(source.tensors, request) - room.weights)
+        what = "activations" if training else "cache"
         raise InputError(
-            f"{asked('fit', size.fit)} cannot be met, since {in_words(room.free)} are left free and the "
-            f"{'activations' if training else 'cache'} of {context:,} tokens take {in_words(sequence)}; give more "
-            f"memory, or fewer tokens ({asked('fit_context')})"
+            f"{asked('fit', size.fit)} cannot be met, since {in_words(room.free)} are left free and the {what} of "
+            f"{context:,} tokens {'take' if training else 'takes'} {in_words(sequence)}; give more memory ({whole} "
+            f"would do for the model as it is), or fewer tokens ({asked('fit_context')})"
         )
     return room
+
+
+def enough(memory: int, lacking: int) -> str:
+    """Memory that has room for more weights than another, as it is asked for: rounded up to three digits or kilobytes.
+
+    Args:
+        memory: what was asked for, in bytes.
+        lacking: bytes that its weights take beyond the room there.
+    """
+    least = memory + math.ceil(lacking / (1 - FREE)) + 2
+    step = 10 ** max(3, len(str(least)) - 3)
+    return asked("fit", -(-least // step) * step)
 
 
 def fitted(source: Source, request: Conversion) -> Conversion:
@@ -167,6 +183,16 @@ def _stored(tensors: Mapping[str, TensorInfo], request: Conversion) -> int:
     kept = request.output.dtype == "keep"
     code = CODES[majority_dtype(list(tensors.values())) if kept else request.output.dtype]
     return DTYPES[code][0]
+
+
+def _whole(tensors: Mapping[str, TensorInfo], request: Conversion) -> int:
+    """Bytes that the model takes as it is, in the type of the result; in training, see the module."""
+    if request.size.fit_for == TRAINING:
+        return TRAINING_BYTES_PER_PARAMETER * sum(info.size for info in tensors.values())
+    dtype = request.output.dtype
+    return file_layout(
+        [replace(info, dtype=info.dtype if dtype == "keep" else CODES[dtype]) for info in tensors.values()]
+    ).size
 
 
 def _activations(source: Source) -> int:

@@ -13,10 +13,10 @@ from svdconvert.errors import InputError
 from svdconvert.families.fused import split_tensors
 from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.layouts.table import layout_named
-from svdconvert.planning.bits import beside_targets, evenly, types_of
+from svdconvert.planning.bits import beside_targets, evenly, least_bytes, types_of
 from svdconvert.planning.checks import check_tensors
 from svdconvert.planning.conversion_steps import conversion_steps
-from svdconvert.planning.fit import fit_notes, fits_already, room_of
+from svdconvert.planning.fit import enough, fit_notes, fits_already, room_of
 from svdconvert.planning.healing_needs import healing_needs
 from svdconvert.planning.memory import training_bytes
 from svdconvert.planning.notes import plan_notes, solver_note
@@ -153,15 +153,18 @@ def bytes_budget(source: Source, request: Conversion, targets: Sequence[Target])
         InputError: there is nothing left for them.
     """
     params = sum(target.dense_params for target in targets)
-    others = beside_targets(targets, _Parameters.of(source).kept, request)
+    tensors = _Parameters.of(source).kept
+    others = beside_targets(targets, tensors, request)
     budget = request.size.target_bytes(params, others)
     assert budget is not None
     if budget <= 0:
         given = asked(*request.size.given)
         if request.size.fit is not None:
+            room = room_of(source, request)
+            least = others + least_bytes(targets, request.size, types_of(targets, tensors, request))
             raise InputError(
-                f"{given} cannot be met, since everything but the targets takes {size_text(others)}: "
-                f"{room_of(source, request)}; give more memory"
+                f"{given} cannot be met, since everything but the targets takes {size_text(others)}: {room}; give more "
+                f"memory, {enough(request.size.fit, least - room.weights)} at least"
             )
         raise InputError(
             f"{given} cannot be met, since everything but the targets takes {others:,} bytes already; give more, or a "

@@ -15,6 +15,8 @@ from svdconvert.errors import InputError
 from svdconvert.grids import Grid
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import DEFAULT_LAYOUT
+from svdconvert.planning.fit import enough
+from svdconvert.planning.memory import TRAINING_BYTES_PER_PARAMETER
 from svdconvert.sentences import asked
 from svdconvert.settings.size import Size
 from svdconvert.tensors import TensorInfo
@@ -247,11 +249,14 @@ def _fraction_for(targets: Sequence[Target], size: Size, untouched: int) -> floa
     share = max(target.least_share(least_rank) for target in targets)
     least = untouched + math.ceil(share * dense)
     if not least <= params < untouched + dense:
-        fits = size.fit is not None
-        leaves = f", as it leaves room for {params:,} parameters" if fits else ""
-        give = "give as much memory as leaves room for a number" if fits else "give a number"
+        if size.fit is not None:  # what has room as it is was refused before
+            more = enough(size.fit, TRAINING_BYTES_PER_PARAMETER * (least - params))
+            raise InputError(
+                f"{asked(*size.given)} cannot be met, as it leaves room for {params:,} parameters, and no matrix is "
+                f"below rank {least_rank} from {least:,} on; give more memory, {more} at least"
+            )
         raise InputError(
-            f"{asked(*size.given)} cannot be met{leaves}; {give} from {least:,} (no matrix below rank "
+            f"{asked(*size.given)} cannot be met; give a number from {least:,} (no matrix below rank "
             f"{least_rank}) to {untouched + dense:,} (dense)"
         )
     return (params - untouched) / dense

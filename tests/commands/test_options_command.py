@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +186,13 @@ def test_the_command(
     assert " ".join(found.advice) in " ".join(done.out.split())
     told = json.loads(run("options", dense, *given, "--json").out)
     assert told == json.loads(json.dumps(found.to_json()))
+    for one in found.ways:
+        if one.options:
+            (line,) = [line for line in done.out.splitlines() if line.startswith(f"{one.name}: ")]
+            words = shlex.split(line.removeprefix(f"{one.name}: "))
+            assert words[:2] == ["svdconvert", str(dense)]
+            assert {*shlex.split(one.options), "--calib", calibration.text, "--work", str(work)} <= {*words}
+            assert run(*words[1:-1], tmp_path / "planned", "--dry-run").code == 0
     tree = parse(page.read_bytes())
     rows = [[cell.text for cell in row.children] for row in tree.all("tr")]
     assert [row[0] for row in rows[1:]] == [one.name for one in found.ways]
@@ -208,6 +218,47 @@ def test_what_cannot_be_is_refused(
     assert_refused(run("options", dense, "--calib", text, "--fit-context", 9), "no effect without --fit")
     assert_refused(run("options", dense, "--calib", text, "--fit", "20kB", "--fit-context", 60), "cannot be met")
     assert_refused(run("options", dense, "--calib", text, "--measure", tmp_path / "none.txt"), "none.txt")
+
+
+def test_what_is_left_out_is_named(dense: Path, common: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from svdconvert import Events
+    from svdconvert.commands import options as module
+
+    class Heard(Events):
+        def note(self, sentence: Any) -> None:
+            notes.append(str(sentence))
+
+    notes: list[str] = []
+    monkeypatch.setattr(module, "SHARES", (0.5, 0.001))
+    names = [one.name for one in options(dense, **common, events=Heard()).ways]
+    assert "rank and bits, 0.5" in names
+    assert "rank and bits, 0.001" not in names
+    (note,) = [note for note in notes if note.startswith("left out is")]
+    assert note.startswith("left out is rank and bits, 0.001: ")
+    assert "too small" in note
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--measure", "none.txt"), "none.txt cannot be read"),
+        (("--window", 1), "--window 1 is not possible"),
+        (("--out", __file__), "no page that svdconvert wrote"),
+        (("--stats", "none"), "none has no stats.json"),
+        ((), "needs a text"),
+    ],
+)
+def test_mistakes_are_told_before_anything_heavy_is_imported(words: tuple[object, ...], said: str, dense: Path) -> None:
+    text = () if not words or words[0] == "--stats" else ("--calib", __file__)
+    program = (
+        "import sys\nfrom svdconvert.cli.app import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    line = [sys.executable, "-c", program, "options", dense, *text, *words]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "[]\n"), done.stderr
+    assert said in done.stderr
 
 
 PLAIN = Way("dense, 16 bits", "dense", "", 1000, 500, 0, {16: 3}, 0.0, 400, 450, 900, 8000)

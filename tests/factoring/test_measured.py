@@ -45,3 +45,21 @@ def test_dense_loss_is_measured_once(
     assert ("moments from float32" in told.get("arithmetic", "")) is (method == "kfac" and not collected)
     assert ("arithmetic" in told) is not collected
     assert same == loss
+
+
+@pytest.mark.parametrize("first", ["calibration", "stats"])
+def test_arithmetic_is_that_of_the_decompositions(first: str, dense: Path, text: Path, tmp_path: Path) -> None:
+    """One work folder for a text and for its collected statistics: what is used again is told as it was made."""
+    calibration = Calibration(str(text), samples=6, length=24)
+    calibrate(dense, calibration, tmp_path / "stats", methods=["kfac"], device="cpu")
+    given = {"calibration": calibration, "stats": tmp_path / "stats"}
+    told, common = [], {"work": tmp_path / "work", "device": "cpu", "check": False}
+    for number, name in enumerate((first, *(name for name in given if name != first), "none of both")):
+        if name == "none of both":  # some of it anew
+            next((tmp_path / "work" / "decompositions").glob("layers.1.*.safetensors")).unlink()
+            name = "stats" if first == "calibration" else "calibration"
+        convert(dense, tmp_path / str(number), keep=0.5 + number / 10, **common, **{name: given[name]})  # type: ignore[arg-type]
+        told.append(read_record(tmp_path / str(number)).results.get("arithmetic", ""))
+    assert told[0] == told[1]
+    assert told[0].startswith("float32 passes by ") is (first == "calibration")
+    assert told[2].endswith("others collected beforehand")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from svdconvert import InputError, convert, densify, evaluate, plan, verify
 from svdconvert.commands.verify import failed
 from svdconvert.families.row import Architecture
-from svdconvert.families.table import ARCHITECTURES, dense_architecture
+from svdconvert.families.table import ARCHITECTURES, dense_architecture, longest_input
 from svdconvert.models.skeleton import check_stock, skeleton
 from svdconvert.storage.opening import open_source
 
@@ -279,3 +279,12 @@ def test_looks_leave_the_config_as_it_is(family: str, tmp_path: Path) -> None:
     skeleton(source, row)
     check_stock(source.config, "it")
     assert json.dumps(source.config) == before
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "max_seq_len"])
+@pytest.mark.parametrize("value", ["many", -1, 1.5, True])
+def test_a_longest_input_is_refused_by_its_own_name(name: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"config.json says {name} {value!r}"):
+        longest_input({name: value}, 7)
+    assert longest_input({name: 9}, 7) == 9
+    assert longest_input({}, 7) == 7

@@ -86,6 +86,14 @@ class TestFastProducts:
         assert multiplied_by(CPU.type) != "oneDNN"
 
 
+def test_libraries_of_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert multiplied_by("cuda") == "cuBLAS"
+    assert multiplied_by("mps") == "torch on mps"
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert multiplied_by("cuda") == "hipBLAS"
+
+
 def test_intel_s_own_library_is_kept_on_its_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -188,6 +189,36 @@ def test_what_cannot_be_is_refused(
     words: tuple[object, ...], said: str, run: Callable[..., SimpleNamespace], dense: Path
 ) -> None:
     assert_refused(run("plan", dense, *words), said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--fit", "60kB", "--fit-context", 2),
+        ("--fit", "75kB", "--fit-context", 2),
+        ("--fit", "72kB", "--fit-context", 2, "--widths", "16"),
+        ("--fit", "400kB", "--fit-for", "training", "--fit-context", 2),
+        ("--fit", "100kB", "--fit-for", "training"),
+        ("--fit", "5kB", "--fit-context", 60),
+        ("--fit", "5kB", "--fit-context", 60, "--dtype", "float32"),
+    ],
+)
+def test_how_much_memory_would_do(words: tuple[object, ...], run: Callable[..., SimpleNamespace], dense: Path) -> None:
+    """It does; and where it is the least that does, two kilobytes less do not."""
+    refused = run("plan", dense, *words)
+    assert_refused(refused, "--fit")
+    ((count, for_all),) = re.findall(r"--fit (\d+)kB (?:at least|would do( for the model as it is))", refused.err)
+    found, less = (run("plan", dense, "--fit", int(count) * 1000 - fewer, *words[2:]) for fewer in (0, 2000))
+    if for_all:
+        assert "cannot be met" not in found.err
+        if "--fit-for" in words:
+            assert_refused(found, "has room for the model as it is")
+        elif "--dtype" not in words:
+            cache = 60 * 2 * 3 * 64 * 2
+            assert 0.95 < ((dense / "model.safetensors").stat().st_size + cache) / (0.9 * int(count) * 1000) <= 1
+    else:
+        assert found.code == 0
+        assert less.code == 2
 
 
 def test_transposed_matrices_are_refused_in_the_same_words(run: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
