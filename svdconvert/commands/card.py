@@ -187,7 +187,7 @@ def usage(source: Source, row: Architecture, ranks: Mapping[str, int], *, packed
         _beside(bool(ranks), packed),
         "",
         "```python",
-        f"target_modules = {_adaptable(ranks, row)!r}",
+        f"target_modules = {_target_modules(source, ranks, row)}",
         "```",
         "",
         f"To merge such an adapter use `svdconvert fold`{merged}; `svdconvert densify` gives a stock "
@@ -217,6 +217,12 @@ def _made_by(command: str, report: bool, *, factored: bool) -> list[str]:
         f"`svdconvert.json` holds versions, settings, and the {'rank' if factored else 'bits'} and errors of every "
         "matrix." + (f" [`{REPORT}`]({REPORT}) shows them: download it and open it in a browser." if report else ""),
     ]
+
+
+def _target_modules(source: Source, ranks: Mapping[str, int], row: Architecture) -> str:
+    """What peft takes; of a model that sees, a pattern, since what it sees with has layers of the same names."""
+    names = _adaptable(ranks, row)
+    return repr(names) if source.whole is None else f"r'.*language_model.*\\.({'|'.join(names)})'"
 
 
 def _adaptable(ranks: Mapping[str, int], row: Architecture) -> list[str]:

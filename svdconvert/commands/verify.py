@@ -21,6 +21,7 @@ from svdconvert.jobs.shard_writer import new_digest
 from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.models.index_tensors import unsound
 from svdconvert.models.loading import factored_classes, portable
+from svdconvert.models.preflight import check_beside
 from svdconvert.models.probe import PROBE, probe
 from svdconvert.paths import user_path
 from svdconvert.storage.documents import read_bytes, read_json
@@ -175,6 +176,11 @@ def _keys_and_shapes(source: Source, config: Mapping[str, Any]) -> Check:
         expected = expected_tensors(config)
     except InputError as error:
         return Check(name, False, error.sentence)
+    if source.whole is not None:
+        try:
+            check_beside(source.whole)
+        except InputError as error:
+            return Check(name, False, error.sentence)
     found = {key: info.shape for key, info in source.tensors.items()}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())

@@ -47,27 +47,37 @@ def check_model(source: Source) -> None:
     _check_weights(source, row, blocks, row.head[factored])
     blocks.rehearse()
     _check_generation(source)
-    if source.whole is not None and not factored:
-        _check_beside(source.whole)
+    if source.whole is not None:
+        check_beside(source.whole)
     if not source.fetched:  # files that are fetched one by one are compared on arrival
         _check_head(source, row)
 
 
-def _check_beside(whole: Whole) -> None:
-    """What a model sees with has to be there. Versions of transformers differ in its names, but not in its shapes."""
+def check_beside(whole: Whole) -> None:
+    """What a model sees with has to be there. Versions of transformers differ in its names, but not in its shapes.
+
+    Args:
+        whole: dense or factored; its language model was checked.
+
+    Raises:
+        InputError: something is missing, left over or of another shape, or its config cannot be used.
+    """
     from accelerate import init_empty_weights
 
     tower, config = whole.tower, portable(whole.config)
+    text = {**config["text_config"], "model_type": tower.text.model_type}
+    config |= {"model_type": tower.model_type, "text_config": text}  # a factored one sees with the same modules
     problem = f"config.json of {whole.where} cannot be used"
     with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
         made = transformers.AutoConfig.for_model(**config)
         model = getattr(transformers, tower.dense_class)(made).model
     shapes = Counter(tuple(part.shape) for name in tower.vision for part in getattr(model, name).parameters())
     if shapes != Counter(info.shape for info in whole.rest.values()):
+        wanted = sum(shapes.values())
+        known = f"there are {wanted}" if wanted != len(whole.rest) else "some are of other shapes"
         raise InputError(
-            f"{whole.where} has {len(whole.rest)} tensors beside its language model, but by its config.json there are "
-            f"{sum(shapes.values())} in {' and '.join(tower.vision)}, or they are of other shapes; the checkpoint is "
-            "incomplete, or config and weights are not of one model"
+            f"{whole.where} has {len(whole.rest)} tensors beside its language model, but by its config.json {known} in "
+            f"{' and '.join(tower.vision)}; the checkpoint is incomplete, or config and weights are not of one model"
         )
 
 

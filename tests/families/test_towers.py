@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,11 +177,15 @@ def test_text_alone_is_measured(made: SimpleNamespace) -> None:
 
 
 def test_lora_beside_the_whole_product(made: SimpleNamespace) -> None:
+    """Where the card says; the vision tower has layers of the same names."""
     peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(r=2, target_modules=r".*language_model.*\.(q|down)_proj")
+    told = re.search(r"target_modules = (.*)", (made.low / "README.md").read_text(encoding="utf-8"))
+    assert told is not None
+    settings = peft.LoraConfig(r=2, target_modules=ast.literal_eval(told[1]))
     model = peft.get_peft_model(load(made.low), settings)
     names = [name for name, part in model.named_modules() if hasattr(part, "lora_A")]
-    assert len(names) == 6
+    assert len(names) == 21
+    assert all(".language_model.layers." in name for name in names)
     assert not any(name.endswith((".down", ".up")) for name in names)
     model(**seeing(model)).logits.sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
@@ -196,6 +202,25 @@ def test_changes_beside_the_language_model_are_found(made: SimpleNamespace, tmp_
     save_file(weights, changed / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"49 tensors beside its language model, but .* 50 in vision_tower"):
         convert(changed, tmp_path / "out", keep=0.5, device="cpu")
+
+
+def test_a_lost_part_of_a_result_is_found(made: SimpleNamespace, tmp_path: Path) -> None:
+    """By `verify` alone, where no record tells what there was, and before anything is made of it."""
+    saved = tmp_path / "saved"
+    load(made.low).save_pretrained(saved)
+    weights = read_weights(saved)
+    lost = "vision_tower.embeddings.patch_embedding.weight"
+    for change, message in (
+        ({}, "has 49 tensors beside its language model, but by its config.json there are 50 in vision_tower"),
+        ({lost: weights[lost][:-1].clone()}, "has 50 tensors .*, but by its config.json some are of other shapes in"),
+    ):
+        kept = {name: tensor for name, tensor in weights.items() if name != lost}
+        save_file(kept | change, saved / "model.safetensors", {"format": "pt"})
+        (check,) = (check for check in verify(saved) if not check.passed)
+        assert check.name == "keys and shapes"
+        assert re.search(message, check.detail)
+        with pytest.raises(InputError, match=message):
+            densify(saved, tmp_path / "out", device="cpu")
 
 
 def test_what_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
