@@ -30,7 +30,7 @@ class Evaluation:
 
     Attributes:
         model, text: what was evaluated on what.
-        protocol: how the text was read, row of :data:`svdconvert.models.passages.PROTOCOLS`.
+        protocol: how the text was read, row of :data:`svdconvert.models.windows.PROTOCOLS`.
         perplexity: exp of the mean negative log-likelihood of a token; depends on the tokenizer.
         bits_per_character: total negative log-likelihood in bits / characters of the text; does not. None where the
             protocol does not predict the whole text.

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from svdconvert.commands.byte_budgets import BytePrices, Offers, Stored
 from svdconvert.commands.measured_budgets import MeasuredBudget, bench_of
 from svdconvert.commands.work import Work
-from svdconvert.factoring.decompositions import Decompositions
 from svdconvert.machine import processes
 from svdconvert.planning.make import bytes_budget, plan_for
 from svdconvert.planning.plan import Plan
 from svdconvert.sentences import Sentence
+
+if TYPE_CHECKING:
+    from svdconvert.factoring.decompositions import Decompositions
 
 # How often the loss of a product counts, beside once and never.
 COUNTED = 2.5

@@ -36,7 +36,7 @@ class Passage:
         characters: of the text.
         window: tokens of a window.
         stride: tokens by which the window moves.
-        protocol: row of :data:`PROTOCOLS`.
+        protocol: row of :data:`svdconvert.models.windows.PROTOCOLS`.
         opening: the token before the text, as text, or None.
     """
 
@@ -91,7 +91,7 @@ def read_passage(
         text: UTF-8 text file.
         window: in tokens; None takes the protocol's, or the model's longest context if that is shorter.
         stride: in tokens; None takes half the window. Not with ``disjoint``.
-        protocol: row of :data:`PROTOCOLS`.
+        protocol: row of :data:`svdconvert.models.windows.PROTOCOLS`.
 
     Raises:
         InputError: the text, the tokenizer, the window or the protocol cannot be used.

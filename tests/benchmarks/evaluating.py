@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from svdconvert import evaluate
-from svdconvert.models.passages import PROTOCOLS
+from svdconvert.models.windows import PROTOCOLS
 
 from .harness import BUNDLED, new_parser, page
 from .measure import machine, markdown_table, save

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from svdconvert.models.passages import PROTOCOLS
+from svdconvert.models.windows import PROTOCOLS
 
 from .evaluating import compare
 from .harness import BUNDLED
