@@ -76,7 +76,7 @@ class MeasuredBudget:
         tried = ", ".join(f"{one['name']} {one['kl']:.4f}" for one in self.tried)
         corrections += f"; KL of what was tried: {tried}" if tried else ""
         return (
-            f"{size}KL {self.kl:.4f} and {self.added:+.4f} nats per token on {self.tokens:,} held-out tokens of the "
+            f"{size}KL {self.kl:.4f}, loss {self.added:+.4f} nats per token on {self.tokens:,} held-out tokens of the "
             f"calibration text (dense {self.dense_loss:.4f}){corrections}"
         )
 

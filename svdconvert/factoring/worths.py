@@ -129,4 +129,5 @@ def _grids(choice: Choice) -> list[Grid]:
 
 
 def is_measurable(choice: Choice) -> bool:
+    """Whether all of its weights are on grids and it loses anything, so that there is an error to measure."""
     return bool(choice.grids) and None not in choice.grids and choice.loss > 0

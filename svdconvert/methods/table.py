@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What stands beside every predicted loss, of ranks alone and of bits; the figures are in docs/prediction.md and
 # docs/rank-or-bits.md.
 _OF_RANKS = "an estimate for comparing ranks; down to 60% kept, models that were tried lost 0.5 to 3 times as much"
-_OF_BITS = "an estimate; the KL was 1.0 to 1.3 times as much on SmolLM2-135M, and 1.7 times on Gemma 3 270M"
+_OF_BITS = "an estimate; the KL was 1.0 to 1.2 times as much on SmolLM2-135M, and 1.5 times on Gemma 3 270M"
 
 
 def rough_guess(*, bits: bool) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 from svdconvert import convert
 from svdconvert.calibration.folder import StatisticsFolder
 from svdconvert.grids import Grid
-from svdconvert.linalg.feedback import Feedback
+from svdconvert.linalg.feedback import SWEEPS, Feedback
 from svdconvert.linalg.integers import Rounded, nearest
 
 from .losses import LENGTH, Bench, add_options
@@ -46,13 +46,17 @@ def to_the_nearest(weight: Tensor, grid: Grid, gram: Tensor) -> Rounded:
     return nearest(weight, grid, SCALE)
 
 
-def gptq(weight: Tensor, grid: Grid, gram: Tensor) -> Rounded:
-    """In the inputs' second moments."""
+def gptq(weight: Tensor, grid: Grid, gram: Tensor, sweeps: int = 0) -> Rounded:
+    """In the inputs' second moments, with or without the coordinate descent that ``--bytes`` has."""
     damped = gram.double() + DAMPING * gram.diagonal().double().mean() * torch.eye(len(gram), dtype=torch.float64)
-    return Feedback(damped).round(weight, grid, SCALE)
+    return Feedback(damped).round(weight, grid, SCALE, sweeps)
 
 
-WAYS: Mapping[str, Way] = {"to the nearest": to_the_nearest, "GPTQ": gptq}
+WAYS: Mapping[str, Way] = {
+    "to the nearest": to_the_nearest,
+    "GPTQ": gptq,
+    "GPTQ and descent": partial(gptq, sweeps=SWEEPS),
+}
 
 
 def alike(bench: Bench, grid: Grid, way: Way, out: Path) -> tuple[float, float | None]:
