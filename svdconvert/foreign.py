@@ -8,12 +8,16 @@ from contextlib import contextmanager
 
 from svdconvert.errors import InputError, SvdconvertError, out_of_memory
 
+CORRECT = "correct it, or update transformers if it is of a newer one"
+CORRECT_CONFIG = "correct its config.json, or update transformers if it is of a newer one"
+FETCH = "fetch its files again, or update transformers if they are of a newer one"
+
 # Errors whose message alone says too little: a key, an attribute, a number of arguments.
 _BARE = (KeyError, AttributeError, IndexError, AssertionError, NameError, TypeError, ZeroDivisionError)
 
 
 @contextmanager
-def foreign_code(problem: str) -> Iterator[None]:
+def foreign_code(problem: str, advice: str) -> Iterator[None]:
     """Context for calls of transformers, tokenizers and model classes on a user's files.
 
     For a config that makes no sense they may raise anything. The original error is the cause of the one that is raised,
@@ -21,6 +25,7 @@ def foreign_code(problem: str) -> Iterator[None]:
 
     Args:
         problem: what cannot be done: ``config.json of X cannot be used``.
+        advice: what to do about it, in the imperative.
 
     Raises:
         InputError: anything went wrong, except that memory ran out.
@@ -32,7 +37,7 @@ def foreign_code(problem: str) -> Iterator[None]:
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise InputError(f"{problem}: {reason(error)}") from error
+        raise InputError(f"{problem}: {reason(error).rstrip('.')}; {advice}") from error
 
 
 def reason(error: BaseException) -> str:

@@ -36,6 +36,7 @@ from svdconvert.methods.statistics import ModuleStatistics, Needs
 from svdconvert.models.activations import Loss
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.loss import next_token_loss
+from svdconvert.models.tokenizer import OWN_TOKENIZER
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events
 from svdconvert.sentences import asked
@@ -174,7 +175,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         if int(ids.max()) >= blocks.vocabulary or int(ids.min()) < 0:
             raise InputError(
                 f"the calibration text has the token {int(ids.max())}, but {self._name} knows {blocks.vocabulary:,}; "
-                "the tokenizer belongs to another model"
+                f"the tokenizer belongs to another model, so {OWN_TOKENIZER}"
             )
         if blocks.longest is not None and ids.shape[1] > blocks.longest:
             raise InputError(

@@ -23,7 +23,7 @@ from svdconvert.calibration.text import CalibrationTokens, tokenizer_digest
 from svdconvert.errors import InputError, JobError
 from svdconvert.machine.processes import current
 from svdconvert.models.sampling import Sampler
-from svdconvert.models.tokenizer import opening_token
+from svdconvert.models.tokenizer import OWN_TOKENIZER, opening_token
 from svdconvert.planning.events import Events
 from svdconvert.storage.disk import disk_errors
 from svdconvert.storage.source import Source
@@ -135,7 +135,7 @@ class SelfText:
             if token is not None and token >= vocabulary:
                 raise InputError(
                     f"the tokenizer of {self._source.where} has the token {token}, but the model knows {vocabulary:,}; "
-                    "the tokenizer belongs to another model"
+                    f"the tokenizer belongs to another model, so {OWN_TOKENIZER}"
                 )
         if opening is None:
             return end, None

@@ -337,7 +337,7 @@ def _json_lines(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
                 f"{file}, line {number}, is not a JSON object; every line must be one, with the field {field!r}"
             )
         if field not in entry:
-            raise InputError(f"{file}, line {number}, has no field {field!r}; it has {_named(entry)}")
+            raise InputError(f"{file}, line {number}, has no field {field!r}; it has {_named(entry)}{_another()}")
         yield from _document(entry[field], field, f"{file}, line {number}", empty)
 
 
@@ -351,7 +351,7 @@ def _parquet(file: Path, field: str, empty: EmptyRows) -> Iterator[str]:
         with open_regular(file, advice=TEXT_ADVICE) as handle, parquet.ParquetFile(handle) as table:
             names = table.schema_arrow.names
             if field not in names:
-                raise InputError(f"{file} has no column {field!r}; it has {_named(names)}")
+                raise InputError(f"{file} has no column {field!r}; it has {_named(names)}{_another()}")
             number = 0
             for rows in table.iter_batches(batch_size=1024, columns=[field]):
                 for value in rows.column(0).to_pylist():
@@ -373,7 +373,7 @@ def _dataset(name: str, field: str, empty: EmptyRows) -> Iterator[str]:
         rows = datasets.load_dataset(name, split="train", streaming=True)
         for number, row in enumerate(rows, 1):
             if field not in row:
-                raise InputError(f"the data set {name} has no field {field!r}; it has {_named(row)}")
+                raise InputError(f"the data set {name} has no field {field!r}; it has {_named(row)}{_another()}")
             yield from _document(row[field], field, f"the data set {name}, row {number}", empty)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -387,14 +387,15 @@ def _document(value: Any, field: str, where: str, empty: EmptyRows) -> Iterator[
         empty.add(where)
         return
     if not isinstance(value, str):
-        raise InputError(
-            f"{where}: the field {field!r} is {type(value).__name__}, not text; name another as "
-            f"{asked('calibration.field')}"
-        )
+        raise InputError(f"{where}: the field {field!r} is {type(value).__name__}, not text{_another()}")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise InputError(f"{where}: the field {field!r} holds half a surrogate pair, which is not text; correct it")
     if value.strip():
         yield value
+
+
+def _another() -> str:
+    return f"; name another as {asked('calibration.field')}"
 
 
 def _named(names: Iterable[str]) -> str:

@@ -308,7 +308,7 @@ def front_matter(source: Source, tags: Sequence[str]) -> str:
 def _source_metadata(source: Source) -> Mapping[str, Any]:
     from huggingface_hub import ModelCard
 
-    text = source.card()
+    text = (source.card() or "").removeprefix("\ufeff")
     if not text:
         return {}
     try:

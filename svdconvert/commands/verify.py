@@ -14,7 +14,7 @@ from svdconvert.commands.comparing import Check, compare
 from svdconvert.errors import InputError, JobError
 from svdconvert.families.table import Architecture, dense_architecture, factored_architecture
 from svdconvert.families.tower import Tower
-from svdconvert.foreign import foreign_code, quiet_transformers
+from svdconvert.foreign import CORRECT, foreign_code, quiet_transformers
 from svdconvert.jobs.model_files import modeling_source
 from svdconvert.jobs.record import RECORD, SEAL, is_changed, read_record
 from svdconvert.jobs.shard_writer import new_digest
@@ -202,7 +202,7 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if "svd_ranks" not in config:
         return dense_architecture(config, "the result").parameters(config)
     config_class, model_class = factored_classes(factored_architecture(config, "the result"))
-    with foreign_code("config.json cannot be used"), torch.device("meta"), quiet_transformers():
+    with foreign_code("config.json cannot be used", CORRECT), torch.device("meta"), quiet_transformers():
         model = model_class(config_class(**portable(config)))
     tied = set(getattr(model, "_tied_weights_keys", None) or []) if config.get("tie_word_embeddings") else set()
     return {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from svdconvert.errors import InputError
+from svdconvert.families.rotary import contradiction
 from svdconvert.families.row import Architecture, Config
 from svdconvert.families.values import (
     ABOVE_0,
@@ -63,6 +64,11 @@ def check_claims(config: Config, row: Architecture, where: str) -> None:
     """
     if wrong := problem(config, {**FIELDS, **row.fields}):
         raise InputError(f"config.json of {where} cannot be used: {wrong}; correct it")
+    if both := contradiction(config):
+        raise InputError(
+            f"config.json of {where} says {both}, and versions of transformers disagree on which of them counts; "
+            "remove the wrong one"
+        )
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
         raise InputError(

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from svdconvert.families.row import Config
+from svdconvert.fields import short
 
 # All else in transformers 5's rope_parameters is transformers 4's rope_scaling.
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")
+# The names of these outside of it, GPT-NeoX's among them.
+_OUTER = {name: name for name in _OUTSIDE} | {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,30 @@ def rope_parameters(config: Config) -> dict[str, Any]:
     rope = {**legacy, **rope, "rope_type": kind}
     rope.pop("type", None)
     return rope
+
+
+def contradiction(config: Config) -> str | None:
+    """What the two spellings say of one setting, where they differ; None where they agree or there is only one.
+
+    transformers 4 reads the outer fields alone; 5 reads ``rope_parameters``, or ``rope_scaling`` in its place.
+
+    >>> contradiction({"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_type": "default"}})
+    'rope_type "yarn" in rope_scaling, but "default" in rope_parameters'
+    """
+    rope, legacy = dict(config.get("rope_parameters") or {}), dict(config.get("rope_scaling") or {})
+    if not rope or any(isinstance(value, Mapping) for value in rope.values()):
+        return None  # settings by kind of layer are left as they are
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    if legacy:
+        kind = legacy.pop("type", "default")
+        legacy = {"rope_type": legacy.get("rope_type", kind), **legacy}
+    said = [(f"{key} {short(value)} in rope_scaling", key, value) for key, value in legacy.items()]
+    outer = [(name, key, config[name]) for name, key in _OUTER.items() if name in config and key in rope]
+    said += [(f"{name} {short(value)}", key, value) for name, key, value in outer]
+    for words, key, value in said:
+        if value is not None and value != rope.get(key):
+            return f"{words}, but {short(rope.get(key))} in rope_parameters"
+    return None
 
 
 def gpt_neox(config: Config) -> dict[str, Any]:

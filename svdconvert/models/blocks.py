@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from svdconvert.families.fused import fused_layer, section_of
 from svdconvert.families.row import Section
 from svdconvert.families.table import LONGEST, dense_architecture, factored_architecture
-from svdconvert.foreign import foreign_code
+from svdconvert.foreign import CORRECT, foreign_code
 from svdconvert.layouts.table import shared_layers
 from svdconvert.machine.products import fast_products
 from svdconvert.models.calls import BlockCalls, Call
@@ -173,7 +173,7 @@ class ModelBlocks:
             InputError: the class rejects config.json.
         """
         mask, kinds = torch.ones(1, 4, dtype=torch.bool), set()
-        with foreign_code(f"config.json of {self._source.where} cannot be used"), torch.no_grad():
+        with foreign_code(f"config.json of {self._source.where} cannot be used", CORRECT), torch.no_grad():
             hidden = torch.zeros(1, 4, self.hidden_size, device=self.device)
             for index, block in enumerate(self._layers):
                 if (kind := getattr(block, "attention_type", None)) in kinds:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from svdconvert.errors import InputError
-from svdconvert.foreign import foreign_code
+from svdconvert.foreign import CORRECT_CONFIG, foreign_code
 from svdconvert.models.passages import Passage
 
 # Positions whose logits are compared at a time: with a vocabulary of 256k tokens they take half a gigabyte in float32.
@@ -130,7 +130,7 @@ def _usual_batch(model: Any, passage: Passage) -> int:
 
 
 def _logits(model: Any, inputs: Tensor) -> Tensor:
-    with foreign_code("the model cannot be run"):
+    with foreign_code("the model cannot be run", CORRECT_CONFIG):
         logits: Tensor = model(input_ids=inputs, use_cache=False).logits
     return logits
 

@@ -21,7 +21,7 @@ from svdconvert.families.table import (
     factored_architecture,
 )
 from svdconvert.families.tower import tower_of
-from svdconvert.foreign import foreign_code, quiet_transformers
+from svdconvert.foreign import CORRECT, FETCH, foreign_code, quiet_transformers
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.storage.documents import json_or_none, read_json
 from svdconvert.storage.gguf_source import source_of_view
@@ -81,7 +81,7 @@ def load_model(
     if known is not None and known.experts is not None:  # the experts as modules, as everywhere
         return load_source(LocalSource(folder, config=found), device, dtype)
     row = FACTORED.get(str(found.get("model_type")))
-    with foreign_code(f"{folder} cannot be loaded"), quiet_transformers(), _view(folder, found) as seen:
+    with foreign_code(f"{folder} cannot be loaded", FETCH), quiet_transformers(), _view(folder, found) as seen:
         if row is None:
             model, info = AutoModelForCausalLM.from_pretrained(seen, trust_remote_code=False, **options)
         else:
@@ -94,10 +94,12 @@ def load_model(
         full, expected = dense.full_names(source.tensors, found), dense_shapes(dense, found, source.where)
         refuse_other_model(source.tensors, full, expected, dense, source)
         if source.stored:
-            with foreign_code(f"{folder} cannot be loaded"):
+            with foreign_code(f"{folder} cannot be loaded", FETCH):
                 wrong = _fill(model, source, dense)
     if wrong:
-        raise InputError(f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]})")
+        raise InputError(
+            f"{folder} cannot be loaded: {len(wrong)} tensors are missing or misshapen ({wrong[0]}); {FETCH}"
+        )
     return model.to(device).eval()
 
 
@@ -125,7 +127,7 @@ def load_source(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Mod
     if strange:
         raise InputError(f"{source.where} has the tensor {strange[0]}, which {row.dense_class} does not know")
     problem = f"config.json of {source.where} cannot be used"
-    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+    with foreign_code(problem, CORRECT), quiet_transformers(), init_empty_weights(include_buffers=False):
         model = stock_model(row, portable(source.config))
     _read_into(model, source, row, row.head[0], device, dtype)
     found: torch.nn.Module = model.to(device).eval()
@@ -150,7 +152,7 @@ def load_packed(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Mod
     row = factored_architecture(source.config, source.where)
     config_class, model_class = factored_classes(row)
     problem = f"config.json of {source.where} cannot be used"
-    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+    with foreign_code(problem, CORRECT), quiet_transformers(), init_empty_weights(include_buffers=False):
         model = model_class(config_class(**portable(unpacked_config(source.config))))
     known = {*model.state_dict(), *row.head}
     for name in source.tensors:
@@ -158,7 +160,7 @@ def load_packed(source: Source, device: str, dtype: torch.dtype) -> torch.nn.Mod
             raise InputError(f"{source.where} has the tensor {name}, which its config.json does not know")
     _read_into(model, source, row, row.head[1], device, dtype)
     code = importlib.import_module(model_class.__module__)
-    with foreign_code(f"{source.where} cannot be loaded"):
+    with foreign_code(f"{source.where} cannot be loaded", FETCH):
         code._check_positions(model)
     code._make_adaptable(model)
     found: torch.nn.Module = model.to(device).eval()
@@ -264,12 +266,14 @@ def _view(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     index, files, pickled = weight_files(names, folder)
-    if index:
-        files = [index, *set(parse_index(read_json(folder / index, f"{folder / index} is missing"), index).values())]
+    places = parse_index(read_json(folder / index, f"{folder / index} is missing"), index) if index else {}
+    files = files or sorted(set(places.values()))
     for name in files:
-        if name != index:
-            (pickled_header if pickled else read_header)(folder / name)
+        (pickled_header if pickled else read_header)(folder / name)
     with temporary_folder() as seen:
+        if index:  # transformers insists on metadata, of which it needs nothing
+            made = json.dumps({"metadata": {}, "weight_map": places})
+            (seen / index).write_text(made, encoding="utf-8")
         for name in {*files, *({_GENERATION} if json_or_none(folder / _GENERATION) is not None else ())}:
             (seen / name).symlink_to((folder / name).resolve())
         (seen / "config.json").write_text(json.dumps(config), encoding="utf-8")

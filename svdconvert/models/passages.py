@@ -20,7 +20,7 @@ import torch
 
 from svdconvert.errors import InputError
 from svdconvert.fields import COUNT, require
-from svdconvert.models.tokenizer import load_tokenizer, opening_token
+from svdconvert.models.tokenizer import OWN_TOKENIZER, load_tokenizer, opening_token
 from svdconvert.models.windows import read_text, windows
 from svdconvert.sentences import asked
 
@@ -115,6 +115,8 @@ def read_passage(
         opening = next(token for token in candidates if type(token) is int and token >= 0)
         ids = torch.cat([torch.tensor([opening]), ids])
     if int(ids.max()) >= config["vocab_size"]:
-        raise InputError(f"the tokenizer of {folder} has more tokens than the model; it belongs to another model")
+        raise InputError(
+            f"the tokenizer of {folder} has more tokens than the model, so it belongs to another model; {OWN_TOKENIZER}"
+        )
     name = None if opening is None else str(tokenizer.convert_ids_to_tokens(opening))
     return Passage(ids, len(content), window, stride, protocol, name)

@@ -13,7 +13,7 @@ import transformers
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture, dense_architecture, dense_shapes, factored_architecture
-from svdconvert.foreign import foreign_code, quiet_transformers
+from svdconvert.foreign import CORRECT, foreign_code, quiet_transformers
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.loading import portable
 from svdconvert.models.skeleton import is_factored
@@ -68,7 +68,7 @@ def check_beside(whole: Whole) -> None:
     text = {**config["text_config"], "model_type": tower.text.model_type}
     config |= {"model_type": tower.model_type, "text_config": text}  # a factored one sees with the same modules
     problem = f"config.json of {whole.where} cannot be used"
-    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+    with foreign_code(problem, CORRECT), quiet_transformers(), init_empty_weights(include_buffers=False):
         made = transformers.AutoConfig.for_model(**config)
         model = getattr(transformers, tower.dense_class)(made).model
     shapes = Counter(tuple(part.shape) for name in tower.vision for part in getattr(model, name).parameters())
@@ -141,7 +141,7 @@ def _check_generation(source: Source) -> None:
     if name not in source.side_files:
         return
     folder = source.path(name).parent
-    with foreign_code(f"{name} of {source.where} keeps the model from being loaded; correct or remove it"):
+    with foreign_code(f"{name} of {source.where} keeps the model from being loaded", "correct or remove it"):
         try:
             with quiet_transformers():
                 GenerationConfig.from_pretrained(folder)

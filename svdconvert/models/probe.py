@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.errors import InputError
-from svdconvert.foreign import foreign_code
+from svdconvert.foreign import CORRECT_CONFIG, foreign_code
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.loading import load_model
 from svdconvert.storage.source import Source
@@ -40,7 +40,7 @@ def probe(folder: Path, source: Source) -> str:
     ids = torch.arange(PROBE).remainder(int(source.config["vocab_size"]))[None]
     needed = sum(4 * info.size + info.nbytes for info in source.tensors.values())
     whole = needed <= LOADED_BYTES
-    with foreign_code("a few tokens cannot be run"):
+    with foreign_code("a few tokens cannot be run", CORRECT_CONFIG):
         for logits in _logits_at_once(folder, source, ids) if whole else logits_by_block(source, ids):
             _check(logits, "the logits have")
     return "loaded whole" if whole else "block by block"

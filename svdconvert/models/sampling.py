@@ -129,7 +129,7 @@ class Sampler:
         with (
             torch.inference_mode(),
             quiet_transformers(),
-            foreign_code(f"{self._source.where} cannot write a text"),
+            foreign_code(f"{self._source.where} cannot write a text", "give a text in the place of its own"),
         ):
             written: Tensor = model.generate(
                 input_ids=ids,

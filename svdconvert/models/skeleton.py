@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from svdconvert.families.table import Architecture
-from svdconvert.foreign import foreign_code, quiet_transformers
+from svdconvert.foreign import CORRECT, foreign_code, quiet_transformers
 from svdconvert.models.loading import factored_classes, portable, stock_model
 from svdconvert.storage.packed_config import unpacked_config
 from svdconvert.storage.source import Source
@@ -38,7 +38,7 @@ def skeleton(source: Source, row: Architecture) -> Any:
 
     build = _factored if is_factored(source) else stock_model
     problem = f"config.json of {source.where} cannot be used"
-    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+    with foreign_code(problem, CORRECT), quiet_transformers(), init_empty_weights(include_buffers=False):
         return build(row, portable(unpacked_config(source.config))).eval()
 
 
@@ -58,7 +58,7 @@ def check_stock(config: Mapping[str, Any], where: str) -> None:
 
     settings = {key: value for key, value in portable(config).items() if key != "model_type"}
     problem = f"config.json of {where} cannot be used"
-    with foreign_code(problem), quiet_transformers(), init_empty_weights(include_buffers=False):
+    with foreign_code(problem, CORRECT), quiet_transformers(), init_empty_weights(include_buffers=False):
         made = AutoConfig.for_model(config["model_type"], **settings)
         AutoModelForCausalLM.from_config(made, trust_remote_code=False)
 

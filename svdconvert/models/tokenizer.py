@@ -17,6 +17,8 @@ _VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|ti
 # Files that are read with it; refused by name if they are no JSON, or JSON that would crash a parser.
 _TOKENIZER_DOCUMENTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
+OWN_TOKENIZER = "put the model's own in its place, or enlarge its embedding (resize_token_embeddings)"
+
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder has the vocabulary of a tokenizer."""
@@ -33,7 +35,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     # transformers 5 makes up an empty tokenizer where there is none.
     if not has_tokenizer(folder):
-        raise InputError(f"{folder} has no usable tokenizer (tokenizer.json, tokenizer.model, vocab.json or the like)")
+        raise InputError(
+            f"{folder} has no usable tokenizer (tokenizer.json, tokenizer.model, vocab.json or the like); "
+            "copy the files of its tokenizer into it"
+        )
     for name in _TOKENIZER_DOCUMENTS:
         if (folder / name).exists():
             read_json(folder / name, "")
@@ -44,7 +49,10 @@ def load_tokenizer(folder: Path) -> Any:
         found = tower.text
     # Without a config, transformers 5 reads config.json as a generic one, which fails on some rotary scalings.
     options = {"config": AutoConfig.for_model(found.model_type)} if found else {}
-    with foreign_code(f"{folder} has no usable tokenizer"), quiet_transformers():
+    with (
+        foreign_code(f"{folder} has no usable tokenizer", "install what it asks for, or fetch its files again"),
+        quiet_transformers(),
+    ):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 

@@ -54,8 +54,10 @@ def read_text(path: Path) -> str:
     """A UTF-8 text file with something in it.
 
     Raises:
-        InputError: it cannot be read or is empty.
+        InputError: it cannot be read, is empty, or holds records rather than text.
     """
+    if path.suffix in (".jsonl", ".parquet"):
+        raise InputError(f"{path} would be measured with its field names as text; write its texts into a .txt file")
     content = documents.read_text(path, f"{path} cannot be read (No such file or directory)", MAX_TEXT_BYTES)
     if not content.strip():
         raise InputError(f"{path} is empty; give a text with content")

@@ -162,7 +162,10 @@ class GgufData(TensorData):
             return raw.view(_NUMPY[tensor.type])
         import gguf
 
-        with foreign_code(f"tensor {name} of {self._path} cannot be multiplied out"), np.errstate(all="ignore"):
+        with (
+            foreign_code(f"tensor {name} of {self._path} cannot be multiplied out", "fetch the file again"),
+            np.errstate(all="ignore"),
+        ):
             found: np.ndarray[Any, Any] = gguf.dequantize(raw, gguf.GGMLQuantizationType(tensor.kind))
         return found
 

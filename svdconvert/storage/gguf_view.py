@@ -17,6 +17,9 @@ _VIEWS: dict[tuple[object, ...], Path] = {}
 _PASSING = ("name_or_path", "is_local", "local_files_only", "transformers_version")
 
 
+_ORIGINAL = "update transformers, or convert the checkpoint that the file was made from"
+
+
 def gguf_view(files: Sequence[Path], config: Mapping[str, Any], where: str, *, tokenizer: bool) -> Path:
     """The folder of a model; the same one as long as the files are the same.
 
@@ -50,7 +53,7 @@ def _save_generation(folder: Path, where: str) -> None:
     """Write how text is generated: what transformers takes from a config where no file says it."""
     import transformers
 
-    with foreign_code(f"the settings of {where} cannot be used by transformers"), quiet_transformers():
+    with foreign_code(f"the settings of {where} cannot be used by transformers", _ORIGINAL), quiet_transformers():
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         transformers.GenerationConfig.from_model_config(config).save_pretrained(folder)
     _settle(folder / "generation_config.json")
@@ -62,7 +65,7 @@ def _save_tokenizer(file: Path, folder: Path, where: str) -> None:
 
     problem = f"transformers {transformers.__version__} cannot read the tokenizer of {where}"
     # alone in a folder: what lies beside it is not of this file
-    with temporary_folder() as alone, foreign_code(problem), quiet_transformers():
+    with temporary_folder() as alone, foreign_code(problem, _ORIGINAL), quiet_transformers():
         (alone / file.name).symlink_to(file.resolve())
         made = transformers.AutoTokenizer.from_pretrained(alone, gguf_file=file.name, trust_remote_code=False)
         made.save_pretrained(folder)

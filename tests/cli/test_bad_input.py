@@ -703,6 +703,13 @@ def test_unusable_text(content: bytes, word: str, dense: Path, run: Run, text: P
     assert_refused(run("evaluate", dense, "--text", text), text, word)
 
 
+@pytest.mark.parametrize("name", ["text.jsonl", "text.parquet"])
+def test_records_are_not_measured_as_text(name: str, dense: Path, run: Run, tmp_path: Path) -> None:
+    """Calibration reads them by their ending; here the perplexity would be one of braces and field names."""
+    (tmp_path / name).write_text('{"text": "one"}\n' * 50)
+    assert_refused(run("evaluate", dense, "--text", tmp_path / name), name, "; write its texts into a .txt file")
+
+
 def test_missing_text(dense: Path, run: Run, tmp_path: Path) -> None:
     assert_refused(run("evaluate", dense, "--text", tmp_path / "none"), tmp_path / "none", "cannot be read")
     assert_refused(run("evaluate", dense, "--text", tmp_path), "cannot be read")
@@ -728,12 +735,12 @@ def test_impossible_window(options: list[object], words: list[str], dense: Path,
 
 def test_model_without_tokenizer(fresh: Callable[..., Path], run: Run, text: Path) -> None:
     model = fresh(tokenizer=False)
-    assert_refused(run("evaluate", model, "--text", text), model, "no usable tokenizer")
+    assert_refused(run("evaluate", model, "--text", text), model, "no usable tokenizer", "; copy the files")
 
 
 def test_tokenizer_of_another_model(fresh: Callable[..., Path], run: Run, text: Path) -> None:
     model = fresh(config={"vocab_size": 20})
-    assert_refused(run("evaluate", model, "--text", text), model, "tokenizer", "another model")
+    assert_refused(run("evaluate", model, "--text", text), model, "tokenizer", "another model; put")
 
 
 def test_evaluate_half_a_model(dense: Path, run: Run, text: Path, tmp_path: Path) -> None:

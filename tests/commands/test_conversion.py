@@ -269,6 +269,13 @@ def test_card(dense: Path, factored: Path) -> None:
         assert words in text, words
 
 
+def test_card_of_a_source_whose_card_begins_with_a_byte_order_mark(dense: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "model")
+    (source / "README.md").write_text("\ufeff" + (dense / "README.md").read_text(), encoding="utf-8")
+    convert(source, tmp_path / "out", rank=16, device="cpu", check=False)
+    assert "license: apache-2.0" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_same_command_again_does_nothing(dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "out", rank=16, device="cpu")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}

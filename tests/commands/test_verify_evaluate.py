@@ -276,6 +276,16 @@ def test_batches_change_nothing(dense: Path, text: Path) -> None:
     assert one.perplexity == pytest.approx(many.perplexity, rel=1e-6)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_index_without_metadata(pickled: bool, dense: Path, text: Path, tmp_path: Path) -> None:
+    """transformers does not load such a model, whose tensors are all there."""
+    folder = write_checkpoint(tmp_path / "model", shards=2, pickled=pickled)
+    (path,) = folder.glob("*.index.json")
+    for metadata in ({}, {"metadata": "none"}):
+        path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]} | metadata))
+        assert evaluate(folder, text, device="cpu").perplexity == evaluate(dense, text, device="cpu").perplexity
+
+
 def test_uniform_model_has_the_vocabulary_as_perplexity() -> None:
     class Uniform(torch.nn.Module):
         def __init__(self) -> None:

@@ -209,6 +209,7 @@ def test_wrong_fields_are_one_sentence_before_the_work(field: str, copy: Path, t
         message = str(caught.value)
         assert "\n" not in message
         assert len(message) < 600
+        assert "; " in message, "what to do"
         assert not (tmp_path / "out").exists()
         assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200_000

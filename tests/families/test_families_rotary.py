@@ -22,11 +22,11 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from svdconvert import convert, densify
+from svdconvert import InputError, convert, densify
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.factoring.measured import measure_losses
 from svdconvert.families.row import Architecture
-from svdconvert.families.table import ARCHITECTURES
+from svdconvert.families.table import ARCHITECTURES, dense_architecture
 from svdconvert.planning.events import Events
 from svdconvert.storage.source import LocalSource
 
@@ -49,6 +49,49 @@ def test_rotary_spellings(row: Architecture, pairs: Any, tmp_path: Path) -> None
     rewrite_config(folder, **(both | {name: 77.0}))
     with pytest.raises(ValueError, match=f"{name}=77.0, but"):
         load(folder)
+
+
+LINEAR, DEFAULT = {"type": "linear", "factor": 2.0}, {"rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "words"),
+    [
+        ("llama", {"rope_scaling": LINEAR, "rope_parameters": DEFAULT}, 'rope_type "linear" in rope_scaling'),
+        ("llama", {"rope_scaling": LINEAR, "rope_parameters": LINEAR | {"factor": 4.0}}, "factor 2.0 in rope_scaling"),
+        ("llama", {"rope_scaling": LINEAR, "rope_parameters": {"rope_theta": 1e6}}, "rope_type"),
+        (
+            "llama",
+            {"rope_theta": 77.0, "rope_parameters": DEFAULT | {"rope_theta": 1e4}},
+            "rope_theta 77.0, but 10000.0",
+        ),
+        (
+            "phi",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
+            "partial_rotary_factor 0.5, but 1.0",
+        ),
+        ("gpt_neox", {"rotary_emb_base": 77, "rope_parameters": DEFAULT | {"rope_theta": 1e4}}, "rotary_emb_base 77"),
+    ],
+)
+def test_two_spellings_that_differ(family: str, settings: dict[str, Any], words: str) -> None:
+    """transformers 5 takes rope_scaling in the place of all of rope_parameters, and 4 does not know the latter."""
+    with pytest.raises(InputError, match=f"config.json of it says {words}.* in rope_parameters, .*; remove the wrong"):
+        dense_architecture({"model_type": family, "vocab_size": 160} | settings, "it")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 1e4}},
+        {"rope_scaling": LINEAR, "rope_parameters": None},
+        {"rope_scaling": None, "rope_theta": None, "rope_parameters": DEFAULT | {"rope_theta": 1e4}},
+        {"rope_theta": 77.0, "rope_parameters": DEFAULT},
+        {"rope_scaling": DEFAULT, "rope_theta": 77, "rope_parameters": {"rope_theta": 77.0}},
+        {"rope_theta": 77.0, "rope_parameters": {"full_attention": DEFAULT | {"rope_theta": 1e4}}},
+    ],
+)
+def test_two_spellings_that_agree(settings: dict[str, Any]) -> None:
+    dense_architecture({"model_type": "llama", "vocab_size": 160} | settings, "it")
 
 
 def longrope(channels: int) -> dict[str, Any]:
