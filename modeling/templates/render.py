@@ -86,6 +86,7 @@ def _fields(row: Architecture, tower: Tower | None) -> dict[str, Any]:
         "three_fields": rotary is not None and rotary.three_fields,
         "scaling": rotary and rotary.scaling,
         "experts": row.experts,
+        "kinds": row.kinds,
         "counted_twice": isinstance(row.config_overrides, CountedTwice),
         **_fused_fields(row, blocks),
     }

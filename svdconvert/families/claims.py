@@ -75,3 +75,8 @@ def check_claims(config: Config, row: Architecture, where: str) -> None:
             f"config.json of {where} says num_attention_heads {heads} and num_key_value_heads {groups}, but the first "
             "must be a multiple of the second; correct it"
         )
+    kinds, blocks = config.get("layer_types"), config.get("num_hidden_layers")
+    if "layer_types" in row.fields and kinds and blocks and len(kinds) != blocks:
+        raise InputError(
+            f"config.json of {where} says num_hidden_layers {blocks}, but has {len(kinds)} layer_types; correct it"
+        )

@@ -29,6 +29,7 @@ class Experts:
         transposed: whether they are stacked as [experts, in, out], and files have them in no other form.
         scattered: whether version 4 hands them a weight for every expert, zeros for those that a token does not pass.
         multiplied_out: ways of quantisation in which files may hold them, by their names in config.json.
+        beside: config -> what else the mixture has, and its shapes: an expert that every token passes.
     """
 
     mixture: str
@@ -43,6 +44,7 @@ class Experts:
     transposed: bool = False
     scattered: bool = False
     multiplied_out: tuple[str, ...] = ()
+    beside: Callable[[Config], dict[str, tuple[int, ...]]] = lambda config: {}
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -63,7 +65,7 @@ class Experts:
             found[f"{name}.weight"] = shape
             if self.biased:
                 found[f"{name}.bias"] = shape[:1]
-        return found
+        return found | {f"{self.mixture}.{name}": shape for name, shape in self.beside(config).items()}
 
     @property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:

@@ -15,10 +15,12 @@ _EXPERTS = Experts(
     count=number_of_experts,
     width=lambda config: int(config["moe_intermediate_size"]),
 )
-_COUNT = given(whole(1, 100_000))
+# Of experts, and sizes of theirs.
+COUNT = given(whole(1, 100_000))
 
 
-def _is_mixture(config: Config, layer: int) -> bool:
+def is_mixture(config: Config, layer: int) -> bool:
+    """Whether a block has experts, in Qwen 3 and Qwen 3 Next."""
     every = config.get("decoder_sparse_step") or 1
     return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % every == 0
 
@@ -27,7 +29,7 @@ ROW = decoder(
     "qwen3_moe",
     "Qwen3Moe",
     mixture_shapes(
-        decoder_shapes(biased_by_config, head_norms=("self_attn.q_norm", "self_attn.k_norm")), _EXPERTS, _is_mixture
+        decoder_shapes(biased_by_config, head_norms=("self_attn.q_norm", "self_attn.k_norm")), _EXPERTS, is_mixture
     ),
     targets=(*TARGETS, *_EXPERTS.targets),
     config_overrides=CountedTwice(),
@@ -37,7 +39,7 @@ ROW = decoder(
     fields={
         "use_sliding_window": SWITCH,
         "max_window_layers": SIZE_OR_DEFAULT,
-        **dict.fromkeys("num_experts num_local_experts moe_intermediate_size num_experts_per_tok".split(), _COUNT),
+        **dict.fromkeys("num_experts num_local_experts moe_intermediate_size num_experts_per_tok".split(), COUNT),
         "decoder_sparse_step": optional(whole(1)),
         "mlp_only_layers": optional(many(whole(0))),
         "norm_topk_prob": SWITCH,

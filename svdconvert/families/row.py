@@ -115,6 +115,10 @@ class Architecture:
         pieces: modules that are run one after the other if the model is not in memory whole.
         head: ``(name in dense checkpoints, name in factored ones)`` of the output head's weight.
         dropped: patterns of buffers that old checkpoints have and no current model reads.
+        predictors: prefixes of layers in checkpoints that predict further tokens, which transformers does not load.
+        kinds: part of a block -> the entry of ``layer_types`` in config.json of the blocks that have it, where blocks
+            are of several kinds.
+        gates: narrow linear layers of a block that set others for each token, and are never factored.
         tied: whether the head is the embedding if config.json does not say.
         transposed: whether the targets are stored as [in, out] (Conv1D of GPT-2) instead of [out, in].
         classifies: whether transformers has a sequence classifier of the family.
@@ -152,6 +156,9 @@ class Architecture:
     pieces: Pieces
     head: tuple[str, str] = ("lm_head.weight", "lm_head.weight")
     dropped: tuple[str, ...] = ()
+    predictors: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    gates: tuple[str, ...] = ()
     tied: bool = False
     transposed: bool = False
     classifies: bool = True
@@ -228,8 +235,12 @@ class Architecture:
         return shapes
 
     def is_dropped(self, name: str) -> bool:
-        """Whether a tensor of the source is a legacy buffer."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.dropped)
+        """Whether a tensor of the source is a legacy buffer, or of a layer that transformers does not load."""
+        return self.is_predictor(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.dropped)
+
+    def is_predictor(self, name: str) -> bool:
+        """Whether a tensor of the source is of a layer that predicts further tokens."""
+        return name.removeprefix(self.prefix).startswith(self.predictors)
 
     def is_tied(self, config: Config) -> bool:
         """Whether the head shares the embedding's weight."""

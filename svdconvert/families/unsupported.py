@@ -32,7 +32,7 @@ _HEADS = ("ForMaskedLM", "ForPreTraining")
 def kind_of(config: Config) -> str:
     """A clause that names the kind, after a comma; empty if the kind is unknown.
 
-    >>> kind_of({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]})
+    >>> kind_of({"model_type": "lfm2_moe", "layer_types": ["conv", "full_attention"]})
     ', a model whose layers are not attention alone (conv)'
     """
     fields: dict[str, Any] = {}

@@ -176,7 +176,7 @@ class ModelBlocks:
         with foreign_code(f"config.json of {self._source.where} cannot be used", CORRECT), torch.no_grad():
             hidden = torch.zeros(1, 4, self.hidden_size, device=self.device)
             for index, block in enumerate(self._layers):
-                if (kind := getattr(block, "attention_type", None)) in kinds:
+                if (kind := (getattr(block, "attention_type", None), *block.state_dict())) in kinds:
                     continue
                 kinds.add(kind)
                 call = self._call(index, hidden, mask)

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# What blocks say of their kind, by families and versions.
+_KINDS = ("attention_type", "layer_type", "block_type", "is_attention_layer")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -93,8 +96,9 @@ class _Recorder(nn.Module):
     def __init__(self, layer: nn.Module, calls: list[Call]) -> None:
         super().__init__()
         self._calls = calls
-        # Some versions choose the mask of a block by it.
-        self.attention_type = getattr(layer, "attention_type", None)
+        # Some versions choose the mask of a block by what it says of its kind.
+        for name in _KINDS:
+            setattr(self, name, getattr(layer, name, None))
         self.last = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:

@@ -44,7 +44,7 @@ class _Parameters:
         row: their architecture.
         kept: tensors that the result has as well.
         rest: parameters beside the language model.
-        dropped: names of legacy buffers.
+        dropped: names of tensors that no current model reads.
         copies: copies of the embedding, which is stored once.
     """
 
@@ -201,7 +201,7 @@ def plan_for(
     shards = shard(outputs, request.output.max_shard_bytes)
     budget = request.size.budget(sum(target.dense_params for target in targets), model.beside(targets))
     of_solver = solver_note(steps, SOLVERS[request.recipe.solver])
-    notes = plan_notes(source, model.dropped, model.copies, targets, request, budget)
+    notes = plan_notes(source, model.row, model.dropped, model.copies, targets, request, budget)
     return Plan(
         source=source.name,
         commit=source.commit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from svdconvert.families.row import Architecture
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
@@ -16,6 +17,7 @@ from svdconvert.words import listing
 
 def plan_notes(
     source: Source,
+    row: Architecture,
     dropped: Sequence[str],
     copies: Sequence[TensorInfo],
     targets: Sequence[Target],
@@ -26,6 +28,7 @@ def plan_notes(
 
     Args:
         source: the dense model.
+        row: its architecture.
         dropped: names of its tensors that no current model reads.
         copies: heads that must be copies of the embedding.
         targets: all targets, with their ranks.
@@ -39,9 +42,16 @@ def plan_notes(
         notes.append(f"groups of fewer than {share_layers} layers: {listing(list(sizes))}")
     if source.config_only:
         notes.append(f"{source.where} has no weights here; the plan was made from config.json alone")
-    if dropped:
-        kinds = sorted({suffix(name.split(".", 1)[-1]) for name in dropped})
-        notes.append(f"{len(dropped)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
+    predictors = [name for name in dropped if row.is_predictor(name)]
+    if predictors:
+        notes.append(
+            f"{len(predictors)} tensors of layers that predict further tokens are left out "
+            f"({', '.join(sorted({name.partition('.')[0] for name in predictors}))}.*); transformers does not load them"
+        )
+    if len(dropped) > len(predictors):
+        buffers = [name for name in dropped if not row.is_predictor(name)]
+        kinds = sorted({suffix(name.split(".", 1)[-1]) for name in buffers})
+        notes.append(f"{len(buffers)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
     if copies:
         notes.append(f"{copies[0].name} is dropped: it must be a copy of the embedding, which is stored once")
     if multiple > 1 and budget is not None:

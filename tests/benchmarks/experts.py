@@ -125,14 +125,14 @@ def memory(options: argparse.Namespace) -> None:
 
     source = options.out / "source"
     if not (source / "config.json").exists():
-        write_random(source, options.layers, options.vocabulary)
+        write_random(source, QWEN | {"num_hidden_layers": options.layers, "vocab_size": options.vocabulary})
     patterns = [f"layers.*.mlp.experts.{number}.*" for number in range(options.experts)]
     made = plan(source, keep=0.6, targets=patterns)
     chosen = [word for pattern in patterns for word in ("--targets", pattern)]
     arguments = ["svdconvert", str(source), "--keep", "0.6", "--out", str(options.out / "made"), "--overwrite"]
     arguments += ["--no-check", "--device", "cpu", "--workers", "1", *chosen]
     # from a small process, see measure.py
-    told = subprocess.check_output([sys.executable, "-c", _MEASURE, *arguments], text=True)
+    told = subprocess.check_output([sys.executable, "-c", MEASURE, *arguments], text=True)
     seconds, highest = map(float, told.split()[-2:])
     print(f"{len(made.targets)} matrices, all others copied: {seconds:.0f} s")
     print(f"highest memory {highest / 1e9:.2f} GB; planned {made.solving_bytes() / 1e9:.2f} GB for this, and")
@@ -149,7 +149,7 @@ def memory(options: argparse.Namespace) -> None:
     )
 
 
-_MEASURE = """
+MEASURE = """
 import sys
 from tests.benchmarks.measure import run
 found = run(sys.argv[1:])
@@ -201,17 +201,16 @@ def speed(options: argparse.Namespace) -> None:
         print(f"{tokens} tokens: " + "; ".join(f"{name} {value:.2f} ms" for name, value in times.items()), flush=True)
 
 
-def write_random(folder: Path, layers: int, vocabulary: int) -> None:
+def write_random(folder: Path, config: dict[str, Any]) -> None:
     """Random weights in the names, types and sizes of the published files, a file for each layer."""
     from safetensors.torch import save_file
 
     from svdconvert.families.table import ARCHITECTURES
 
     folder.mkdir(parents=True)
-    config = QWEN | {"num_hidden_layers": layers, "vocab_size": vocabulary}
     files: dict[str, dict[str, torch.Tensor]] = {}
     weight_map, generator = {}, torch.Generator().manual_seed(0)
-    for name, shape in ARCHITECTURES["qwen3_moe"].parameters(config).items():
+    for name, shape in ARCHITECTURES[config["model_type"]].parameters(config).items():
         part = name.split(".")[2] if ".layers." in name else "rest"
         file = f"model-{part}.safetensors"
         tensor = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)

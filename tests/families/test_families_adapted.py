@@ -60,7 +60,14 @@ def test_four_bit_loading(row: Architecture, dense: Path, tmp_path: Path) -> Non
 
     ranks = {module: rank for module, rank in full_ranks(row, dense).items() if rank == 64}
     convert(dense, tmp_path, rank=ranks, factor_all=True, device="cpu", check=False)
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    # and layers of a multiple of 32 outputs
+    narrow = [name.rpartition(".")[2] for name in row.gates]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["lm_head", *narrow] if narrow else None,
+    )
     options: dict[str, Any] = {"quantization_config": settings, "device_map": "cpu", DTYPE: torch.float32}
     model = load(tmp_path, **options)
     kinds = {name.removeprefix(row.prefix): type(module).__name__ for name, module in model.named_modules()}

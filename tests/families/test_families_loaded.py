@@ -30,7 +30,7 @@ class TestFactored(LikeStock):
 def test_token_classification(row: Architecture, pair: SimpleNamespace, tmp_path: Path) -> None:
     from_pretrained = AutoModelForTokenClassification.from_pretrained
     if not row.labels:
-        assert not hasattr(transformers, f"{row.stock}ForTokenClassification")
+        assert not hasattr(transformers, f"{row.inner}ForTokenClassification")
         with pytest.raises(ValueError, match="Unrecognized configuration class"):
             from_pretrained(pair.factored, trust_remote_code=True)
         return

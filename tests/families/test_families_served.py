@@ -31,6 +31,12 @@ from svdconvert.families.table import ARCHITECTURES
 from svdconvert.names import layer_number
 
 
+def blocks_with(row: Architecture, part: str) -> int:
+    """How many blocks of the tiny model have a part; all three, unless they are of several kinds."""
+    kinds = row.tiny["layer_types"] if part in row.kinds else [""] * 3
+    return sum(kind == row.kinds.get(part, "") for kind in kinds)
+
+
 def test_tensor_parallel_plan(row: Architecture, pair: SimpleNamespace) -> None:
     """Each rule of the stock plan goes on to `up` or `down`, by whether it splits outputs or inputs."""
     config = AutoConfig.from_pretrained(pair.factored, trust_remote_code=True)
@@ -53,8 +59,12 @@ def test_tensor_parallel_plan(row: Architecture, pair: SimpleNamespace) -> None:
         broken = {block for block in blocks if any(block[9:] in path for path in ranks)}
         unsharded = broken if config.svd_layout == "pivoted" or ranks is first else set()
         # a mixture of experts has an MLP of its own in some blocks
-        alone = [path for path in every if ".experts." not in path]
-        unsharded |= {block for block in broken if len({layer_number(p) for p in alone if f".{block[9:]}." in p}) < 3}
+        alone = [path.rpartition(".")[0] for path in every if ".experts." not in path]
+        unsharded |= {
+            block
+            for block in broken
+            if len({layer_number(p) for p in alone if p.endswith(block[8:])}) < blocks_with(row, block.split(".")[2])
+        }
         assert kept == blocks - unsharded
         for rule, style in plan.items():
             path, _, side = rule.rpartition(".")
@@ -114,6 +124,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         "falcon",
         "mpt",
         "hunyuan_v1_dense",
+        "lfm2",
     }
     assert len(expected) == len(set(FAMILIES) - without) + len(set(fused) - without)
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
@@ -154,4 +165,6 @@ def test_engine_that_brings_its_own_attention(row: Architecture, pairs: Any) -> 
         del ALL_ATTENTION_FUNCTIONS["engine"]
     # the stock layers of Nemotron hand on nothing of what they are called with
     engine = None if row.model_type == "nemotron" else "yes"
-    assert calls == [(layer, engine) for layer in range(3)]
+    kinds = row.tiny["layer_types"] if row.kinds else ["full_attention"] * 3
+    attending = [layer for layer, kind in enumerate(kinds) if "full" in kind]
+    assert calls == [(layer, engine) for layer in attending]

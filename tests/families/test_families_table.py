@@ -92,6 +92,6 @@ def test_targets_are_all_linear_layers_of_the_blocks(row: Architecture) -> None:
     inside = {name for name in found if re.search(r"\.\d+\.", name)}
     router = row.experts and f"{row.experts.mixture}.{row.experts.router}"
     inside = {name for name in inside if not (router and name.endswith(router))}  # transformers 4's, a linear layer
-    assert {kind(name) for name in inside} == set(row.targets)
-    if row.experts is None:
+    assert {kind(name) for name in inside} == {*row.targets, *row.gates}
+    if row.experts is None and not row.kinds:
         assert len(inside) == 3 * len(row.targets)
