@@ -28,7 +28,7 @@ from svdconvert.methods.table import METHODS
 from svdconvert.models.loading import compute_dtype, load_model
 from svdconvert.models.passages import read_passage
 from svdconvert.models.preflight import check_model
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import find_targets, target_tensors
@@ -95,7 +95,7 @@ def ablate(
         InputError: the model or the text cannot be used, or there are more groups than singular values.
     """
     events = events or Events()
-    folder = local_folder(os.fspath(model), revision)
+    folder = local_folder(path_or_text(model), revision)
     source = source_of_view(folder) or LocalSource(folder)
     row = dense_architecture(source.config, source.where)
     chosen = find_targets(source, targets, split_fused=split_fused)

@@ -14,7 +14,7 @@ from svdconvert.families.table import dense_architecture
 from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
 from svdconvert.methods.table import method_named
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.targets import choose_targets
 from svdconvert.sentences import asked
@@ -70,7 +70,7 @@ def calibrate(
     if group.leader:
         leftovers = {locks.STATISTICS_LOCK, f"{locks.STATISTICS_LOCK}.pid", ".stats.json.tmp", "source"}
         refuse_foreign_files(folder, known=(folder / "stats.json").is_file(), leftovers=leftovers)
-    source = open_source(os.fspath(model), revision, download_folder=group.own(folder / "source"))
+    source = open_source(path_or_text(model), revision, download_folder=group.own(folder / "source"))
     architecture = dense_architecture(source.config, source.where)
     modules = [target.module for target in choose_targets(source.tensors, architecture, ())]
     check_model(source)

@@ -24,7 +24,7 @@ from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.threads import usual_workers
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.fit import fitted
 from svdconvert.planning.make import make_plan, plan_for
@@ -171,7 +171,7 @@ def run_conversion(
 
         check_push(request.hub.push_to, private=request.hub.private, revision=request.hub.push_revision)
     source = open_source(
-        os.fspath(model), request.hub.revision, download_folder=group.own(folder / JOB_FOLDER / "source")
+        path_or_text(model), request.hub.revision, download_folder=group.own(folder / JOB_FOLDER / "source")
     )
     settled = fitted(source, _as_the_device_can(request, device).settled())
     plan = make_plan(source, settled)

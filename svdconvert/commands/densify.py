@@ -16,6 +16,7 @@ from svdconvert.jobs.job import Outcome
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import layout_of
 from svdconvert.names import suffix
+from svdconvert.paths import path_or_text
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, in_order
 from svdconvert.storage.opening import open_source
@@ -54,7 +55,7 @@ def densify(
     from svdconvert.models.preflight import check_model
     from svdconvert.models.skeleton import check_stock
 
-    source = open_source(os.fspath(model))
+    source = open_source(path_or_text(model))
     row = factored_architecture(source.config, source.where)
     limit = parse_size(max_shard_size)
     steps = _dense_steps(source, row)

@@ -18,8 +18,9 @@ from svdconvert.models.divergence import Divergence, likelihoods
 from svdconvert.models.loading import compute_dtype, load_model
 from svdconvert.models.passages import Passage, read_passage
 from svdconvert.nats import perplexity
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.sentences import asked
+from svdconvert.settings.row import count
 from svdconvert.storage.opening import local_folder
 from svdconvert.storage.source import read_config
 
@@ -99,6 +100,7 @@ def evaluate(
         InputError: a model or the text cannot be used, or the two do not read the text as the same tokens.
     """
     start = time.perf_counter()
+    batch_size = None if batch_size is None else count("batch_size", batch_size)
     folder, passage = _passage(model, revision, text, window, stride, protocol)
     other = None
     if against is not None:
@@ -141,7 +143,7 @@ def _passage(
     stride: int | None,
     protocol: str,
 ) -> tuple[Path, Passage]:
-    folder = local_folder(os.fspath(model), revision)
+    folder = local_folder(path_or_text(model), revision)
     return folder, read_passage(folder, read_config(folder), user_path(text), window, stride, protocol)
 
 

@@ -25,7 +25,7 @@ from svdconvert.machine import processes
 from svdconvert.machine.devices import resolve_device
 from svdconvert.models.index_tensors import refuse_unsound
 from svdconvert.models.preflight import check_model
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, shard
 from svdconvert.planning.whole import whole_steps
@@ -133,7 +133,7 @@ def run_healing(
     row = factored_architecture(source.config, source.where)
     refuse_same_folder(source, folder)
     dense = open_source(
-        os.fspath(against), against_revision, download_folder=processes.current().own(folder / JOB_FOLDER / "source")
+        path_or_text(against), against_revision, download_folder=processes.current().own(folder / JOB_FOLDER / "source")
     )
     refuse_same_folder(dense, folder)
     work = folder / JOB_FOLDER / "work"

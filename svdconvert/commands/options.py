@@ -24,7 +24,7 @@ from svdconvert.errors import InputError
 from svdconvert.families.table import dense_architecture
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.interrupts import temporary_folder
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.planning.bits import WHOLE, as_chosen
 from svdconvert.planning.choices import alike
 from svdconvert.planning.costs import costs_of
@@ -110,7 +110,7 @@ def options(
         request = Conversion.of(**keywords, bytes=_ANY)
         request.check()
         device_request = None if fit is None and fit_context is None else _device(keywords, fit, fit_context)
-        source = open_source(os.fspath(model), revision, download_folder=place / "source")
+        source = open_source(path_or_text(model), revision, download_folder=place / "source")
         _refuse_others(source)
         room = None if device_request is None else room_of(source, device_request)
         plan = make_plan(source, request.settled())
@@ -125,9 +125,9 @@ def options(
         assert job.knowledge is not None, "a rule of the request"
         bench = None
         if measure is not None:
-            bench = OptionBench.of(job, local_folder(os.fspath(model), revision), user_path(measure), window)
+            bench = OptionBench.of(job, local_folder(path_or_text(model), revision), user_path(measure), window)
         repeated = {**keywords, "work": work, "revision": revision}
-        found = _Ways(job, plan, keywords, partial(_command, os.fspath(model), repeated), room, bench).every()
+        found = _Ways(job, plan, keywords, partial(_command, path_or_text(model), repeated), room, bench).every()
         dense = None if bench is None else bench.dense
         shutil.rmtree(job.folder, ignore_errors=True)  # the models are gone, and what they needed meanwhile
     return Options(

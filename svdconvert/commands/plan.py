@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from svdconvert.layouts.table import DEFAULT_LAYOUT
+from svdconvert.paths import path_or_text
 from svdconvert.planning.fit import fitted
 from svdconvert.planning.make import make_plan
 from svdconvert.planning.plan import Plan
@@ -83,5 +84,5 @@ def plan_conversion(model: str | os.PathLike[str], request: Conversion) -> Plan:
         InputError: the model or the request cannot be used; the message says why.
     """
     request.check_planned()
-    source = open_source(os.fspath(model), request.hub.revision, need_weights=False)
+    source = open_source(path_or_text(model), request.hub.revision, need_weights=False)
     return make_plan(source, fitted(source, request))

@@ -18,7 +18,7 @@ from svdconvert.commands.spectra import Array, MatrixSpectrum, Spectra
 from svdconvert.layouts.table import DEFAULT_LAYOUT, layout_named
 from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.interrupts import temporary_folder
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.targets import find_targets
@@ -83,7 +83,7 @@ def spectrum(
     used = resolve_device(device)
     with ExitStack() as stack:
         place = stack.enter_context(temporary_folder()) if work is None else user_path(work)
-        source = open_source(os.fspath(model), revision, download_folder=place / "source")
+        source = open_source(path_or_text(model), revision, download_folder=place / "source")
         chosen = find_targets(source, targets, split_fused=split_fused)
         check_model(source)
         if work is not None:

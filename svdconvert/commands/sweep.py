@@ -16,7 +16,7 @@ from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.layouts.table import DEFAULT_LAYOUT
 from svdconvert.machine.devices import resolve_device
 from svdconvert.models.preflight import check_model
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.make import make_plan
 from svdconvert.sentences import asked
@@ -104,8 +104,8 @@ def sweep(
     common = {name: keywords[name] for name in _COMMON} | {"device": used, "check": keep_models}
     grid = make_grid(common, **{name: keywords[name] for name in _VARIED}, work=place)
     refuse_foreign_files(folder, known=(folder / RESULT).is_file(), leftovers=_OWN)
-    dense = local_folder(os.fspath(model), revision)
-    source = open_source(os.fspath(model), revision, download_folder=internal / "source")
+    dense = local_folder(path_or_text(model), revision)
+    source = open_source(path_or_text(model), revision, download_folder=internal / "source")
     plans = [make_plan(source, request) for request in grid.requests]  # what cannot be met is refused now
     check_model(source)
     models = (folder if keep_models else internal) / "models"

@@ -23,7 +23,7 @@ from svdconvert.models.index_tensors import unsound
 from svdconvert.models.loading import factored_classes, portable
 from svdconvert.models.preflight import check_beside
 from svdconvert.models.probe import PROBE, probe
-from svdconvert.paths import user_path
+from svdconvert.paths import path_or_text, user_path
 from svdconvert.storage.documents import read_bytes, read_json
 from svdconvert.storage.opening import open_source
 from svdconvert.storage.reader import WeightReader, as_bytes
@@ -86,7 +86,7 @@ def verify(
             return checks  # nothing can be computed
         checks.append(_logits(folder, source))
     if against is not None and ranks.passed:  # else factors are missing that would be compared
-        checks += compare(source, open_source(os.fspath(against), revision, download_folder=None), row, folder)
+        checks += compare(source, open_source(path_or_text(against), revision, download_folder=None), row, folder)
     return checks
 
 

@@ -15,7 +15,7 @@ def resolve_device(device: str) -> str:
     Raises:
         InputError: the name is unknown or the device is not there.
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise InputError(f"{asked('device', device)} is unknown; choose auto, cpu, cuda or cuda:N")
     if device == "cpu":
         return device

@@ -9,6 +9,7 @@ from typing import Any
 from svdconvert.errors import InputError
 from svdconvert.families.table import longest_input
 from svdconvert.sentences import asked
+from svdconvert.settings.row import whole
 from svdconvert.storage import documents
 
 # Protocol -> tokens of a window by default, or as many as the model reads if those are fewer.
@@ -31,7 +32,7 @@ def windows(config: Mapping[str, Any], window: int | None, stride: int | None, p
         raise InputError(f"{asked('protocol', protocol)} is unknown; choose {' or '.join(PROTOCOLS)}")
     usual = PROTOCOLS[protocol]
     longest = longest_input(config, usual)
-    window = min(usual, longest) if window is None else window
+    window = min(usual, longest) if window is None else whole("window", window)
     if not 2 <= window <= longest:
         raise InputError(f"{asked('window', window)} is not possible; the model reads from 2 to {longest} tokens")
     if protocol == "disjoint":
@@ -41,7 +42,7 @@ def windows(config: Mapping[str, Any], window: int | None, stride: int | None, p
                 "leave it out"
             )
         return window, window
-    stride = max(window // 2, 1) if stride is None else stride
+    stride = max(window // 2, 1) if stride is None else whole("stride", stride)
     if not 1 <= stride < window:
         raise InputError(
             f"{asked('stride', stride)} must lie between 1 and {window - 1}, below the window; for windows that do not "

@@ -146,7 +146,7 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
     statistics, given = request.method.statistics, request.calibration
     if given is None and not statistics:
         return None
-    text = given if isinstance(given, Text) else Text("")
+    text = given if isinstance(given, Text) else Text("any.txt")
     collected = set() if isinstance(given, Stats) else set(statistics)
     named = row.full_names(source.tensors, source.config)
     blocks: dict[int, list[TensorInfo]] = {}

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from svdconvert.errors import InputError
+from svdconvert.paths import path_or_text
 from svdconvert.sentences import asked
 
 Kind = Literal["flag", "text", "whole", "count", "number", "folder", "path", "choice", "word", "method"]
@@ -26,6 +27,29 @@ REQUIRED = MISSING
 def one_word(value: Any) -> list[str]:
     """A value as one word of a command line, from which the same value is read again."""
     return [repr(value) if isinstance(value, float) else str(value)]
+
+
+def as_given(value: Any) -> Any:
+    """A value that needs no reading."""
+    return value
+
+
+def unknown(keyword: str, value: Any, words: Sequence[str]) -> InputError:
+    """What to say of a value that is none of the known words."""
+    *others, last = words
+    return InputError(f"{asked(keyword, value)} is unknown; choose {', '.join(others)} or {last}")
+
+
+def count(keyword: str, value: Any) -> int:
+    """A whole number from 1 on, likewise.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = whole(keyword, value)
+    if value < 1:
+        raise InputError(f"{asked(keyword, value)} is too small; the least is 1")
+    return value
 
 
 def whole(keyword: str, value: Any, shown: Any = None) -> int:
@@ -80,7 +104,7 @@ class Option:
     usual: str = ""
     repeatable: bool = False
     default: Any = None
-    read: Callable[[Any], Any] = lambda value: value
+    read: Callable[[Any], Any] = as_given
     write: Callable[[Any], Sequence[str]] = one_word
     part_of: str = ""
     omitted_because: str = ""
@@ -93,10 +117,16 @@ class Option:
         """
         if value is None and self.default is None:
             return None
-        if self.kind in ("whole", "count"):
+        if self.kind == "whole":
             value = whole(self.keyword, value)
-            if self.kind == "count" and value < 1:
-                raise InputError(f"{asked(self.keyword, value)} is too small; the least is 1")
+        elif self.kind == "count":
+            value = count(self.keyword, value)
+        elif self.kind == "flag" and not isinstance(value, bool):
+            raise InputError(f"{asked(self.keyword, value)} is neither True nor False; give one of them")
+        elif self.kind == "path":
+            value = str(path_or_text(value))
+        elif self.kind == "text" and self.read is as_given and not isinstance(value, str):
+            raise InputError(f"{asked(self.keyword, value)} is not text; write it in quotes")
         elif self.kind == "number" and (isinstance(value, bool) or not isinstance(value, Real)):
             raise InputError(f"{asked(self.keyword, value)} is not a number")
         return self.read(value)

@@ -13,6 +13,7 @@ from svdconvert.settings.afterwards import Afterwards
 from svdconvert.settings.hub import Hub
 from svdconvert.settings.output import DTYPES, Output
 from svdconvert.settings.recipe import ALLOCATIONS, REFITS, Recipe
+from svdconvert.settings.row import unknown
 from svdconvert.settings.runtime import Runtime
 from svdconvert.settings.scope import Scope
 from svdconvert.settings.size import Size
@@ -251,5 +252,4 @@ def check(request: Request, rules: Sequence[Rule]) -> None:
 
 def _known(field: str, value: Any, words: Sequence[str]) -> None:
     if value not in words:
-        *others, last = words
-        raise InputError(f"{asked(field, value)} is unknown; choose {', '.join(others)} or {last}")
+        raise unknown(field, value, words)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from svdconvert.errors import InputError
+from svdconvert.sentences import asked
 from svdconvert.settings.row import option
 
 
 def patterns_of(targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Patterns as a caller gives them; a text is one pattern."""
-    return (targets,) if isinstance(targets, str) else tuple(targets)
+    """Patterns as a caller gives them; a text is one pattern.
+
+    Raises:
+        InputError: one of them is no text.
+    """
+    if isinstance(targets, str):
+        return (targets,)
+    found = tuple(targets) if isinstance(targets, Iterable) else (targets,)
+    if not all(isinstance(one, str) for one in found):
+        raise InputError(f"{asked('targets', targets)} is no list of patterns; write for example ['attention.dense']")
+    return found
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,8 @@ def parse_count(text: str | int | None) -> int | None:
         InputError: it is not a number of parameters.
     """
     if not isinstance(text, str):
+        if text is not None and (isinstance(text, bool) or not isinstance(text, Real)):
+            raise InputError(f"{asked('params', text)} is not a number of parameters; write 1400000000, 1400M or 1.4B")
         return text
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().replace("_", "").replace(",", ""), re.IGNORECASE)
     if not match:
@@ -133,6 +135,8 @@ def default_and_patterns(rank: int | Mapping[str, int] | None) -> tuple[int | No
     """
     if not isinstance(rank, Mapping):
         return None if rank is None else whole("rank", rank), {}
+    if not all(isinstance(pattern, str) for pattern in rank):
+        raise InputError(f"{asked('rank', dict(rank))} has a pattern that is not text; write it in quotes")
     patterns = {pattern: whole("rank", one, {pattern: one}) for pattern, one in rank.items()}
     return patterns.pop("*", None), patterns
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from svdconvert.errors import InputError
 from svdconvert.paths import user_path
 from svdconvert.sentences import asked
-from svdconvert.settings.row import REQUIRED, option
+from svdconvert.settings.row import REQUIRED, option, options_of, unknown
 
 # Sequences at a time, unless the user says otherwise.
 BATCH_SIZE = 8
@@ -124,6 +124,12 @@ class Text:
             text_path(self.text)
 
     def __post_init__(self) -> None:
+        for name, row in options_of(type(self)).items():
+            object.__setattr__(self, name, row.given(getattr(self, name)))
+        if self.labels not in LABELS:
+            raise unknown("calibration.labels", self.labels, LABELS)
+        if self.text is None:
+            raise InputError(f"{asked('calibration.text', None)} is no text; give a file, a folder or a data set")
         if self.by_model and self.field is not None:
             raise InputError(
                 f"{asked('calibration.field', self.field)} has no effect on {asked('calibration.text', SELF)}, text "

@@ -133,12 +133,16 @@ def test_over_confidence_is_said() -> None:
         ({"protocol": "disjoint", "window": 2048}, "reads from 2 to"),
         ({"protocol": "disjoint", "window": 32, "stride": 16}, "leave it out"),
         ({"protocol": "wikitext"}, "choose sliding or disjoint"),
+        ({"window": "32"}, "window='32' is not a whole number"),
+        ({"window": 32, "stride": 4.0}, "stride=4.0 is not a whole number"),
+        ({"batch_size": 0}, "batch_size=0 is too small"),
+        ({"device": None}, "device=None is unknown"),
         ({"window": 32, "stride": 32}, "stride=32 must lie between 1 and 31, .* use protocol='disjoint'"),
     ],
 )
 def test_refused(options: dict[str, object], message: str, dense: Path, text: Path) -> None:
     with pytest.raises(InputError, match=message):
-        evaluate(dense, text, device="cpu", **options)  # type: ignore[arg-type]
+        evaluate(dense, text, **{"device": "cpu", **options})  # type: ignore[arg-type]
 
 
 def test_a_text_of_less_than_a_window(dense: Path, tmp_path: Path) -> None:

@@ -237,3 +237,45 @@ def test_recorded_results(row: dict[str, Any]) -> None:
     work = Work(source, request.settled(), knowledge, Path("out"), "cpu", Events())
     assert repeatable(work) == parsed(row["command"])
     assert repeatable(work).settled() == replace(request.settled(), calibration=repeatable(work).calibration)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"split_fused": "no"}, "split_fused='no' is neither True nor False"),
+        ({"factor_all": 1}, "factor_all=1 is neither True nor False"),
+        ({"overwrite": None}, "overwrite=None is neither True nor False"),
+        ({"targets": [3]}, "targets=.3. is no list of patterns"),
+        ({"targets": None}, "targets=None is no list of patterns"),
+        ({"rank": {3: 4}}, "a pattern that is not text"),
+        ({"params": [1]}, "params=.1. is not a number of parameters"),
+        ({"params": True}, "params=True is not a number of parameters"),
+        ({"revision": 5}, "revision=5 is not text"),
+        ({"work": 3}, "3 is not a path"),
+        ({"heal_calib": ""}, "is empty"),
+    ],
+)
+def test_values_of_the_wrong_kind(keywords: dict[str, Any], words: str) -> None:
+    """A text is not taken for the truth, nor a number for a name."""
+    with pytest.raises(InputError, match=words):
+        Conversion.of(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"samples": "4"}, "calibration.samples='4' is not a whole number"),
+        ({"samples": 4.0}, "calibration.samples=4.0 is not a whole number"),
+        ({"length": True}, "calibration.length=True is not a whole number"),
+        ({"seed": "a"}, "calibration.seed='a' is not a whole number"),
+        ({"labels": "x"}, "calibration.labels='x' is unknown; choose empirical or sampled"),
+        ({"field": 3}, "calibration.field=3 is not text"),
+    ],
+)
+def test_calibrations_of_the_wrong_kind(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Calibration("text.txt", **fields)
+
+
+def test_a_path_as_a_text() -> None:
+    assert Calibration(Path("a") / "text.txt") == Calibration("a/text.txt")  # type: ignore[arg-type]
