@@ -153,7 +153,7 @@ class Collector:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             # OPT flattens batch and length before its MLP.
             x = args[0].detach().reshape(*self._mask.shape, -1)
-            # Layers that read the same tensor share its statistics. It is kept until the end of the batch, so that no
+            # Layers that read the same tensor share its statistics. It is kept until the forward pass ends, so that no
             # other tensor gets its address; its version shows whether it was changed in place.
             key = (x.data_ptr(), x.shape, x.stride(), x._version)
             leader, _ = self._seen.setdefault(key, (name, x))
@@ -163,10 +163,12 @@ class Collector:
                 self._add_input(name, x)
             if self._needs.gradients:
                 shape = (*self._mask.shape, output.shape[-1])
+                inputs = x if self._needs.fisher else None
 
                 def add(gradient: Tensor) -> None:
+                    self._seen = {}  # autograd keeps no inputs of layers whose weights have no gradient
                     own = gradient.detach().reshape(shape)
-                    self._add_gradient(name, x, own if section is None else section.of(own, own.dim() - 1))
+                    self._add_gradient(name, inputs, own if section is None else section.of(own, own.dim() - 1))
 
                 output.register_hook(add)
 
@@ -182,12 +184,12 @@ class Collector:
             total = rows.abs().sum(dim=0, dtype=torch.float64)
             self._abs[name] = self._abs[name] + total if name in self._abs else total
 
-    def _add_gradient(self, name: str, x: Tensor, gradient: Tensor) -> None:
+    def _add_gradient(self, name: str, x: Tensor | None, gradient: Tensor) -> None:
         if self._needs.output_gram:
             if name not in self._output_grams:
                 self._output_grams[name] = GramSum(gradient.shape[-1], self._device, exact=self._exact)
             self._output_grams[name].add(self._rows(gradient))
-        if self._needs.fisher:
+        if x is not None:
             total = self._fisher.get(name)
             if total is None:
                 total = self._fisher[name] = torch.zeros(x.shape[-1], dtype=torch.float64, device=self._device)

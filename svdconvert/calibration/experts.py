@@ -104,14 +104,17 @@ class ExpertCollector:
                 if self._needs.input_abs:
                     self._abs[name] += x.abs().sum(dim=0, dtype=torch.float64)
             if self._needs.gradients:
-                output.register_hook(lambda gradient: self._add_gradient(name, x, gradient.detach()[counted], sequence))
+                inputs = x if self._needs.fisher else None
+                output.register_hook(
+                    lambda gradient: self._add_gradient(name, inputs, gradient.detach()[counted], sequence)
+                )
 
         return hook
 
-    def _add_gradient(self, name: str, x: Tensor, gradient: Tensor, sequence: Tensor) -> None:
+    def _add_gradient(self, name: str, x: Tensor | None, gradient: Tensor, sequence: Tensor) -> None:
         if self._needs.output_gram:
             self._output_grams[name].add(gradient)
-        if self._needs.fisher:
+        if x is not None:
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             for sample in sequence.unique().tolist():
                 own = sequence == sample

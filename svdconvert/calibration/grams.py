@@ -20,11 +20,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.products import add_product
 from svdconvert.machine.processes import Group
 from svdconvert.machine.products import multiply
 
 # The upper triangle is summed in panels of this many columns, from this many rows at a time.
 PANEL, ROWS = 256, 1024
+
+# Rows of float32 products come in multiples of so many.
+STEP = 32
 
 # A channel's usual size is that of its quieter groups of this many rows.
 GROUP = 4
@@ -71,16 +75,16 @@ class GramSum:
             if self._centre is None:  # once for all; it need not be exact
                 self._centre = single[_spread(len(single))].median(dim=0).values
             single = single - self._centre
-            loud = loud_rows(single)
+            loud, kept = loud_rows(single), len(single)
             if bool(loud.any()):
                 self._waiting.append(part[loud])
-                single = single[~loud]
+                single[loud] = 0
+                kept -= len(self._waiting[-1])
                 if sum(map(len, self._waiting)) >= ROWS:
                     self._add_waiting()
-            if len(single):
-                self._off_centre += single.sum(dim=0)
-                self._centred += len(single)
-                self._add_panels(single.T.contiguous())
+            self._off_centre += single.sum(dim=0)
+            self._centred += kept
+            self._add_panels(_columns(single))
 
     def _add_waiting(self) -> None:
         if self._waiting:
@@ -91,7 +95,7 @@ class GramSum:
         exact = rows.double()
         for begin in range(0, exact.shape[1], PANEL):
             end = begin + PANEL
-            self._sum[begin:end, begin:].addmm_(exact[:, begin:end].T, exact[:, begin:])
+            add_product(self._sum[begin:end, begin:], exact[:, begin:end].T, exact[:, begin:])
 
     def _add_panels(self, columns: Tensor) -> None:
         """Add the rows whose transpose is given, [size, n] float32, contiguous."""
@@ -117,6 +121,18 @@ class GramSum:
             corner.copy_(corner.triu() + corner.triu(1).T)
             mean[end:, begin:end] = mean[begin:end, end:].T
         return mean.div_(count)
+
+
+def _columns(rows: Tensor) -> Tensor:
+    """The transpose, contiguous, with zeros for further rows up to a multiple of :data:`STEP`.
+
+    oneDNN compiles kernels for every size of a product, and keeps them.
+    """
+    count = len(rows)
+    columns = rows.new_empty(rows.shape[1], -(-count // STEP) * STEP)
+    columns[:, :count] = rows.T
+    columns[:, count:] = 0
+    return columns
 
 
 def _spread(count: int) -> Tensor:

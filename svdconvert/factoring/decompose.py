@@ -18,6 +18,7 @@ import torch
 from svdconvert.factoring.decomposer import Decomposer, Task, announcement
 from svdconvert.factoring.decompositions import Decompositions, decompositions_key
 from svdconvert.factoring.stores import GroupStore, Store
+from svdconvert.linalg.rates import SLOW, times_as_slow
 from svdconvert.machine.lanes import lanes_of
 from svdconvert.machine.memory import give_memory_back
 from svdconvert.machine.processes import current
@@ -76,15 +77,21 @@ def kept_decompositions(
 
 
 def arithmetic_of(method: Method, options: Mapping[str, float], knowledge: Knowledge | None, device: str) -> str:
-    """How the statistics of a text are computed here, in one line; empty where none are.
+    """How metrics are computed here, in one line; empty without metrics, or where that is float64 as always.
 
     Args:
         method, options, knowledge, device: see :func:`kept_decompositions`.
     """
-    if not method.statistics or knowledge is None or isinstance(knowledge.repeatable, Stats):
+    told: list[str] = []
+    if not method.statistics or knowledge is None:
         return ""
-    ways = "float32 products, of massive tokens float64" if is_shrunk(options) else "float64 products"
-    return f"float32 passes by {multiplied_by(device.split(':')[0])}; second moments from {ways}"
+    if not isinstance(knowledge.repeatable, Stats):
+        ways = "float32 products, of massive tokens float64" if is_shrunk(options) else "float64 products"
+        told.append(f"float32 passes by {multiplied_by(device.split(':')[0])}; second moments from {ways}")
+    times = times_as_slow(torch.device(device))
+    if times >= SLOW:
+        told.append(f"metrics in float32 and slices of it, as float64 takes {times:.0f} times as long here")
+    return "; ".join(told)
 
 
 def decompose_all(
@@ -236,6 +243,8 @@ def _block_by_block(
         del modules, jobs  # one block's Gram matrices at a time
         for target, _ in layers:
             _finish_group(task, target, decomposers[0])
+        for decomposer in decomposers:
+            decomposer.rest()  # the model's next block is run meanwhile
 
 
 def _needed(task: Task, missing: Sequence[Target]) -> Iterator[_Layer]:

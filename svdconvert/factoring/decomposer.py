@@ -74,6 +74,10 @@ class Decomposer:
         """Close the open file."""
         self._reader.close()
 
+    def rest(self) -> None:
+        """Give memory back until the next matrix."""
+        self._workspace.clear()
+
     def plain(self, target: Target) -> None:
         """Decompose a matrix, or a group as a stack, without metrics.
 

@@ -164,6 +164,8 @@ class Decompositions:
             "scale": torch.tensor(decomposition.scale, dtype=torch.float64),
         }
         given = {name: tensor for name, tensor in more.items() if tensor is not None}
+        if decomposition.single:
+            given["single"] = torch.tensor(True)
         if self._arithmetic:
             given["arithmetic"] = torch.tensor(list(self._arithmetic.encode()), dtype=torch.uint8)
         write_tensors(self.path(target), tensors | given)
@@ -197,7 +199,7 @@ def load_decomposition(path: Path, device: torch.device) -> tuple[Decomposition,
     """``(decomposition, metric on the smaller side, diagonal of that on the longer side)`` of a target's file."""
     tensors = _load(path, device)
     basis = tensors["basis"].double() if bool(tensors["double"]) else tensors["basis"]
-    decomposition = Decomposition(tensors["values"], basis, float(tensors["scale"]))
+    decomposition = Decomposition(tensors["values"], basis, float(tensors["scale"]), single="single" in tensors)
     return decomposition, tensors.get("metric"), tensors.get("outer")
 
 

@@ -77,7 +77,7 @@ def _refitted(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Don
         shape=(weight.shape[0], weight.shape[1]),
         relative_error=relative_difference(weight.cpu(), layout_of_step(step).product(tensors)),
         optimal_error=relative(cut["lost"], cut["whole"]),
-        precision=str(found.basis.dtype)[6:],
+        precision=found.precision,
         refit=fit,
         **cut,
     )
@@ -106,7 +106,7 @@ def _rounded(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done
     return tensors, MatrixReport(
         rank=rank,
         optimal_error=relative(tail, whole),
-        precision=str(matrix.found.basis.dtype)[6:],
+        precision=matrix.found.precision,
         rounding_excess=(lost - tail) / tail if tail > 0 else None,
         basis=found.way,
         **told,

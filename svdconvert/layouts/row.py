@@ -128,7 +128,9 @@ class Layout(ABC):
     def product(self, stored: Sequence[Tensor]) -> Tensor:
         """The matrix that stored tensors stand for: [m, n] float64."""
         up, down = self.factors(stored)
-        return up.double() @ down.double()
+        from svdconvert.linalg.products import product
+
+        return product(up.double(), down.double())
 
     def dense(self, stored: Sequence[Tensor]) -> Tensor:
         """The matrix that takes the place of stored tensors in a dense checkpoint: [m, n], float32 or float64."""
@@ -174,20 +176,21 @@ class Layout(ABC):
         import torch
 
         from svdconvert.linalg.metrics import apply_metric
+        from svdconvert.linalg.products import product
         from svdconvert.linalg.residual import relative_difference
         from svdconvert.linalg.results import Truncation
 
         factors = solve(torch.float64)
-        exact = factors.up @ factors.down
+        exact = product(factors.up, factors.down)
         if right is not None and not bool(right.any()):  # it was left out of the truncation too
             right = None
         # Where only the diagonal of the inputs' metric is known, that the truncation is the best one is not to be seen
         # in it; but what rounding has changed is.
         wanted = weight if weight.shape[0] >= weight.shape[1] else exact
         stored = self.fit(factors.up, factors.down, wanted, right, dtype)
-        product = self.product(stored)
-        error = relative_difference(weight, product)
-        lost = exact - product
+        made = self.product(stored)
+        error = relative_difference(weight, made)
+        lost = exact - made
         added = float((apply_metric(left, apply_metric(right, lost.T).T) * lost).sum())
         plain = left is None and right is None
         return Truncation(

@@ -11,6 +11,7 @@ from svdconvert.linalg.metrics import Metric, apply_metric
 from svdconvert.linalg.panels import PANEL, Scaled
 from svdconvert.linalg.partner import partner, pseudo_inverse
 from svdconvert.linalg.precision import refuse_overflowing_factor
+from svdconvert.linalg.products import product
 from svdconvert.linalg.results import SINGULAR, Decomposition
 from svdconvert.linalg.rounding import BASES, SMALLEST_SHARE, round_with_feedback
 
@@ -62,7 +63,7 @@ class Rounding:
         small, large = self.leading / norms, self.partner * (norms / self.sigma.clamp_min(floor))
         for name, mix in BASES.items():
             x, y = mix(self.sigma)
-            found = self._round(name, small @ y, large @ x, x)
+            found = self._round(name, product(small, y), product(large, x), x)
             if found.loss < chosen.loss and bool(torch.isfinite(found.large).all()):
                 chosen = found
         return chosen
@@ -75,23 +76,23 @@ class Rounding:
             first = (small * lengths).to(self.dtype)
         else:
             mixing = mixing / lengths.clamp_min(torch.finfo(small.dtype).tiny)
-            first = round_with_feedback(small * lengths, mixing.T @ mixing, self.dtype)
+            first = round_with_feedback(small * lengths, product(mixing.T, mixing), self.dtype)
         lifted = first.to(small.dtype)
         weighted = apply_metric(self.inner, lifted)
         solved = pseudo_inverse(lifted, weighted)
         best = self._long(partner(self.matrix, solved))
-        gram = lifted.T @ weighted
+        gram = product(lifted.T, weighted)
         second = best.to(self.dtype) if mixing is None else round_with_feedback(best, gram, self.dtype)
-        lost = self.first - lifted @ (solved @ self.first)
+        lost = self.first - product(lifted, product(solved, self.first))
         loss = self.tail + float((lost * apply_metric(self.inner, lost)).sum())
-        loss -= float(((solved @ self.others) * (weighted.T @ self.others)).sum())
+        loss -= float((product(solved, self.others) * product(weighted.T, self.others)).sum())
         # A diagonal metric lets the rows be taken a panel at a time, so that no further copies of the factor are made.
         step = PANEL if self.outer is None or self.outer.dim() == 1 else best.shape[0]
         for start in range(0, best.shape[0], step):
             part = slice(start, start + step)
             error = second[part].to(best.dtype) - best[part]
             metric = self.outer[part] if self.outer is not None and self.outer.dim() == 1 else self.outer
-            loss += float(((error @ gram) * apply_metric(metric, error)).sum())
+            loss += float((product(error, gram) * apply_metric(metric, error)).sum())
         return _Rounded(first, self._long(second).contiguous(), max(loss, 0.0), name)
 
     def _long(self, factor: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ the eigenvectors of P themselves are the rows of A. Both metrics may be singular
 
 Squaring halves the digits. Without metrics, float32 stays within 1e-6 of the optimum while sigma_1 / sigma_r is below
 50; beyond that Gram matrix and eigen-decomposition are redone in float64, which holds to ratios of 1e8. With metrics,
-whose range is that of activations with outliers, everything is float64.
+whose range is that of activations with outliers, everything is float64; where that is slow, ``linalg/levels.py`` and
+``linalg/products.py`` stand in for it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from svdconvert.errors import InputError
 from svdconvert.linalg import lapack
 from svdconvert.linalg.bases import Rounding
 from svdconvert.linalg.gram import eigenvectors, gram_matrix, root_of
+from svdconvert.linalg.levels import decompose_in_levels
 from svdconvert.linalg.metrics import Metric, apply_metric
 from svdconvert.linalg.panels import Scaled, Workspace
 from svdconvert.linalg.partner import plain_partner
@@ -39,6 +41,8 @@ from svdconvert.linalg.precision import (
     refuse_overflowing_factor,
     scale_of,
 )
+from svdconvert.linalg.products import product
+from svdconvert.linalg.rates import has_slow_float64
 from svdconvert.linalg.residual import left_over, relative, residual
 from svdconvert.linalg.results import SINGULAR, Decomposition, Factors
 
@@ -107,6 +111,10 @@ def decompose(
     check_entries(weight)  # float64 needs no scaling
     matrix = Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
+    if has_slow_float64(weight.device):
+        found = decompose_in_levels(weight, left, right, work)
+        if found is not None:
+            return found
     return decompose_gram(gram_matrix(matrix, outer, torch.float64), inner, work)
 
 
@@ -127,9 +135,9 @@ def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decompositio
         values, vectors = eigenvectors(weighted, work, None)
         lapack.multiply_rows(root, vectors.T)
         return Decomposition(values, vectors)
-    weighted = root.T @ apply_metric(inner, root)
+    weighted = product(root.T, apply_metric(inner, root))
     values, vectors = eigenvectors(weighted, work, None)
-    return Decomposition(values, root @ vectors)
+    return Decomposition(values, product(root, vectors))
 
 
 def truncate(
@@ -195,7 +203,7 @@ def truncate(
         metric_loss=loss / matrix.scale**2,
         rounding_excess=(loss - tail) / tail if tail > 0 else None,
         basis=name,
-        precision=str(found.basis.dtype)[6:],
+        precision=found.precision,
     )
 
 
@@ -207,7 +215,7 @@ def _of_nothing(weight: Tensor, found: Decomposition, rank: int, dtype: torch.dt
         return replace(plain, optimal_error=0.0, metric_error=0.0, metric_loss=0.0, rounding_excess=None)
     (m, n), device = weight.shape, weight.device
     down, up = torch.zeros(rank, n, dtype=dtype, device=device), torch.zeros(m, rank, dtype=dtype, device=device)
-    return Factors(down, up, 0.0, 0.0, 0.0, 0.0, None, SINGULAR, str(found.basis.dtype)[6:])
+    return Factors(down, up, 0.0, 0.0, 0.0, 0.0, None, SINGULAR, found.precision)
 
 
 def _padded(factors: Factors, rank: int) -> Factors:

@@ -9,6 +9,7 @@ from svdconvert.linalg import lapack
 from svdconvert.linalg.metrics import Metric
 from svdconvert.linalg.panels import Scaled, Workspace
 from svdconvert.linalg.precision import largest_entry, scale_of
+from svdconvert.linalg.products import add_product, product
 
 
 def plain_gram(weight: Tensor, workspace: Workspace) -> tuple[Tensor, float]:
@@ -43,9 +44,9 @@ def gram_matrix(matrix: Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
         for part, piece in matrix.panels(dtype):
             block = outer[part].to(dtype)
             if matrix.tall:
-                _add_lower(gram, piece.T, block @ whole)
+                _add_lower(gram, piece.T, product(block, whole))
             else:
-                _add_lower(gram, whole @ block.T, piece.T)
+                _add_lower(gram, product(whole, block.T), piece.T)
         return gram
     for part, piece in matrix.panels(dtype):
         if outer is not None:
@@ -68,7 +69,7 @@ def _add_lower(gram: Tensor, one: Tensor, other: Tensor) -> None:
     width = max(k // 8, 256)
     for start in range(0, k, width):
         stop = min(start + width, k)
-        gram[start:, start:stop].addmm_(one[start:], other[:, start:stop])
+        add_product(gram[start:, start:stop], one[start:], other[:, start:stop])
 
 
 def eigenvectors(gram: Tensor, work: Workspace, count: int | None) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from svdconvert.linalg.products import product
+
 # Identity, the diagonal of a diagonal metric, or a symmetric positive semi-definite matrix.
 Metric = Tensor | None
 
@@ -13,4 +15,4 @@ def apply_metric(metric: Metric, columns: Tensor) -> Tensor:
     if metric is None:
         return columns
     metric = metric.to(columns.dtype)
-    return metric @ columns if metric.dim() == 2 else metric[:, None] * columns
+    return product(metric, columns) if metric.dim() == 2 else metric[:, None] * columns

@@ -8,6 +8,7 @@ from torch import Tensor
 from svdconvert.linalg.gram import gram_matrix
 from svdconvert.linalg.metrics import Metric, apply_metric
 from svdconvert.linalg.panels import Scaled, Workspace
+from svdconvert.linalg.products import product
 from svdconvert.linalg.results import Decomposition
 
 
@@ -42,12 +43,12 @@ def output_losses(weight: Tensor, found: Decomposition, left: Metric, right: Met
         partner = torch.where(used, seen / torch.where(used, lengths, 1), 0)
         lower = gram_matrix(matrix, None if matrix.tall else gram, torch.float64)
         other = lower.tril() + lower.tril(-1).T
-        through = other @ partner
+        through = product(other, partner)
         if same:  # S^T C S is diagonal
             total, gains = (other * gram).sum(), (seen * through).sum(dim=0)
         else:
-            on_basis = gram @ basis if matrix.tall else basis
+            on_basis = product(gram, basis) if matrix.tall else basis
             total = (other * gram).sum() if matrix.tall else other.trace()
-            pairs = (basis.T @ on_basis) * (partner.T @ through)
+            pairs = product(basis.T, on_basis) * product(partner.T, through)
             gains = 2 * (on_basis * through).sum(dim=0) - 2 * pairs.triu(1).sum(dim=0) - pairs.diagonal()
     return torch.cat([total[None], total - gains.cumsum(0)]).clamp_min(0)

@@ -32,6 +32,10 @@ class Workspace:
             buffer = self._buffers[name] = torch.empty(need, dtype=torch.uint8, device=device)
         return buffer[:need].view(dtype).view(shape)
 
+    def clear(self) -> None:
+        """Give the buffers up; what they held may still be in use."""
+        self._buffers.clear()
+
 
 @dataclass(frozen=True)
 class Scaled:

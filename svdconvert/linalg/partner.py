@@ -11,6 +11,7 @@ from torch import Tensor
 
 from svdconvert.linalg.panels import Scaled
 from svdconvert.linalg.precision import CANCELLATION
+from svdconvert.linalg.products import product, solve_by_root
 from svdconvert.linalg.residual import residual
 
 
@@ -26,19 +27,19 @@ def pseudo_inverse(small: Tensor, weighted: Tensor, ridge: float = 0.0) -> Tenso
         [r, k].
     """
     if ridge:
-        overlap = small.T @ weighted
+        overlap = product(small.T, weighted)
         overlap.diagonal().add_(ridge)
-        return torch.cholesky_solve(weighted.T, torch.linalg.cholesky(overlap))
+        return solve_by_root(torch.linalg.cholesky(overlap), weighted.T)
     norms = (small * weighted).sum(dim=0).clamp_min(0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms.clamp_min(torch.finfo(small.dtype).tiny), 0)
     # Near the identity: without metrics but for the rounding of `small`, with metrics likewise.
-    overlap = (small * inverse).T @ (weighted * inverse)
+    overlap = product((small * inverse).T, weighted * inverse)
     overlap.diagonal().copy_(torch.where(norms > 0, overlap.diagonal(), 1))
     root, failed = torch.linalg.cholesky_ex(overlap)
     if int(failed):  # rounding made columns of a rank-deficient matrix dependent
-        solved = torch.linalg.pinv(overlap, hermitian=True) @ (weighted * inverse).T
+        solved = product(torch.linalg.pinv(overlap, hermitian=True), (weighted * inverse).T)
     else:
-        solved = torch.cholesky_solve((weighted * inverse).T, root)
+        solved = solve_by_root(root, (weighted * inverse).T)
     return solved * inverse[:, None]
 
 
@@ -58,9 +59,9 @@ def partner(matrix: Scaled, solved: Tensor) -> Tensor:
     other = torch.empty((m, rank) if matrix.tall else (rank, n), dtype=solved.dtype, device=solved.device)
     for part, piece in matrix.panels(solved.dtype):
         if matrix.tall:
-            torch.mm(piece, solved.T, out=other[part])
+            product(piece, solved.T, out=other[part])
         else:
-            other[:, part] = solved @ piece
+            other[:, part] = product(solved, piece)
     return other
 
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.metrics import Metric, apply_metric
+from svdconvert.linalg.products import product as multiplied
+from svdconvert.linalg.products import solve_by_root
+from svdconvert.linalg.rates import has_slow_float64
 from svdconvert.linalg.rounding import round_with_feedback
 
 # No coefficient is left above this. At 1 the choice would be a local maximum of the rows' volume; a little more saves
@@ -45,13 +48,16 @@ def pivot(up: Tensor, down: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     rank, used = up.shape[1], up.any(dim=0) & down.any(dim=1)
     if not bool(used.all()):
         up, down = up[:, used], down[used]
-    exact, triangle = torch.linalg.qr(up.double())
-    right = triangle @ down.double()
+    # Rows are told apart by float32 as well; what they hold is computed all the same.
+    single = has_slow_float64(up.device)
+    exact, triangle = torch.linalg.qr(up.float() if single else up.double())
     span = exact.shape[1]
     order = _independent_rows(exact)
     coefficients = torch.linalg.solve(exact[order[:span]], exact[order[span:]], left=False)
     _exchange(coefficients, order, span)
-    rows = (exact[order[:rank]] @ right).to(dtype)
+    chosen = order[:rank]
+    whole = multiplied(up.double()[chosen], down.double()) if single else exact[chosen] @ (triangle @ down.double())
+    rows = whole.to(dtype)
     # The same coefficients from scratch: many exchanges would pile up rounding.
     coefficients = torch.linalg.solve(exact[order[:span]], exact[order[rank:]], left=False)
     coefficients = torch.nn.functional.pad(coefficients, (0, rank - span))
@@ -97,21 +103,21 @@ def fitted(others: Tensor, rows: Tensor, right: Metric) -> tuple[Tensor, Tensor]
     """
     exact, others = rows.double(), others.double()
     weighted = apply_metric(right, exact.T)  # [n, r]
-    gram = exact @ weighted
+    gram = multiplied(exact, weighted)
     norms = gram.diagonal()
     scale = torch.where(norms > 0, norms.clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0)
     near = gram * scale[:, None] * scale
     root, failed = torch.linalg.cholesky_ex(near)
-    products = (others @ weighted) * scale
+    products = multiplied(others, weighted) * scale
     if int(failed):
-        return (products @ torch.linalg.pinv(near, hermitian=True)) * scale, gram
-    return torch.cholesky_solve(products.T, root).T * scale, gram
+        return multiplied(products, torch.linalg.pinv(near, hermitian=True)) * scale, gram
+    return solve_by_root(root, products.T).T * scale, gram
 
 
 def product(rows: Tensor, coefficients: Tensor, position: Tensor) -> Tensor:
     """The matrix that a pivoted triple stands for: [m, n] float64."""
     exact = rows.double()
-    return torch.cat([exact, coefficients.double() @ exact])[position]
+    return torch.cat([exact, multiplied(coefficients.double(), exact)])[position]
 
 
 def full_up(coefficients: Tensor, position: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdconvert.linalg.metrics import Metric, apply_metric
 from svdconvert.linalg.panels import PANEL, Scaled, Workspace
+from svdconvert.linalg.products import product
 
 
 def relative(squared: float, total: float) -> float:
@@ -25,7 +26,7 @@ def relative_error(weight: Tensor, up: Tensor, down: Tensor, inner: Metric = Non
         inner: R, [n, n] or its diagonal; None for the identity.
     """
     narrow = down.double()
-    return _relative(weight, lambda part: up[part].double() @ narrow, inner)
+    return _relative(weight, lambda part: product(up[part].double(), narrow), inner)
 
 
 def relative_difference(weight: Tensor, other: Tensor) -> float:
@@ -66,8 +67,8 @@ def residual(matrix: Scaled, small: Tensor, large: Tensor, half: float) -> tuple
     left = energy = 0.0
     for part, piece in matrix.panels(small.dtype):
         piece_of_large = (large[part] if matrix.tall else large[:, part]).to(small.dtype) * half
-        product = piece_of_large @ small.T if matrix.tall else small @ piece_of_large
-        left += float(torch.linalg.vector_norm(piece - product)) ** 2
+        made = product(piece_of_large, small.T) if matrix.tall else product(small, piece_of_large)
+        left += float(torch.linalg.vector_norm(piece - made)) ** 2
         energy += float(torch.linalg.vector_norm(piece)) ** 2
     return left, energy
 

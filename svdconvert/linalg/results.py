@@ -87,11 +87,18 @@ class Decomposition:
         basis: [k, c], the last column belongs to the last value, and so on: a row of `down` if W is tall, a column of
             `up` if it is wide, up to its length. c is k, or the highest rank that was asked for.
         scale: power of four that the matrix was multiplied with; `values` and `basis` are of the scaled matrix.
+        single: whether they were found in float32, whatever the type of `basis` is.
     """
 
     values: Tensor
     basis: Tensor
     scale: float = 1.0
+    single: bool = False
+
+    @property
+    def precision(self) -> str:
+        """``float32`` or ``float64``, what the eigenproblem was solved in."""
+        return "float32" if self.single else str(self.basis.dtype)[6:]
 
     @property
     def resolved(self) -> int:

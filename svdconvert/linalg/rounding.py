@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from svdconvert.linalg.products import add_product, product
+
 # Columns that are rounded before their errors are handed on to all later ones.
 BLOCK = 64
 
@@ -54,10 +56,10 @@ def round_with_feedback(rows: Tensor, gram: Tensor, dtype: torch.dtype) -> Tenso
             error = rounded[:, j].to(rows.dtype) - rows[:, j]
             wanted[:, j + 1 : stop].addr_(error, demand[j, j + 1 : stop], alpha=-1)
         errors = rounded[:, start:stop].to(rows.dtype) - rows[:, start:stop]
-        wanted[:, stop:].addmm_(errors, demand[start:stop, stop:], alpha=-1)
+        add_product(wanted[:, stop:], errors, demand[start:stop, stop:], -1)
 
     def cost(candidate: Tensor) -> Tensor:
-        return ((candidate.to(rows.dtype) - rows) @ upper).square().sum(dim=1)
+        return product(candidate.to(rows.dtype) - rows, upper).square().sum(dim=1)
 
     better = cost(rounded) < cost(nearest)  # false for NaN
     return torch.where(better[:, None], rounded, nearest)

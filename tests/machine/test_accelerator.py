@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from support.accelerator import accelerator  # noqa: F401 - a fixture
+from support.accelerator import accelerator, named, slow_float64  # noqa: F401 - one is a fixture
 from support.methods import DATA_AWARE
 from support.results import products
 
@@ -20,11 +20,10 @@ from svdconvert import Calibration, calibrate, convert, densify
 
 
 @pytest.fixture
-def device(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:  # noqa: F811
+def device(accelerator: torch.device) -> Iterator[str]:  # noqa: F811
     """Its name, which the tool takes."""
-    for module in ("commands.convert", "commands.rewriting", "commands.calibrate", "commands.spectrum"):
-        monkeypatch.setattr(f"svdconvert.{module}.resolve_device", lambda name: name)
-    return str(accelerator)
+    with named("commands.convert", "commands.rewriting", "commands.calibrate", "commands.spectrum"):
+        yield str(accelerator)
 
 
 def far(one: Path, other: Path) -> float:
@@ -93,6 +92,19 @@ def test_calibrated(options: dict[str, Any], dense: Path, varied: Calibration, d
         convert(dense, tmp_path / name, keep=0.5, device=name, calibration=varied, **options)
     assert far(tmp_path / "cpu", tmp_path / device) < 2e-2
     assert_same_errors(tmp_path / "cpu", tmp_path / device, 1e-3)
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="asks torch.autocast about the device's name")
+def test_calibrated_where_float64_is_slow(dense: Path, varied: Calibration, device: str, tmp_path: Path) -> None:
+    """The other road is taken, told in the record, and gives the same."""
+    options = {"keep": 0.5, "method": "kfac", "layout": "pivoted", "calibration": varied}
+    convert(dense, tmp_path / "cpu", device="cpu", **options)
+    with slow_float64():
+        record = convert(dense, tmp_path / device, device=device, **options).outcome.record
+    assert far(tmp_path / "cpu", tmp_path / device) < 2e-2
+    assert_same_errors(tmp_path / "cpu", tmp_path / device, 1e-3)
+    assert record["arithmetic"].endswith("as float64 takes 64 times as long here")
+    assert {matrix["precision"] for matrix in record["matrices"].values()} == {"float32"}
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="asks torch.autocast about the device's name")

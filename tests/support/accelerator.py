@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -118,24 +119,65 @@ def device_reads() -> Iterator[list[str]]:
         yield _reads
 
 
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """The device, there in every thread that is started meanwhile."""
+@contextmanager
+def everywhere(*modes: Callable[[], Any]) -> Iterator[None]:
+    """Be in modes, the first one below the others, in this thread and in every one that is started meanwhile."""
     start: Callable[[threading.Thread], None] = threading.Thread.start
 
-    def started_with_device(thread: threading.Thread) -> None:
+    def started_within(thread: threading.Thread) -> None:
         run = thread.run  # of whatever class the thread is
 
-        def with_device() -> None:
-            with _Device():
+        def within() -> None:
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode())
                 run()
 
-        thread.run = with_device  # type: ignore[method-assign]
+        thread.run = within  # type: ignore[method-assign]
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", started_with_device)
-    with _Device():
+    threading.Thread.start = started_within  # type: ignore[method-assign]
+    try:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode())
+            yield
+    finally:
+        threading.Thread.start = start  # type: ignore[method-assign]
+
+
+@contextmanager
+def emulated(counter: TorchDispatchMode | None = None) -> Iterator[torch.device]:
+    """Have the device there, in every thread.
+
+    Args:
+        counter: a mode that sees what the device computes.
+    """
+    with everywhere(*([] if counter is None else [lambda: counter]), _Device):
         yield DEVICE
+
+
+@contextmanager
+def named(*modules: str) -> Iterator[None]:
+    """Have modules of svdconvert take the device's name as it is."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch(f"svdconvert.{module}.resolve_device", lambda name: name))
+        yield
+
+
+@contextmanager
+def slow_float64(times: float = 64.0) -> Iterator[None]:
+    """Have the device take so many times as long in float64 as in float32."""
+    with patch.dict("svdconvert.linalg.rates._known", {str(DEVICE): times}):
+        yield
+
+
+@pytest.fixture
+def accelerator() -> Iterator[torch.device]:
+    """The device, there in every thread that is started meanwhile."""
+    with emulated() as device:
+        yield device
 
 
 def on_host(tensor: Tensor) -> Tensor:
