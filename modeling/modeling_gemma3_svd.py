@@ -25,19 +25,21 @@ import time
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only
-from transformers import (
-    AutoModel,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
-    Gemma3Model,
-    Gemma3TextConfig,
-    Gemma3TextModel,
-)
+from transformers import __version__ as installed
 
-try:
-    from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
-except ImportError:
-    raise ImportError("a factored Gemma 3 that sees needs transformers 5 or newer; update it") from None
+if tuple(int(part) for part in re.findall(r"\d+", installed)[:2]) >= (5, 0):
+    from transformers import (
+        AutoModel,
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3Model,
+        Gemma3TextConfig,
+        Gemma3TextModel,
+    )
+else:
+    raise ImportError(
+        f"a factored Gemma 3 that sees needs transformers 5.0 or newer, and {installed} is installed; update it"
+    )
 
 AUTO_MAP = {
     "AutoConfig": "modeling_gemma3_svd.Gemma3SVDConfig",
@@ -846,20 +848,24 @@ class Gemma3TextSVDModel(_Factored, Gemma3TextModel):
         self.post_init()  # again, for the initial weights of the factors
 
 
-# so that the stock classes, which build their language model by its config, build this one
+# so that stock classes which build their language model by its config build this one
 AutoModel.register(Gemma3TextSVDConfig, Gemma3TextSVDModel)
 
-# Names in files, as published checkpoints have them -> names in memory. transformers has the same for its own classes.
-register_checkpoint_conversion_mapping(
-    "gemma3_svd",
-    [
-        WeightRenaming(source_patterns=r"^language_model\.model\.", target_patterns="model.language_model."),
-        WeightRenaming(source_patterns=r"^language_model\.lm_head\.", target_patterns="lm_head."),
-        WeightRenaming(source_patterns=r"^vision_tower\.", target_patterns="model.vision_tower."),
-        WeightRenaming(source_patterns=r"^multi_modal_projector\.", target_patterns="model.multi_modal_projector."),
-    ],
-    overwrite=True,
-)
+# Names in files, as published checkpoints have them -> names in memory. Some versions of transformers have them in
+# their own class, from which ours inherits; later ones in a table by model_type.
+if not getattr(Gemma3ForConditionalGeneration, "_checkpoint_conversion_mapping", None):
+    from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
+
+    register_checkpoint_conversion_mapping(
+        "gemma3_svd",
+        [
+            WeightRenaming(source_patterns=r"^language_model\.model\.", target_patterns="model.language_model."),
+            WeightRenaming(source_patterns=r"^language_model\.lm_head\.", target_patterns="lm_head."),
+            WeightRenaming(source_patterns=r"^vision_tower\.", target_patterns="model.vision_tower."),
+            WeightRenaming(source_patterns=r"^multi_modal_projector\.", target_patterns="model.multi_modal_projector."),
+        ],
+        overwrite=True,
+    )
 
 
 class Gemma3SVDConfig(Gemma3Config):

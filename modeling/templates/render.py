@@ -19,7 +19,8 @@ from svdconvert.families.mixture import CountedTwice
 from svdconvert.families.rotary import Rotary
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES
-from svdconvert.families.tower import TOWERS, Tower
+from svdconvert.families.tower import Tower
+from svdconvert.families.towers import TOWERS
 
 TEMPLATES = Path(__file__).parent
 MODELING = TEMPLATES.parent
@@ -119,11 +120,16 @@ def _formatted(text: str) -> str:
 
 
 def page() -> str:
-    """The text of docs/families.md with the table of families as the rows have it: the first table of the page."""
+    """The text of docs/families.md with the tables of families and of models that see as the rows have them."""
     text = PAGE.read_text(encoding="utf-8")
-    before, bar, rest = text.partition("|---|---|---|---|---|\n")
-    _, _, after = rest.partition("\n\n")
-    return before + bar + "\n".join(map(_line, ARCHITECTURES.values())) + "\n\n" + after
+    # of five columns and of four, as no other table of the page
+    for bar, lines in (
+        ("\n|---|---|---|---|---|\n", map(_line, ARCHITECTURES.values())),
+        ("\n|---|---|---|---|\n", map(_seeing_line, TOWERS)),
+    ):
+        before, _, rest = text.partition(bar)
+        text = before + bar + "\n".join(lines) + "\n\n" + rest.partition("\n\n")[2]
+    return text
 
 
 def _line(row: Architecture) -> str:
@@ -136,11 +142,18 @@ def _line(row: Architecture) -> str:
     return f"| `{row.model_type}` | {models} | `{row.causal_class}` | {layers} | {row.remarks} |"
 
 
+def _seeing_line(tower: Tower) -> str:
+    since = ".".join(map(str, tower.since))
+    return (
+        f"| `{tower.model_type}`, `{tower.language_types[0]}` | {tower.models} | `{tower.factored_class}` | {since} |"
+    )
+
+
 def main() -> None:
     """Write every file."""
     for row in ARCHITECTURES.values():
         (MODELING / f"{row.modeling}.py").write_text(render(row), encoding="utf-8")
-    for tower in TOWERS.values():
+    for tower in TOWERS:
         (MODELING / f"{tower.modeling}.py").write_text(render(tower.rendered, tower), encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
 

@@ -13,6 +13,8 @@ from svdconvert.fields import short
 _OUTSIDE = ("rope_theta", "partial_rotary_factor")
 # The names of these outside of it, GPT-NeoX's among them.
 _OUTER = {name: name for name in _OUTSIDE} | {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+# How the channels are divided among the coordinates of a position, where it has three.
+_AXES = ("mrope_section", "mrope_interleaved")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,31 @@ def contradiction(config: Config) -> str | None:
         if value is not None and value != rope.get(key):
             return f"{words}, but {short(rope.get(key))} in rope_parameters"
     return None
+
+
+def one_axis(config: Config) -> dict[str, Any]:
+    """A config whose positions have three coordinates as one whose positions are numbers: the same model of a text."""
+    found = dict(config)
+    for spelling in ("rope_scaling", "rope_parameters"):
+        if rope := dict(config.get(spelling) or {}):
+            kind = rope.get("rope_type", rope.pop("type", "default"))
+            # transformers' first name for what rotates as usual
+            rope["rope_type"] = "default" if kind == "mrope" else kind
+            found[spelling] = {key: value for key, value in rope.items() if key not in (*_AXES, "type")}
+    return found
+
+
+def three_axes(config: Config, source: Config) -> dict[str, Any]:
+    """Inverse of :func:`one_axis`: rotary settings in both spellings.
+
+    Args:
+        config: with those of :class:`Rotary`.
+        source: the config that ``config`` was made from.
+    """
+    axes = {key: value for key, value in rope_parameters(source).items() if key in _AXES}
+    rope = {**config["rope_parameters"], **axes}
+    scaling = {key: value for key, value in rope.items() if key not in _OUTSIDE}
+    return {"rope_parameters": rope, "rope_scaling": scaling}
 
 
 def gpt_neox(config: Config) -> dict[str, Any]:

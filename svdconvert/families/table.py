@@ -59,6 +59,7 @@ from svdconvert.families import (
 )
 from svdconvert.families.claims import check_claims
 from svdconvert.families.row import Architecture, Config, Shapes
+from svdconvert.families.towers import TOWERS
 from svdconvert.families.unsupported import kind_of, quantisation_of
 
 __all__ = [
@@ -149,9 +150,11 @@ def dense_architecture(config: Config, where: str) -> Architecture:
         )
     if model_type is None or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
+        seeing = ", ".join(sorted({tower.model_type for tower in TOWERS}))
         raise InputError(
             f"{where} has model_type {model_type!r}{kind_of(config)}, which is not supported; "
-            f"give a decoder-only language model of one of the types {known}"
+            f"give a decoder-only language model of one of the types {known}, or a model that sees of one of the types "
+            f"{seeing}"
         )
     row = ARCHITECTURES[model_type]
     check_claims(config, row, where)

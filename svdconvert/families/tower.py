@@ -1,40 +1,50 @@
-"""Models that see, around a language model of the table: which there are, and their language model's config. No torch.
+"""Models that see, around a language model of the table: what a row says, and the language model's config. No torch.
 
 Their language model is converted as the family of the table that it is; everything else is copied. So all but what is
-written sees a language model: its config, and its tensors by the names that they have in it.
+written sees a language model: its config, and its tensors by the names that they have in it. Which there are is in
+``towers.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from svdconvert.errors import InputError
-from svdconvert.families import gemma3_text
+from svdconvert.families.rotary import Rotary, one_axis, rope_parameters, three_axes
 from svdconvert.families.row import Architecture, Config
 
 # Fields of the whole that its language model's config may leave to it.
 _INHERITED = ("torch_dtype", "dtype", "tie_word_embeddings", "quantization_config")
 # Fields of a factored language model that are the whole's, where it is a part of one.
 _OUTER = ("auto_map", "architectures", "torch_dtype", "dtype", "transformers_version")
+# Fields of the whole in a config that has those of the language model beside them.
+_WHOLE = (*_OUTER, "model_type", "_name_or_path", "tie_word_embeddings", "quantization_config", "vision_config")
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A model that sees.
+    """A model that sees, with a language model of one family. A type with several kinds of them has a row for each.
 
     Attributes:
         model_type: ``config.json``'s model_type of the dense model.
         stock: prefix of the names of its classes in transformers.
         svd_model_type: ``config.json``'s model_type of the factored one; its file is modeling_TYPE.py.
         text: the row of its language model.
-        prefixes: of the language model's names in files, where ``text`` has ``text.prefix``; the first one is that of
-            published checkpoints, the others are what transformers has in memory.
+        prefixes: of the language model's names in files, where ``text`` has ``text.prefix``: the first one that there
+            is. If one is the beginning of another, it comes after it.
         heads: names of the output head in files.
         vision: the modules beside the language model, as transformers has them in memory.
+        renames: patterns of names in files, and what transformers has in their place in memory.
+        own: model_type of its language model, where transformers has classes of its own for that. Of a text they
+            compute what ``text`` does: their positions have three coordinates, which are the same for a word.
+        flat: fields of the whole, where published configs have those of the language model beside them.
         defaults: fields of the language model's config that published files leave out.
+        since: the first supported version of transformers.
+        title: its name in the modeling file.
         models: published models, for docs/families.md.
+        tiny: settings of the language model in tests, on top of those of ``text``.
     """
 
     model_type: str
@@ -44,8 +54,14 @@ class Tower:
     prefixes: tuple[str, ...]
     heads: tuple[str, ...]
     vision: tuple[str, ...]
-    defaults: Mapping[str, Any]
+    renames: tuple[tuple[str, str], ...]
+    title: str
     models: str
+    own: str = ""
+    flat: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    since: tuple[int, int] = (4, 57)
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def dense_class(self) -> str:
@@ -75,9 +91,24 @@ class Tower:
     @property
     def rendered(self) -> Architecture:
         """The row of the language model's classes in the modeling file, where the plain names are the whole's."""
-        return replace(
-            self.text, factored=f"{self.stock}TextSVD", classifies=False, labels="", template="tower", prefix="model."
+        row = replace(
+            self.text,
+            factored=f"{self.stock}TextSVD",
+            classifies=False,
+            labels="",
+            template="tower",
+            prefix="model.",
+            title=self.title,
         )
+        if not self.own:
+            return row
+        named = replace(row, model_type=self.own, svd_model_type=f"{self.own}_svd")
+        return replace(named, stock=self.stock, text="Text", config_overrides=Rotary(theta=1_000_000.0))
+
+    @property
+    def language_types(self) -> tuple[str, str]:
+        """text_config's model_type in the dense and in the factored model."""
+        return self.rendered.model_type, self.rendered.svd_model_type
 
     def text_config(self, config: Config, where: str) -> dict[str, Any]:
         """The config of the language model by itself, dense or factored.
@@ -85,8 +116,8 @@ class Tower:
         Raises:
             InputError: there is none.
         """
-        inner = config.get("text_config")
-        if not isinstance(inner, Mapping):
+        _, inner = self._parts(config)
+        if inner is None:
             raise InputError(
                 f"config.json of {where} has no text_config, which describes the language model of a "
                 f"{self.model_type} model; add it"
@@ -95,13 +126,15 @@ class Tower:
         found |= {name: value for name, value in inner.items() if value is not None or name not in found}
         for name, value in self.defaults.items():
             found.setdefault(name, value)
+        if self.own:
+            found = one_axis(found)
+            if found.get("rope_theta") is None and rope_parameters(found).get("rope_theta") is None:
+                raise InputError(
+                    f"config.json of {where} does not say the rope_theta of its language model, for which versions of "
+                    "transformers have different defaults; add it"
+                )
         factored = config["model_type"] == self.svd_model_type
         kind = self.text.svd_model_type if factored else self.text.model_type
-        if inner.get("model_type", kind) != kind:
-            raise InputError(
-                f"config.json of {where} has text_config.model_type {inner['model_type']!r}, but a model of type "
-                f"{config['model_type']!r} has {kind!r} there; correct it"
-            )
         return found | {"model_type": kind, "architectures": [self.text.dense_class]}
 
     def whole_config(self, whole: Config, text: Config) -> dict[str, Any]:
@@ -112,58 +145,37 @@ class Tower:
             text: that of its language model in the result, dense or factored.
         """
         factored = "svd_ranks" in text
+        outer, inner = self._parts(whole)
         kept = ("auto_map", "_name_or_path", "dtype", "torch_dtype")
-        found = {name: value for name, value in whole.items() if name not in kept}
+        found = {name: value for name, value in outer.items() if name not in kept}
         dtype = text.get("torch_dtype") or text.get("dtype")
         code = text.get("auto_map", {})
         own = {name: value for name, value in code.items() if name not in self.text.auto_map}
         own |= self.auto_map if factored else {}
+        language = {name: value for name, value in text.items() if name not in _OUTER}
+        if self.own:
+            language |= three_axes(language, inner or {})
         found |= {
             "architectures": [self.factored_class if factored else self.dense_class],
             "model_type": self.svd_model_type if factored else self.model_type,
-            "text_config": {name: value for name, value in text.items() if name not in _OUTER},
+            "text_config": language | {"model_type": self.language_types[factored]},
             "tie_word_embeddings": text["tie_word_embeddings"],
             **({"auto_map": own} if own else {}),
             **({"torch_dtype": dtype} if dtype else {}),
         }
         return found
 
+    def stock_config(self, config: Config) -> dict[str, Any]:
+        """config.json of the dense model with the same vision, of a dense or a factored one."""
+        outer, inner = self._parts(config)
+        text = {**(inner or {}), "model_type": self.language_types[0]}
+        return {**outer, "model_type": self.model_type, "text_config": text}
 
-TOWERS: Mapping[str, Tower] = {
-    "gemma3": Tower(
-        model_type="gemma3",
-        stock="Gemma3",
-        svd_model_type="gemma3_svd",
-        text=gemma3_text.ROW,
-        prefixes=("language_model.model.", "model.language_model."),
-        heads=("language_model.lm_head.weight", "lm_head.weight"),
-        vision=("vision_tower", "multi_modal_projector"),
-        defaults={
-            "vocab_size": 262_208,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "max_position_embeddings": 131_072,
-            "sliding_window": 4096,
-            "tie_word_embeddings": True,
-        },
-        models="Gemma 3 4B, 12B, 27B",
-    ),
-}
-FACTORED_TOWERS: Mapping[str, Tower] = {tower.svd_model_type: tower for tower in TOWERS.values()}
-
-
-def tower_of(config: Config) -> Tower | None:
-    """The model that sees whose config.json this is, dense or factored."""
-    kind = config.get("model_type")
-    return {**TOWERS, **FACTORED_TOWERS}.get(kind) if isinstance(kind, str) else None
-
-
-def language_config(config: Config, where: str) -> dict[str, Any]:
-    """The config of the language model in a model that sees; that of any other model as it is.
-
-    Raises:
-        InputError: it has none.
-    """
-    tower = tower_of(config)
-    return dict(config) if tower is None else tower.text_config(config, where)
+    def _parts(self, config: Config) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+        """Fields of the whole, and those of the language model; None if there are none."""
+        inner = config.get("text_config")
+        if inner is None and self.flat and "hidden_size" in config:
+            whole = {name: value for name, value in config.items() if name in (*_WHOLE, *self.flat)}
+            return whole, {name: value for name, value in config.items() if name not in whole}
+        whole = {name: value for name, value in config.items() if name != "text_config"}
+        return whole, inner if isinstance(inner, Mapping) else None

@@ -20,7 +20,7 @@ from svdconvert.families.table import (
     dense_shapes,
     factored_architecture,
 )
-from svdconvert.families.tower import tower_of
+from svdconvert.families.towers import tower_of
 from svdconvert.foreign import CORRECT, FETCH, foreign_code, quiet_transformers
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.storage.documents import json_or_none, read_json

@@ -38,7 +38,9 @@ def check_model(source: Source) -> None:
     """
     factored = is_factored(source)
     row = (factored_architecture if factored else dense_architecture)(source.config, source.where)
-    _check_version(row, source)
+    _check_version(source, row.model_type, row.since)
+    if source.whole is not None:
+        _check_version(source, source.whole.tower.model_type, source.whole.tower.since)
     _check_attention(source)
     if not factored:
         full = row.full_names(source.tensors, source.config)
@@ -64,9 +66,8 @@ def check_beside(whole: Whole) -> None:
     """
     from accelerate import init_empty_weights
 
-    tower, config = whole.tower, portable(whole.config)
-    text = {**config["text_config"], "model_type": tower.text.model_type}
-    config |= {"model_type": tower.model_type, "text_config": text}  # a factored one sees with the same modules
+    tower = whole.tower
+    config = portable(tower.stock_config(whole.config))  # a factored one sees with the same modules
     problem = f"config.json of {whole.where} cannot be used"
     with foreign_code(problem, CORRECT), quiet_transformers(), init_empty_weights(include_buffers=False):
         made = transformers.AutoConfig.for_model(**config)
@@ -81,11 +82,11 @@ def check_beside(whole: Whole) -> None:
         )
 
 
-def _check_version(row: Architecture, source: Source) -> None:
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < row.since:
-        needed = ".".join(map(str, row.since))
+def _check_version(source: Source, model_type: str, since: tuple[int, int]) -> None:
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < since:
+        needed = ".".join(map(str, since))
         raise InputError(
-            f"{source.where} has model_type {row.model_type!r}, which needs transformers {needed} or newer; update "
+            f"{source.where} has model_type {model_type!r}, which needs transformers {needed} or newer; update "
             f"transformers, which is {transformers.__version__}"
         )
 

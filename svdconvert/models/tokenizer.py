@@ -8,7 +8,7 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.families.table import FACTORED
-from svdconvert.families.tower import FACTORED_TOWERS
+from svdconvert.families.towers import FACTORED_TOWERS
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.storage.documents import read_json
 

@@ -24,7 +24,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from svdconvert.errors import InputError, JobError, SvdconvertError
-from svdconvert.families.tower import language_config
+from svdconvert.families.towers import language_config
 from svdconvert.sentences import printable
 from svdconvert.storage.disk import refuse_full
 from svdconvert.storage.documents import read_bytes, read_json

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdconvert.families.table import FACTORED
-from svdconvert.families.tower import FACTORED_TOWERS
+from svdconvert.families.towers import FACTORED_TOWERS
 from svdconvert.storage.other_formats import ADAPTER_CONFIG
 
 TEMPLATES = "additional_chat_templates/"

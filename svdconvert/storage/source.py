@@ -18,7 +18,7 @@ from typing import Any
 from svdconvert.errors import InputError
 from svdconvert.families.mixture import unstacked
 from svdconvert.families.table import ARCHITECTURES, FACTORED, dense_architecture, dense_shapes
-from svdconvert.families.tower import language_config, tower_of
+from svdconvert.families.towers import language_config, tower_of
 from svdconvert.storage.documents import fill, open_regular, read_bytes, read_json, reading
 from svdconvert.storage.folders import ModelFolder, cached_repo
 from svdconvert.storage.headers import read_header

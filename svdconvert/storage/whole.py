@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from svdconvert.errors import InputError
-from svdconvert.families.tower import Tower, tower_of
+from svdconvert.families.tower import Tower
+from svdconvert.families.towers import tower_of
 from svdconvert.tensors import TensorInfo
 
 
@@ -71,8 +72,8 @@ def language_tensors(
     prefix = next((one for one in tower.prefixes if any(name.startswith(one) for name in tensors)), None)
     if prefix is None:
         raise InputError(
-            f"{where} has no tensors named {tower.prefixes[0]}..., so its language model is not there; save the whole "
-            f"{tower.dense_class} with save_pretrained"
+            f"{where} has no tensors named {'... or '.join(tower.prefixes)}..., so its language model is not there; "
+            f"save the whole {tower.dense_class} with save_pretrained"
         )
     own = {name: row.prefix + name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
     own |= {name: row.head[0] for name in tower.heads if name in tensors}

@@ -138,8 +138,8 @@ SINGLE_FILE_FAULTS = {
         "'some_vl_moe', a mixture of experts, which is not",
     ),
     "images": (
-        edit_config(model_type="llava", vision_config={}, text_config={"model_type": "llama"}),
-        "'llava', a model that sees or hears, which is not",
+        edit_config(model_type="llava_next", vision_config={}, text_config={"model_type": "llama"}),
+        "'llava_next', a model that sees or hears, which is not",
     ),
     "encoder": (edit_config(model_type="t5", is_encoder_decoder=True), "'t5', an encoder with a decoder, which is not"),
     **{

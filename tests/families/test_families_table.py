@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from svdconvert.errors import InputError
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES, FACTORED
-from svdconvert.families.tower import TOWERS
+from svdconvert.families.towers import TOWERS
 from svdconvert.jobs.model_files import modeling_source
 from svdconvert.models import preflight
 from svdconvert.models.head import LOGITS
@@ -64,7 +64,7 @@ def test_an_older_transformers_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     rewrite_config(model, model_type="gemma3_text")
     monkeypatch.setattr(preflight, "transformers", SimpleNamespace(__version__="4.57.1"))
     with pytest.raises(InputError, match=r"'gemma3_text', which needs transformers 5\.0 or newer.* is 4\.57\.1"):
-        preflight._check_version(ARCHITECTURES["gemma3_text"], LocalSource(model))
+        preflight._check_version(LocalSource(model), "gemma3_text", ARCHITECTURES["gemma3_text"].since)
 
 
 def test_what_is_rendered() -> None:
@@ -80,7 +80,7 @@ def test_what_is_rendered() -> None:
     spec.loader.exec_module(module)
     for row in FACTORED.values():
         assert modeling_source(row).decode() == module.render(row), f"{row.modeling}: run `make modeling`"
-    for tower in TOWERS.values():
+    for tower in TOWERS:
         rendered = module.render(tower.rendered, tower)
         assert modeling_source(tower).decode() == rendered, f"{tower.modeling}: run `make modeling`"
     assert module.PAGE.read_text(encoding="utf-8") == module.page(), "docs/families.md: run `make modeling`"
