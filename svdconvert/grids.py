@@ -83,6 +83,11 @@ class Grid:
         return f"{self.bits} bits" + (f" in groups of {self.group}" if self.group else "")
 
 
+def scale_of(weight: str) -> str:
+    """Name of the tensor with the scales of a weight that is packed."""
+    return weight.removesuffix("weight") + SCALE
+
+
 def weights_of(names: Sequence[str]) -> list[str]:
     """Names of the weights that stored tensors stand for, each once, in their order."""
     return list(dict.fromkeys(_weight_of(name) for name in names))

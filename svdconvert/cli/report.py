@@ -92,7 +92,7 @@ def show_result(console: Console, report: Report) -> None:
     """Print what a conversion did."""
     plan, outcome, figures = report.plan, report.outcome, report.training_free
     matrices: Mapping[str, Mapping[str, float]] = figures["matrices"]
-    every, settings = {**matrices, **report.rounded}, outcome.record["settings"]
+    every, settings = {**matrices, **figures.get("rounded", {})}, outcome.record["settings"]
     errors = {name: float(one["relative_error"]) for name, one in every.items()}
     resumed = f", {outcome.resumed} matrices of them by an earlier run" if outcome.resumed else ""
     rows = [

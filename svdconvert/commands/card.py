@@ -142,7 +142,7 @@ def _quality(
     chosen = [f"{what} chosen by measuring: {budget}.", ""] if budget else []
     if not matrices:
         return [*_measured(losses), *chosen]
-    train = "train an adapter beside it" if plan.grids else "fine-tune"
+    train = "heal it or train an adapter beside it" if plan.grids else "fine-tune"
     advice = f"Truncation costs quality; measure it, and {train} before use."
     return [*_losses(matrices, rough_guess(bits=bool(plan.grids))), "", *_measured(losses), *chosen, advice, ""]
 

@@ -93,7 +93,9 @@ class _Results:
             if target.rounded and target.rank is None:
                 report = RoundedReport.from_json(reports[target.weight])
                 worth = self.prepared.worths[target.module]
-                found[target.module] = replace(report, predicted_loss=worth * report.lost / 2, worth=worth).to_json()
+                found[target.module] = replace(
+                    report, predicted_loss=worth * (report.lost or 0.0) / 2, worth=worth
+                ).to_json()
         return found
 
     def predicted(self, reports: Reports) -> dict[str, float]:

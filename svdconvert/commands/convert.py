@@ -118,8 +118,8 @@ def convert(
         refit: ``sequential`` fits the outer factors to the dense model on the inputs that the compressed layers before
             them give, see :mod:`svdconvert.factoring.refit`; ``none`` leaves the truncation as it is.
         stats: instead of a calibration, the folder that :func:`svdconvert.calibrate` has written.
-        heal: train the factors to the dense model's predictions in the end, as :func:`svdconvert.heal` does, on the
-            text of ``calibration``.
+        heal: train the factors, and the scales of weights in few bits, to the dense model's predictions in the end, as
+            :func:`svdconvert.heal` does, on the text of ``calibration``.
         heal_calib: heal on another text, a path or a name as of a calibration; ``self`` for text that the dense model
             writes. Length, seed and batch size are those of ``calibration``.
         heal_samples: sequences to heal on; by default as many as of ``calibration``.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from svdconvert.calibration.knowledge import Calibration, find_knowledge
 from svdconvert.commands.healed_card import healed_card
-from svdconvert.commands.healing_job import healed_steps, healing_details
+from svdconvert.commands.healing_job import as_stored, healed_steps, healing_details
 from svdconvert.commands.verify import self_check
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture, factored_architecture
@@ -34,6 +34,7 @@ from svdconvert.settings.healing import HealRequest
 from svdconvert.storage.documents import json_or_none
 from svdconvert.storage.opening import open_source
 from svdconvert.storage.source import LocalSource, Source
+from svdconvert.storage.tying import head_copies
 from svdconvert.tensors import parameters
 
 
@@ -60,9 +61,10 @@ def heal(
     """Train the factors of a compressed model to the predictions of the dense one, and write the result.
 
     The factors alone are trained: rows that a pivoted matrix keeps are factors, their places and all other tensors stay
-    as they are. What is minimised is KL(dense || model), and every eighth sequence of the text, up to 8,192 tokens, is
-    held out to judge by; if training brings nothing there, the result has the factors as they were. An interrupted call
-    goes on where it stopped when it is made again with the same arguments.
+    as they are. Of weights that are packed integers the scales are trained, and the integers stay. What is minimised is
+    KL(dense || model), and every eighth sequence of the text, up to 8,192 tokens, is held out to judge by; if training
+    brings nothing there, the result has the tensors as they were. An interrupted call goes on where it stopped when it
+    is made again with the same arguments.
 
     Args:
         model: folder of a factored checkpoint.
@@ -125,11 +127,6 @@ def run_healing(
         raise InputError(f"there is no folder {start}")
     device = resolve_device(request.runtime.device)
     source = LocalSource(start)
-    if source.packed:
-        raise InputError(
-            f"{start} has weights on integer grids, which cannot be trained; train an adapter beside it with peft, "
-            "or convert the model again without them, and heal that"
-        )
     row = factored_architecture(source.config, source.where)
     refuse_same_folder(source, folder)
     dense = open_source(
@@ -177,7 +174,7 @@ def _job(work: HealingWork, row: Architecture, steps: Sequence[Step], healed: He
     """The job that writes trained factors."""
     source, dense = work.source, work.dense
     outputs = [info for step in steps for info in step.outputs]
-    params, start = parameters(outputs), _start_command(source)
+    params, start = _parameters(source, row), _start_command(source)
     starts = [] if start is None else [start]
     told = healing_details(work, healed)
     details = told if start is None else {**told, "healing": {**told["healing"], "start": start}}
@@ -188,7 +185,15 @@ def _job(work: HealingWork, row: Architecture, steps: Sequence[Step], healed: He
         extra=model_files.code_files(source, row),
         card=lambda reports: healed_card(source, dense, row, [*starts, command], healed, params),
         details=lambda reports: {"params": params, **details, "repeat": command},
+        reads=as_stored(source),
     )
+
+
+def _parameters(source: LocalSource, row: Architecture) -> int:
+    """Parameters of the model; of packed weights their entries."""
+    copies = head_copies(row, source)
+    beside = () if source.whole is None else source.whole.rest.values()
+    return parameters([*beside, *(info for info in source.tensors.values() if info not in copies)])
 
 
 def _start_command(source: LocalSource) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 from svdconvert.calibration.knowledge import Knowledge, find_knowledge
 from svdconvert.commands.card import factored_card
 from svdconvert.commands.healed_card import healed_lines
-from svdconvert.commands.healing_job import healed_steps, healing_details
+from svdconvert.commands.healing_job import as_stored, healed_steps, healing_details
 from svdconvert.commands.measured_budgets import MeasuredBudget
 from svdconvert.commands.verify import self_check
 from svdconvert.commands.work import Work
@@ -37,9 +37,9 @@ from svdconvert.storage.disk import refuse_full
 from svdconvert.storage.source import LocalSource
 
 # Of a conversion's record, what is of its factors: with those of the healed ones these figures have nothing to do.
-FIGURES = ("matrices", "predicted_loss", "dense_loss", "measured_loss", "refit", "budget")
+FIGURES = ("matrices", "rounded", "predicted_loss", "dense_loss", "measured_loss", "refit", "budget")
 
-_NO_GAIN = "Training brought no gain, so the factors are what they were."
+_NO_GAIN = "Training brought no gain, so the weights are what they were."
 
 # The conversion without healing: what it is -> its plan as it was carried out, and how it ended.
 Convert = Callable[[Work, Plan], tuple[Plan, Outcome]]
@@ -177,7 +177,7 @@ class _Healing:
             card=lambda reports: self._card(figures, rest["repeat"], healed),
             details=lambda reports: {**rest, "training_free": figures, **told},
             page=result_page if work.request.output.report else None,
-            reads=source,
+            reads=as_stored(source),
         )
 
     def _card(self, figures: Mapping[str, Any], command: str, healed: Healed) -> str:

@@ -12,6 +12,11 @@ from svdconvert.names import kind
 from svdconvert.nats import perplexity
 from svdconvert.storage.source import Source
 
+_INTEGERS = (
+    "Of weights in few bits the scales alone were trained: integers, sizes and format are those of before.",
+    "",
+)
+
 
 def healed_card(
     source: Source,
@@ -35,11 +40,11 @@ def healed_card(
     lines = [
         f"# {name}, healed",
         "",
-        f"{source.name}, a model whose linear layers are products of low rank, with its factors trained to {origin}"
+        f"{source.name}, a model whose linear layers are {_layers(source)}, with its {healed.what} trained to {origin}"
         f"{'' if healed.changed else '; that brought no gain, so they are what they were'}. Made by svdconvert.",
         "",
         *healed_lines(healed, params),
-        *usage(source, row, source.config["svd_ranks"]),
+        *usage(source, row, source.config["svd_ranks"], packed=bool(source.packed)),
         "## Made by",
         "",
         "```",
@@ -48,11 +53,19 @@ def healed_card(
         "",
         "`svdconvert.json` holds versions, settings, and what was measured on the way.",
     ]
-    return front_matter(source, ["svdconvert", "low-rank", "svd"]) + "\n".join(lines) + "\n"
+    tags = ["svdconvert", *(("low-rank", "svd") if source.config["svd_ranks"] else ())]
+    return front_matter(source, [*tags, *(("compressed-tensors",) if source.packed else ())]) + "\n".join(lines) + "\n"
+
+
+def _layers(source: Source) -> str:
+    """What its linear layers are."""
+    if not source.packed:
+        return "products of low rank"
+    return "rounded to few bits" + (", some as products of low rank" if source.config["svd_ranks"] else "")
 
 
 def healed_lines(healed: Healed, params: int) -> list[str]:
-    """What the training was worth, and how far the products are from the dense matrices now.
+    """What the training was worth, and how far the matrices are from the dense ones now.
 
     Args:
         healed: how it ended.
@@ -64,7 +77,7 @@ def healed_lines(healed: Healed, params: int) -> list[str]:
 def _figures(healed: Healed, params: int) -> list[str]:
     """What the training was worth."""
     rows = [("before", healed.before), ("after", healed.after)]
-    which = "block by block" if healed.blocks else f"the factors are those after step {healed.best_step:,}"
+    which = "block by block" if healed.blocks else f"the {healed.what} are those after step {healed.best_step:,}"
     rate = "" if healed.lr is None else f", learning rate {healed.lr:g}"
     return [
         "| | KL(dense ‖ model) | perplexity |",
@@ -74,22 +87,25 @@ def _figures(healed: Healed, params: int) -> list[str]:
         "",
         f"Nats per token, on {healed.held_out_tokens:,} held-out tokens of the text, by which the training was judged. "
         f"It took {healed.steps:,} steps of {healed.batch_size} sequences, {healed.tokens:,} tokens{rate}; {which}. "
-        f"{params:,} parameters. The factors were fitted to this text: on "
-        "texts of other kinds the gain is smaller, so measure it there.",
+        f"{params:,} parameters. The {healed.what} were fitted to this text: "
+        "on texts of other kinds the gain is smaller, so measure it there.",
         "",
+        *(_INTEGERS if healed.trained["scales"] else ()),
     ]
 
 
 def _errors(healed: Healed) -> list[str]:
-    """How far the products are from the dense matrices now, which training lets grow."""
+    """How far products and rounded matrices are from the dense ones now, which training lets grow."""
     kinds: dict[str, list[float]] = {}
-    for module, report in healed.matrices.items():
-        kinds.setdefault(kind(module), []).append(report.relative_error)
+    errors = {module: report.relative_error for module, report in healed.matrices.items()}
+    errors |= {module: report.relative_error for module, report in healed.rounded.items()}
+    for module, error in errors.items():
+        kinds.setdefault(kind(module), []).append(error)
     if not kinds:
         return []
-    cells = ((name, (min(errors), median(errors), max(errors))) for name, errors in kinds.items())
+    cells = ((name, (min(same), median(same), max(same))) for name, same in kinds.items())
     return [
-        "| ‖W - BA‖ / ‖W‖, lowest / median / highest | |",
+        f"| ‖W - {'Q' if healed.rounded else 'BA'}‖ / ‖W‖, lowest / median / highest | |",
         "|---|---|",
         *(f"| {name} | {' / '.join(f'{one:.4f}' for one in three)} |" for name, three in cells),
         "",

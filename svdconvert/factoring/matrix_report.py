@@ -105,7 +105,8 @@ class RoundedReport:
         shape: ``(out, in)``.
         bits, groups: as of :class:`MatrixReport`, of its one weight.
         relative_error: ||W - Q|| / ||W|| of the matrix as it is stored, Frobenius norm.
-        whole, lost: in the method's metrics, what there was, and the loss of the matrix as it is stored.
+        whole, lost: in the method's metrics, what there was, and the loss of the matrix as it is stored; None of one
+            that was healed.
         predicted_loss: the loss added, nats per token, where the metrics are those of the loss.
         worth: as of :class:`MatrixReport`.
         seconds: time of the step.
@@ -115,8 +116,8 @@ class RoundedReport:
     bits: Sequence[int]
     groups: Sequence[int]
     relative_error: float
-    whole: float
-    lost: float
+    whole: float | None = None
+    lost: float | None = None
     predicted_loss: float | None = None
     worth: float | None = None
     seconds: float | None = None

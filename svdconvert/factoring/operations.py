@@ -242,14 +242,14 @@ def matrix_report(step: Step, weight: Tensor, found: Truncation) -> MatrixReport
 
 
 def _healed(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
-    """The tensors of factored layers -> the same, with the factors that training has left; all else is unchanged."""
+    """Stored tensors -> the same, with what training has left of those that were trained; all else is unchanged."""
     factors = read_tensors(Path(step.options["file"]), step.options["factors"])
     # copies of the others: the inputs lie in a buffer that the next step's are read into
     outputs = [
         factors[info.name] if info.name in factors else tensor.clone()
         for info, tensor in zip(step.outputs, inputs, strict=True)
     ]
-    return outputs, PlainReport(rank=inputs[0].shape[0])
+    return outputs, PlainReport(rank=step.options.get("rank"))
 
 
 def _multiply(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:

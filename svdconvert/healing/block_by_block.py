@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from svdconvert.errors import InputError
 from svdconvert.families.table import factored_architecture
 from svdconvert.healing.block_objective import BlockObjective, BlockStates, trained_block
-from svdconvert.healing.matrices import matrix_reports
+from svdconvert.healing.matrices import healed_matrices
 from svdconvert.healing.memory import check_memory
 from svdconvert.healing.objective import Diverged, require_finite
 from svdconvert.healing.outcome import Healed, Judged
 from svdconvert.healing.sequences import Order, judges
 from svdconvert.healing.state import StateFile
-from svdconvert.healing.student import factor_names
-from svdconvert.healing.trained import Trained
+from svdconvert.healing.trained import Trained, trained_numbers, trained_tensors
 from svdconvert.healing.training import Texts, Training
 from svdconvert.healing.work import BLOCKS, STATE, STATES, HealingWork
 from svdconvert.layouts.table import shared_layers
@@ -64,7 +63,7 @@ def heal_blocks(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
         raise InputError(f"{work.source.where} or {work.dense.where} gives NaN or infinite logits; check both models")
     changed = after is not None and after.kl < before.kl
     factors = run.healed() if changed else run.start()
-    steps = sum(int(one["steps"]) for one in told)
+    steps, matrices = sum(int(one["steps"]) for one in told), healed_matrices(work.source, work.dense, factors)
     healed = Healed(
         changed=changed,
         before=Judged.of(before),
@@ -79,7 +78,9 @@ def heal_blocks(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
         anchor=work.request.healing.anchor,
         precision=str(work.precision).removeprefix("torch."),
         blocks=tuple(told),
-        matrices=matrix_reports(work.source, work.dense, factors),
+        trained=trained_numbers(work.source),
+        matrices=matrices.products,
+        rounded=matrices.rounded,
     )
     return healed, factors
 
@@ -98,12 +99,12 @@ def refuse(work: HealingWork) -> None:
         )
     if processes.current().size > 1:
         raise InputError(f"{asked('how', 'blocks')} runs in one process; start it without torchrun")
-    factors = [source.tensors[name] for name in factor_names(source)]
+    factors = trained_tensors(source)
     largest = 0
     for index in {layer_number(info.name) for info in factors}:
         block = [info for info in source.tensors.values() if layer_number(info.name) == index]
         trained = [info for info in factors if layer_number(info.name) == index]
-        largest = max(largest, training_bytes(block, trained))
+        largest = max(largest, training_bytes(block, trained, source.packed))
     check_memory(largest + sum(info.nbytes for info in factors), source.where, work.device)
 
 
@@ -161,7 +162,7 @@ class _Run:
         work.events.progress("dense model", index, ours.count, "all sequences")
         with self._dense.block(index) as block:
             self._step(block, index, self._dense_train, self._dense_held)
-        with trained_block(ours, index, work.source, self._paths(index)) as (block, student):
+        with trained_block(ours, index, work.source, self._place(index)) as (block, student):
             self._step(block, index, self.start_held)
             if not self._file(index).is_file():
                 told, factors = self._trained(block, student, index)
@@ -187,7 +188,7 @@ class _Run:
         """The factors as they were."""
         found: dict[str, Tensor] = {}
         for index in range(self.ours.count):
-            with trained_block(self.ours, index, self._work.source, self._paths(index)) as (_, student):
+            with trained_block(self.ours, index, self._work.source, self._place(index)) as (_, student):
                 found |= {name: tensor.cpu() for name, tensor in student.start.items()}
         return found
 
@@ -268,12 +269,11 @@ class _Run:
         best = training.best if better and training.best is not None else student.start
         return told, {name: tensor.cpu() for name, tensor in best.items()}
 
-    def _paths(self, index: int) -> dict[str, str]:
-        """Factor of a block -> path of its parameter in it."""
+    def _place(self, index: int) -> str:
+        """What the names of a block's tensors begin with."""
         source = self._work.source
         row = factored_architecture(source.config, source.where)
-        place = f"{row.prefix}{row.pieces.blocks}.{index}."
-        return {name: name.removeprefix(place) for name in factor_names(source) if name.startswith(place)}
+        return f"{row.prefix}{row.pieces.blocks}.{index}."
 
     def _file(self, index: int) -> Path:
         return self._work.folder / BLOCKS / f"{index}.safetensors"

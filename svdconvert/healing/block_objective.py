@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -125,17 +125,18 @@ class BlockObjective:
 
 
 @contextmanager
-def trained_block(
-    blocks: ModelBlocks, index: int, source: Source, factors: Mapping[str, str]
-) -> Iterator[tuple[nn.Module, Trained]]:
-    """Have a block of the compressed model on the device, with its factors ready to be trained.
+def trained_block(blocks: ModelBlocks, index: int, source: Source, prefix: str) -> Iterator[tuple[nn.Module, Trained]]:
+    """Have a block of the compressed model on the device, ready to be trained.
 
     Args:
         blocks: the compressed model.
         index: of the block.
         source: its checkpoint.
-        factors: tensor of the checkpoint -> path of the parameter in the block.
+        prefix: of the block's tensors in it.
     """
     with blocks.block(index) as block:
-        parameters = dict(block.named_parameters())
-        yield block, Trained(source, {name: parameters[path] for name, path in factors.items()})
+        student = Trained(source, block, prefix)
+        try:
+            yield block, student
+        finally:
+            student.release()

@@ -1,13 +1,13 @@
-"""Healing: the factors of a compressed model trained to the predictions of the dense one.
+"""Healing: factors and scales of a compressed model trained to the predictions of the dense one.
 
 What is minimised is the mean over the predicted tokens of KL(dense || compressed) (Hinton et al., arXiv:1503.02531, at
 temperature 1), which is 0 only where both predict the same. A text's own next tokens play no part: fitted to those, a
 model learns the text by heart and gets a lower perplexity without being a better copy.
 
 The dense model is run once, block by block, and its last hidden states lie in files. The compressed one is in memory,
-in float32, with its factors, their gradients and two moments of each. Every eighth sequence is held out, up to
-8,192 tokens (``healing/sequences.py``); the factors with the least divergence there, rounded as they are stored, are
-the result, and the start is one of the candidates.
+in float32, packed integers aside (``healing/grid_weights.py``), with gradients and two moments of all that is trained.
+Every eighth sequence is held out, up to 8,192 tokens (``healing/sequences.py``); what has the least divergence there,
+rounded as it is stored, is the result, and the start is one of the candidates.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.healing.block_by_block import heal_blocks
-from svdconvert.healing.matrices import matrix_reports
+from svdconvert.healing.matrices import healed_matrices
 from svdconvert.healing.memory import check_memory
 from svdconvert.healing.objective import Diverged, Objective
 from svdconvert.healing.outcome import Healed, Judged, read_healed, write_healed
 from svdconvert.healing.sequences import Order, judges
 from svdconvert.healing.state import StateFile
-from svdconvert.healing.student import Student, factor_names
+from svdconvert.healing.student import Student
 from svdconvert.healing.teacher import SharedTeacher, States, Teacher, teacher_head
+from svdconvert.healing.trained import trained_numbers, trained_tensors
 from svdconvert.healing.training import Texts, Training
 from svdconvert.healing.work import BLOCKS, STATE, STATES, HealingWork
 from svdconvert.machine import processes
@@ -73,8 +74,8 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
     tokens, group = work.tokens, processes.current()
     held_out = judges(tokens)
     source = work.source
-    trained = [source.tensors[name] for name in factor_names(source)]
-    check_memory(training_bytes(source.tensors.values(), trained), source.where, work.device)
+    needed = training_bytes(source.tensors.values(), trained_tensors(source), source.packed)
+    check_memory(needed, source.where, work.device)
     others = torch.ones(len(tokens.ids), dtype=torch.bool)
     others[held_out] = False
     blocks = ModelBlocks(work.dense, device=work.device)
@@ -154,6 +155,7 @@ def _told(
 ) -> Healed:
     state, changed = training.state, after is not before
     steps = int(state.checks[-1]["step"] or 0) if state.checks else 0
+    matrices = healed_matrices(work.source, work.dense, {name: tensor.cpu() for name, tensor in factors.items()})
     return Healed(
         changed=changed,
         before=Judged.of(before),
@@ -170,5 +172,7 @@ def _told(
         processes=processes.current().size,
         trials=tuple(state.trials),
         checks=tuple(state.checks),
-        matrices=matrix_reports(work.source, work.dense, {name: tensor.cpu() for name, tensor in factors.items()}),
+        trained=trained_numbers(work.source),
+        matrices=matrices.products,
+        rounded=matrices.rounded,
     )

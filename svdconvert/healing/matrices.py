@@ -1,21 +1,25 @@
-"""The factored matrices of a checkpoint and those of the dense model that they stand for."""
+"""The factored and the packed matrices of a checkpoint, and those of the dense model that they stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from svdconvert.errors import InputError
-from svdconvert.factoring.matrix_report import MatrixReport
+from svdconvert.factoring.matrix_report import MatrixReport, RoundedReport
 from svdconvert.families.fused import split_layers, split_tensors
 from svdconvert.families.table import Architecture, dense_architecture, factored_architecture
+from svdconvert.grids import scale_of
 from svdconvert.layouts.table import layout_of, shared_layers, stored_names
-from svdconvert.linalg.residual import relative_error
+from svdconvert.linalg.residual import relative_difference, relative_error
 from svdconvert.storage.reader import WeightReader
+from svdconvert.storage.rounded import read_rounded
 from svdconvert.storage.source import Source
-from svdconvert.tensors import TensorInfo
+from svdconvert.tensors import DTYPES, TensorInfo
 
 
 def dense_matrices(source: Source, dense: Source) -> dict[str, TensorInfo]:
@@ -64,30 +68,82 @@ def _rest(source: Source, row: Architecture) -> tuple[object, int]:
     return embedding, len(numbers)
 
 
-def matrix_reports(source: Source, dense: Source, factors: Mapping[str, Tensor]) -> dict[str, MatrixReport]:
-    """Module path of each factored layer -> what is known of it with other factors.
+@dataclass(frozen=True)
+class HealedMatrices:
+    """What is known of the matrices of a checkpoint with other values in what is trained.
+
+    Attributes:
+        products: module path -> of a product of low rank.
+        rounded: module path -> of a dense matrix that is packed.
+    """
+
+    products: Mapping[str, MatrixReport]
+    rounded: Mapping[str, RoundedReport]
+
+
+def healed_matrices(source: Source, dense: Source, trained: Mapping[str, Tensor]) -> HealedMatrices:
+    """How far the matrices of a checkpoint are from the dense model's.
 
     Args:
         source: the factored checkpoint.
         dense: the dense model.
-        factors: tensor -> its values, of those that differ from the checkpoint's.
+        trained: tensor -> its values, of those that differ from the checkpoint's.
     """
     row, layout = factored_architecture(source.config, source.where), layout_of(source.config)
-    shared, reports = shared_layers(source.config), {}
+    shared, products, rounded = shared_layers(source.config), dict[str, MatrixReport](), dict[str, RoundedReport]()
     with WeightReader(source) as ours, WeightReader(dense) as theirs:
+
+        def stored(name: str) -> Tensor:
+            if name in source.packed:
+                kept = read_rounded(source, name)
+                return replace(kept, scales=trained.get(scale_of(name), kept.scales)).values(torch.float32)
+            return trained[name] if name in trained else _whole(ours, source.tensors[name])
+
         for module, info in dense_matrices(source, dense).items():
             names = stored_names(source.config, row.prefix, module)
-            stored = [factors[name] if name in factors else _whole(ours, source.tensors[name]) for name in names]
-            up, down = layout.factors(stored)
+            up, down = layout.factors([stored(name) for name in names])
             weight = _whole(theirs, info)
             weight = weight.T if row.transposed else weight
-            reports[module] = MatrixReport(
+            products[module] = MatrixReport(
                 rank=int(source.config["svd_ranks"][module]),
                 shape=(weight.shape[0], weight.shape[1]),
                 relative_error=relative_error(weight, up, down),
                 shared_with=shared.get(module),
+                **_widths(source, names),
             )
-    return reports
+        for module, (name, info) in _packed_whole(source, dense).items():
+            weight = _whole(theirs, info)
+            rounded[module] = RoundedReport(
+                shape=(weight.shape[0], weight.shape[1]),
+                relative_error=relative_difference(weight, stored(name)),
+                **_widths(source, [name]),
+            )
+    return HealedMatrices(products, rounded)
+
+
+def _packed_whole(source: Source, dense: Source) -> dict[str, tuple[str, TensorInfo]]:
+    """Module path -> name of its weight, and the dense model's, of packed matrices that are no factors."""
+    row, ranks = factored_architecture(source.config, source.where), source.config["svd_ranks"]
+    split, full = split_layers(row, ranks), row.full_names(dense.tensors, dense.config)
+    found = {}
+    for name, info in split_tensors(dense.tensors, row, dense.config, split.__contains__).items():
+        own = row.factored_name(full.get(name) or row.full_name(name))
+        if own in source.packed:
+            found[own.removeprefix(row.prefix).removesuffix(".weight")] = (own, info)
+    return found
+
+
+def _widths(source: Source, names: Sequence[str]) -> dict[str, Any]:
+    """Bits and groups of the weights among some tensors; nothing where none is packed."""
+    if not any(name in source.packed for name in names):
+        return {}
+    weights = [name for name in names if name.endswith(".weight")]
+    grids = {name: source.packed[name].grid for name in weights if name in source.packed}
+    plain = {name: 8 * DTYPES[source.tensors[name].dtype][0] for name in weights}
+    return {
+        "bits": [grids[name].bits if name in grids else plain[name] for name in weights],
+        "groups": [grids[name].group if name in grids else 0 for name in weights],
+    }
 
 
 def _whole(reader: WeightReader, info: TensorInfo) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from svdconvert.factoring.matrix_report import MatrixReport
+from svdconvert.factoring.matrix_report import MatrixReport, RoundedReport
 from svdconvert.models.head_divergence import HeadDivergence
 from svdconvert.nats import perplexity
 from svdconvert.storage.disk import disk_errors
@@ -55,7 +55,9 @@ class Healed:
         processes: that shared the sequences of a step.
         blocks: of a healing block by block, steps, learning rate, and error of its outputs before and after, of each.
         trials, checks: see :class:`svdconvert.healing.state.State`.
+        trained: numbers that were trained, of ``factors`` and of ``scales``.
         matrices: module path -> what is known of its factors now.
+        rounded: module path -> what is known now of a matrix that is dense in few bits.
     """
 
     changed: bool
@@ -74,11 +76,18 @@ class Healed:
     blocks: Sequence[Mapping[str, float | None]] = ()
     trials: Sequence[Mapping[str, float | None]] = ()
     checks: Sequence[Mapping[str, float | None]] = ()
+    trained: Mapping[str, int] = field(default_factory=lambda: {"factors": 0, "scales": 0})
     matrices: Mapping[str, MatrixReport] = field(default_factory=dict)
+    rounded: Mapping[str, RoundedReport] = field(default_factory=dict)
+
+    @property
+    def what(self) -> str:
+        """What was trained, in words."""
+        return " and ".join(name for name in ("factors", "scales") if self.trained[name])
 
     def to_json(self) -> dict[str, Any]:
         """All but the matrices, in JSON types, with perplexities."""
-        told = {name: value for name, value in asdict(self).items() if name != "matrices"}
+        told = {name: value for name, value in asdict(self).items() if name not in ("matrices", "rounded")}
         for name, judged in (("before", self.before), ("after", self.after)):
             told[name]["perplexity"] = _number(self.dense_loss + judged.added)
         return {
@@ -87,6 +96,7 @@ class Healed:
             "trials": [*self.trials],
             "checks": [*self.checks],
             "blocks": [*self.blocks],
+            "trained": dict(self.trained),
         }
 
     def __str__(self) -> str:
@@ -94,8 +104,8 @@ class Healed:
         on = f"on {self.held_out_tokens:,} held-out tokens"
         if not self.changed:
             return (
-                f"training does not bring the factors nearer to the dense model {on}, so they are kept as they were "
-                f"(KL {self.before.kl:.4f})"
+                f"training does not bring the {self.what} nearer to the dense model {on}, so they are kept as they "
+                f"were (KL {self.before.kl:.4f})"
             )
         losses = (self.dense_loss + added for added in (0.0, self.before.added, self.after.added))
         dense, *perplexities = map(perplexity, losses)
@@ -117,7 +127,9 @@ def write_healed(path: Path, healed: Healed, factors: Mapping[str, Tensor]) -> N
     Raises:
         JobError: the disk fails.
     """
-    told = {**asdict(healed), "matrices": {name: report.to_json() for name, report in healed.matrices.items()}}
+    told = asdict(healed)
+    for name in ("matrices", "rounded"):
+        told[name] = {module: report.to_json() for module, report in getattr(healed, name).items()}
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, factors, json.dumps(told))
@@ -138,5 +150,6 @@ def read_healed(path: Path) -> Healed | None:
             "before": Judged(**told["before"]),
             "after": Judged(**told["after"]),
             "matrices": {name: MatrixReport.from_json(matrix) for name, matrix in told["matrices"].items()},
+            "rounded": {name: RoundedReport.from_json(matrix) for name, matrix in told["rounded"].items()},
         }
     )

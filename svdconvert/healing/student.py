@@ -1,4 +1,4 @@
-"""The compressed model in memory, of which the factors alone are trained."""
+"""The compressed model in memory, of which factors and scales alone are trained."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch.utils.checkpoint import checkpoint
 from svdconvert.families.table import factored_architecture
 from svdconvert.healing.precision import computing
 from svdconvert.healing.trained import Trained
-from svdconvert.layouts.table import layout_of, stored_names
 from svdconvert.models.head import Logits
 from svdconvert.models.loading import load_model
 from svdconvert.storage.source import LocalSource
 
 
 class Student(Trained):
-    """A factored model, in float32.
+    """A factored model, in float32; integers of weights that are on grids stay integers.
 
     Its blocks keep their inputs alone for the backward pass, and are run again in it.
 
@@ -50,11 +49,10 @@ class Student(Trained):
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
         for block in self._base.get_submodule(row.pieces.blocks).children():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        parameters = dict(model.named_parameters())
-        super().__init__(source, {name: parameters[name] for name in factor_names(source)})
+        super().__init__(source, model)
 
     def hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """What goes into the head: [batch, length, width] float32, differentiable by the factors.
+        """What goes into the head: [batch, length, width] float32, differentiable by what is trained.
 
         Args:
             ids, mask: [batch, length], int64 and bool; False is padding.
@@ -73,11 +71,3 @@ class Student(Trained):
             yield
         finally:
             self._precision = own
-
-
-def factor_names(source: LocalSource) -> list[str]:
-    """The tensors of a factored checkpoint that are factors: no biases, and no positions of a layout."""
-    row, layout = factored_architecture(source.config, source.where), layout_of(source.config)
-    kinds = tuple(f".{suffix}" for suffix in layout.weights(1, (2, 2)))
-    stored = (name for module in source.config["svd_ranks"] for name in stored_names(source.config, row.prefix, module))
-    return list(dict.fromkeys(name for name in stored if name.endswith(kinds)))

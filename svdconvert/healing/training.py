@@ -190,10 +190,7 @@ class Training(Generic[_S]):
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)  # a check takes as much memory
         if self._anchor:
-            back = min(1.0, rate * self._anchor)
-            with torch.no_grad():
-                for name, factor in self._student.factors.items():
-                    factor.lerp_(self._student.start[name].float(), back)
+            self._student.pull(min(1.0, rate * self._anchor))
         state.done, state.train_steps = state.done + 1, state.train_steps + 1
 
     def _check(self, course: Course) -> None:

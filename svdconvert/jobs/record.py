@@ -49,10 +49,12 @@ _HEALING = {
     "tokens": COUNT,
     "steps": COUNT,
     "lr": optional(NUMBER),
+    "trained": optional(record({"factors": COUNT, "scales": COUNT})),
 }
 # Of a conversion whose result was healed: what it was before.
 _TRAINING_FREE = {
     "matrices": table(record(_MATRIX)),
+    "rounded": optional(table(record(_ROUNDED))),
     "predicted_loss": optional(NUMBER),
     "dense_loss": optional(NUMBER),
     "measured_loss": optional(NUMBER),

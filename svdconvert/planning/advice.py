@@ -41,10 +41,11 @@ def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sen
     measure = f"svdconvert evaluate {shlex.quote(str(folder))} --text FILE --against MODEL"
     if unmeasured(method, settings):
         return Sentence(f"{WITHOUT_A_TEXT.marked}; measure it: {measure}")
-    if settings.get("bytes") is not None or settings.get("fit_for") == INFERENCE:  # weights on grids are not trained
+    if settings.get("bytes") is not None or settings.get("fit_for") == INFERENCE:
+        heal = "" if "heal" in settings else "`svdconvert heal`, which trains its scales, or "
         return Sentence(
-            f"measure it: {measure}; to load it, install compressed-tensors (`pip install 'svdconvert[packed]'`); an "
-            "adapter trained beside it wins back some of the loss"
+            f"measure it: {measure}; to load it, install compressed-tensors (`pip install 'svdconvert[packed]'`); "
+            f"{heal}an adapter trained beside it wins back some of the loss"
         )
     heal = "fine-tuning" if "heal" in settings else "`svdconvert heal` or fine-tuning"
     # A refit lowers the loss, and may move the predictions further away.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import longest_input
+from svdconvert.grids import SCALE
 from svdconvert.layouts.table import layout_named
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step, files_bytes
@@ -14,25 +15,34 @@ from svdconvert.planning.text_memory import TEXT_BASE_BYTES
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.healing import HealRequest
 from svdconvert.storage.source import Source
-from svdconvert.tensors import TensorInfo, parameters
+from svdconvert.tensors import FLOATS, TensorInfo, parameters
 
-# Bytes of each parameter in float32; and of each one of a factor its gradient or a copy, and two moments.
-WEIGHT, TRAINED = 4, 12
-# Copies of the factors in the type that they are stored in: the start, the best so far, and those that are judged.
+# Bytes of each parameter in float32, and of each integer. Of each number that is trained, its gradient or a copy, and
+# two moments. Of each scale, what it was in float32, and what moves it.
+WEIGHT, INTEGER, TRAINED, MOVED = 4, 1, 12, 8
+# Copies of what is trained in the type that it is stored in: the start, the best so far, and those that are judged.
 COPIES = 3
 # Bytes of a number of a hidden state.
 STATE = 4
 
 
-def training_bytes(tensors: Iterable[TensorInfo], factors: Sequence[TensorInfo]) -> int:
-    """Memory of a model whose factors are trained, without activations.
+def training_bytes(
+    tensors: Iterable[TensorInfo], trained: Sequence[TensorInfo], packed: Collection[str] = frozenset()
+) -> int:
+    """Memory of a model of which a part is trained, without activations.
 
     Args:
-        tensors: all of the model.
-        factors: those that are trained.
+        tensors: all of the model, packed weights as the matrices that they stand for.
+        trained: those that are trained; of packed weights the scales.
+        packed: names of packed weights.
     """
-    stored = sum(info.nbytes for info in factors)
-    return WEIGHT * parameters(tensors) + TRAINED * parameters(factors) + COPIES * stored
+    every = list(tensors)
+    loaded, integers = parameters(every), sum(info.size for info in every if info.name in packed)
+    scales = parameters(info for info in trained if info.name.endswith(f".{SCALE}"))
+    weights = WEIGHT * (loaded - integers) + INTEGER * integers + MOVED * scales
+    stored = sum(info.nbytes for info in trained)
+    # it is loaded in float32 before its integers take the place of packed weights
+    return max(WEIGHT * loaded, weights + TRAINED * parameters(trained) + COPIES * stored)
 
 
 @dataclass(frozen=True)
@@ -70,16 +80,34 @@ def healing_needs(
     healing = request.healing
     if healing is None:
         return None
+    targets = list(targets)
     ranked = {target.weight for target in targets if target.rank is not None}
     kinds = tuple(f".{suffix}" for suffix in layout_named(request.recipe.layout).weights(1, (2, 2)))
-    factors = [info for step in steps if step.key in ranked for info in step.outputs if info.name.endswith(kinds)]
-    outputs = [info for infos in shards.values() for info in infos]
-    states, stored = _states_bytes(source, row, healing), sum(info.nbytes for info in factors)
+    rounded = {target.weight: target for target in targets if target.rounded}
+    outputs, trained, packed = list[TensorInfo](), list[TensorInfo](), set[str]()
+    for step in steps:
+        if step.key in rounded:
+            trained += [info for info in step.outputs if info.dtype in FLOATS]  # no integers, and no positions
+            weights = _as_read(rounded[step.key], row, step)
+            outputs += weights
+            packed |= {info.name for info in weights} - {info.name for info in step.outputs}
+            continue
+        outputs += step.outputs
+        if step.key in ranked:
+            trained += [info for info in step.outputs if info.name.endswith(kinds)]
+    states, stored = _states_bytes(source, row, healing), sum(info.nbytes for info in trained)
     # while it is replaced, the training's state lies there twice
-    training = states + 2 * (TRAINED * parameters(factors) + stored)
+    training = states + 2 * (TRAINED * parameters(trained) + stored)
     return HealingNeeds(
-        TEXT_BASE_BYTES + training_bytes(outputs, factors), files_bytes(shards) + max(2 * states, training, stored)
+        TEXT_BASE_BYTES + training_bytes(outputs, trained, packed),
+        files_bytes(shards) + max(2 * states, training, stored),
     )
+
+
+def _as_read(target: Target, row: Architecture, step: Step) -> Sequence[TensorInfo]:
+    """The weights that the tensors of a rounding step stand for."""
+    code = next(info.dtype for info in step.outputs if info.dtype in FLOATS)
+    return replace(target, grids=()).tensors(f"{row.prefix}{target.module}.weight", code)
 
 
 def _states_bytes(source: Source, row: Architecture, healing: HealRequest) -> int:

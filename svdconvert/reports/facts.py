@@ -38,8 +38,8 @@ _ROUNDED = record(
         "bits": many(COUNT),
         "groups": many(COUNT),
         "relative_error": NUMBER,
-        "whole": NUMBER,
-        "lost": NUMBER,
+        "whole": optional(NUMBER),
+        "lost": optional(NUMBER),
         "predicted_loss": optional(NUMBER),
         "seconds": optional(NUMBER),
     }

@@ -89,12 +89,12 @@ def _healed(facts: Facts) -> str:
     if healing is None:
         return ""
     if not healing["changed"]:
-        return " Training its factors to the dense model brought no gain, so they are what they were."
+        return " Training it to the dense model's predictions brought no gain, so it is what it was."
     kls = " to ".join(figures.nats(healing[when]["kl"]) for when in ("before", "after"))
     dense = healing["dense_loss"]
     perplexities = " to ".join(figures.perplexity(dense + healing[when]["added"]) for when in ("before", "after"))
     return (
-        f" Training its factors to the dense model brought KL(dense ‖ model) from {kls} nats per token on "
+        f" Training it to the dense model's predictions brought KL(dense ‖ model) from {kls} nats per token on "
         f"{figures.count(healing['held_out_tokens'])} held-out tokens, and the perplexity from {perplexities} (dense "
         f"{figures.perplexity(dense)})."
     )

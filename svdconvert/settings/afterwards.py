@@ -20,7 +20,7 @@ class Afterwards:
     """Healing at the end of a conversion; `svdconvert heal` has more settings.
 
     Attributes:
-        heal: whether the factors are trained to the dense model's predictions.
+        heal: whether factors and scales are trained to the dense model's predictions.
         text: that they are trained on, as :attr:`Text.text`; None for that of the conversion.
         samples: sequences of it; None for as many as the conversion reads.
         epochs: times that it is gone through; None for once.
@@ -29,7 +29,8 @@ class Afterwards:
     heal: bool = option(
         False,
         "--heal",
-        "Also heal the result: train its factors to the dense model's predictions, on the text of the conversion.",
+        "Also heal the result: train its factors, and the scales of weights in few bits, to the dense model's "
+        "predictions, on the text of the conversion.",
         keyword="heal",
         group="Healing",
         kind="flag",

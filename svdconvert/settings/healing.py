@@ -33,7 +33,8 @@ class Healing:
         steps: steps of the optimiser; None for what ``epochs`` comes to.
         batch_size: sequences of a step; None for as many as have :data:`STEP_TOKENS` tokens.
         lr: highest learning rate; None for the best of three short trials among :data:`RATES`.
-        anchor: share of its distance from the start, times the learning rate, by which a factor goes back at each step.
+        anchor: share of its distance from the start, times the learning rate, by which a factor or a scale goes back at
+            each step.
         precision: type of the matrix products, one of :data:`PRECISIONS`.
         how: one of :data:`WAYS`.
     """

@@ -165,7 +165,6 @@ def bits(request: Request) -> None:
         (request.scope.share_layers != 1, asked("share_layers", request.scope.share_layers)),
         (request.scope.split_fused, asked("split_fused", True)),
         (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
-        (request.afterwards.heal, asked("heal", True)),
         (request.recipe.allocation == "uniform", asked("allocation", request.recipe.allocation)),
         (not layout_named(request.recipe.layout).two_factors, asked("layout", request.recipe.layout)),
     )

@@ -303,11 +303,15 @@ def test_no_process_goes_on_before_all_have_read_the_lists(
     assert order.endswith("rw")
 
 
-def test_a_healing_that_would_be_refused_is_not_advised() -> None:
+def test_what_is_advised_of_weights_of_few_bits() -> None:
+    """To heal them, unless that was done; and what loads them."""
     settings: dict[str, Any] = {"bytes": 0.5, "share_layers": 1, "refit": "none"}
-    assert "heal" not in next_steps(METHODS["kfac"], settings, Path("out")).marked
     fitted = settings | {"bytes": None, "fit": 10**9, "fit_context": None, "fit_for": "inference"}
-    assert "heal" not in next_steps(METHODS["kfac"], fitted, Path("out")).marked
+    for given in (settings, fitted):
+        advice = next_steps(METHODS["kfac"], given, Path("out")).marked
+        assert "`svdconvert heal`, which trains its scales" in advice
+        assert "svdconvert[packed]" in advice
+        assert "svdconvert heal" not in next_steps(METHODS["kfac"], given | {"heal": {}}, Path("out")).marked
     assert "heal" in next_steps(METHODS["kfac"], settings | {"bytes": None}, Path("out")).marked
 
 

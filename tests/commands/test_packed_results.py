@@ -87,9 +87,3 @@ def test_fold(pair: SimpleNamespace, tmp_path: Path, run: Run) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name].to(ours[name].dtype)) for name in ours)
     assert "quantization_config" not in read_config(tmp_path / "packed")
-
-
-def test_heal_is_refused(dense: Path, pair: SimpleNamespace, text: Path, tmp_path: Path, run: Run) -> None:
-    done = run("heal", pair.packed, "--against", dense, "--calib", text, "--out", tmp_path / "out")
-    assert done.code == 2
-    assert "has weights on integer grids, which cannot be trained" in done.err

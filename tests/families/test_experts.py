@@ -14,7 +14,8 @@ from support.families import FAMILIES, full_ranks, write_family
 from support.running import TOKENS
 from torch import Tensor
 
-from svdconvert import Calibration, convert, densify, plan, verify
+import svdconvert.healing.state
+from svdconvert import Calibration, convert, densify, heal, plan, verify
 from svdconvert.calibration.run import StatisticsRun
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.commands.verify import failed
@@ -179,7 +180,7 @@ def test_experts_without_a_token(gradients: bool, tmp_path: Path) -> None:
     assert ": 0)" in told[0]
 
 
-def test_bytes_are_spent_on_experts_too(checkpoints: Any, tmp_path: Path) -> None:
+def test_bytes_are_spent_on_experts_too(checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some experts are rounded and some become products; each is stored as recorded, and multiplied out the same."""
     dense = checkpoints.dense("mixtral")
     text = tmp_path / "text.txt"
@@ -194,3 +195,11 @@ def test_bytes_are_spent_on_experts_too(checkpoints: Any, tmp_path: Path) -> Non
     densify(tmp_path / "out", tmp_path / "plain")
     packed, plain = (load_model(tmp_path / name, "cpu", torch.float32)(TOKENS.ids).logits for name in ("out", "plain"))
     assert torch.allclose(packed, plain, rtol=0, atol=1e-3 * float(plain.abs().max()))
+    monkeypatch.setattr(svdconvert.healing.state, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(svdconvert.healing.state, "SAVE_FACTOR", 0.0)
+    short = Calibration(str(text), samples=4, length=2)
+    for how in ("end-to-end", "blocks"):  # a step whose two tokens are not sent to every expert is saved, too
+        healed = tmp_path / how
+        told = heal(out, dense, short, healed, how=how, steps=2, lr=1e-3, batch_size=1, device="cpu").record
+        assert told["rounded"].keys() == record["rounded"].keys()
+        assert not failed(verify(healed, against=str(dense)))

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import read_weights
+from support.packed import as_floats, mixed, pack_folder
 from support.running import TOKENS, load
 from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, heal, verify
+from svdconvert.healing.grid_weights import RELATIVE
 from svdconvert.healing.objective import Objective
 from svdconvert.healing.student import Student
 from svdconvert.healing.teacher import Teacher, teacher_head
@@ -58,6 +60,28 @@ def test_divergence_and_gradient(dense: Path, pairs: dict[str, SimpleNamespace],
         assert float((found - wanted).norm()) < 1e-4 * float(wanted.norm()), name
     trained = {name for name, parameter in student.factors.items() if parameter.requires_grad}
     assert trained == {name for name in expected if name.endswith(("down.weight", "up.weight"))}
+
+
+def test_gradients_of_scales(pairs: dict[str, SimpleNamespace], tmp_path: Path) -> None:
+    """Packed factors and matrices: what goes into the head, and its gradient, as with the same weights in float32."""
+    values = pack_folder(pairs["balanced"].factored, tmp_path / "packed", mixed)
+    student = Student(LocalSource(tmp_path / "packed"), "cpu", torch.float32)
+    model = load(as_floats(tmp_path / "packed", values, tmp_path / "floats"))
+    found = student.hidden(TOKENS.ids, TOKENS.mask)
+    output = model.base_model(input_ids=TOKENS.ids, attention_mask=TOKENS.mask.long(), use_cache=False)
+    expected = output.last_hidden_state.float()
+    assert float((found - expected).detach()[TOKENS.mask].norm()) < 1e-5 * float(expected.detach()[TOKENS.mask].norm())
+    for hidden in (found, expected):
+        hidden[TOKENS.mask].square().sum().backward()
+    weights = dict(model.named_parameters())
+    scales = {name: factor for name, factor in student.factors.items() if name.endswith("weight_scale")}
+    assert scales
+    for name, factor in scales.items():
+        weight = weights[name.removesuffix("_scale")]
+        assert weight.grad is not None
+        by_group = (weight.grad * weight.detach()).unflatten(1, (factor.shape[1], -1)).sum(dim=-1)
+        assert factor.grad is not None
+        assert float((factor.grad / RELATIVE - by_group).norm()) < 1e-4 * float(by_group.norm()), name
 
 
 @pytest.mark.parametrize("how", ["end-to-end", "blocks"])

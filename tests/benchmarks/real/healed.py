@@ -1,8 +1,10 @@
 """Healing on SmolLM2-135M: its divergence on several texts before and after. An hour on two cores.
 
     python -m tests.benchmarks.real.healed --data data
+    python -m tests.benchmarks.real.healed --data data --bytes 0.18
 
-It is factored as the best row of the table of losses at 60 %, and healed on the parts of English articles and dialogues
+It is factored as the best row of the table of losses at 60 %, or made as the rows of one budget of bytes are
+(``tests/benchmarks/real/bits.py``), and healed on the parts of English articles and dialogues
 that are there to calibrate on (``tests/benchmarks/real/corpora.py``). It is tested on other articles and dialogues, on
 stories, and on Python source, of which nothing was read before. Prints the lines of the table in docs/heal.md. Folders
 that are there are not made again.
@@ -22,7 +24,8 @@ from .corpora import CORPORA
 from .subjects import FOLDER, SUBJECTS, model
 
 SEQUENCES, LENGTH = 760, 512  # healed on
-CALIBRATION = 256  # sequences of articles that the budget comes from
+CALIBRATION = 256  # sequences of articles that the ranks come from
+BITS_CALIBRATION = SUBJECTS["smollm2-135m"].calibration  # and bits
 CHARACTERS = 45_000  # of a text that is tested on
 
 
@@ -57,21 +60,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.real.healed")
     parser.add_argument("--data", type=Path, required=True, help="folder of all texts")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="keeps the model and both results")
+    parser.add_argument("--bytes", type=float, help="share of the matrices' bytes, in the place of ranks")
+    parser.add_argument("--sequences", type=int, default=SEQUENCES, help=f"of {LENGTH} tokens to heal on")
     options = parser.parse_args()
-    dense, work = model(SUBJECTS["smollm2-135m"], options.folder), options.folder / "healed"
+    dense = model(SUBJECTS["smollm2-135m"], options.folder)
+    work = options.folder / ("healed" if options.bytes is None else f"healed-{options.bytes}")
     work.mkdir(parents=True, exist_ok=True)
     before, after = work / "before", work / "after"
     valid = work / "wiki.valid.txt"
     valid.write_bytes((options.data / "wikitext2" / "wiki.valid.tokens").read_bytes())
     if not (before / "config.json").is_file():
-        calibration = Calibration(str(valid), samples=CALIBRATION, length=LENGTH)
-        convert(
-            dense, before, keep=0.6, allocation="measured", layout="pivoted", calibration=calibration,
-            work=work / "work", device="cpu", check=False,
-        )  # fmt: skip
+        bits = {"bytes": options.bytes, "allocation": "global", "dtype": "bfloat16"}
+        how = {"keep": 0.6, "allocation": "measured", "layout": "pivoted"} if options.bytes is None else bits
+        samples = CALIBRATION if options.bytes is None else BITS_CALIBRATION
+        calibration = Calibration(str(valid), samples=samples, length=LENGTH)
+        convert(dense, before, **how, calibration=calibration, work=work / "work", device="cpu", check=False)
     if not (after / "config.json").is_file():
         text = healing_text(options.data, work / "text.jsonl")
-        heal(before, dense, Calibration(str(text), samples=SEQUENCES, length=LENGTH), after, device="cpu")
+        heal(before, dense, Calibration(str(text), samples=options.sequences, length=LENGTH), after, device="cpu")
     for file, window in tests(options.data, work).items():
         ends = []
         for folder in (before, after):
