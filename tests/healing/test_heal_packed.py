@@ -25,7 +25,10 @@ from svdconvert.grids import Grid
 from svdconvert.healing import memory
 from svdconvert.healing.grid_weights import RELATIVE, put_on_grid, take_off_grid
 from svdconvert.healing.sequences import Order, judges
+from svdconvert.healing.trained import trained_tensors
 from svdconvert.linalg.integers import nearest
+from svdconvert.planning.healing_needs import training_bytes
+from svdconvert.planning.text_memory import TEXT_BASE_BYTES
 from svdconvert.storage.source import LocalSource
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
@@ -296,7 +299,7 @@ def test_bytes_and_heal_in_one_command(run: Callable[..., SimpleNamespace], tmp_
     """What two commands make one makes; of the bundled model, on a text that it was not healed on."""
     model, text = EXAMPLE / "model", EXAMPLE / "calibration.txt"
     read = ["--calib", text, "--calib-samples", 8, "--calib-length", 32, "--targets", "layers.0.*", "--device", "cpu"]
-    words, out = [model, "--bytes", 0.18, *read], tmp_path / "out"
+    words, out = [model, "--bytes", 0.18, *read, "--work", tmp_path / "work"], tmp_path / "out"
     done = run(*words, "--heal", "--heal-samples", 64, "--report", "--out", out)
     assert done.code == 0, done.err
     assert run(*words, "--out", tmp_path / "one").code == 0
@@ -319,7 +322,10 @@ def test_bytes_and_heal_in_one_command(run: Callable[..., SimpleNamespace], tmp_
     card = (out / "README.md").read_text()
     assert card.index("## Before healing") < card.index("## Healed") < card.index("the scales alone were trained")
     again = run(*words, "--heal", "--heal-samples", 64, "--report", "--json", "--out", out)
-    assert json.loads(again.out)["already_done"]
+    shown, source = json.loads(again.out), LocalSource(out)
+    assert shown["already_done"]
+    counted = training_bytes(source.tensors.values(), trained_tensors(source), source.packed)
+    assert shown["plan"]["healing"]["memory_bytes"] == TEXT_BASE_BYTES + counted, "as planned from shapes"
     part = tmp_path / "part.txt"
     part.write_text((EXAMPLE / "heldout.txt").read_text(encoding="utf-8")[:1500], encoding="utf-8")
     kls = [evaluate(folder, part, against=model, device="cpu").divergence for folder in (tmp_path / "one", out)]
