@@ -33,12 +33,18 @@ from .losses import LENGTH, Bench, add_options
 from .subjects import SUBJECTS
 
 SHARES = (0.50, 0.35, 0.25, 0.18)
-GRIDS = (Grid(4, 64), Grid(3, 32))
+# Beside every budget the even grid that is nearest in bytes, and those that tools take: .501, .344, .266, .251, .219, .189.
+GRIDS = (Grid(8), Grid(5, 32), Grid(4, 64), Grid(4), Grid(3, 32), Grid(3))
 SCALE = torch.bfloat16
 DAMPING = 0.01
 
 # (weight [m, n], grid, second moments of its inputs [n, n]) -> the weight on the grid
 Way = Callable[[Tensor, Grid, Tensor], Rounded]
+
+
+def grid_of(text: str) -> Grid:
+    """A grid from ``4/64``: bits, and inputs that share a scale; ``4`` alone has a scale per row."""
+    return Grid(*(int(part) for part in text.split("/", 1)))
 
 
 def to_the_nearest(weight: Tensor, grid: Grid, gram: Tensor) -> Rounded:
@@ -110,7 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--shares", nargs="*", type=float, default=list(SHARES), help="budgets of --bytes")
     parser.add_argument("--alike", nargs="*", choices=WAYS, default=list(WAYS), help="ways to round all alike")
-    parser.add_argument("--grids", nargs="*", type=int, default=[4, 3], help="bits of those grids")
+    parser.add_argument(
+        "--grids", nargs="*", type=grid_of, default=list(GRIDS), metavar="BITS/GROUP",
+        help="grids of those; a scale per row without the group",
+    )  # fmt: skip
     parser.add_argument("--allocation", choices=("global", "measured"), default="global", help="of --bytes")
     options = parser.parse_args(arguments)
     for name in options.subjects:
@@ -122,8 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         for share in options.shares:
             measure(bench, "--bytes", partial(by_budget, bench, share, options.allocation))
-        grids = [grid for grid in GRIDS if grid.bits in options.grids]
-        for grid, title in itertools.product(grids, options.alike):
+        for grid, title in itertools.product(options.grids, options.alike):
             measure(bench, f"{grid}, {title}", partial(alike, bench, grid, WAYS[title]))
 
 
