@@ -33,7 +33,7 @@ from .losses import LENGTH, Bench, add_options
 from .subjects import SUBJECTS
 
 SHARES = (0.50, 0.35, 0.25, 0.18)
-# Beside every budget the even grid that is nearest in bytes, and those that tools take: .501, .344, .266, .251, .219, .189.
+# Beside every budget an even grid of nearly its bytes: .501, .344, .266, .251, .219 and .189.
 GRIDS = (Grid(8), Grid(5, 32), Grid(4, 64), Grid(4), Grid(3, 32), Grid(3))
 SCALE = torch.bfloat16
 DAMPING = 0.01

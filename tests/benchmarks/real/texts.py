@@ -32,6 +32,7 @@ from svdconvert.models.divergence import likelihoods
 from svdconvert.models.loading import load_model
 from svdconvert.models.passages import Passage
 from svdconvert.models.tokenizer import load_tokenizer, opening_token
+from svdconvert.settings.text import SELF
 from svdconvert.version import __version__
 from tests.benchmarks.harness import BUNDLED
 
@@ -50,7 +51,7 @@ class Trial:
     """What a subject is calibrated and tested on.
 
     Attributes:
-        calibrations: name of a text -> its sources, in equal parts.
+        calibrations: name of a text -> its sources, in equal parts; none: what the model writes itself.
         samples: sequences of each.
         tests: sources.
         windows: sequences of each, if it has so many.
@@ -72,18 +73,19 @@ TRIALS: Mapping[str, Trial] = {
             "English": ("wikitext",),
             "dialogue": ("manual2dial", "doc2dial"),
             "mixed": ("reviews", "wikitext", "manual2dial", "doc2dial"),
+            "self": (),
         },
         samples=24,
         tests=("reviews", "synopses", "manual2dial", "wikitext", "tinystories", "doc2dial"),
     ),
     "smollm2-135m": Trial(
-        {"English": ("wikitext",), "dialogue": ("doc2dial",), "mixed": ("wikitext", "doc2dial")},
+        {"English": ("wikitext",), "dialogue": ("doc2dial",), "mixed": ("wikitext", "doc2dial"), "self": ()},
         samples=24,
         tests=("wikitext", "tinystories", "doc2dial"),
         windows=10,
     ),
     "tiny-polyglot": Trial(
-        {"Korean": ("reviews",), "dialogue": ("manual2dial",), "mixed": ("reviews", "manual2dial")},
+        {"Korean": ("reviews",), "dialogue": ("manual2dial",), "mixed": ("reviews", "manual2dial"), "self": ()},
         samples=48,
         tests=("reviews", "synopses", "manual2dial"),
         windows=_BUNDLED_WINDOWS,
@@ -144,15 +146,22 @@ class Reader:
         """Statistics of a text, and a folder for its decompositions; an interrupted run goes on."""
         work = self.work / f"{text}-{samples}"
         work.mkdir(parents=True, exist_ok=True)
-        parts = [self.library[source].calibration for source in self.trial.calibrations[text]]
-        with (work / "text.jsonl").open("w", encoding="utf-8") as file:
-            for document in mixed(parts, self.tokens, samples * LENGTH):
-                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
-        calibration = Calibration(str(work / "text.jsonl"), samples=samples, length=LENGTH)
+        calibration = Calibration(str(self._text(text, samples, work)), samples=samples, length=LENGTH)
         calibrate(self.model, calibration, work / "stats", methods=(LAW.method,), device="cpu")
         read = StatisticsFolder(work / "stats").tokens().tokens
         assert read == samples * LENGTH, f"{text} has {read} tokens"
         return work / "stats", work / "work"
+
+    def _text(self, text: str, samples: int, work: Path) -> Path | str:
+        """A file of documents, or the word of ``--calib`` for what the model writes itself."""
+        parts = [self.library[source].calibration for source in self.trial.calibrations[text]]
+        if not parts:
+            return SELF
+        path = work / "text.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            for document in mixed(parts, self.tokens, samples * LENGTH):
+                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+        return path
 
     def measured(self, text: str, samples: int, keep: float) -> dict[str, Any]:
         """One line of the file: a text, a budget, and what every test text loses."""
