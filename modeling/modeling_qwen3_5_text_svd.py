@@ -97,6 +97,8 @@ class Qwen3_5SVDConfig(Qwen3_5TextConfig):
         pivoted layout, whose outputs are permuted: no contiguous piece of `up` gives those of one process.
         """
         stock = getattr(super(), "base_model_tp_plan", None) or {}
+        # without experts there is nothing for their rules
+        stock = {rule: style for rule, style in stock.items() if ".experts" not in rule and style != "ep_router"}
         factored = {rule: sum(path.endswith(rule.partition("*")[2]) for path in self.svd_ranks) for rule in stock}
         parts = {rule: rule.split(".")[2] for rule in stock}
         every = {

@@ -88,6 +88,9 @@ def _fields(row: Architecture, tower: Tower | None) -> dict[str, Any]:
         "scaling": rotary and rotary.scaling,
         "experts": row.experts,
         "kinds": row.kinds,
+        "old_kinds": row.old_kinds,
+        "mixer": row.mixer,
+        "fills": row.fills,
         "counted_twice": isinstance(row.config_overrides, CountedTwice),
         **_fused_fields(row, blocks),
     }

@@ -93,7 +93,12 @@ class Pieces:
     final: tuple[str, ...]
     writers: tuple[str, ...] = ()
     logits: Literal[
-        "as they are", "soft-capped", "divided by logits_scaling", "times logits_scaling", "times logit_scale"
+        "as they are",
+        "soft-capped",
+        "divided by logits_scaling",
+        "times logits_scaling",
+        "times logit_scale",
+        "times lm_head_multiplier",
     ] = "as they are"
 
 
@@ -119,6 +124,10 @@ class Architecture:
         kinds: part of a block -> the entry of ``layer_types`` in config.json of the blocks that have it, where blocks
             are of several kinds.
         gates: narrow linear layers of a block that set others for each token, and are never factored.
+        old_kinds: entry of ``layer_types`` -> its name in files, where older versions of transformers know no other.
+        mixer: class of the part of a block that in training hands the weight of its ``out_proj`` to a fused kernel.
+        fills: whether initialising its model fills buffers of its blocks.
+        refused: config -> what its models have that is not supported, a clause; empty if nothing is.
         tied: whether the head is the embedding if config.json does not say.
         transposed: whether the targets are stored as [in, out] (Conv1D of GPT-2) instead of [out, in].
         classifies: whether transformers has a sequence classifier of the family.
@@ -159,6 +168,10 @@ class Architecture:
     predictors: tuple[str, ...] = ()
     kinds: Mapping[str, str] = field(default_factory=dict)
     gates: tuple[str, ...] = ()
+    old_kinds: Mapping[str, str] = field(default_factory=dict)
+    mixer: str = ""
+    fills: bool = False
+    refused: Callable[[Config], str] = lambda config: ""
     tied: bool = False
     transposed: bool = False
     classifies: bool = True

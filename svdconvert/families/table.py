@@ -17,6 +17,7 @@ from svdconvert.families import (
     ernie4_5,
     exaone4,
     falcon,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3_text,
@@ -29,6 +30,7 @@ from svdconvert.families import (
     gpt_oss,
     gptj,
     granite,
+    granitemoehybrid,
     helium,
     hunyuan_v1_dense,
     hyperclovax,
@@ -115,6 +117,8 @@ _FILES = (
     qwen3_next,
     qwen3_5_text,
     lfm2,
+    granitemoehybrid,
+    falcon_h1,
     opt,
     gpt2,
     gpt_bigcode,
@@ -158,6 +162,8 @@ def dense_architecture(config: Config, where: str) -> Architecture:
         )
     row = ARCHITECTURES[model_type]
     check_claims(config, row, where)
+    if refused := row.refused(config):
+        raise InputError(f"{where} has model_type {model_type!r} {refused}, which is not supported; give one without")
     return row
 
 

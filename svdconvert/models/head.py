@@ -29,6 +29,7 @@ LOGITS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
     "divided by logits_scaling": _divided,
     "times logits_scaling": lambda config, logits: logits * config.logits_scaling,
     "times logit_scale": lambda config, logits: logits * config.logit_scale,
+    "times lm_head_multiplier": lambda config, logits: logits * config.lm_head_multiplier,
 }
 
 

@@ -232,7 +232,16 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
 
     A deep copy, because transformers 5 writes into the rotary settings it receives, and its changes must not be saved.
     """
-    return copy.deepcopy({key: value for key, value in config.items() if key not in _WAYS})
+    return {key: _read(value) for key, value in config.items() if key not in _WAYS}
+
+
+def _read(value: Any) -> Any:
+    """A copy of a field's value, with the numbers that JSON has no form for, which transformers 5 writes as objects."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _read(entry) for key, entry in value.items()}
+    return [_read(entry) for entry in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def _fill(model: Any, source: Source, row: Architecture) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import read_config
-from support.families import full_ranks, stock_model, write_family
+from support.families import FAMILIES, full_ranks, stock_model, write_family
 from support.running import MASK, by_block, distance, load, logits
 from transformers import AutoModelForCausalLM
 
@@ -29,11 +29,14 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "santacoder with all heads": ("gpt_bigcode", {"multi_query": False}),
     "bloom with heads that are no power of two": ("bloom", {"hidden_size": 96, "num_attention_heads": 6}),
+    "falcon h1 without norms of its states": ("falcon_h1", {"mamba_rms_norm": False}),
+    "granite 4 without positions": ("granitemoehybrid", {"position_embedding_type": None}),
+    "granite 4 with attention alone": ("granitemoehybrid", {"layer_types": ["attention"] * 3}),
     "mpt with heads that are no power of two": ("mpt", {"hidden_size": 96, "num_attention_heads": 6}),
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [form for form, (family, _) in FORMS.items() if family in FAMILIES])
 def test_full_rank_equals_the_stock_model(form: str, tmp_path: Path) -> None:
     """Its parameters, its logits with and without padding, and those of a block at a time."""
     family, changes = FORMS[form]

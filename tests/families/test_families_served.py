@@ -125,6 +125,8 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         "mpt",
         "hunyuan_v1_dense",
         "lfm2",
+        "granitemoehybrid",
+        "falcon_h1",
     }
     assert len(expected) == len(set(FAMILIES) - without) + len(set(fused) - without)
     (tmp_path / "run.py").write_text(TWO_PROCESSES)
@@ -166,5 +168,5 @@ def test_engine_that_brings_its_own_attention(row: Architecture, pairs: Any) -> 
     # the stock layers of Nemotron hand on nothing of what they are called with
     engine = None if row.model_type == "nemotron" else "yes"
     kinds = row.tiny["layer_types"] if row.kinds else ["full_attention"] * 3
-    attending = [layer for layer, kind in enumerate(kinds) if "full" in kind]
+    attending = [layer for layer, kind in enumerate(kinds) if kind in ("full_attention", "attention")]
     assert calls == [(layer, engine) for layer in attending]

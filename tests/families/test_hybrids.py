@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
@@ -12,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import read_config, read_weights
-from support.families import FAMILIES, rewrite_config
-from support.running import distance, load, logits
+from support.families import FAMILIES, VERSION, rewrite_config
+from support.running import IDS, distance, load, logits
 from transformers import AutoModelForCausalLM
 
 from svdconvert import convert, densify, plan, verify
@@ -21,6 +22,7 @@ from svdconvert.commands.verify import failed
 from svdconvert.errors import InputError
 from svdconvert.families.table import ARCHITECTURES
 
+MIXERS = [name for name in FAMILIES if ARCHITECTURES[name].mixer]
 PREDICTING = [name for name in FAMILIES if ARCHITECTURES[name].predictors]
 DELTA_NETS = [name for name in FAMILIES if "linear_attn" in ARCHITECTURES[name].kinds]
 # The kinds of the tiny models' blocks, as published configs give them: every so many-th attends, or those of a list.
@@ -85,6 +87,44 @@ def test_kinds_that_cannot_be(changes: dict[str, Any], words: str, checkpoints: 
     rewrite_config(source, **changes)
     with pytest.raises(InputError, match=words):
         plan(source, keep=0.6)
+
+
+@pytest.mark.skipif(VERSION < (5,), reason="the kernel has another place in transformers 4")
+@pytest.mark.parametrize("model_type", MIXERS)
+def test_no_fused_kernel_in_training(model_type: str, checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the weight of the output projection, whose factors would get no gradients."""
+    row, folder = ARCHITECTURES[model_type], checkpoints.dense(model_type).parent / "trained"
+    targets = [name for name in row.targets if name.startswith("mamba.")]
+    convert(checkpoints.dense(model_type), folder, keep=0.6, targets=targets, device="cpu", check=False)
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    asked = []
+    monkeypatch.setattr(module, "mamba2_split_conv1d_scan_combined", lambda *args, **options: asked.append(options))
+    stock, model = AutoModelForCausalLM.from_pretrained(checkpoints.dense(model_type)), load(folder)
+    model.train()(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert not asked
+    factors = [p for name, p in model.named_parameters() if ".out_proj." in name]
+    assert len(factors) >= 4
+    assert all(float(p.grad.abs().max()) > 0 for p in factors if p.dim() == 2)
+    assert {module.training for module in model.modules() if not type(module).__name__.startswith("Unfused")} == {True}
+    stock.train()(input_ids=IDS, use_cache=False)
+    assert asked
+
+
+def test_granite_with_experts(checkpoints: Any, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoints.dense("granitemoehybrid"), tmp_path / "dense"))
+    for count, words in ((64, r"and experts \(num_local_experts 64\), which"), (None, r"num_local_experts 8\)")):
+        rewrite_config(source, num_local_experts=count)
+        with pytest.raises(InputError, match=words):
+            plan(source, keep=0.6)
+
+
+def test_kinds_have_the_names_that_every_version_reads(checkpoints: Any, tmp_path: Path) -> None:
+    """transformers 5 writes others, which 4 refuses."""
+    names = ["mamba", "attention", "mamba"]
+    folder = checkpoints.pairs("granitemoehybrid")["balanced"]
+    load(folder.factored).save_pretrained(tmp_path)
+    for made in (folder.factored, folder.densified, tmp_path):
+        assert read_config(made)["layer_types"] == names
 
 
 def test_what_stays(checkpoints: Any) -> None:
