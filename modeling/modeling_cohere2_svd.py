@@ -112,6 +112,8 @@ class Cohere2SVDConfig(Cohere2Config):
         pivoted layout, whose outputs are permuted: no contiguous piece of `up` gives those of one process.
         """
         stock = getattr(super(), "base_model_tp_plan", None) or {}
+        if "svd_layout" not in vars(self):  # asked by the class above, before the factors are known
+            return stock or None
         counts = (0,) if self.svd_layout == "pivoted" else (0, self.num_hidden_layers)
         factored = {rule: sum(path.endswith(rule.partition("*")[2]) for path in self.svd_ranks) for rule in stock}
         mixed = {rule.rpartition(".")[0] for rule in stock if factored[rule] not in counts}
@@ -120,7 +122,13 @@ class Cohere2SVDConfig(Cohere2Config):
             if rule.rpartition(".")[0] not in mixed:
                 side = ".up" if style.startswith("colwise") else ".down"
                 plan[rule + (side if factored[rule] else "")] = style
+        plan.update(vars(self).get("_tied_rule", {}))
         return plan
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan):
+        """Keeps the rule that transformers 5.15 to 5.22 add for a tied embedding, and only that."""
+        self._tied_rule = {rule: style for rule, style in plan.items() if rule == "embed_tokens"}
 
     def to_dict(self):
         """The serialised form, with each setting in the spelling of transformers 4 and of transformers 5.
@@ -140,6 +148,7 @@ class Cohere2SVDConfig(Cohere2Config):
             out["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
         # save_pretrained puts this file beside the weights, so the names are local ones. (4.46 keeps those of a Hub
         # repository, and a saved model would run whatever that repository holds by then.)
+        out.pop("_tied_rule", None)
         out["auto_map"] = dict(AUTO_MAP)
         return out
 
@@ -629,6 +638,7 @@ class _Factored:
             kwargs["quantization_config"], plain = _packed(_skipping_factors(kwargs["quantization_config"]))
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         _check_factors(model, info)
+        _tie_head(model)
         _unpack(model, plain)
         _check_positions(model)
         _make_adaptable(model)
@@ -848,6 +858,17 @@ def _check_factors(model, info):
     ):
         if keys:
             raise ValueError(f"{what}: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if keys[3:] else ""))
+
+
+def _tie_head(model):
+    """Ties a head left without its weight: transformers 5.3.0 takes a tied one for loaded if the code is not its own.
+
+    A product with a weight on meta may be uninitialised memory.
+    """
+    parts = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = (getattr(part, "weight", None) for part in parts)
+    if head is not None and embedding is not None and head.is_meta and not embedding.is_meta:
+        model.tie_weights()
 
 
 def _check_positions(model):

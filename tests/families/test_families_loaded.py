@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from support.checkpoints import read_config
 from support.families import (
@@ -69,3 +71,25 @@ def test_unsound_checkpoints_do_not_load(pairs: Any, change: str, tmp_path: Path
     rewrite_config(folder, svd_ranks=ranks)
     with pytest.raises((ValueError, RuntimeError)):
         load(folder)
+
+
+def test_a_tied_head_is_never_left_without_its_weight(row: Architecture, pairs: dict[str, SimpleNamespace]) -> None:
+    """Transformers 5.3.0 does so for code that is not its own, and computes with memory that nobody filled."""
+    model = load(pairs["balanced"].factored)
+    if not model.config.tie_word_embeddings:
+        return
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.to("meta"))
+    importlib.import_module(type(model).__module__)._tie_head(model)
+    assert head.weight is model.get_input_embeddings().weight
+
+
+def test_a_rule_for_a_tied_embedding_is_kept(row: Architecture, pairs: dict[str, SimpleNamespace]) -> None:
+    """Transformers 5.15 to 5.22 ask a config for its tensor-parallel plan while it is made, and add a rule."""
+    config = load(pairs["balanced"].factored).config
+    plan = dict(config.base_model_tp_plan or {})
+    made = type(config).__new__(type(config))
+    assert not any(rule.endswith(".down") for rule in made.base_model_tp_plan or {})
+    config.base_model_tp_plan = {**plan, "embed_tokens": "embedding_rowwise"}
+    assert config.base_model_tp_plan == {**plan, "embed_tokens": "embedding_rowwise"}
+    assert "_tied_rule" not in config.to_dict()
