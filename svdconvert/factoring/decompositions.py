@@ -24,6 +24,7 @@ from torch import Tensor
 from svdconvert.errors import InputError
 from svdconvert.factoring.stores import LayerStatistics
 from svdconvert.linalg.metrics import Metric
+from svdconvert.linalg.rates import has_slow_float64
 from svdconvert.linalg.results import Decomposition
 from svdconvert.linalg.shared import SharedDecomposition
 from svdconvert.methods.table import Method, unshrink
@@ -243,5 +244,6 @@ def decompositions_key(
         "method": method.name,
         **options,
         **({} if knowledge is None else knowledge.content),
-        "device": device.split(":")[0],
+        # GPUs of both kinds have one name, and what they compute differs
+        "device": device.split(":")[0] + (" with slow float64" if has_slow_float64(torch.device(device)) else ""),
     }

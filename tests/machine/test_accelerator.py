@@ -17,6 +17,7 @@ from support.methods import DATA_AWARE
 from support.results import products
 
 from svdconvert import Calibration, calibrate, convert, densify
+from svdconvert.errors import InputError
 
 
 @pytest.fixture
@@ -103,8 +104,16 @@ def test_calibrated_where_float64_is_slow(dense: Path, varied: Calibration, devi
         record = convert(dense, tmp_path / device, device=device, **options).outcome.record
     assert far(tmp_path / "cpu", tmp_path / device) < 2e-2
     assert_same_errors(tmp_path / "cpu", tmp_path / device, 1e-3)
-    assert record["arithmetic"].endswith("as float64 takes 64 times as long here")
+    assert record["arithmetic"].endswith("as float64 is slow here")
     assert {matrix["precision"] for matrix in record["matrices"].values()} == {"float32"}
+
+
+def test_decompositions_of_both_kinds_are_not_mixed(dense: Path, device: str, tmp_path: Path) -> None:
+    """A GPU with slow float64 computes others, and has the name of the one without."""
+    options = {"rank": 20, "device": device, "work": tmp_path / "work", "check": False}
+    convert(dense, tmp_path / "first", **options)
+    with slow_float64(), pytest.raises(InputError, match=r'another device .*"lazy", now "lazy with slow float64"'):
+        convert(dense, tmp_path / "second", **options)
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="asks torch.autocast about the device's name")
