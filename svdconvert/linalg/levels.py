@@ -12,7 +12,7 @@ what is of one size:
   (``linalg/precision.py``). They are then taken off M itself, from both sides, and the rest is the next level's.
 
 The result differs from float64's by some 1e-6 in the singular values. A metric that is not regular enough is left to
-float64.
+an eigenproblem in float64, with the products of ``linalg/products.py``.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from support.counting import Multiplications
 from support.metrics import loss, normal
 from torch import Tensor
 
+from svdconvert.calibration.grams import GramSum
 from svdconvert.layouts.table import layout_named
 from svdconvert.linalg import products, rates
 from svdconvert.linalg.exact import decompose, truncate
@@ -130,6 +131,23 @@ def test_irregular_metrics_are_left_to_float64(counter: Multiplications) -> None
     assert torch.allclose(on_host(found.spectrum)[:20], exact.spectrum[:20], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("offset", "more"), [(1e3, 1e-4), (1e4, 0.05)])
+def test_singular_metrics_with_an_offset(offset: float, more: float, counter: Multiplications) -> None:
+    """Here slices have fewer digits than float64, and cost a part of the loss that nobody shrinks away."""
+    rows = normal(3000, 128, seed=3)
+    rows = (rows - rows.mean(1, keepdim=True) + offset * normal(128, seed=6)).float()
+    weight, lost = normal(160, 128, seed=7).float(), []
+    for device in (torch.device("cpu"), DEVICE):
+        gram = GramSum(128, device, exact=True)
+        gram.add(rows.to(device))
+        metric, ours = gram.mean(len(rows)), weight.to(device)
+        factors = truncate(ours, decompose(ours, right=metric), 96, torch.float64, None, None, metric)
+        rest = weight.double() - on_host(factors.up) @ on_host(factors.down)
+        lost.append(float((rest @ rows.double().T).square().sum()) / len(rows))
+        assert factors.metric_loss == pytest.approx(lost[-1], rel=max(more, 1e-4))
+    assert lost[1] == pytest.approx(lost[0], rel=more)
+
+
 def test_little_is_left_to_float64(counter: Multiplications) -> None:
     """Of all that the other road does in it, beside the roots of small matrices."""
     weight, left, right = (tensor.to(DEVICE) for tensor in problem((384, 256), "tokens"))
@@ -178,3 +196,16 @@ def test_only_where_float64_is_slow() -> None:
     assert not rates.has_slow_float64(torch.device("cpu"))
     left, right = normal(40, 50), normal(50, 60)
     assert torch.equal(products.product(left, right), left @ right)
+
+
+def test_plain_svd_of_a_wide_range(counter: Multiplications) -> None:
+    """Slices tell singular values of a millionth of the largest."""
+    left, right = (torch.linalg.qr(normal(size, 80, seed=size))[0] for size in (120, 80))
+    values = torch.logspace(0, -9, 80, dtype=torch.float64)
+    weight, found = (left * values) @ right.T, []
+    for device in (torch.device("cpu"), DEVICE):
+        ours = weight.to(device)
+        factors = truncate(ours, decompose(ours), 50, torch.float64)
+        found.append(float((weight - on_host(factors.up) @ on_host(factors.down)).norm()))
+    assert found[0] == pytest.approx(float(values[50:].norm()), rel=1e-3)
+    assert found[1] == pytest.approx(found[0], rel=0.05)
