@@ -54,8 +54,10 @@ def mixed_shapes(
     """
 
     def mixed(config: Config) -> Shapes:
-        uniform = {kind: _by_block(of_kind(config)) for kind, of_kind in shapes.items()}
-        blocks = zip(range(config["num_hidden_layers"]), kinds(config), strict=True)
+        listed = kinds(config)
+        # of those that there are: files need not have the fields of the others
+        uniform = {kind: _by_block(shapes[kind](config)) for kind in dict.fromkeys(listed)}
+        blocks = zip(range(config["num_hidden_layers"]), listed, strict=True)
         (embeddings, shape), *others = next(iter(uniform.values()))[OUTSIDE].items()
         found: Shapes = {embeddings: shape}
         for block, kind in blocks:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import read_config, read_weights
-from support.families import FAMILIES, VERSION, rewrite_config
+from support.families import FAMILIES, VERSION, rewrite_config, write_family
 from support.running import IDS, distance, load, logits
 from transformers import AutoModelForCausalLM
 
@@ -116,6 +116,17 @@ def test_granite_with_experts(checkpoints: Any, tmp_path: Path) -> None:
         rewrite_config(source, num_local_experts=count)
         with pytest.raises(InputError, match=words):
             plan(source, keep=0.6)
+
+
+@pytest.mark.skipif("granitemoehybrid" not in FAMILIES, reason="transformers cannot build it")
+def test_a_kind_that_no_block_is_of_needs_no_fields(tmp_path: Path) -> None:
+    """As in the Granites 4 whose blocks all attend."""
+    dense = write_family(tmp_path / "dense", "granitemoehybrid", layer_types=["attention"] * 3)
+    fields = [name for name in read_config(dense) if name.startswith("mamba_")]
+    assert len(fields) > 6
+    before = plan(dense, keep=0.6).params_before
+    rewrite_config(dense, **dict.fromkeys(fields))
+    assert plan(dense, keep=0.6).params_before == before
 
 
 def test_kinds_have_the_names_that_every_version_reads(checkpoints: Any, tmp_path: Path) -> None:
