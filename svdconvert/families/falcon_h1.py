@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from svdconvert.families.decoder import Linears, decoder, decoder_shapes, separate
 from svdconvert.families.mamba import FIELDS, mamba_linears, mamba_state
-from svdconvert.families.rotary import Rotary
+from svdconvert.families.rotary import Rotary, rope_parameters
 from svdconvert.families.row import Config, Pieces, Shapes
 from svdconvert.families.values import FACTOR, NUMBER, SIZE_OR_DEFAULT, SWITCH
 from svdconvert.fields import few, optional
@@ -19,6 +19,13 @@ def _linears(config: Config) -> Linears:
 
 def _state(config: Config) -> Shapes:
     return mamba_state(config, norm=bool(config.get("mamba_rms_norm")))
+
+
+def _without_base(config: Config) -> str:
+    """Transformers 4 would compute with 100,000, and 5 with 10,000."""
+    if config.get("rope_theta") is not None or rope_parameters(config).get("rope_theta") is not None:
+        return ""
+    return "and no rope_theta, for which versions of transformers have different defaults; add it to its config.json"
 
 
 ROW = decoder(
@@ -38,6 +45,7 @@ ROW = decoder(
     ),
     mixer="FalconH1Mixer",
     fills=True,
+    refused=_without_base,
     pieces=Pieces(("embed_tokens",), "layers", ("final_layernorm",), logits="times lm_head_multiplier"),
     config_overrides=Rotary(theta=100000.0),
     classifies=False,

@@ -53,7 +53,7 @@ def _mamba(config: Config) -> Linears:
 
 def _with_experts(config: Config) -> str:
     count = config.get("num_local_experts", 8)
-    return f"and experts (num_local_experts {count})" if count else ""
+    return f"and experts (num_local_experts {count}), which is not supported; give one without" if count else ""
 
 
 ROW = decoder(

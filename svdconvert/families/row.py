@@ -127,7 +127,8 @@ class Architecture:
         old_kinds: entry of ``layer_types`` -> its name in files, where older versions of transformers know no other.
         mixer: class of the part of a block that in training hands the weight of its ``out_proj`` to a fused kernel.
         fills: whether initialising its model fills buffers of its blocks.
-        refused: config -> what its models have that is not supported, a clause; empty if nothing is.
+        refused: config -> what keeps a model of it from being converted, and what to do: the end of a sentence that
+            names its model_type. Empty if nothing does.
         tied: whether the head is the embedding if config.json does not say.
         transposed: whether the targets are stored as [in, out] (Conv1D of GPT-2) instead of [out, in].
         classifies: whether transformers has a sequence classifier of the family.

@@ -163,7 +163,7 @@ def dense_architecture(config: Config, where: str) -> Architecture:
     row = ARCHITECTURES[model_type]
     check_claims(config, row, where)
     if refused := row.refused(config):
-        raise InputError(f"{where} has model_type {model_type!r} {refused}, which is not supported; give one without")
+        raise InputError(f"{where} has model_type {model_type!r} {refused}")
     return row
 
 

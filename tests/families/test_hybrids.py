@@ -118,6 +118,18 @@ def test_granite_with_experts(checkpoints: Any, tmp_path: Path) -> None:
             plan(source, keep=0.6)
 
 
+@pytest.mark.skipif("falcon_h1" not in FAMILIES, reason="transformers does not have it yet")
+def test_falcon_without_a_rotary_base(checkpoints: Any, tmp_path: Path) -> None:
+    """Of which transformers 4 and 5 think differently."""
+    source = Path(shutil.copytree(checkpoints.dense("falcon_h1"), tmp_path / "dense"))
+    rewrite_config(source, rope_parameters=None, rope_theta=None)
+    with pytest.raises(InputError, match=r"'falcon_h1' and no rope_theta, .*; add it to its config\.json"):
+        plan(source, keep=0.6)
+    for settings in ({"rope_theta": 1e11}, {"rope_theta": None, "rope_parameters": {"rope_theta": 1e11}}):
+        rewrite_config(source, **settings)
+        assert plan(source, keep=0.6)
+
+
 @pytest.mark.skipif("granitemoehybrid" not in FAMILIES, reason="transformers cannot build it")
 def test_a_kind_that_no_block_is_of_needs_no_fields(tmp_path: Path) -> None:
     """As in the Granites 4 whose blocks all attend."""
