@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from svdconvert.families.decoder import Linears, separate
 from svdconvert.families.row import Config, Shapes
+from svdconvert.families.values import SIZE, whole
 from svdconvert.fields import Kind, many, optional
 from svdconvert.names import layer_number
 
@@ -73,6 +74,15 @@ def _by_block(shapes: Shapes) -> dict[int, Shapes]:
     for name, shape in shapes.items():
         found.setdefault(layer_number(name), {})[name] = shape
     return found
+
+
+# What config.json may say of gated delta nets, and of which blocks have one.
+DELTA_NET_FIELDS: Mapping[str, Kind] = {
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim"), SIZE),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), SIZE),
+    "full_attention_interval": optional(whole(1)),
+    "layer_types": kinds_field(LINEAR, FULL),
+}
 
 
 def gated_queries(config: Config) -> Linears:

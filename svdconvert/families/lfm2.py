@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from svdconvert.families.decoder import decoder, decoder_shapes, widths
+from svdconvert.families.decoder import Linears, decoder, decoder_shapes, widths
 from svdconvert.families.hybrid import FULL, kinds_field, mixed_shapes
 from svdconvert.families.rotary import Rotary
 from svdconvert.families.row import Config, Pieces, Shapes
@@ -31,7 +31,7 @@ def _inner(config: Config) -> int:
     return inner if factor is None else -(-int(factor * inner) // multiple) * multiple
 
 
-def _mlp(config: Config) -> dict[str, tuple[tuple[int, int], bool]]:
+def _mlp(config: Config) -> Linears:
     hidden, inner = config["hidden_size"], _inner(config)
     return {
         "feed_forward.w1": ((inner, hidden), False),
@@ -40,7 +40,7 @@ def _mlp(config: Config) -> dict[str, tuple[tuple[int, int], bool]]:
     }
 
 
-def _attention(config: Config) -> dict[str, tuple[tuple[int, int], bool]]:
+def _attention(config: Config) -> Linears:
     hidden, queries, keys, _ = widths({**config, "intermediate_size": 0})
     return {
         "self_attn.q_proj": ((queries, hidden), False),
@@ -51,7 +51,7 @@ def _attention(config: Config) -> dict[str, tuple[tuple[int, int], bool]]:
     }
 
 
-def _convolution(config: Config) -> dict[str, tuple[tuple[int, int], bool]]:
+def _convolution(config: Config) -> Linears:
     hidden, bias = config["hidden_size"], bool(config.get("conv_bias"))
     return {
         "conv.in_proj": ((3 * hidden, hidden), bias),

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from svdconvert.families.decoder import PIECES, TARGETS, decoder, decoder_shapes
+from svdconvert.families.decoder import PIECES, TARGETS, Linears, decoder, decoder_shapes
 from svdconvert.families.hybrid import (
+    DELTA_NET_FIELDS,
     FULL,
     LINEAR,
     delta_net_sizes,
     delta_net_state,
     gated_queries,
-    kinds_field,
     mixed_shapes,
     mlp,
     one_kind_in,
 )
 from svdconvert.families.row import Config
-from svdconvert.families.values import SIZE, whole
-from svdconvert.fields import optional
 
 
-def _linears(config: Config) -> dict[str, tuple[tuple[int, int], bool]]:
+def _linears(config: Config) -> Linears:
     """The linear layers of a block with a delta net, whose gates are projections of their own."""
     hidden, (keys, values, heads) = config["hidden_size"], delta_net_sizes(config)
     return {
@@ -56,12 +54,7 @@ ROW = decoder(
     classifies=False,
     labels="",
     title="Qwen 3.5",
-    fields={
-        **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim"), SIZE),
-        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), SIZE),
-        "full_attention_interval": optional(whole(1)),
-        "layer_types": kinds_field(LINEAR, FULL),
-    },
+    fields=DELTA_NET_FIELDS,
     models="Qwen 3.5, text alone",
     remarks="gated delta nets in three of four blocks, gated attention in the others",
     tiny={

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from svdconvert.families.decoder import PIECES, TARGETS, decoder, decoder_shapes
+from svdconvert.families.decoder import PIECES, TARGETS, Linears, decoder, decoder_shapes
 from svdconvert.families.experts import Experts
 from svdconvert.families.hybrid import (
+    DELTA_NET_FIELDS,
     FULL,
     LINEAR,
     delta_net_sizes,
     delta_net_state,
     gated_queries,
-    kinds_field,
     mixed_shapes,
     mlp,
     one_kind_in,
@@ -21,13 +21,13 @@ from svdconvert.families.mixture import mixture_shapes
 from svdconvert.families.qwen3_moe import COUNT, is_mixture
 from svdconvert.families.rotary import Rotary
 from svdconvert.families.row import Config, Shapes
-from svdconvert.families.values import SIZE, SWITCH, whole
+from svdconvert.families.values import SWITCH, whole
 from svdconvert.fields import many, optional
 
 _SHARED = "shared_expert"
 
 
-def _linears(config: Config) -> dict[str, tuple[tuple[int, int], bool]]:
+def _linears(config: Config) -> Linears:
     """The linear layers of a block with a delta net, whose queries, keys, values and gates are one projection."""
     hidden, (keys, values, heads) = config["hidden_size"], delta_net_sizes(config)
     return {
@@ -88,10 +88,7 @@ ROW = decoder(
     fields={
         **dict.fromkeys("num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size".split(), COUNT),
         "num_experts": COUNT,
-        **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim"), SIZE),
-        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), SIZE),
-        "full_attention_interval": optional(whole(1)),
-        "layer_types": kinds_field(LINEAR, FULL),
+        **DELTA_NET_FIELDS,
         "decoder_sparse_step": optional(whole(1)),
         "mlp_only_layers": optional(many(whole(0))),
         "norm_topk_prob": SWITCH,
