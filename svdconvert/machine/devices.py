@@ -12,6 +12,9 @@ from svdconvert.sentences import asked
 def resolve_device(device: str) -> str:
     """The device that ``auto`` or ``cuda`` stands for on this machine; other names as they are.
 
+    On a GPU, products of float32 matrices are float32 from now on, whatever the environment says: NVIDIA's containers
+    turn TF32 on by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, whose ten bits are too few for statistics and factors.
+
     Raises:
         InputError: the name is unknown or the device is not there.
     """
@@ -24,6 +27,8 @@ def resolve_device(device: str) -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         device = "cuda" if count else "cpu"
+    if device != "cpu":
+        torch.set_float32_matmul_precision("highest")
     group = processes.current()
     if device == "cuda" and count and group.size > 1:  # one GPU for each process of a machine, while there are enough
         return f"cuda:{group.local_rank % count}"
