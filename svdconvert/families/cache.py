@@ -15,6 +15,7 @@ def cached_numbers(row: Architecture, config: Config) -> int:
     """Numbers that the cache of keys and values takes of each token, in all layers together.
 
     Layers with a sliding window are counted as the others: the cache of a text that is no longer than the window.
+    States of recurrences do not grow with the text, and are not counted.
 
     Args:
         row: the family.

@@ -219,6 +219,8 @@ def test_wrong_fields_are_one_sentence_before_the_work(field: str, copy: Path, t
 def test_fields_of_one_family(row: Architecture) -> None:
     """What a row says of its own fields is checked, in that family alone."""
     config = {"model_type": row.model_type, "vocab_size": 160}
+    if row.refused(config):  # it is something in the other fields that is asked for
+        config |= row.tiny
     assert dense_architecture(config, "it") is row
     for field, kind in row.fields.items():
         wrong: list[Any] = [{}]

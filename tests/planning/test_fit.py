@@ -30,9 +30,9 @@ SMALL = "0.25MB"
 
 
 def kept(model: Any, tokens: int) -> int:
-    """Numbers in a model's own cache after so many tokens."""
+    """Keys and values in a model's own cache after so many tokens; states of recurrences, which do not grow, aside."""
     found = model(input_ids=torch.arange(tokens)[None], use_cache=True).past_key_values
-    return sum(layer.keys.numel() + layer.values.numel() for layer in found.layers)
+    return sum(layer.keys.numel() + layer.values.numel() for layer in found.layers if hasattr(layer, "keys"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -66,7 +66,6 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"bytes": 0.5, "calibration": TEXT, "share_layers": 2}, "bytes=0.5 does not go with share_layers=2"),
         ({"bytes": 0.5, "calibration": TEXT, "split_fused": True}, "bytes=0.5 does not go with split_fused=True"),
         ({"bytes": 0.5, "calibration": TEXT, "refit": "sequential"}, "does not go with refit='sequential'"),
-        ({"bytes": 0.5, "calibration": TEXT, "heal": True}, "does not go with heal=True"),
         ({"bytes": 0.5, "calibration": TEXT, "allocation": "uniform"}, "does not go with allocation='uniform'"),
         ({"bytes": 0.5, "calibration": TEXT, "layout": "pivoted"}, "does not go with layout='pivoted'"),
         ({"bytes": 0.5, "calibration": TEXT, "method": "whiten"}, "method='whiten' does not estimate"),
