@@ -213,22 +213,25 @@ def _matrix(linear):
 
 # A weight of fewer numbers is multiplied in the time that it takes to call another routine.
 LARGE = 2**18
+# Rows of inputs whose products are timed: a token, a few sequences' tokens, a prompt.
+TIMED_ROWS = (1, 16, 128)
 
 
 @functools.cache
-def _onednn_is_faster():
-    """Whether oneDNN multiplies in less than 0.8 of the time of `F.linear` on this CPU; measured once, in about 20 ms.
+def _onednn_is_faster(rows, threads):
+    """Whether oneDNN multiplies `rows` rows, one of TIMED_ROWS, in less than 0.8 of the time of `F.linear` on this CPU.
 
-    PyTorch leaves products in float32 to MKL. On a processor that is not Intel's those take up to twice as long, and
-    the product of one token runs in a single thread.
+    Measured once for a number of `threads`, in 5 to 50 ms. PyTorch leaves products in float32 to MKL. On a processor
+    that is not Intel's those take up to twice as long, at some sizes and not at others, and the product of one token
+    runs in a single thread.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     # whatever the caller has set as the usual type and device: the answer is kept
-    weight, x = (torch.ones(rows, 512, dtype=torch.float32, device="cpu") for rows in (2048, 16))
+    weight, x = (torch.ones(count, 512, dtype=torch.float32, device="cpu") for count in (2048, rows))
     seconds = {nn.functional.linear: [], _onednn: []}
     begin = time.perf_counter()
-    while len(seconds[_onednn]) < 16 and time.perf_counter() - begin < 0.3:  # a busy machine takes longer
+    while len(seconds[_onednn]) < 12 and time.perf_counter() - begin < 0.3:  # a busy machine takes longer
         for product, taken in seconds.items():
             start = time.perf_counter()
             try:
@@ -238,6 +241,12 @@ def _onednn_is_faster():
             taken.append(time.perf_counter() - start)
     theirs, ours = (min(taken) for taken in seconds.values())
     return ours < 0.8 * theirs  # nearer to 1, it would be one today and the other tomorrow
+
+
+def _prefers_onednn(rows):
+    """Whether products of so many rows are left to oneDNN: as those of the nearest one of TIMED_ROWS are."""
+    nearest = min(TIMED_ROWS, key=lambda timed: max(timed, rows) / min(timed, rows))
+    return torch.backends.mkldnn.enabled and _onednn_is_faster(nearest, torch.get_num_threads())
 
 
 def _onednn(x, weight, bias=None):
@@ -269,8 +278,7 @@ def _has_onednn_product(linear, x):
         and not nn.modules.module._has_any_global_hook()
         and not torch.is_autocast_enabled("cpu")
         and getattr(torch.autograd.forward_ad, "_current_level", 0) < 0  # no_grad does not turn that off
-        and torch.backends.mkldnn.enabled
-        and _onednn_is_faster()
+        and _prefers_onednn(x.numel() // linear.in_features)
     )
 
 
@@ -698,7 +706,7 @@ class _Factored:
         for module in self.modules():
             if isinstance(module, FactoredLinear) and type(module.up) is nn.Linear:
                 weight = module.up.weight
-                by_onednn = weight.numel() >= LARGE and torch.backends.mkldnn.enabled and _onednn_is_faster()
+                by_onednn = weight.numel() >= LARGE and _prefers_onednn(1)
                 if weight.device.type == "cpu" and weight.dtype == torch.float32 and not by_onednn:
                     weight.data = weight.data.t().contiguous().t()
         return self

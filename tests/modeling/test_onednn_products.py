@@ -32,7 +32,7 @@ def products(module, monkeypatch):
         return multiply(x, weight, bias)
 
     monkeypatch.setattr(module, "LARGE", 0)
-    monkeypatch.setattr(module, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "_onednn_is_faster", lambda *_: True)
     monkeypatch.setattr(module, "_onednn", counted)
     return found
 
@@ -57,9 +57,24 @@ def test_the_numbers_of_the_plain_products(tiny, model, products, ids, expected)
 def test_generation(tiny, model, products, module, monkeypatch, ids):
     found = model.generate(ids[:1], max_new_tokens=6, do_sample=False)
     assert len(products) == 6 * len(factors(model, tiny))
-    monkeypatch.setattr(module, "_onednn_is_faster", lambda: False)
+    monkeypatch.setattr(module, "_onednn_is_faster", lambda *_: False)
     assert torch.equal(found, model.generate(ids[:1], max_new_tokens=6, do_sample=False))
     assert len(products) == 6 * len(factors(model, tiny))
+
+
+@ONE_LAYOUT
+def test_chosen_by_the_number_of_rows(module, model, products, monkeypatch, ids):
+    """One routine may be the faster one for a token and the slower one for a prompt, with so many threads."""
+    asked = []
+    monkeypatch.setattr(module, "_onednn_is_faster", lambda *timed: asked.append(timed) or timed[0] == 1)
+    for rows, timed in ((1, 1), (3, 1), (5, 16), (45, 16), (46, 128), (4096, 128)):
+        assert module._prefers_onednn(rows) is (timed == 1)
+        assert asked.pop() == (timed, torch.get_num_threads())
+    with torch.no_grad():
+        model(ids)
+        assert not products
+        model(ids[:1, :1])
+    assert products
 
 
 @ONE_LAYOUT
@@ -94,7 +109,7 @@ def test_weights_changed_in_place_are_used(model, products, module, monkeypatch,
             p.add_(0.01)
         after = model(ids).logits
         products.clear()
-        monkeypatch.setattr(module, "_onednn_is_faster", lambda: False)
+        monkeypatch.setattr(module, "_onednn_is_faster", lambda *_: False)
         plain = model(ids).logits
     assert not products
     assert distance(after, before) > 1e-3
@@ -175,9 +190,9 @@ def test_layers_laid_out_for_decoding(tiny, products, module, monkeypatch, ids, 
     """By columns where MKL multiplies, by rows where oneDNN does; a matrix by columns is not given to oneDNN."""
     model = load(tiny.path).for_decoding()
     assert model.gpt_neox.layers[0].mlp.dense_h_to_4h.up.weight.is_contiguous()
-    monkeypatch.setattr(module, "_onednn_is_faster", lambda: False)
+    monkeypatch.setattr(module, "_onednn_is_faster", lambda *_: False)
     model = load(tiny.path).for_decoding()
-    monkeypatch.setattr(module, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "_onednn_is_faster", lambda *_: True)
     products.clear()
     assert distance(logits(model, ids), expected) < 2e-5
     assert len(products) == len(tiny.ranks)
