@@ -241,22 +241,22 @@ def _matrix(linear):
 
 # A weight of fewer numbers is multiplied in the time that it takes to call another routine.
 LARGE = 2**18
-# Rows of inputs whose products are timed: a token, a few sequences' tokens, a prompt.
-TIMED_ROWS = (1, 16, 128)
+# What is timed: rows of inputs (a token, a few sequences' tokens, a prompt), and outputs of a weight with 512 inputs.
+TIMED_ROWS, TIMED_OUTPUTS = (1, 16, 128), (2048, 8192)
 
 
 @functools.cache
-def _onednn_is_faster(rows, threads):
-    """Whether oneDNN multiplies `rows` rows, one of TIMED_ROWS, in less than 0.8 of the time of `F.linear` on this CPU.
+def _onednn_is_faster(rows, outputs, threads):
+    """Whether oneDNN multiplies [rows, 512] by [512, outputs] in less than 0.9 of the time of `F.linear` on this CPU.
 
-    Measured once for a number of `threads`, in 5 to 50 ms. PyTorch leaves products in float32 to MKL. On a processor
+    Measured once for a number of `threads`, in 3 to 150 ms. PyTorch leaves products in float32 to MKL. On a processor
     that is not Intel's those take up to twice as long, at some sizes and not at others, and the product of one token
-    runs in a single thread.
+    runs in a single thread; oneDNN's threads in turn have to be woken where waiting ones sleep.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     # whatever the caller has set as the usual type and device: the answer is kept
-    weight, x = (torch.ones(count, 512, dtype=torch.float32, device="cpu") for count in (2048, rows))
+    weight, x = (torch.ones(count, 512, dtype=torch.float32, device="cpu") for count in (outputs, rows))
     seconds = {nn.functional.linear: [], _onednn: []}
     begin = time.perf_counter()
     while len(seconds[_onednn]) < 12 and time.perf_counter() - begin < 0.3:  # a busy machine takes longer
@@ -268,13 +268,17 @@ def _onednn_is_faster(rows, threads):
                 return False
             taken.append(time.perf_counter() - start)
     theirs, ours = (min(taken) for taken in seconds.values())
-    return ours < 0.8 * theirs  # nearer to 1, it would be one today and the other tomorrow
+    return ours < 0.9 * theirs  # nearer to 1, it would be one today and the other tomorrow
 
 
-def _prefers_onednn(rows):
-    """Whether products of so many rows are left to oneDNN: as those of the nearest one of TIMED_ROWS are."""
-    nearest = min(TIMED_ROWS, key=lambda timed: max(timed, rows) / min(timed, rows))
-    return torch.backends.mkldnn.enabled and _onednn_is_faster(nearest, torch.get_num_threads())
+def _nearest(count, timed):
+    return min(timed, key=lambda one: max(one, count) / min(one, count))
+
+
+def _prefers_onednn(rows, weight):
+    """Whether products of so many rows and `weight` are left to oneDNN: as the nearest ones that are timed."""
+    timed = _nearest(rows, TIMED_ROWS), _nearest(weight.numel() // 512, TIMED_OUTPUTS)
+    return torch.backends.mkldnn.enabled and _onednn_is_faster(*timed, torch.get_num_threads())
 
 
 def _onednn(x, weight, bias=None):
@@ -306,7 +310,7 @@ def _has_onednn_product(linear, x):
         and not nn.modules.module._has_any_global_hook()
         and not torch.is_autocast_enabled("cpu")
         and getattr(torch.autograd.forward_ad, "_current_level", 0) < 0  # no_grad does not turn that off
-        and _prefers_onednn(x.numel() // linear.in_features)
+        and _prefers_onednn(x.numel() // linear.in_features, weight)
     )
 
 
@@ -776,7 +780,7 @@ class _Factored:
         for module in self.modules():
             if isinstance(module, FactoredLinear) and type(module.up) is nn.Linear:
                 weight = module.up.weight
-                by_onednn = weight.numel() >= LARGE and _prefers_onednn(1)
+                by_onednn = weight.numel() >= LARGE and _prefers_onednn(1, weight)
                 if weight.device.type == "cpu" and weight.dtype == torch.float32 and not by_onednn:
                     weight.data = weight.data.t().contiguous().t()
         return self

@@ -63,13 +63,14 @@ def test_generation(tiny, model, products, module, monkeypatch, ids):
 
 
 @ONE_LAYOUT
-def test_chosen_by_the_number_of_rows(module, model, products, monkeypatch, ids):
+def test_chosen_by_size(module, model, products, monkeypatch, ids):
     """One routine may be the faster one for a token and the slower one for a prompt, with so many threads."""
     asked = []
     monkeypatch.setattr(module, "_onednn_is_faster", lambda *timed: asked.append(timed) or timed[0] == 1)
     for rows, timed in ((1, 1), (3, 1), (5, 16), (45, 16), (46, 128), (4096, 128)):
-        assert module._prefers_onednn(rows) is (timed == 1)
-        assert asked.pop() == (timed, torch.get_num_threads())
+        for shape, outputs in (((512, 512), 2048), ((2048, 1024), 2048), ((512, 8192), 8192), ((20000, 4000), 8192)):
+            assert module._prefers_onednn(rows, torch.empty(shape, device="meta")) is (timed == 1)
+            assert asked.pop() == (timed, outputs, torch.get_num_threads())
     with torch.no_grad():
         model(ids)
         assert not products
