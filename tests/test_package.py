@@ -122,7 +122,7 @@ def test_from_the_repository_after_an_installation(
         check=False,
         cwd=checkout,
         # Before an editable installation, which would lead to this repository; behind the folder we are in.
-        env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     assert "logits" in done.stdout

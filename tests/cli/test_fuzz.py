@@ -39,21 +39,21 @@ def assert_sound(cases: list[dict[str, Any]]) -> None:
     assert not wrong, f"{len(wrong)} of {len(cases)} cases:\n" + "\n".join(wrong[:10])
 
 
-def test_300_cases(bases: Path) -> None:
+def test_150_cases(bases: Path) -> None:
     """Ended soon, with a result that is right or with one sentence, and nothing half."""
-    cases = run_cases(bases, 0, 300)
-    assert len(cases) == 300
+    cases = run_cases(bases, 0, 150)
+    assert len(cases) == 150
     assert_sound(cases)
     # Damage that nobody notices, or that nothing survives, would show nothing.
     ended = [case["code"] for case in cases]
-    assert ended.count(0) > 50
-    assert ended.count(2) > 100
+    assert ended.count(0) > 25
+    assert ended.count(2) > 50
     assert {(case["base"], case["command"]) for case in cases} == {(t.base, t.command[0]) for t in TARGETED}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("first", range(1000, 6000, 500))
+@pytest.mark.parametrize("first", range(150, 5150, 500))
 def test_5000_cases(first: int, bases: Path) -> None:
     assert_sound(run_cases(bases, first, 500))
 

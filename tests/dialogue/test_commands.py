@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,29 @@ MODEL = ROOT / "examples" / "tiny_polyglot" / "model"
 
 
 def run(command: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process, which has imported what it needs."""
+    main, line = importlib.import_module(f"examples.dialogue.{command}").main, [str(arg) for arg in args]
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
+        main(line)
+    return subprocess.CompletedProcess(line, int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def good(command: str, *args: object) -> str:
+    result = run(command, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def started(command: str, *args: object) -> subprocess.CompletedProcess[str]:
     """Run a command in its own process, from the repository's root."""
     line = [sys.executable, "-m", f"examples.dialogue.{command}", *map(str, args)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
 
 
-def good(command: str, *args: object) -> str:
-    result = run(command, *args)
+def from_the_shell(command: str, *args: object) -> str:
+    result = started(command, *args)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -81,13 +98,13 @@ def test_published_files_keep_their_own_sides(tmp_path: Path) -> None:
 def test_from_samples_to_scores_and_tally(prepared: Path, tmp_path: Path) -> None:
     data = prepared / "validation.jsonl"
     options = ("--data", data, "--template", "kodoc2dial-short", "--max-new-tokens", 8, "--device", "cpu")
-    out = good("generate", MODEL, *options, "--out", tmp_path / "tiny.jsonl")
+    out = from_the_shell("generate", MODEL, *options, "--out", tmp_path / "tiny.jsonl")
     assert "9 answers" in out
     samples, _ = read_jsonl(data)
     right = [{"id": sample.id, "prediction": sample.answer} for sample in samples]
     write_lines(tmp_path / "right.jsonl", right)
     files = (tmp_path / "tiny.jsonl", tmp_path / "right.jsonl")
-    shown = good("evaluate", *files, "--data", data, "--tokenizer", "char")
+    shown = from_the_shell("evaluate", *files, "--data", data, "--tokenizer", "char")
     assert "tok:ko-mecab-" in shown
     assert "Total is F1 + METEOR + ROUGE-L + SacreBLEU" in shown
     scores = json.loads(
@@ -158,14 +175,14 @@ def test_the_english_profile_with_wordnet(small_wordnet: Path, tmp_path: Path, m
     args = ("evaluate", tmp_path / "answers.jsonl", "--data", tmp_path / "data.jsonl", "--json", "--profile")
     monkeypatch.setenv("NLTK_DATA", str(small_wordnet))
     # bring, auto = car, ., stay, .: five of six in two chunks. NLTK looks up stems, and these words are their own.
-    (row,) = json.loads(good(*args, "mdd"))
+    (row,) = json.loads(from_the_shell(*args, "mdd"))
     assert row["scores"]["METEOR"] == pytest.approx(100 * 5 / 6 * (1 - 0.5 * (2 / 5) ** 3))
     assert "nltk-word|stem:porter|wn:english" in row["signatures"]["METEOR"]
     # bring, stay, .: three of five in two chunks; "car." is one word without the splitter.
-    (row,) = json.loads(good(*args, "mdd-offline"))
+    (row,) = json.loads(from_the_shell(*args, "mdd-offline"))
     assert row["scores"]["METEOR"] == pytest.approx(100 * 3 / 5 * (1 - 0.5 * (2 / 3) ** 3))
     shutil.rmtree(small_wordnet / "corpora")
-    result = run(*map(str, args), "mdd")
+    result = started(*map(str, args), "mdd")
     assert (result.returncode, "or choose the profile mdd-offline" in result.stderr) == (2, True)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from support.families import FAMILIES, write_family
+from support.pairs import Pair
 
 from svdconvert import convert, densify
 from svdconvert.families.row import Architecture
@@ -19,25 +19,24 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._pairs: dict[str, dict[str, SimpleNamespace]] = {}
+        self._pairs: dict[tuple[str, str], Pair] = {}
 
     def dense(self, model_type: str) -> Path:
         """The tiny stock model."""
         folder = self._folder / model_type / "dense"
         return folder if folder.exists() else write_family(folder, model_type)
 
-    def pairs(self, model_type: str) -> dict[str, SimpleNamespace]:
-        """By layout: a factored checkpoint with one kind of target left dense, and the same densified."""
-        if model_type not in self._pairs:
+    def pair(self, model_type: str, layout: str = "balanced") -> Pair:
+        """A factored checkpoint with one kind of target left dense, and the same densified."""
+        if (model_type, layout) not in self._pairs:
             kinds = [name for name in ARCHITECTURES[model_type].targets if "o_proj" not in name]
-            folder, made = self._folder / model_type, {}
-            for layout in LAYOUTS:
-                factored, product = folder / f"{layout}-factored", folder / f"{layout}-densified"
-                convert(self.dense(model_type), factored, keep=0.6, layout=layout, targets=kinds, device="cpu")
-                densify(factored, product, device="cpu")
-                made[layout] = SimpleNamespace(factored=factored, densified=product)
-            self._pairs[model_type] = made
-        return self._pairs[model_type]
+            folder = self._folder / model_type
+            pair = Pair(factored=folder / f"{layout}-factored", densified=folder / f"{layout}-densified")
+            options = {"targets": kinds, "device": "cpu", "check": False}
+            convert(self.dense(model_type), pair.factored, keep=0.6, layout=layout, **options)
+            densify(pair.factored, pair.densified, device="cpu", check=False)
+            self._pairs[model_type, layout] = pair
+        return self._pairs[model_type, layout]
 
 
 @pytest.fixture(scope="session")
@@ -56,12 +55,7 @@ def dense(row: Architecture, checkpoints: Checkpoints) -> Path:
     return checkpoints.dense(row.model_type)
 
 
-@pytest.fixture(scope="session")
-def pairs(row: Architecture, checkpoints: Checkpoints) -> dict[str, SimpleNamespace]:
-    """By layout: a factored checkpoint with one kind of target left dense, and the same densified. Read only."""
-    return checkpoints.pairs(row.model_type)
-
-
 @pytest.fixture(scope="session", params=LAYOUTS)
-def pair(request: pytest.FixtureRequest, pairs: dict[str, SimpleNamespace]) -> SimpleNamespace:
-    return pairs[request.param]
+def pair(request: pytest.FixtureRequest, row: Architecture, checkpoints: Checkpoints) -> Pair:
+    """A factored checkpoint with one kind of target left dense, and the same densified. Read only."""
+    return checkpoints.pair(row.model_type, request.param)

@@ -108,7 +108,7 @@ def test_transposed_stacks(
 @pytest.mark.parametrize("model_type", TRANSPOSED)
 def test_densified_without_an_expert(model_type: str, checkpoints: Any, tmp_path: Path) -> None:
     """Nothing takes the place of a matrix that is not there."""
-    made = checkpoints.pairs(model_type)["balanced"].factored
+    made = checkpoints.pair(model_type).factored
     weights, lost = read_weights(made), f"model.layers.1.{EXPERTS[model_type].mixture}.experts.2."
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
     config = json.loads((made / "config.json").read_text())

@@ -11,6 +11,7 @@ import torch
 from support.checkpoints import read_config, read_weights
 from support.families import full_ranks, read_matrices
 from support.naive_experts import chosen_tokens, with_naive_experts
+from support.representatives import FEW, UNLIKE
 from support.running import IDS, MASK, TOKENS, distance, load, logits
 from torch import Tensor, nn
 from transformers import (
@@ -120,11 +121,12 @@ def test_streamed_statistics_equal_those_in_memory(row: Architecture, dense: Pat
                 assert error < 1e-4, (path, kind, error)
 
 
+@FEW
 def test_streamed_losses_with_and_without_replaced_weights(
-    row: Architecture, pairs: Any, dense: Path, tmp_path: Path
+    row: Architecture, checkpoints: Any, dense: Path, tmp_path: Path
 ) -> None:
     """Blocks of the dense model with the products in the place of their matrices are the densified model."""
-    pair = pairs["balanced"]  # of either layout they are dense matrices here
+    pair = checkpoints.pair(row.model_type)  # of either layout they are dense matrices here
     products = read_matrices(pair.densified)
     factored = read_config(pair.factored)["svd_ranks"]
 
@@ -147,6 +149,7 @@ def test_streamed_losses_with_and_without_replaced_weights(
         assert loss.nll == pytest.approx(expected, rel=1e-5)
 
 
+@UNLIKE
 def test_every_method_reaches_a_size(row: Architecture, dense: Path, tmp_path: Path) -> None:
     """From one calibration, whatever the size is asked for as."""
     text = tmp_path / "text.txt"
@@ -167,6 +170,7 @@ def test_every_method_reaches_a_size(row: Architecture, dense: Path, tmp_path: P
     assert all(distance(one, other) > 0.01 for n, one in enumerate(found) for other in found[:n])
 
 
+@pytest.mark.parametrize("row", ["gpt2", "gemma2", "mixtral"], indirect=True)
 def test_calibrated_conversion_from_the_command_line(row: Architecture, dense: Path, run: Any, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The {n}th story begins with {n * 7} words and ends well." for n in range(40)))

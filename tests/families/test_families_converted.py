@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from support.families import (
     write_family,
 )
 from support.family_contract import assert_sound
+from support.pairs import Pair
+from support.representatives import EACH_ONCE, FEW
 from support.running import MASK, TOKENS, by_block, distance, load, logits
 from transformers import (
     AutoModelForCausalLM,
@@ -40,13 +41,13 @@ def test_full_rank_equals_the_stock_model(row: Architecture, dense: Path, tmp_pa
     assert distance(ours[MASK], theirs[MASK]) < 1e-4
 
 
-def test_densified_equals_factored(row: Architecture, dense: Path, pair: SimpleNamespace) -> None:
+def test_densified_equals_factored(row: Architecture, dense: Path, pair: Pair) -> None:
     """The stock class takes the result whole, and the numbers do not change; rank 0.6 is a real change."""
     stock, info = AutoModelForCausalLM.from_pretrained(pair.densified, output_loading_info=True)
     assert not any(info.values())
     assert type(stock).__name__ == row.dense_class
     expected = logits(stock.eval())
-    assert distance(logits(load(pair.factored)), expected) < 1e-4
+    assert distance(logits(pair.model), expected) < 1e-4
     assert distance(logits(AutoModelForCausalLM.from_pretrained(dense).eval()), expected) > 0.05
     assert read_weights(pair.densified).keys() == read_weights(dense).keys()
     assert not list(pair.densified.glob("*.py"))
@@ -57,10 +58,12 @@ def test_densified_equals_factored(row: Architecture, dense: Path, pair: SimpleN
         assert config["n_ctx"] == config["n_positions"]
 
 
-def test_verify(dense: Path, pair: SimpleNamespace) -> None:
+@FEW
+def test_verify(dense: Path, pair: Pair) -> None:
     assert not failed(verify(pair.factored, str(dense)))
 
 
+@FEW
 def test_layers_that_share_a_factor(row: Architecture, dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "shared", keep=0.6, share_layers=2, device="cpu")
     densify(tmp_path / "shared", tmp_path / "densified", device="cpu")
@@ -80,14 +83,16 @@ def test_layers_that_share_a_factor(row: Architecture, dense: Path, tmp_path: Pa
     assert distance(logits(load(tmp_path / "again")), logits(model)) == 0
 
 
-def test_embedding_is_stored_once(row: Architecture, pair: SimpleNamespace) -> None:
+@EACH_ONCE
+def test_embedding_is_stored_once(row: Architecture, pair: Pair) -> None:
     names = read_weights(pair.factored).keys()
     assert ("lm_head.weight" in names) != row.tied
-    model = load(pair.factored)
+    model = pair.model
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == row.tied
 
 
-def test_other_forms_of_the_source(row: Architecture, dense: Path, pairs: Any, tmp_path: Path) -> None:
+@FEW
+def test_other_forms_of_the_source(row: Architecture, dense: Path, checkpoints: Any, tmp_path: Path) -> None:
     """Shards that cut through layers, names without the base model's prefix, and a tied head stored all the same."""
     source = write_family(tmp_path / "shards", row.model_type, max_shard_size="60KB")
     assert len(list(source.glob("model-*.safetensors"))) > 3
@@ -101,7 +106,7 @@ def test_other_forms_of_the_source(row: Architecture, dense: Path, pairs: Any, t
     save_file(stored, bare / "model.safetensors", metadata={"format": "pt"})
     (bare / "config.json").write_bytes((dense / "config.json").read_bytes())
     kinds = [name for name in row.targets if "o_proj" not in name]
-    expected = read_weights(pairs["balanced"].factored)
+    expected = read_weights(checkpoints.pair(row.model_type).factored)
     for folder in (source, bare):
         report = convert(folder, tmp_path / "out", keep=0.6, targets=kinds, device="cpu", overwrite=True, check=False)
         found = read_weights(tmp_path / "out")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import read_weights
 from support.packed import as_floats, mixed, pack_folder
+from support.representatives import FEW
 from support.running import TOKENS, load
 from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, heal, verify
+from svdconvert.families.row import Architecture
 from svdconvert.healing.grid_weights import RELATIVE
 from svdconvert.healing.objective import Objective
 from svdconvert.healing.student import Student
@@ -23,20 +24,22 @@ from svdconvert.planning.events import Events
 from svdconvert.storage.source import LocalSource
 
 
-def test_divergence_and_gradient(dense: Path, pairs: dict[str, SimpleNamespace], tmp_path: Path) -> None:
+@FEW
+def test_divergence_and_gradient(row: Architecture, dense: Path, checkpoints: Any, tmp_path: Path) -> None:
     """Padded sequences, some of them at a time; heads that are tied, capped or divided."""
+    factored = checkpoints.pair(row.model_type, "pivoted").factored
     blocks, exact = ModelBlocks(LocalSource(dense)), torch.float32
     everything = torch.arange(len(TOKENS.ids))
     teacher = Teacher(blocks, TOKENS, everything, tmp_path, {}, batch_size=2, precision=exact)
     teacher.run(Events(), "")
-    student = Student(LocalSource(pairs["pivoted"].factored), "cpu", exact)
+    student = Student(LocalSource(factored), "cpu", exact)
     with teacher_head(blocks, student.head) as head:
         assert head is None, "the head was copied"
         objective = Objective(student, head, TOKENS, 2, exact)
         mean = objective.differentiate(teacher, everything)
         sums = objective.measure(teacher, everything)
 
-    stock, model = AutoModelForCausalLM.from_pretrained(dense).eval(), load(pairs["pivoted"].factored)
+    stock, model = AutoModelForCausalLM.from_pretrained(dense).eval(), load(factored)
     inputs = {"input_ids": TOKENS.ids, "attention_mask": TOKENS.mask.long()}
     predicts = TOKENS.mask[:, :-1] & TOKENS.mask[:, 1:]
     with torch.no_grad():
@@ -62,9 +65,10 @@ def test_divergence_and_gradient(dense: Path, pairs: dict[str, SimpleNamespace],
     assert trained == {name for name in expected if name.endswith(("down.weight", "up.weight"))}
 
 
-def test_gradients_of_scales(pairs: dict[str, SimpleNamespace], tmp_path: Path) -> None:
+@FEW
+def test_gradients_of_scales(row: Architecture, checkpoints: Any, tmp_path: Path) -> None:
     """Packed factors and matrices: what goes into the head, and its gradient, as with the same weights in float32."""
-    values = pack_folder(pairs["balanced"].factored, tmp_path / "packed", mixed)
+    values = pack_folder(checkpoints.pair(row.model_type).factored, tmp_path / "packed", mixed)
     student = Student(LocalSource(tmp_path / "packed"), "cpu", torch.float32)
     model = load(as_floats(tmp_path / "packed", values, tmp_path / "floats"))
     found = student.hidden(TOKENS.ids, TOKENS.mask)
@@ -88,7 +92,7 @@ def test_gradients_of_scales(pairs: dict[str, SimpleNamespace], tmp_path: Path) 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gemma2"])
 def test_the_whole_command(model_type: str, how: str, checkpoints: Any, tmp_path: Path) -> None:
     """Weights that lie the other way round, projected and tied embeddings: healed, and as the record says."""
-    dense, start = checkpoints.dense(model_type), checkpoints.pairs(model_type)["pivoted"].factored
+    dense, start = checkpoints.dense(model_type), checkpoints.pair(model_type, "pivoted").factored
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"tiger {i} mountain {i * i % 17}" for i in range(40)))
     calibration = Calibration(str(text), samples=16, length=24)

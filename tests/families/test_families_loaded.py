@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +15,11 @@ from support.families import (
     rewrite_config,
 )
 from support.family_contract import LikeStock
+from support.pairs import Pair
+from support.representatives import EACH_ONCE, FEW
 from support.running import IDS, distance, load, logits
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
 )
@@ -25,11 +27,13 @@ from transformers import (
 from svdconvert.families.row import Architecture
 
 
+@EACH_ONCE
 class TestFactored(LikeStock):
     """On whole matrices."""
 
 
-def test_token_classification(row: Architecture, pair: SimpleNamespace, tmp_path: Path) -> None:
+@EACH_ONCE
+def test_token_classification(row: Architecture, pair: Pair, tmp_path: Path) -> None:
     from_pretrained = AutoModelForTokenClassification.from_pretrained
     if not row.labels:
         assert not hasattr(transformers, f"{row.inner}ForTokenClassification")
@@ -48,16 +52,17 @@ def test_token_classification(row: Architecture, pair: SimpleNamespace, tmp_path
     assert distance(logits(load(tmp_path, AutoModelForTokenClassification)), expected) < 1e-4
 
 
-def test_without_trust_remote_code_it_does_not_load(pairs: Any) -> None:
+def test_without_trust_remote_code_it_does_not_load(row: Architecture, checkpoints: Any) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        AutoModelForCausalLM.from_pretrained(pairs["balanced"].factored, trust_remote_code=False)
+        AutoModelForCausalLM.from_pretrained(checkpoints.pair(row.model_type).factored, trust_remote_code=False)
 
 
+@FEW
 @pytest.mark.parametrize("change", ["absent", "unnamed", "rank"])
-def test_unsound_checkpoints_do_not_load(pairs: Any, change: str, tmp_path: Path) -> None:
+def test_unsound_checkpoints_do_not_load(row: Architecture, checkpoints: Any, change: str, tmp_path: Path) -> None:
     import shutil
 
-    folder = Path(shutil.copytree(pairs["balanced"].factored, tmp_path / "torn"))
+    folder = Path(shutil.copytree(checkpoints.pair(row.model_type).factored, tmp_path / "torn"))
     ranks = read_config(folder)["svd_ranks"]
     first = next(iter(ranks))
     if change == "absent":
@@ -73,9 +78,10 @@ def test_unsound_checkpoints_do_not_load(pairs: Any, change: str, tmp_path: Path
         load(folder)
 
 
-def test_a_tied_head_is_never_left_without_its_weight(row: Architecture, pairs: dict[str, SimpleNamespace]) -> None:
+@FEW
+def test_a_tied_head_is_never_left_without_its_weight(row: Architecture, checkpoints: Any) -> None:
     """Transformers 5.3.0 does so for code that is not its own, and computes with memory that nobody filled."""
-    model = load(pairs["balanced"].factored)
+    model = load(checkpoints.pair(row.model_type).factored)
     if not model.config.tie_word_embeddings:
         return
     head = model.get_output_embeddings()
@@ -84,9 +90,10 @@ def test_a_tied_head_is_never_left_without_its_weight(row: Architecture, pairs: 
     assert head.weight is model.get_input_embeddings().weight
 
 
-def test_a_rule_for_a_tied_embedding_is_kept(row: Architecture, pairs: dict[str, SimpleNamespace]) -> None:
+@FEW
+def test_a_rule_for_a_tied_embedding_is_kept(row: Architecture, checkpoints: Any) -> None:
     """Transformers 5.15 to 5.22 ask a config for its tensor-parallel plan while it is made, and add a rule."""
-    config = load(pairs["balanced"].factored).config
+    config = AutoConfig.from_pretrained(checkpoints.pair(row.model_type).factored, trust_remote_code=True)
     plan = dict(config.base_model_tp_plan or {})
     made = type(config).__new__(type(config))
     assert not any(rule.endswith(".down") for rule in made.base_model_tp_plan or {})

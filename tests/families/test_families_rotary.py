@@ -31,16 +31,17 @@ from svdconvert.planning.events import Events
 from svdconvert.storage.source import LocalSource
 
 
-def test_rotary_spellings(row: Architecture, pairs: Any, tmp_path: Path) -> None:
+def test_rotary_spellings(row: Architecture, checkpoints: Any, tmp_path: Path) -> None:
     """Either spelling alone is understood; two that differ are refused."""
     import shutil
 
-    both = row.config_overrides(read_config(pairs["balanced"].factored))
+    pair = checkpoints.pair(row.model_type)
+    both = row.config_overrides(read_config(pair.factored))
     both = {key: value for key, value in both.items() if not key.startswith(("num_", "layer_"))}
     if "rope_parameters" not in both:
         pytest.skip("no rotary positions")
-    expected = logits(load(pairs["balanced"].factored))
-    folder = Path(shutil.copytree(pairs["balanced"].factored, tmp_path / "spelled"))
+    expected = logits(pair.model)
+    folder = Path(shutil.copytree(pair.factored, tmp_path / "spelled"))
     v4 = {key: None for key in both if key != "rope_parameters"}
     for missing in ({"rope_parameters": None}, v4):
         rewrite_config(folder, **(both | missing))

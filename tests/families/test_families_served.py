@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,8 @@ from support.families import (
     stock_config,
     write_family,
 )
+from support.pairs import Pair
+from support.representatives import EACH_ONCE
 from support.running import IDS, distance, load, logits
 from torch import Tensor, nn
 from transformers import (
@@ -37,7 +38,8 @@ def blocks_with(row: Architecture, part: str) -> int:
     return sum(kind == row.kinds.get(part, "") for kind in kinds)
 
 
-def test_tensor_parallel_plan(row: Architecture, pair: SimpleNamespace) -> None:
+@EACH_ONCE
+def test_tensor_parallel_plan(row: Architecture, pair: Pair) -> None:
     """Each rule of the stock plan goes on to `up` or `down`, by whether it splits outputs or inputs."""
     config = AutoConfig.from_pretrained(pair.factored, trust_remote_code=True)
     stock = getattr(stock_config(row.model_type), "base_model_tp_plan", None) or {}
@@ -134,14 +136,14 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += [str(path) for path in (tmp_path / "run.py", tmp_path / "ids.pt", *expected)]
+    command += ["--log-dir", *map(str, (tmp_path / "logs", tmp_path / "run.py", tmp_path / "ids.pt", *expected))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     for folder, alone in expected.items():
         assert distance(torch.load(folder / "parallel.pt"), alone) < 1e-4, folder.name
 
 
-def test_engine_that_brings_its_own_attention(row: Architecture, pairs: Any) -> None:
+def test_engine_that_brings_its_own_attention(row: Architecture, checkpoints: Any) -> None:
     stock_class = type(AutoModel.from_config(stock_config(row.model_type)))
     if not getattr(stock_class, "_supports_attention_backend", False):
         pytest.skip("the stock model of this version has no exchangeable attention")
@@ -158,9 +160,10 @@ def test_engine_that_brings_its_own_attention(row: Architecture, pairs: Any) -> 
 
     ALL_ATTENTION_FUNCTIONS["engine"] = attention
     try:
-        config = AutoConfig.from_pretrained(pairs["balanced"].factored, trust_remote_code=True)
+        folder = checkpoints.pair(row.model_type).factored
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
         config._attn_implementation = "engine"
-        model = AutoModel.from_pretrained(pairs["balanced"].factored, config=config, trust_remote_code=True)
+        model = AutoModel.from_pretrained(folder, config=config, trust_remote_code=True)
         with torch.no_grad():
             model(IDS, use_cache=False, engine="yes")
     finally:

@@ -63,7 +63,7 @@ def test_kinds_by_their_rhythm(model_type: str, checkpoints: Any, tmp_path: Path
     source = Path(shutil.copytree(dense, tmp_path / "dense"))
     rewrite_config(source, layer_types=None, **RHYTHMS[model_type])
     convert(source, tmp_path / "made", keep=0.6, device="cpu")
-    made, expected = load(tmp_path / "made"), load(checkpoints.pairs(model_type)["balanced"].factored)
+    made, expected = load(tmp_path / "made"), checkpoints.pair(model_type).model
     assert made.config.layer_types == expected.config.layer_types == read_config(dense)["layer_types"]
     densify(tmp_path / "made", tmp_path / "plain", device="cpu")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
@@ -144,7 +144,7 @@ def test_a_kind_that_no_block_is_of_needs_no_fields(tmp_path: Path) -> None:
 def test_kinds_have_the_names_that_every_version_reads(checkpoints: Any, tmp_path: Path) -> None:
     """transformers 5 writes others, which 4 refuses."""
     names = ["mamba", "attention", "mamba"]
-    folder = checkpoints.pairs("granitemoehybrid")["balanced"]
+    folder = checkpoints.pair("granitemoehybrid")
     load(folder.factored).save_pretrained(tmp_path)
     for made in (folder.factored, folder.densified, tmp_path):
         assert read_config(made)["layer_types"] == names
@@ -153,7 +153,7 @@ def test_kinds_have_the_names_that_every_version_reads(checkpoints: Any, tmp_pat
 def test_what_stays(checkpoints: Any) -> None:
     """The recurrence, the router, and the narrow projections that set them for each token."""
     dense = checkpoints.dense(DELTA_NETS[0])
-    folder = checkpoints.pairs(DELTA_NETS[0])["balanced"].factored
+    folder = checkpoints.pair(DELTA_NETS[0]).factored
     before, after = read_weights(dense), read_weights(folder)
     parts = ("A_log", "dt_bias", "conv1d.weight", "norm.weight", "in_proj_ba.weight", "gate.weight")
     kept = [name for name in before if name.endswith(parts)]

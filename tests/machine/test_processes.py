@@ -263,6 +263,7 @@ class TestLostProcess:
         """A terminal sends it to all; the tool says one sentence, and what torchrun itself says is torchrun's."""
         out = tmp_path / "out"
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+        line += ["--log-dir", tmp_path / "logs"]
         with subprocess.Popen(
             [*map(str, line), "-m", "svdconvert", *map(str, command(model, out))],
             stdout=subprocess.PIPE,

@@ -106,7 +106,7 @@ def test_tensor_parallel(layout, ids, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += [tmp_path / "run.py", Path(__file__).parents[1], tiny.path, tmp_path]
+    command += ["--log-dir", tmp_path / "logs", tmp_path / "run.py", Path(__file__).parents[1], tiny.path, tmp_path]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]

@@ -6,16 +6,16 @@ A test file that has the fixtures ``row`` and ``pair`` runs these by a class of 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from support.checkpoints import read_config, read_weights
 from support.families import VERSION
+from support.pairs import Pair
 from support.running import IDS, MASK, by_block, distance, load, logits
 from svdconvert.families.row import Architecture
 from svdconvert.jobs.model_files import modeling_source
@@ -61,27 +61,25 @@ class Served(nn.Module):
 class LikeStock:
     """Tests of a pair: a factored checkpoint and the same densified."""
 
-    def test_logits_by_block(self, pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_logits_by_block(self, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
         """One block and a part of the head in memory at a time, and of the table only rows that a token needs."""
         monkeypatch.setattr("svdconvert.models.blocks.HEAD_BYTES", 64 * 4 * 33)
-        for folder in (pair.factored, pair.densified):
-            model = load(folder)
+        for folder, model in ((pair.factored, pair.model), (pair.densified, pair.stock)):
             for ids in (IDS, IDS.remainder(3)):  # below the padding token, too
                 assert distance(by_block(folder, ids), logits(model, ids)) < 1e-5
 
-    def test_base_model(self, row: Architecture, pair: SimpleNamespace) -> None:
-        stock = AutoModel.from_pretrained(pair.densified).eval()
+    def test_base_model(self, row: Architecture, pair: Pair) -> None:
         model = load(pair.factored, AutoModel)
         assert type(model).__name__ == f"{row.factored}Model"
         with torch.no_grad():
             hidden = model(IDS).last_hidden_state
-            assert distance(hidden, stock(IDS).last_hidden_state) < 1e-4
+            assert distance(hidden, pair.stock.base_model(IDS).last_hidden_state) < 1e-4
 
-    def test_generation(self, row: Architecture, pair: SimpleNamespace) -> None:
+    def test_generation(self, row: Architecture, pair: Pair) -> None:
         """With a cache, from a batch padded on the left, as the stock model of the same weights."""
         options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
         mask = MASK.flip(1).long()
-        stock, model = AutoModelForCausalLM.from_pretrained(pair.densified).eval(), load(pair.factored)
+        stock, model = pair.stock, pair.model
         with torch.no_grad():
             expected = stock.generate(IDS, attention_mask=mask, **options)
             assert torch.equal(model.generate(IDS, attention_mask=mask, **options), expected)
@@ -95,7 +93,7 @@ class LikeStock:
                 ids = torch.cat([ids, logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], 1)
             assert torch.equal(cached, ids)
 
-    def test_sequence_classification(self, row: Architecture, pair: SimpleNamespace, tmp_path: Path) -> None:
+    def test_sequence_classification(self, row: Architecture, pair: Pair, tmp_path: Path) -> None:
         if not row.classifies:
             with pytest.raises(ValueError, match="Unrecognized configuration class"):
                 AutoModelForSequenceClassification.from_pretrained(pair.factored, trust_remote_code=True)
@@ -115,8 +113,8 @@ class LikeStock:
         again = load(tmp_path, AutoModelForSequenceClassification)
         assert distance(logits(again, ids, MASK.long()), expected) < 1e-4
 
-    def test_round_trip(self, row: Architecture, pair: SimpleNamespace, tmp_path: Path) -> None:
-        model = load(pair.factored)
+    def test_round_trip(self, row: Architecture, pair: Pair, tmp_path: Path) -> None:
+        model = load(pair.factored)  # saving fits its config
         model.save_pretrained(tmp_path / "one")
         assert_sound(tmp_path / "one", row, pair.factored)
         again = load(tmp_path / "one")
@@ -124,7 +122,7 @@ class LikeStock:
         assert_sound(tmp_path / "two", row, pair.factored)
         assert distance(logits(load(tmp_path / "two")), logits(model)) == 0
 
-    def test_engine_that_replaces_every_linear_layer(self, row: Architecture, pair: SimpleNamespace) -> None:
+    def test_engine_that_replaces_every_linear_layer(self, row: Architecture, pair: Pair) -> None:
         """As vLLM and SGLang do: the base model is built on meta, its nn.Linear are replaced, then come the weights."""
         config = AutoConfig.from_pretrained(pair.factored, trust_remote_code=True)
         with torch.device("meta"):
@@ -136,7 +134,7 @@ class LikeStock:
         factors = {f"{path}.{side}" for path in config.svd_ranks for side in ("down", "up")}
         assert factors <= set(replaced)
         assert not set(config.svd_ranks) & set(replaced)
-        stock = AutoModel.from_pretrained(pair.densified).eval()
+        stock = pair.stock.base_model
         weights = {name.removeprefix(row.prefix): tensor for name, tensor in read_weights(pair.factored).items()}
         weights.pop("lm_head.weight", None)
         model.load_state_dict(weights, assign=True, strict=False)

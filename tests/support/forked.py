@@ -136,7 +136,9 @@ class Forked:
             environment: variables on top of those of this process.
         """
         self.folder, self._count, self.packages = folder, 0, PACKAGES if learns else []
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **(environment or {})}
+        # A process that is killed leaves its temporary files in the tests' own folder.
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TMPDIR": str(folder)}
+        variables |= environment or {}
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), variables.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             [sys.executable, "-c", SERVER, hooks],

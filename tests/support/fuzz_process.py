@@ -83,6 +83,7 @@ def _child(command: Sequence[str], folder: Path, streams: Sequence[Path], stop_a
     code = 70
     try:
         os.chdir(folder)
+        tempfile.tempdir = str(folder.parent)  # nothing is removed by a process that is killed or ends so abruptly
         for number, stream in enumerate(streams, 1):
             handle = os.open(stream.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(handle, number)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,10 +47,15 @@ def environment() -> dict[str, str]:
 
 def torchrun(count: int, *command: object) -> SimpleNamespace:
     """Start ``count`` processes and wait for them. torchrun chooses the port and keeps it: nobody else can take it."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
-    done = subprocess.run(
-        [*map(str, line), *map(str, command)], capture_output=True, text=True, env=environment(), check=False
-    )
+    with tempfile.TemporaryDirectory() as logs:  # it removes none of its own
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
+        done = subprocess.run(
+            [*map(str, line), "--log-dir", logs, *map(str, command)],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            check=False,
+        )
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
 
 

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from support.families import VOCAB
+from support.families import FAMILIES, VOCAB
+from svdconvert.families.table import ARCHITECTURES
 from svdconvert.planning.targets import find_targets
 from svdconvert.storage.source import LocalSource
 
+# Families with fused projections.
+SPLIT = [name for name in FAMILIES if ARCHITECTURES[name].fused]
 PARTS = ("query", "key", "value")
 IDS = torch.randint(4, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
 

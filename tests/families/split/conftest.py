@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from support.families import FAMILIES, write_family
-from support.split_models import ranks
+from support.families import write_family
+from support.pairs import Pair
+from support.split_models import SPLIT, ranks
 
 from svdconvert import convert, densify
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES
 from svdconvert.layouts.table import LAYOUTS
 
-SPLIT = [name for name in FAMILIES if ARCHITECTURES[name].fused]
+
+@dataclass(frozen=True)
+class Parts(Pair):
+    """A pair, and the ranks of the factored one."""
+
+    ranks: dict[str, int]
 
 
 @pytest.fixture(scope="session", params=SPLIT)
@@ -29,7 +35,7 @@ def dense(row: Architecture, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pairs(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
+def pairs(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parts]:
     """By layout: a checkpoint in parts, the keys dense in the second layer, and the same densified. Read only."""
     folder = tmp_path_factory.mktemp("pairs")
     made = {}
@@ -39,12 +45,12 @@ def pairs(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Si
         factored, product = folder / f"{layout}-factored", folder / f"{layout}-densified"
         convert(dense, factored, rank=some, layout=layout, split_fused=True, factor_all=True, device="cpu")
         densify(factored, product, device="cpu")
-        made[layout] = SimpleNamespace(factored=factored, densified=product, ranks=some)
+        made[layout] = Parts(factored=factored, densified=product, ranks=some)
     return made
 
 
 @pytest.fixture(scope="session", params=LAYOUTS)
-def pair(request: pytest.FixtureRequest, pairs: dict[str, SimpleNamespace]) -> SimpleNamespace:
+def pair(request: pytest.FixtureRequest, pairs: dict[str, Parts]) -> Parts:
     return pairs[request.param]
 
 

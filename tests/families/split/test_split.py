@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from support.families import rewrite_config, write_family
 from support.family_contract import LikeStock
 from support.forked import Forked
 from support.launching import together
+from support.pairs import Pair
 from support.split_models import distance, load, logits, outputs, ranks, stock
 from transformers import AutoModelForCausalLM
 
@@ -104,7 +104,7 @@ def test_full_rank_equals_the_stock_model(row: Architecture, dense: Path, tmp_pa
     assert distance(logits(model), logits(stock(dense))) < 1e-4
 
 
-def test_densified_equals_factored(row: Architecture, dense: Path, pair: SimpleNamespace) -> None:
+def test_densified_equals_factored(row: Architecture, dense: Path, pair: Pair) -> None:
     found, info = AutoModelForCausalLM.from_pretrained(pair.densified, output_loading_info=True)
     assert not any(info.values())
     expected = logits(found.eval())

@@ -6,13 +6,13 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support.checkpoints import read_config
 from support.families import VERSION, write_family
+from support.pairs import Pair
 from support.split_models import IDS, PARTS, distance, load, logits, ranks, stock
 from transformers import AutoConfig
 
@@ -32,7 +32,7 @@ def test_layers_that_share(row: Architecture, dense: Path, tmp_path: Path) -> No
     assert not failed(verify(tmp_path / "out", str(dense)))
 
 
-def test_adapters_of_parts(row: Architecture, pair: SimpleNamespace, tmp_path: Path) -> None:
+def test_adapters_of_parts(row: Architecture, pair: Pair, tmp_path: Path) -> None:
     """LoRA on factored parts and on the dense one, by the names that the card gives, and folded into them."""
     from peft import LoraConfig, get_peft_model
 
