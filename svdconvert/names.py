@@ -22,6 +22,12 @@ def layer_number(module: str) -> int:
     return int(match[1]) if match else -1
 
 
+def expert(name: str) -> str:
+    """``layers.3.mlp.experts.7.up_proj`` -> ``layers.3.mlp.experts.7``; empty outside of experts."""
+    match = re.match(r".*\.experts\.\d+(?=\.)", name)
+    return match[0] if match else ""
+
+
 def natural(name: str) -> tuple[Any, ...]:
     """Sorting key that puts layer 2 before layer 10, for names of some hundred characters."""
     # Every second part is a number; what isdigit() takes for one may be none, such as a superscript.

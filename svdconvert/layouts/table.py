@@ -44,7 +44,7 @@ def stored_names(config: Mapping[str, Any], prefix: str, module: str) -> tuple[s
 
 def shared_layers(config: Mapping[str, Any]) -> Mapping[str, str]:
     """Layer -> the one whose input-side factor it uses, of a factored checkpoint."""
-    return dict(config.get("svd_shared") or {})
+    return config.get("svd_shared") or {}
 
 
 def layout_of(config: Mapping[str, object]) -> Layout:

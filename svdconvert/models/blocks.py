@@ -7,6 +7,7 @@ forward (``calls.py``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -136,18 +137,25 @@ class ModelBlocks:
         return is_linear(dict(self._layers[index].named_modules()).get(path))
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
+    def block(self, index: int, *, by_expert: bool = False) -> Iterator[nn.Module]:
         """Have one block's weights on the device.
 
         Inside, this thread's float32 products are computed as :mod:`svdconvert.machine.products` says.
+
+        Args:
+            index: of the block.
+            by_expert: whether an expert's weights are there only while it is run. All are read, whether or not a token
+                is sent there; so this is for one run.
 
         Raises:
             InputError: a weight has NaN or infinite entries; it is named.
         """
         module = self._layers[index]
         move_buffers(module, self.device)
-        parts = [self._part(f"{self._pieces.blocks}.{index}", module), *self._lent(index)]
-        with self._weights.given(parts), fast_products(self.device):
+        parts = self._parts(index, self._expert if by_expert else _together)
+        present = self._weights.given(parts.pop(""))
+        experts = {module.get_submodule(path): own for path, own in parts.items()}
+        with present, self._weights.given_in_turn(experts), fast_products(self.device):
             yield module
 
     def run(self, block: nn.Module, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -180,10 +188,11 @@ class ModelBlocks:
                     continue
                 kinds.add(kind)
                 call = self._call(index, hidden, mask)
+                _, *lent = self._parts(index, _together)[""]
                 with (
                     suppress(*_NEED_VALUES),
                     FakeTensorMode(allow_non_fake_inputs=True),  # tables that are no buffers
-                    self._weights.given(self._lent(index), lambda reader, name, empty: self._without_values(empty)),
+                    self._weights.given(lent, lambda reader, name, empty: self._without_values(empty)),
                 ):
                     tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
                     given = (tensors, (hidden, *call.args), dict(call.kwargs))
@@ -290,18 +299,45 @@ class ModelBlocks:
             stored = self._row.embedding
         return head, {key: stored if key == "weight" else own[:-6] + key for key in head.state_dict()}
 
-    def _lent(self, index: int) -> Iterator[Part]:
-        """Factors of layers in other blocks that layers of this block use."""
-        shared = shared_layers(self._source.config)
-        owners = dict.fromkeys(owner for user, owner in shared.items() if layer_number(user) == index)
-        for owner in owners:
-            if (other := layer_number(owner)) != index:
-                down = f"{suffix(owner)}.down"
-                yield self._part(f"{self._pieces.blocks}.{other}.{down}", self._layers[other].get_submodule(down))
+    def _expert(self, path: str) -> str:
+        """Of a path in a block, the beginning that is the path of an expert; empty outside of experts."""
+        experts = self._row.experts
+        match = None if experts is None else re.match(rf"{re.escape(experts.mixture)}\.experts\.\d+(?=\.)", path)
+        return "" if match is None else match[0]
+
+    def _parts(self, index: int, group: Callable[[str], str]) -> dict[str, list[Part]]:
+        """What a block consists of, and what it uses of others, in groups.
+
+        Args:
+            index: of the block.
+            group: a path in the block -> the name of its group; empty for what is there all the time.
+        """
+        block, names = self._part(f"{self._pieces.blocks}.{index}", self._layers[index])
+        shared = {u: o for u, o in shared_layers(self._source.config).items() if layer_number(u) == index}
+        lenders = {o for o in shared.values() if layer_number(o) == index}
+        within = {suffix(lender) for lender in lenders}
+        # what layers of several groups may use
+        common = {key for key in names if key.rpartition(".down.")[0] in within}
+        groups: dict[str, dict[str, str]] = {"": {}}
+        for key, name in names.items():
+            groups.setdefault("" if key in common else group(key), {})[key] = name
+        parts: dict[str, list[Part]] = {name: [(block, own)] for name, own in groups.items()}
+        # factors of layers in other blocks
+        lent = {(group(suffix(user)), owner) for user, owner in shared.items() if owner not in lenders}
+        for name, owner in sorted(lent):
+            other, down = layer_number(owner), f"{suffix(owner)}.down"
+            module = self._layers[other].get_submodule(down)
+            parts[name].append(self._part(f"{self._pieces.blocks}.{other}.{down}", module))
+        return parts
 
     def _call(self, index: int, hidden: Tensor, mask: Tensor) -> Call:
         """The arguments of a block for this batch."""
         return self._calls.of(index, hidden, mask, self._model.get_input_embeddings().weight.shape[1])
+
+
+def _together(path: str) -> str:
+    """The one group of all paths."""
+    return ""
 
 
 def _adds_up(config: Any) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from svdconvert.errors import InputError
+from svdconvert.machine.memory import give_memory_back
 from svdconvert.storage.reader import WeightReader, torch_dtype
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
@@ -65,6 +68,36 @@ class PieceWeights:
         finally:
             for owner, last, empty in taken:
                 setattr(owner, last, empty)
+
+    @contextmanager
+    def given_in_turn(self, modules: Mapping[nn.Module, Sequence[Part]]) -> Iterator[None]:
+        """Context in which each of some modules has its weights only while it is called.
+
+        Those of one that nobody has called are read in the end, so that nothing damaged in them goes unseen.
+
+        Args:
+            modules: what each of them needs to be there.
+        """
+        left = dict(modules)
+
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            left.pop(module, None)
+            try:
+                with self.given(modules[module]):
+                    return type(module).forward(module, *args, **kwargs)
+            finally:
+                give_memory_back()  # else it lies in pieces between the next one's
+
+        try:
+            for module in modules:
+                module.forward = partial(called, module)
+            yield
+            for parts in left.values():
+                with self.given(parts):
+                    pass
+        finally:
+            for module in modules:
+                module.__dict__.pop("forward", None)
 
     def begin(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None) -> Tensor:
         """A tensor of which only some rows are read; the memory of the others is never touched."""

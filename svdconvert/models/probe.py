@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.foreign import CORRECT_CONFIG, foreign_code
+from svdconvert.machine.memory import give_memory_back
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.loading import load_model
 from svdconvert.storage.source import Source
@@ -56,6 +57,8 @@ def _logits_at_once(folder: Path, source: Source, ids: Tensor) -> Iterator[Tenso
 def logits_by_block(source: Source, ids: Tensor) -> Iterator[Tensor]:
     """A checkpoint's logits, with the weights of one block, or of a part of the head, in memory at a time.
 
+    Of a mixture's block, with those of one expert.
+
     Args:
         source: dense or factored.
         ids: [batch, length], int64, no padding.
@@ -68,12 +71,14 @@ def logits_by_block(source: Source, ids: Tensor) -> Iterator[Tensor]:
         JobError: a file cannot be read.
     """
     blocks, mask = ModelBlocks(source), torch.ones_like(ids, dtype=torch.bool)
+    give_memory_back()  # what the work before has left
     with blocks.embeddings(highest=int(ids.max())):
         hidden = blocks.embed(ids, mask)
     _check(hidden, "the embeddings give")
     for index in range(blocks.count):
-        with blocks.block(index) as block:
+        with blocks.block(index, by_expert=True) as block:
             hidden = blocks.run(block, hidden, mask)
+        give_memory_back()
         _check(hidden, f"block {index} gives")
     yield from blocks.logits(hidden)
 

@@ -18,6 +18,8 @@ BASE_BYTES = 440_000_000
 LOADED_BYTES = 500_000_000
 # Of the head of larger ones so many bytes are in memory at a time (models/blocks.py), beside those of the file.
 HEAD_BYTES = 2**25
+# A tensor is read in pieces of so many bytes (storage/reader.py).
+READ_BYTES = 2**24
 
 # Full fine-tuning with AdamW: weight, gradient and two moments in float32; activations come on top of it.
 TRAINING_BYTES_PER_PARAMETER = 4 * FLOAT32
@@ -110,10 +112,10 @@ def check_bytes(parameters: int, file_bytes: int, block: int) -> int:
     Args:
         parameters: of the result.
         file_bytes: of its weight files.
-        block: parameters of its largest block.
+        block: parameters that are there at a time then: of the largest block, with one expert of a mixture.
     """
     needed = FLOAT32 * parameters + file_bytes
-    return BASE_BYTES + (needed if needed <= LOADED_BYTES else FLOAT32 * block + 2 * HEAD_BYTES)
+    return BASE_BYTES + (needed if needed <= LOADED_BYTES else FLOAT32 * block + 2 * HEAD_BYTES + READ_BYTES)
 
 
 def training_bytes(parameters: int) -> int:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from svdconvert.grids import PACKED, Grid
-from svdconvert.names import layer_number
+from svdconvert.names import expert, layer_number
 from svdconvert.planning import memory
 from svdconvert.planning.healing_needs import HealingNeeds
 from svdconvert.planning.ranks import Target
@@ -98,7 +98,7 @@ class Plan:
         return max(
             self.solving_bytes(workers),
             memory.BASE_BYTES + self.opening_bytes,
-            memory.check_bytes(self.params_after, self.bytes_after, self._largest_block()) if self.checked else 0,
+            memory.check_bytes(self.params_after, self.bytes_after, self._held_in_check()) if self.checked else 0,
             0 if self.passes is None else self.passes.peak_bytes(workers),
             0 if self.healing is None else self.healing.memory_bytes,
         )
@@ -127,19 +127,24 @@ class Plan:
     def _rounding_bytes(self, workers: int) -> int:
         return memory.rounding_bytes([target.shape for target in self.targets if target.rounded], workers)
 
-    def _largest_block(self) -> int:
-        """Parameters of the result's largest block."""
-        sizes: dict[int, int] = {}
+    def _held_in_check(self) -> int:
+        """Parameters that are in memory while the result is run block by block, at most: a block, with one expert."""
+        sizes: dict[tuple[int, str], int] = {}
+
+        def add(name: str, size: int, part: str) -> None:
+            place = layer_number(name), part
+            sizes[place] = sizes.get(place, 0) + size
+
         rounded = {target.weight: target.params for target in self.targets if target.rounded}
         for step in self.steps:
             if step.key in rounded:
-                block = layer_number(step.key)
-                sizes[block] = sizes.get(block, 0) + rounded[step.key]
+                add(step.key, rounded[step.key], expert(step.key))
                 continue
             for info in step.outputs:
-                block = layer_number(info.name)
-                sizes[block] = sizes.get(block, 0) + info.size
-        return max((count for block, count in sizes.items() if block >= 0), default=0)
+                add(info.name, info.size, expert(info.name))
+        blocks = {number for number, _ in sizes if number >= 0}
+        apart = {number: [size for (n, part), size in sizes.items() if n == number and part] for number in blocks}
+        return max((sizes.get((n, ""), 0) + max(apart[n], default=0) for n in blocks), default=0)
 
     def _solved(self) -> Iterator[memory.SolvedMatrix]:
         """The targets that get a rank."""

@@ -3,23 +3,27 @@
     python -m tests.benchmarks.experts train --text tinystories_sample.txt --out FOLDER
     python -m tests.benchmarks.experts quality --folder FOLDER
     python -m tests.benchmarks.experts memory --out FOLDER --layers 1
+    python -m tests.benchmarks.experts solver
     python -m tests.benchmarks.experts speed
 
 ``train`` makes a tiny mixture that has learned something: 8 experts of which a token passes 2, on TinyStories. Text,
 order and initial weights depend on ``--seed`` alone. ``quality`` converts it by every method and measures held-out
-stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B, copies the others, and
-times one expert against ``torch.linalg.svd``.
+stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B, and copies the others.
+``solver`` times one of them against ``torch.linalg.svd``, and ``speed`` the experts of the modeling file against those
+of transformers.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,10 +122,8 @@ def quality(options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Convert random weights in the geometry of Qwen3-30B-A3B in a process of its own."""
+    """Convert random weights in the geometry of Qwen3-30B-A3B in processes of their own, with the check and without."""
     from svdconvert import plan
-    from svdconvert.factoring.operations import OPERATIONS
-    from svdconvert.linalg.panels import Workspace
 
     source = options.out / "source"
     if not (source / "config.json").exists():
@@ -130,22 +132,54 @@ def memory(options: argparse.Namespace) -> None:
     made = plan(source, keep=0.6, targets=patterns)
     chosen = [word for pattern in patterns for word in ("--targets", pattern)]
     arguments = ["svdconvert", str(source), "--keep", "0.6", "--out", str(options.out / "made"), "--overwrite"]
-    arguments += ["--no-check", "--device", "cpu", "--workers", "1", *chosen]
-    # from a small process, see measure.py
-    told = subprocess.check_output([sys.executable, "-c", MEASURE, *arguments], text=True)
-    seconds, highest = map(float, told.split()[-2:])
-    print(f"{len(made.targets)} matrices, all others copied: {seconds:.0f} s")
-    print(f"highest memory {highest / 1e9:.2f} GB; planned {made.solving_bytes() / 1e9:.2f} GB for this, and")
-    print(f"{made.peak_bytes() / 1e9:.2f} GB with the check that runs tokens through the result")
+    arguments += ["--device", "cpu", "--workers", "1", *chosen]
+    print(f"{len(made.targets)} matrices are factored, all others copied")
+    for more, what, planned in (
+        (["--no-check"], "without the check", made.solving_bytes()),
+        ([], "with the check that runs tokens through the result", made.peak_bytes()),
+    ):
+        # from a small process, see measure.py
+        told = subprocess.check_output([sys.executable, "-c", MEASURE, *arguments, *more], text=True)
+        seconds, highest = map(float, told.split()[-2:])
+        print(f"{what}: {seconds:.0f} s, highest memory {highest / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB")
+
+
+def solver(options: argparse.Namespace) -> None:
+    """Time the three matrices of one expert beside ``torch.linalg.svd``."""
+    from svdconvert.factoring.operations import OPERATIONS
+    from svdconvert.linalg.panels import Workspace
+    from svdconvert.planning.steps import Step
+    from svdconvert.tensors import TensorInfo
+
     torch.set_num_threads(1)
-    steps, workspace = [step for step in made.steps if step.kind == "factorize"][:3], Workspace()
-    weights = [torch.randn(step.inputs[0].shape, generator=torch.Generator().manual_seed(0)) for step in steps]
-    ours = _seconds(
-        lambda: [OPERATIONS[s.kind]([w.bfloat16()], s, workspace) for s, w in zip(steps, weights, strict=True)]
+    hidden, inner, workspace = QWEN["hidden_size"], QWEN["moe_intermediate_size"], Workspace()
+    rank = int(0.6 * hidden * inner / (hidden + inner))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    weights = [(0.02 * torch.randn(shape, generator=generator)).bfloat16() for shape in shapes.values()]
+    steps = [
+        Step(
+            "factorize",
+            name,
+            (TensorInfo(f"{name}.weight", "BF16", shape),),
+            (TensorInfo(f"{name}.down.weight", "BF16", (rank, shape[1])),),
+            {"rank": rank, "layout": "balanced"},
+        )
+        for name, shape in shapes.items()
+    ]
+    found = in_turn(
+        {
+            "ours": lambda: [
+                OPERATIONS[step.kind]([weight], step, workspace) for step, weight in zip(steps, weights, strict=True)
+            ],
+            "torch.linalg.svd": lambda: [torch.linalg.svd(weight.float(), full_matrices=False) for weight in weights],
+        },
+        options.rounds,
     )
-    theirs = _seconds(lambda: [torch.linalg.svd(weight, full_matrices=False) for weight in weights])
+    ours, theirs = found.values()
     print(
-        f"an expert's three matrices: {ours:.2f} s of CPU, {theirs:.2f} s by torch.linalg.svd ({theirs / ours:.1f} x)"
+        f"an expert's three matrices at rank {rank}: {ours:.3f} s of CPU, {theirs:.3f} s by torch.linalg.svd "
+        f"({theirs / ours:.2f} x), median of {options.rounds}"
     )
 
 
@@ -157,48 +191,68 @@ print(found.wall, found.peak_bytes)
 """
 
 
-def _seconds(work: Callable[[], Any], repeats: int = 3) -> float:
-    """Least CPU time of some runs, in seconds."""
-    times = []
-    for _ in range(repeats):
-        began = time.process_time()
-        work()
-        times.append(time.process_time() - began)
-    return min(times)
+def in_turn(ways: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median CPU time of each of some things to do, in seconds; every round does all of them, after one that is not
+    counted."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for count in range(rounds + 1):
+        for name, work in ways.items():
+            began = time.process_time()
+            work()
+            if count:
+                times[name].append(time.process_time() - began)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def speed(options: argparse.Namespace) -> None:
-    """Time the experts of the modeling file, dense and at equal multiplications, beside those of transformers."""
-    from svdconvert.modeling import modeling_qwen3_moe_svd as modeling
-
-    torch.set_num_threads(1)
+    """Time the experts of the modeling file at equal multiplications, and at fewer, beside those of transformers."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-    sizes = {"hidden_size": 1024, "moe_intermediate_size": 384, "num_experts": 32, "num_experts_per_tok": 4}
-    stock = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**sizes)).eval()
+    from svdconvert.modeling import modeling_qwen3_moe_svd as modeling
+
+    torch.set_num_threads(1)
+    hidden, inner = options.hidden, options.inner
+    sizes = {"num_experts": options.experts, "num_experts_per_tok": options.choices}
+    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=inner, **sizes)
+    with torch.device("meta"):
+        block = Qwen3MoeSparseMoeBlock(config).eval()
     generator = torch.Generator().manual_seed(0)
-    for parameter in stock.parameters():
-        parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
-    stacked, act_fn = stock.experts, stock.experts.act_fn
-    ways: dict[str, torch.nn.Module] = {"grouped_mm": stacked, "eager": stacked}
+
+    def filled(module: torch.nn.Module) -> torch.nn.Module:
+        module.to_empty(device="cpu")
+        for parameter in module.parameters():
+            parameter.data.normal_(std=0.02, generator=generator)
+        return module
+
+    stacked, act_fn = filled(block).experts, block.experts.act_fn
+    ways: dict[str, torch.nn.Module] = {"grouped_mm": stacked, "batched_mm": stacked, "eager": stacked}
     for share in (1.0, 0.6):
-        rank = int(share * 384 * 1024 / (384 + 1024))
-        factored = modeling.Experts(modeling.Expert(1024, 384, act_fn) for _ in range(sizes["num_experts"]))
-        for expert in factored:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                dense = getattr(expert, name)
-                setattr(expert, name, modeling.SVDLinear(dense.in_features, dense.out_features, rank, bias=False))
-        ways[f"factored, {share:.0%} of the multiplications"] = factored
-    for tokens in (1, 16, 128):
-        hidden, times = torch.randn(1, tokens, 1024, generator=generator), {}
-        for name, experts in ways.items():
-            stock.experts = experts
+        rank = int(share * inner * hidden / (inner + hidden))
+        with torch.device("meta"):
+            factored = modeling.Experts(modeling.Expert(hidden, inner, act_fn) for _ in range(options.experts))
+            for expert in factored:
+                for name in ("gate_proj", "up_proj", "down_proj"):
+                    dense = getattr(expert, name)
+                    setattr(expert, name, modeling.SVDLinear(dense.in_features, dense.out_features, rank, bias=False))
+        ways[f"factored, {share:.0%}"] = filled(factored).eval()
+        # what a model of them does for answers token by token
+        laid_out = copy.deepcopy(factored)
+        ways[f"factored, {share:.0%}, for_decoding()"] = modeling._Factored.for_decoding(laid_out)
+    for tokens in options.tokens:
+        given = torch.randn(1, tokens, hidden, generator=generator)
+
+        def run(name: str, given: torch.Tensor = given) -> None:
+            block.experts = ways[name]
             stacked.config._experts_implementation = name
-            with torch.no_grad():
-                stock(hidden)
-                times[name] = 1000 * _seconds(partial(stock, hidden), repeats=max(3, 48 // tokens))
-        print(f"{tokens} tokens: " + "; ".join(f"{name} {value:.2f} ms" for name, value in times.items()), flush=True)
+            block(given)
+
+        # it copies the weights of every choice of every token
+        chosen = [name for name in ways if name != "batched_mm" or tokens <= 8]
+        with torch.no_grad():
+            found = in_turn({name: partial(run, name) for name in chosen}, options.rounds)
+        told = "; ".join(f"{name} {1000 * value:.1f}" for name, value in found.items())
+        print(f"{tokens} tokens, ms of CPU: {told}", flush=True)
 
 
 def write_random(folder: Path, config: dict[str, Any]) -> None:
@@ -245,7 +299,17 @@ def main() -> None:
     one.add_argument("--experts", type=int, default=10, help="of each layer, that are factored")
     one.add_argument("--vocabulary", type=int, default=QWEN["vocab_size"])
     one.set_defaults(run=memory)
-    commands.add_parser("speed").set_defaults(run=speed)
+    one = commands.add_parser("solver")
+    one.add_argument("--rounds", type=int, default=9)
+    one.set_defaults(run=solver)
+    one = commands.add_parser("speed")
+    one.add_argument("--experts", type=int, default=64)
+    one.add_argument("--choices", type=int, default=8, help="experts that a token passes")
+    one.add_argument("--hidden", type=int, default=QWEN["hidden_size"])
+    one.add_argument("--inner", type=int, default=QWEN["moe_intermediate_size"])
+    one.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 512])
+    one.add_argument("--rounds", type=int, default=7)
+    one.set_defaults(run=speed)
     options = parser.parse_args()
     options.run(options)
 

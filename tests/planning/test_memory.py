@@ -16,6 +16,7 @@ from svdconvert.planning.memory import (
     BASE_BYTES,
     HEAD_BYTES,
     LOADED_BYTES,
+    READ_BYTES,
     SolvedMatrix,
     check_bytes,
     decomposition_bytes,
@@ -29,6 +30,7 @@ from svdconvert.planning.text_memory import (
     TextPasses,
 )
 from svdconvert.settings.conversion import Conversion
+from svdconvert.storage import reader
 from svdconvert.storage.source import LocalSource
 
 # torch 2.13 for CPUs and transformers 5.23, imported; the estimate's base holds for these.
@@ -74,11 +76,12 @@ def test_constants_of_the_code_that_takes_it() -> None:
     assert LOGIT_BYTES == loss.LOGIT_BYTES
     assert LOADED_BYTES == probe.LOADED_BYTES
     assert HEAD_BYTES == blocks.HEAD_BYTES
+    assert READ_BYTES == reader.CHUNK
 
 
 def test_a_result_is_loaded_if_it_is_small() -> None:
     assert check_bytes(1000, 2000, 10) == BASE_BYTES + 6000
-    assert check_bytes(LOADED_BYTES // 4, 1, 10) == BASE_BYTES + 2 * HEAD_BYTES + 40
+    assert check_bytes(LOADED_BYTES // 4, 1, 10) == BASE_BYTES + 2 * HEAD_BYTES + READ_BYTES + 40
 
 
 PASSES = TextPasses(
