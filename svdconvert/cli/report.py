@@ -46,7 +46,8 @@ def show_plan(console: Console, plan: Plan, free: int | None) -> None:
     """
     commit = f" @ {plan.commit[:12]}" if plan.commit else ""
     layers = plan.settings["share_layers"]
-    shared = f", input-side factors shared by {layers} layers" if layers > 1 else ""
+    users = f"{layers} layers" if layers > 1 else "the experts of a layer" if plan.settings.get("share_experts") else ""
+    shared = f", input-side factors shared by {users}" if users else ""
     console.print(f"[bold]{escape(plan.source)}[/]{commit} ({plan.architecture}), method {plan.method}{shared}")
     bits = ("bits",) if plan.grids else ()
     table = new_table(("target", "shape"), ("matrices", "rank", *bits, "break-even", "parameters", "kept"))

@@ -65,6 +65,7 @@ def convert(
     shrinkage: float | None = None,
     layout: str = DEFAULT_LAYOUT.name,
     share_layers: int = 1,
+    share_experts: bool = False,
     split_fused: bool = False,
     solver: str = DEFAULT_SOLVER.name,
     refit: str = "none",
@@ -109,6 +110,7 @@ def convert(
             which buys more rank for the same size.
         share_layers: groups of so many consecutive layers have one input-side factor for each kind of matrix, which is
             stored once and buys more rank for the same size. A group is one matrix to ranks and budgets.
+        share_experts: the same for all experts of a layer, of the matrices that read hidden states.
         split_fused: queries, keys and values that are one matrix (GPT-NeoX, Phi-3, GPT-2) are factored as three, each
             with a rank and a metric of its own; the checkpoint has three layers in the place of one.
         solver: ``exact``, or ``fast``: plain SVD on the CPU, where the rank is so low that it is at least 1.5 times as

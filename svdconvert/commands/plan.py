@@ -36,6 +36,7 @@ def plan(
     rank_multiple: int = 1,
     layout: str = DEFAULT_LAYOUT.name,
     share_layers: int = 1,
+    share_experts: bool = False,
     split_fused: bool = False,
     solver: str = DEFAULT_SOLVER.name,
 ) -> Plan:
@@ -67,6 +68,7 @@ def plan(
             rounded down, and a rank that is none is refused.
         layout: how the products are stored, see :func:`convert`.
         share_layers: consecutive layers that share the input-side factor of each kind of matrix, see :func:`convert`.
+        share_experts: the experts of a layer share those of what reads hidden states, see :func:`convert`.
         split_fused: factor queries, keys and values that are one matrix as three, see :func:`convert`.
         solver: ``exact`` or ``fast``, see :func:`convert`.
 

@@ -24,7 +24,7 @@ from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target, assign
 from svdconvert.planning.size_search import LARGEST
 from svdconvert.planning.steps import Step, files_bytes, in_order, shard, with_copies
-from svdconvert.planning.targets import choose_targets, in_parts, share
+from svdconvert.planning.targets import choose_targets, in_parts, share, share_experts
 from svdconvert.planning.text_memory import text_passes
 from svdconvert.planning.whole import bytes_of, refuse_bytes, whole_steps
 from svdconvert.sentences import asked
@@ -90,7 +90,7 @@ def make_plan(source: Source, request: Conversion) -> Plan:
     layout, scope = layout_named(request.recipe.layout), request.scope
     cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
     targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
-    targets = share(targets, scope.share_layers, cut)
+    targets = share_experts(targets, cut, row) if scope.share_experts else share(targets, scope.share_layers, cut)
     refuse_bytes(source, request)
     if request.size.bytes is not None:
         return _in_bytes(source, request, targets, cut, row)

@@ -15,6 +15,7 @@ from svdconvert.errors import InputError
 from svdconvert.grids import Grid
 from svdconvert.layouts.row import Layout
 from svdconvert.layouts.table import DEFAULT_LAYOUT
+from svdconvert.names import layer_number
 from svdconvert.planning.fit import enough
 from svdconvert.planning.memory import TRAINING_BYTES_PER_PARAMETER
 from svdconvert.sentences import asked
@@ -217,10 +218,12 @@ def _names(pattern: str, target: Target) -> bool:
     """
     named = [part.module for part in target.parts if part.is_named(pattern)]
     if named and len(named) < len(target.parts):
+        within = layer_number(target.module) == layer_number(target.followers[0].module)
+        remedy = f"leave out {asked('share_experts')}" if within else f"use another {asked('share_layers')}"
         other = next(part.module for part in target.parts if part.module not in named)
         raise InputError(
             f"a pattern of {asked('rank')}, {pattern}, matches {named[0]} but not {other}, and the two share one "
-            f"factor and so have one rank; match both, or use another {asked('share_layers')}"
+            f"factor and so have one rank; match both, or {remedy}"
         )
     return bool(named)
 

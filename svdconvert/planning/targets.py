@@ -91,14 +91,42 @@ def share(targets: Sequence[Target], layers: int, tensors: Mapping[str, TensorIn
         else:
             growing[alike] = [target]
             groups.append(growing[alike])
-    return [
-        replace(
-            first,
-            shape=(first.shape[0] + sum(other.shape[0] for other in others), first.shape[1]),
-            followers=tuple(other.parts[0] for other in others),
+    return [_group(group) for group in groups]
+
+
+def share_experts(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], row: Architecture) -> list[Target]:
+    """Put targets of one kind together that read the same hidden states: those of all experts of a layer.
+
+    Args:
+        targets: single ones, by layer.
+        tensors: of the source.
+        row: its architecture.
+
+    Raises:
+        InputError: no two experts are to be factored.
+    """
+    inward = () if row.experts is None else row.experts.targets[:-1]
+    groups: dict[tuple[str, ...], list[Target]] = {}
+    for target in targets:
+        own = kind(target.module)
+        alike = (own, str(layer_number(target.module)), tensors[target.weight].dtype)
+        groups.setdefault(alike if own in inward else (target.module,), []).append(target)
+    if len(groups) == len(targets):
+        raise InputError(
+            f"{asked('share_experts', True)} has nothing to share: no layer has two experts among the targets; leave "
+            "it out"
         )
-        for first, *others in groups
-    ]
+    return [_group(group) for group in groups.values()]
+
+
+def _group(members: Sequence[Target]) -> Target:
+    """Targets that share their input-side factor, as one."""
+    first, *others = members
+    return replace(
+        first,
+        shape=(first.shape[0] + sum(other.shape[0] for other in others), first.shape[1]),
+        followers=tuple(other.parts[0] for other in others),
+    )
 
 
 def target_tensors(source: Source, targets: Iterable[Target]) -> dict[str, TensorInfo]:

@@ -150,6 +150,7 @@ class Conversion:
             "dtype": self.output.dtype,
             "layout": self.recipe.layout,
             "share_layers": self.scope.share_layers,
+            **({"share_experts": True} if self.scope.share_experts else {}),
             "split_fused": self.scope.split_fused,
             "solver": self.recipe.solver,
             "max_shard_bytes": self.output.max_shard_bytes,

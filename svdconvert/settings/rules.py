@@ -82,8 +82,9 @@ def refit(request: Request) -> None:
             f"{asked('refit', chosen)} is judged by the loss and might exceed {asked('max_kl', request.size.max_kl)}; "
             f"give {asked('max_loss')}, or leave one of them out"
         )
-    if chosen != "none" and request.scope.share_layers != 1:
-        raise InputError(f"{asked('refit', chosen)} does not go with {asked('share_layers')}; leave one of them out")
+    if chosen != "none" and request.scope.shared:
+        named = "share_layers" if request.scope.share_layers != 1 else "share_experts"
+        raise InputError(f"{asked('refit', chosen)} does not go with {asked(named)}; leave one of them out")
 
 
 def text(request: Request) -> None:
@@ -142,7 +143,7 @@ def solver(request: Request) -> None:
         return
     others = (
         (bool(request.method.statistics), asked("method", request.method.name)),
-        (request.scope.share_layers != 1, asked("share_layers", request.scope.share_layers)),
+        (bool(request.scope.shared), request.scope.shared),
         (request.allocation != "uniform", asked("allocation", request.allocation)),
         (request.size.limit is not None, asked(*(request.size.limit or ("max_loss",)))),
         (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
@@ -162,7 +163,7 @@ def bits(request: Request) -> None:
         return
     given = asked(*request.size.given)
     others = (
-        (request.scope.share_layers != 1, asked("share_layers", request.scope.share_layers)),
+        (bool(request.scope.shared), request.scope.shared),
         (request.scope.split_fused, asked("split_fused", True)),
         (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
         (request.recipe.allocation == "uniform", asked("allocation", request.recipe.allocation)),
@@ -219,9 +220,13 @@ def sharing(request: Request) -> None:
     layers, stored = request.scope.share_layers, layout_named(request.recipe.layout)
     if layers < 1:
         raise InputError(f"{asked('share_layers', layers)} is too small; the least is 1, which shares nothing")
-    if layers > 1 and not stored.two_factors:
+    if layers > 1 and request.scope.share_experts:
         raise InputError(
-            f"{asked('share_layers', layers)} does not go with {asked('layout', stored.name)}, which keeps rows of "
+            f"{asked('share_layers', layers)} does not go with {asked('share_experts', True)}; leave one of them out"
+        )
+    if request.scope.shared and not stored.two_factors:
+        raise InputError(
+            f"{request.scope.shared} does not go with {asked('layout', stored.name)}, which keeps rows of "
             f"each single matrix; use {asked('layout', 'balanced')}"
         )
 

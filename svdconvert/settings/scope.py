@@ -32,6 +32,7 @@ class Scope:
         targets: patterns that choose among the architecture's linear layers; empty chooses all of them.
         split_fused: whether queries, keys and values that are one matrix are factored as three.
         share_layers: consecutive layers that share the input-side factor of each kind of matrix.
+        share_experts: whether the experts of a layer share that of each kind of matrix that reads hidden states.
     """
 
     targets: Sequence[str] = option(
@@ -62,3 +63,18 @@ class Scope:
         group="What to factor",
         kind="whole",
     )
+    share_experts: bool = option(
+        False,
+        "--share-experts",
+        "Experts of a layer share the input-side factors of what reads hidden states, each stored once.",
+        keyword="share_experts",
+        group="What to factor",
+        kind="flag",
+    )
+
+    @property
+    def shared(self) -> str:
+        """What is asked for that makes matrices share a factor, for messages; empty if nothing is."""
+        if self.share_layers != 1:
+            return asked("share_layers", self.share_layers)
+        return asked("share_experts", True) if self.share_experts else ""

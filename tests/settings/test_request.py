@@ -83,7 +83,11 @@ told = st.builds(
     Conversion,
     size=sizes,
     scope=st.builds(
-        Scope, targets=st.lists(words, max_size=3).map(tuple), split_fused=st.booleans(), share_layers=counts
+        Scope,
+        targets=st.lists(words, max_size=3).map(tuple),
+        split_fused=st.booleans(),
+        share_layers=counts,
+        share_experts=st.booleans(),
     ),
     recipe=recipes,
     calibration=texts | st.builds(Stats, folders) | st.none(),
@@ -128,7 +132,7 @@ OTHER: Mapping[type, Mapping[str, Any]] = {
         "multiple": 8,
         "factor_all": True,
     },
-    Scope: {"targets": ("one", "two words"), "split_fused": True, "share_layers": 2},
+    Scope: {"targets": ("one", "two words"), "split_fused": True, "share_layers": 2, "share_experts": True},
     Recipe: {
         "method": "kfac",
         "layout": "pivoted",

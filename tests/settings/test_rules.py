@@ -123,6 +123,8 @@ BROKEN: dict[str, list[tuple[dict[str, Any], str]]] = {
     "dtype": [({"keep": 0.5, "dtype": "int8"}, "dtype='int8' is unknown; choose keep, float16, bfloat16 or float32")],
     "layout": [({"keep": 0.5, "layout": "flat"}, "layout='flat' is unknown; choose balanced or pivoted")],
     "sharing": [
+        ({"keep": 0.5, "share_layers": 2, "share_experts": True}, "does not go with share_experts=True; leave one"),
+        ({"keep": 0.5, "share_experts": True, "layout": "pivoted"}, "share_experts=True does not go with layout"),
         ({"keep": 0.5, "share_layers": 0}, "share_layers=0 is too small; the least is 1"),
         ({"keep": 0.5, "share_layers": 2, "layout": "pivoted"}, "share_layers=2 does not go with layout='pivoted'"),
     ],
@@ -166,6 +168,7 @@ def test_a_plan_needs_no_text(name: str, keywords: dict[str, Any], words: str) -
         {"params": 1000, "dtype": "bfloat16", "layout": "pivoted"},
         {"keep": 0.5, "solver": "fast"},
         {"keep": 0.5, "share_layers": 3},
+        {"keep": 0.5, "share_experts": True},
         {"keep": 0.5, "allocation": "global"},
         {"keep": 0.5, "calibration": TEXT},
         {"bytes": 0.35, "calibration": TEXT, "widths": [8, 16, 4]},
