@@ -634,20 +634,22 @@ def _factor_linears(model, config):
     layout, shared = LAYOUTS[config.svd_layout], config.svd_shared
     dense = {path: _dense_linear(model, path) for path in config.svd_ranks}
     sizes = {path: tuple(layer.weight.shape) for path, layer in dense.items()}
+    stacked = dict.fromkeys(sizes, 0)  # outputs of layers that share, which are one matrix, by their owner
+    for path, (rows, _) in sizes.items():
+        stacked[shared.get(path, path)] += rows
+    lenders = set(shared.values())
     for path, rank in config.svd_ranks.items():
         owner = shared.get(path, path)
         if sizes[path][1] != sizes[owner][1]:
             raise ValueError(
                 f"svd_shared[{path!r}] is {owner!r}, but they read {sizes[path][1]} and {sizes[owner][1]} inputs"
             )
-        # layers that share are one matrix, stacked
-        users = [user for user in dense if shared.get(user, user) == owner]
-        inputs, outputs = sizes[owner][1], sum(sizes[user][0] for user in users)
+        inputs, outputs = sizes[owner][1], stacked[owner]
         highest = layout.highest_rank(inputs, outputs)
         if rank > highest:
             raise ValueError(
                 f"svd_ranks[{path!r}] is {rank}, but the layer is {outputs} x {inputs}"
-                f"{' with those that share its `down`' if len(users) > 1 else ''}: "
+                f"{' with those that share its `down`' if owner in lenders else ''}: "
                 f"the {config.svd_layout} layout has a rank of at most {highest} there"
             )
     factored = {}
