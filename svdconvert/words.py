@@ -46,6 +46,11 @@ def size_text(size: int) -> str:
     return min([*ways, str(size)], key=len)
 
 
+def numbered(count: int, one: str, many: str = "") -> str:
+    """``1 target``, ``2,000 targets``; the plural is given where an s does not make it."""
+    return f"1 {one}" if count == 1 else f"{count:,} {many or one + 's'}"
+
+
 def listing(names: list[str], most: int = 3) -> str:
     """``a, b, c and 4 more``."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -19,7 +19,7 @@ from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step
 from svdconvert.sentences import printable
 from svdconvert.settings.told import told
-from svdconvert.words import size
+from svdconvert.words import numbered, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,9 +162,10 @@ class TerminalEvents(Events):
 
     def begin(self, steps: Sequence[Step], done_before: int) -> None:
         if done_before and not steps:
-            self.note(f"what an earlier run did of {done_before} matrices is used again")
+            self.note(f"what an earlier run did of {numbered(done_before, 'matrix', 'matrices')} is used again")
         elif done_before:
-            self.note(f"{done_before} matrices were done by an earlier run; continuing with {len(steps)}")
+            done = f"{numbered(done_before, 'matrix was', 'matrices were')} done by an earlier run"
+            self.note(f"{done}; continuing with {len(steps)}")
         what = "decomposing" if any(step.kind == "decompose" for step in steps) else "factors"
         self._shown, self._matrices = None, True
         self._at(what, done_before, len(steps) + done_before, "")

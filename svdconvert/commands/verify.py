@@ -28,7 +28,7 @@ from svdconvert.storage.documents import read_bytes, read_json
 from svdconvert.storage.opening import open_source
 from svdconvert.storage.reader import WeightReader, as_bytes
 from svdconvert.storage.source import LocalSource, Source
-from svdconvert.words import listing
+from svdconvert.words import listing, numbered
 
 
 def self_check(folder: Path, config: Mapping[str, Any]) -> list[str]:
@@ -156,7 +156,7 @@ def _ranks(source: Source, row: Architecture) -> Check:
             found = source.tensors[names[place]].shape[axis]
             if found != rank:
                 return Check("ranks", False, f"{said}, but {names[place]} is of rank {found}")
-    return Check("ranks", True, f"{len(ranks)} matrices as config.json says")
+    return Check("ranks", True, f"{numbered(len(ranks), 'matrix', 'matrices')} as config.json says")
 
 
 def _positions(source: Source, row: Architecture) -> list[Check]:

@@ -12,7 +12,7 @@ from svdconvert.settings.conversion import Conversion
 from svdconvert.solvers.row import Solver
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
-from svdconvert.words import listing
+from svdconvert.words import listing, numbered
 
 
 def plan_notes(
@@ -51,7 +51,11 @@ def plan_notes(
     if len(dropped) > len(predictors):
         buffers = [name for name in dropped if not row.is_predictor(name)]
         kinds = sorted({suffix(name.split(".", 1)[-1]) for name in buffers})
-        notes.append(f"{len(buffers)} legacy buffers are dropped ({', '.join(kinds)}); no current model reads them")
+        are = "is" if len(buffers) == 1 else "are"
+        notes.append(
+            f"{numbered(len(buffers), 'legacy buffer')} {are} dropped ({', '.join(kinds)}); no current model reads "
+            f"{'it' if len(buffers) == 1 else 'them'}"
+        )
     if copies:
         notes.append(f"{copies[0].name} is dropped: it must be a copy of the embedding, which is stored once")
     if multiple > 1 and budget is not None:
@@ -63,7 +67,8 @@ def plan_notes(
     dense = [target for target in targets if target.rank is None and not target.rounded]
     for reason in dict.fromkeys(target.reason for target in dense):
         modules = [part.module for target in dense if target.reason == reason for part in target.parts]
-        notes.append(f"{len(modules)} targets stay dense, {reason}: {listing(modules)}")
+        stay = "stays" if len(modules) == 1 else "stay"
+        notes.append(f"{numbered(len(modules), 'target')} {stay} dense, {reason}: {listing(modules)}")
     return notes
 
 

@@ -281,6 +281,11 @@ def test_dense_targets_are_said(dense: Path) -> None:
     assert len(plan(dense, rank=40, factor_all=True).ranks) == len(TARGETS)
 
 
+def test_one_target_is_no_plural(dense: Path) -> None:
+    notes = " ".join(plan(dense, rank=40, targets=["layers.0.mlp.dense_h_to_4h", "layers.1.attention.dense"]).notes)
+    assert "1 target stays dense, rank 40 saves nothing" in notes, notes
+
+
 def test_targets(dense: Path) -> None:
     made = plan(dense, rank=8, targets=["layers.1.*", "dense_h_to_4h"])
     assert set(made.ranks) == {t for t in TARGETS if t.startswith("layers.1.") or t.endswith("dense_h_to_4h")}
