@@ -13,6 +13,7 @@ import torch
 from support.checkpoints import read_weights, tree
 from support.forked import Forked
 from support.launching import together
+from support.packed import mixed, pack_folder
 
 from svdconvert import Calibration, heal
 
@@ -85,6 +86,34 @@ def test_as_one_process(batch: int, forked: Forked, dense: Path, factored: Path,
         # where the gradient is hardly more than rounding, Adam makes steps of full length
         assert float((tensor.double() - expected[name].double()).norm()) <= 0.02 * moved, name
         assert (moved > 0) == name.endswith(("down.weight", "up.weight"))
+
+
+def test_packed_as_one_process(forked: Forked, dense: Path, factored: Path, text: Path, tmp_path: Path) -> None:
+    """Scales are trained in every process alike, and integers stay."""
+    pack_folder(factored, tmp_path / "packed", mixed)
+    line = words(tmp_path / "packed", dense, text, "--batch-size", 5, "--lr", 1e-3)
+    done = together(forked, 2, *line, "--out", tmp_path / "two")
+    assert [ended.status for ended in done] == [0, 0], done
+    heal(
+        *(tmp_path / "packed", dense, Calibration(str(text), samples=24, length=48, batch_size=5), tmp_path / "one"),
+        steps=4,
+        lr=1e-3,
+        batch_size=5,
+        precision="float32",
+        device="cpu",
+        check=False,
+    )
+    one, two = told(tmp_path / "one"), told(tmp_path / "two")
+    assert one["changed"]
+    assert two["after"]["kl"] == pytest.approx(one["after"]["kl"], rel=1e-4)
+    start, expected, found = (read_weights(tmp_path / name) for name in ("packed", "one", "two"))
+    assert found.keys() == start.keys()
+    moved = [name for name in start if not torch.equal(found[name], start[name])]
+    assert moved
+    assert all(name.endswith(("weight_scale", "down.weight", "up.weight")) for name in moved)
+    for name in moved:
+        step = float((expected[name].double() - start[name].double()).norm())
+        assert float((found[name].double() - expected[name].double()).norm()) <= 0.05 * step, name
 
 
 def test_killed_and_continued(forked: Forked, dense: Path, factored: Path, text: Path, tmp_path: Path) -> None:
