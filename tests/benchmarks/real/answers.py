@@ -2,9 +2,11 @@
 
     pip install "svdconvert[harness]"
     python -m tests.benchmarks.real.answers --texts wikitext2
+    python -m tests.benchmarks.real.answers --texts wikitext2 --data data --calibrated-on self --samples 24
 
-The factored model is that of one row and budget of the table of losses, by default the best at 80 %. Both are asked the
-same questions, and it is kept how many each of them answers alone, from which comes the error of what is left of the
+The factored model is that of one row and budget of the table of losses, by default the best at 80 %, or of another
+calibration text, one of ``texts.py``. Both are asked the same questions (what the dense one answers is kept in the
+folder), and it is kept how many each of them answers alone, from which comes the error of what is left of the
 dense model's accuracy above chance: far smaller than from the two accuracies by themselves. They compute in bfloat16,
 as models are used.
 """
@@ -26,7 +28,8 @@ from . import book
 from .losses import LENGTH, Bench, add_options
 from .questions import TASKS, questions
 from .rows import ROWS
-from .subjects import SUBJECTS
+from .subjects import SUBJECTS, model
+from .texts import TRIALS, Library, Reader
 
 HERE = Path(__file__).parent / "harness"
 
@@ -66,22 +69,37 @@ def ask(options: argparse.Namespace) -> None:
     (row,) = (row for row in ROWS if row.name == options.row)
     for name in options.subjects:
         samples = options.samples or SUBJECTS[name].calibration
-        bench = Bench(SUBJECTS[name], options.folder, options.texts, samples, 1)
+        dense = dense_answers(name, options)
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "out"
-            bench.convert(row, options.at, out)
-            dense, factored = (right_answers(model, options) for model in (bench.model, out))
+            if options.calibrated_on:
+                reader = Reader(name, options.folder, Library(options.data))
+                reader.convert(options.calibrated_on, samples, options.at, out, row)
+            else:
+                Bench(SUBJECTS[name], options.folder, options.texts, samples, 1).convert(row, options.at, out)
+            factored = right_answers(out, options)
+        of = {
+            "subject": name, "row": row.name, "keep": options.at, "calibration_tokens": samples * LENGTH,
+            "text": options.calibrated_on,
+        }  # fmt: skip
         found = [
-            {
-                "subject": name, "row": row.name, "keep": options.at, "calibration_tokens": samples * LENGTH,
-                "dtype": options.dtype, "task": task, "chance": chance[task],
-                **counts(dense[task], factored[task]),
-            }
+            {**of, "dtype": options.dtype, "task": task, "chance": chance[task], **counts(dense[task], factored[task])}
             for task in options.tasks
-        ]  # fmt: skip
+        ]
         whole = book.read(options.out)
-        whole["tasks"] = [line for line in whole["tasks"] if line["subject"] != name] + found
+        whole["tasks"] = [line for line in whole["tasks"] if book.group(line) != book.group(of)] + found
         book.write(options.out, whole)
+
+
+def dense_answers(name: str, options: argparse.Namespace) -> dict[str, list[bool]]:
+    """Those of a subject as it is, asked once for all calibrations."""
+    kept = options.folder / f"{name}.work" / f"answers-{options.dtype}-{options.rows}.json"
+    known: dict[str, list[bool]] = json.loads(kept.read_text()) if kept.exists() else {}
+    if not known.keys() >= set(options.tasks):
+        known |= right_answers(model(SUBJECTS[name], options.folder), options)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(known))
+    return known
 
 
 def counts(dense: Sequence[bool], factored: Sequence[bool]) -> dict[str, int]:
@@ -98,12 +116,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.real.answers")
     add_options(parser)
     parser.add_argument("--row", default="kfac, global, pivoted", help="of the table of losses")
+    parser.add_argument(
+        "--calibrated-on",
+        default="",
+        choices=sorted({text for trial in TRIALS.values() for text in trial.calibrations}),
+        help="a text of texts.py; by default that of the table of losses",
+    )
+    parser.add_argument("--data", type=Path, help="folder with these texts")
     parser.add_argument("--at", type=float, default=0.8, help="its budget")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", type=int, default=600, help="questions of each task at most")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", help="that both models compute in")
-    ask(parser.parse_args())
+    options = parser.parse_args()
+    if options.calibrated_on and options.data is None:
+        parser.error("--calibrated-on needs the folder of texts, --data")
+    ask(options)
 
 
 if __name__ == "__main__":

@@ -149,20 +149,30 @@ def _perplexity(found: Line, added: float = 0.0) -> float:
 
 def tasks(whole: Mapping[str, Any]) -> str:
     """Accuracies, and what is left of them above chance."""
-    heads = ("subject", "questions of", "number", "chance", "dense", "factored", "dense alone", "factored alone")
+    heads = (
+        "subject", "calibrated on", "questions of", "number", "chance", "dense", "factored", "dense alone",
+        "factored alone",
+    )  # fmt: skip
     rows, left = [], []
-    for name in dict.fromkeys(line["subject"] for line in whole["tasks"]):
-        lines = [line for line in whole["tasks"] if line["subject"] == name]
+    for one in dict.fromkeys(map(group, whole["tasks"])):
+        lines = [line for line in whole["tasks"] if group(line) == one]
         total = {answer: sum(line[answer] for line in lines) for answer in ANSWERS}
         total["chance"] = sum(line["chance"] * asked(line) for line in lines) / asked(total)
-        rows += [_answered(title(lines[0]), line["task"], line) for line in lines]
-        rows.append(_answered(title(lines[0]), "all", total))
+        text = lines[0].get("text") or "WikiText-2"
+        rows += [_answered(title(lines[0]), text, line["task"], line) for line in lines]
+        rows.append(_answered(title(lines[0]), text, "all", total))
         share, error = above_chance(lines)
+        tokens = f"{lines[0]['calibration_tokens'] // 1024}k tokens"
         left.append(
-            f"{title(lines[0])} keeps {share:.0%} ± {error:.0%} of its accuracy above chance ({lines[0]['row']}, "
-            f"{lines[0]['keep']:.0%} kept, {lines[0]['calibration_tokens'] // 1024}k tokens, {lines[0]['dtype']})."
+            f"* {title(lines[0])} keeps {share:.0%} ± {error:.0%} of its accuracy above chance ({lines[0]['row']}, "
+            f'{lines[0]["keep"]:.0%} kept, {tokens} of "{text}", {lines[0]["dtype"]}).'
         )
-    return "\n\n".join([markdown_table(heads, rows), " ".join(left)])
+    return "\n\n".join([markdown_table(heads, rows), "\n".join(left)])
+
+
+def group(line: Line) -> tuple[object, ...]:
+    """What lines of all tasks have in common: the model, and how it was made."""
+    return (*(line[key] for key in ("subject", "row", "keep", "calibration_tokens")), line.get("text", ""))
 
 
 def asked(line: Line) -> int:
@@ -188,11 +198,11 @@ def above_chance(lines: Sequence[Line]) -> tuple[float, float]:
     return share, math.sqrt(variance / count) / dense
 
 
-def _answered(subject: str, task: str, line: Line) -> tuple[str, ...]:
+def _answered(subject: str, text: str, task: str, line: Line) -> tuple[str, ...]:
     number = asked(line)
     sides = (line["both"] + line["dense_alone"], line["both"] + line["factored_alone"])
     return (
-        subject, task, f"{number}", f"{line['chance']:.1%}", *(f"{side / number:.1%}" for side in sides),
+        subject, text, task, f"{number}", f"{line['chance']:.1%}", *(f"{side / number:.1%}" for side in sides),
         f"{line['dense_alone']}", f"{line['factored_alone']}",
     )  # fmt: skip
 

@@ -39,7 +39,7 @@ from tests.benchmarks.harness import BUNDLED
 from . import book
 from .corpora import CORPORA, Parts, mixed
 from .losses import LENGTH, Remembered
-from .rows import KEEPS, LAW
+from .rows import KEEPS, LAW, Row
 from .subjects import FOLDER, SUBJECTS, model
 
 WINDOWS = 4  # sequences of a test text
@@ -163,14 +163,18 @@ class Reader:
                 file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
         return path
 
+    def convert(self, text: str, samples: int, keep: float, out: Path, row: Row = LAW) -> Report:
+        """A factored model, by way of what is kept."""
+        stats, work = self.statistics(text, samples)
+        return convert(
+            self.model, out, keep=keep, method=row.method, allocation=row.allocation, layout=row.layout,
+            stats=stats, work=work, device="cpu", check=False,
+        )  # fmt: skip
+
     def measured(self, text: str, samples: int, keep: float) -> dict[str, Any]:
         """One line of the file: a text, a budget, and what every test text loses."""
-        stats, work = self.statistics(text, samples)
         with tempfile.TemporaryDirectory() as temporary:
-            report: Report = convert(
-                self.model, Path(temporary) / "out", keep=keep, method=LAW.method, allocation=LAW.allocation,
-                layout=LAW.layout, stats=stats, work=work, device="cpu", check=False,
-            )  # fmt: skip
+            report = self.convert(text, samples, keep, Path(temporary) / "out")
             factored = load_model(Path(temporary) / "out", "cpu", torch.float32)
             shutil.rmtree(Path(temporary) / "out")
         tests = {}
