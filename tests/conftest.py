@@ -32,6 +32,9 @@ settings.load_profile("busy")
 # Where its asserts are those of tests, too.
 pytest.register_assert_rewrite("support")
 
+# A third of the time of loading a tiny model.
+import_module("support.compiled_once").compile_once(os.environ["HF_MODULES_CACHE"])
+
 # Waiting for the disk, thousands of times, would take longer than what is tested.
 os.fsync = import_module("support.durable").sync_nothing
 

@@ -14,7 +14,7 @@ from support.families import (
 )
 from support.family_contract import assert_sound
 from support.pairs import Pair
-from support.representatives import EACH_ONCE, FEW
+from support.representatives import EACH_ONCE, UNLIKE
 from support.running import MASK, TOKENS, by_block, distance, load, logits
 from transformers import (
     AutoModelForCausalLM,
@@ -58,12 +58,12 @@ def test_densified_equals_factored(row: Architecture, dense: Path, pair: Pair) -
         assert config["n_ctx"] == config["n_positions"]
 
 
-@FEW
+@UNLIKE
 def test_verify(dense: Path, pair: Pair) -> None:
     assert not failed(verify(pair.factored, str(dense)))
 
 
-@FEW
+@UNLIKE
 def test_layers_that_share_a_factor(row: Architecture, dense: Path, tmp_path: Path) -> None:
     convert(dense, tmp_path / "shared", keep=0.6, share_layers=2, device="cpu")
     densify(tmp_path / "shared", tmp_path / "densified", device="cpu")
@@ -91,7 +91,7 @@ def test_embedding_is_stored_once(row: Architecture, pair: Pair) -> None:
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == row.tied
 
 
-@FEW
+@UNLIKE
 def test_other_forms_of_the_source(row: Architecture, dense: Path, checkpoints: Any, tmp_path: Path) -> None:
     """Shards that cut through layers, names without the base model's prefix, and a tied head stored all the same."""
     source = write_family(tmp_path / "shards", row.model_type, max_shard_size="60KB")

@@ -77,8 +77,8 @@ def kill_all(forked: Forked, cases: dict[str, Case], folder: Path, runs: int) ->
 
 
 def test_killed_at_random(forked: Forked, cases: dict[str, Case], tmp_path: Path) -> None:
-    kills = kill_all(forked, cases, tmp_path, 20)
-    assert sum(kills.values()) >= 10, kills
+    kills = kill_all(forked, cases, tmp_path, len(cases))
+    assert sum(kills.values()) >= 5, kills
 
 
 @pytest.mark.slow

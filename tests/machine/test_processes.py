@@ -258,7 +258,7 @@ class TestLostProcess:
         convert(model, out, rank=16, device="cpu", check=False)
         assert tree(out) == tree(reference)
 
-    @pytest.mark.parametrize("delay", [0.0, 1.0, pytest.param(3.0, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("delay", [0.0, *(pytest.param(delay, marks=pytest.mark.slow) for delay in (1.0, 3.0))])
     def test_ctrl_c_under_torchrun(self, delay: float, model: Path, reference: Path, tmp_path: Path) -> None:
         """A terminal sends it to all; the tool says one sentence, and what torchrun itself says is torchrun's."""
         out = tmp_path / "out"
