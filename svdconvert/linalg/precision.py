@@ -89,7 +89,7 @@ def refuse_overflow(tensor: Tensor, what: str, advice: str) -> None:
     Raises:
         InputError: an entry is NaN or infinite.
     """
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise InputError(f"{what} is not finite in {str(tensor.dtype)[6:]}; {advice}")
 
 

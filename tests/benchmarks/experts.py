@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def quality(options: argparse.Namespace) -> None:
-    """Convert by every method, and measure held-out stories."""
+    """Convert by every method, with and without factors that experts share, and measure held-out stories."""
     from svdconvert import Calibration, convert, evaluate
 
     folder: Path = options.folder
@@ -111,14 +112,15 @@ def quality(options: argparse.Namespace) -> None:
     dense = evaluate(folder / "model", folder / "heldout.txt", **measured)
     print(f"dense: perplexity {dense.perplexity:.2f} of {dense.tokens:,} held-out tokens", flush=True)
     for keep in options.keep:
-        for method in ("svd", "whiten", "kfac"):
-            calibration = {} if method == "svd" else {"calibration": text}
+        for method, shared in product(("svd", "whiten", "kfac"), (False, True)):
+            how = {"share_experts": shared} if method == "svd" else {"share_experts": shared, "calibration": text}
             out = folder / f"{method}-{keep}"
-            convert(folder / "model", out, keep=keep, method=method, device="cpu", overwrite=True, **calibration)
+            convert(folder / "model", out, keep=keep, method=method, device="cpu", overwrite=True, **how)
             found = evaluate(out, folder / "heldout.txt", against=folder / "model", **measured)
             added = math.log(found.perplexity / dense.perplexity)
             kl = math.nan if found.divergence is None else found.divergence.kl
-            print(f"{keep} {method}: {added:+.4f} nats per token, KL {kl:.4f}", flush=True)
+            name = f"{method}, shared by the experts" if shared else method
+            print(f"{keep} {name}: {added:+.4f} nats per token, KL {kl:.4f}", flush=True)
 
 
 def memory(options: argparse.Namespace) -> None:
