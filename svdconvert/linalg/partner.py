@@ -15,8 +15,8 @@ from svdconvert.linalg.precision import CANCELLATION
 from svdconvert.linalg.products import product, solve_by_root
 from svdconvert.linalg.residual import residual
 
-# Diagonal entries of a Cholesky factor of columns of length 1. Above it they are nearly orthogonal, and their inverse is
-# as good as two triangular solves, which take twice the time.
+# Diagonal entries of the Cholesky factor for columns of length 1. Above it those are nearly orthogonal, and an inverse
+# is as good as two triangular solves, which take twice the time.
 NEARLY_ONE = 0.9
 
 
