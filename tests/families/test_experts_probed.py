@@ -90,7 +90,7 @@ def test_one_expert_at_a_time(how: dict[str, Any], checkpoints: Any, tmp_path: P
 @pytest.mark.parametrize("value", [math.nan, None])
 def test_an_expert_without_a_token(value: float | None, checkpoints: Any, tmp_path: Path) -> None:
     """What is wrong with it is found, though no token comes by."""
-    folder = Path(shutil.copytree(checkpoints.pairs("mixtral")["balanced"].factored, tmp_path / "copy"))
+    folder = Path(shutil.copytree(checkpoints.pair("mixtral").factored, tmp_path / "copy"))
     source = LocalSource(folder)
     blocks, one = ModelBlocks(source), torch.ones(1, 1, dtype=torch.bool)
     with blocks.embeddings(), torch.no_grad():
