@@ -92,7 +92,7 @@ def refuse(work: HealingWork) -> None:
         InputError: layers of several blocks share a factor, several processes are at it, or the memory is too small.
     """
     source = work.source
-    if shared_layers(source.config):
+    if any(layer_number(user) != layer_number(owner) for user, owner in shared_layers(source.config).items()):
         raise InputError(
             f"{asked('how', 'blocks')} does not go with {source.where}, in which layers of several blocks share a "
             f"factor; use {asked('how', 'end-to-end')}"

@@ -50,7 +50,8 @@ def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sen
     heal = "fine-tuning" if "heal" in settings else "`svdconvert heal` or fine-tuning"
     # A refit lowers the loss, and may move the predictions further away.
     refitted = method.statistics and settings.get("max_kl") is None
-    if refitted and "heal" not in settings and settings.get("refit") == "none" and settings.get("share_layers") == 1:
+    shared = settings.get("share_layers") != 1 or settings.get("share_experts")
+    if refitted and "heal" not in settings and settings.get("refit") == "none" and not shared:
         refit = asked("refit", "sequential")
         return Sentence(f"measure it: {measure}; {refit} may win back some of the loss, and {heal} more")
     return Sentence(f"measure it: {measure}; {heal} wins back some of the loss")

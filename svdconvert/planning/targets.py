@@ -103,7 +103,7 @@ def share_experts(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], 
         row: its architecture.
 
     Raises:
-        InputError: no two experts are to be factored.
+        InputError: of no layer are such matrices of two experts to be factored.
     """
     inward = () if row.experts is None else row.experts.targets[:-1]
     groups: dict[tuple[str, ...], list[Target]] = {}
@@ -113,8 +113,8 @@ def share_experts(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], 
         groups.setdefault(alike if own in inward else (target.module,), []).append(target)
     if len(groups) == len(targets):
         raise InputError(
-            f"{asked('share_experts', True)} has nothing to share: no layer has two experts among the targets; leave "
-            "it out"
+            f"{asked('share_experts', True)} has nothing to share: of no layer are two experts' matrices that read "
+            "hidden states among the targets; leave it out"
         )
     return [_group(group) for group in groups.values()]
 

@@ -14,11 +14,13 @@ from support.families import FAMILIES, full_ranks
 from support.running import TOKENS
 from transformers import AutoModelForCausalLM
 
-from svdconvert import Calibration, convert, densify, fold, plan, verify
+from svdconvert import Calibration, convert, densify, fold, heal, plan, verify
 from svdconvert.commands.verify import failed
 from svdconvert.errors import InputError
 from svdconvert.families.table import ARCHITECTURES
+from svdconvert.methods.table import METHODS
 from svdconvert.names import expert, kind, layer_number
+from svdconvert.planning.advice import next_steps
 
 MIXTURES = [name for name in ("mixtral", "qwen3_moe", "gpt_oss") if name in FAMILIES]
 
@@ -97,12 +99,25 @@ def test_densified_folded_and_adapted(checkpoints: Any, tmp_path: Path) -> None:
     assert float((found - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
 
 
+def test_healed_block_by_block(checkpoints: Any, text: Calibration, tmp_path: Path) -> None:
+    """Their group lies in one block; a refit, which does not go with it, is not advised."""
+    dense, how = checkpoints.dense("mixtral"), {"device": "cpu", "check": False}
+    made = convert(dense, tmp_path / "out", keep=0.6, calibration=text, method="whiten", share_experts=True, **how)
+    advice = next_steps(METHODS["whiten"], made.plan.settings, tmp_path / "out").marked
+    assert "svdconvert heal" in advice
+    assert "refit" not in advice
+    healed = heal(tmp_path / "out", dense, text, tmp_path / "healed", how="blocks", epochs=8, lr=1e-3, **how)
+    assert healed.record["healing"]["after"]["kl"] < healed.record["healing"]["before"]["kl"]
+    assert not failed(verify(tmp_path / "healed", str(dense)))
+
+
 def test_refused(checkpoints: Any) -> None:
     mixture = checkpoints.dense("mixtral")
     for how, message in (
         ({"share_layers": 2}, "share_layers=2 does not go with share_experts=True"),
         ({"layout": "pivoted"}, "share_experts=True does not go with layout='pivoted'"),
         ({"targets": ["q_proj"]}, "share_experts=True has nothing to share"),
+        ({"targets": ["*.w2"]}, "no layer are two experts' matrices that read hidden states among the targets"),
         ({"keep": None, "rank": {"*": 8, "experts.1.*": 4}}, "leave out share_experts"),
     ):
         with pytest.raises(InputError, match=message):
