@@ -127,7 +127,7 @@ class GraniteMoeHybridSVDConfig(GraniteMoeHybridConfig):
         stock = getattr(super(), "base_model_tp_plan", None) or {}
         if "svd_layout" not in vars(self):  # asked by the class above, before the factors are known
             return stock or None
-        # without experts there is nothing for their rules
+        # every process has all experts, whose rules are for the tensors in which transformers 5 stacks them
         stock = {rule: style for rule, style in stock.items() if ".experts" not in rule and style != "ep_router"}
         factored = {rule: sum(path.endswith(rule.partition("*")[2]) for path in self.svd_ranks) for rule in stock}
         parts = {rule: rule.split(".")[2] for rule in stock}
@@ -149,6 +149,10 @@ class GraniteMoeHybridSVDConfig(GraniteMoeHybridConfig):
     def base_model_tp_plan(self, plan):
         """Keeps the rule that transformers 5.15 to 5.22 add for a tied embedding, and only that."""
         self._tied_rule = {rule: style for rule, style in plan.items() if rule == "embed_tokens"}
+
+    @property
+    def base_model_ep_plan(self):
+        """None: the stock plan is for stacked experts."""
 
     def to_dict(self):
         """The serialised form, with each setting in the spelling of transformers 4 and of transformers 5.
@@ -446,6 +450,53 @@ class PivotedLinear(FactoredLinear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class Expert(nn.Module):
+    """One MLP of a mixture, [tokens, width] -> [tokens, width]."""
+
+    def __init__(self, width, inner, act_fn, **options):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(width, 2 * inner, bias=False, **options)
+        self.down_proj = nn.Linear(inner, width, bias=False, **options)
+        self.act_fn = act_fn
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class Experts(nn.ModuleList):
+    """The experts of a mixture as modules, of whose layers each has a rank of its own."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """[tokens, width], and for each of its choices the number of an expert and its weight [tokens, k]."""
+        tokens = hidden_states.shape[0]
+        # ordered by expert, then by choice, then by token: what an expert gets lies together
+        choices = top_k_index.t().flatten()
+        order = choices.argsort(stable=True)
+        token = order % tokens
+        counts = choices.bincount(minlength=len(self)).tolist()
+        parts = zip(self, hidden_states[token].split(counts), strict=True)
+        # where gradients are taken, experts without a token too: theirs are zeros, and not missing
+        outputs = [expert(part) for expert, part in parts if len(part) or torch.is_grad_enabled()]
+        weighted = torch.cat(outputs) * top_k_weights.t().flatten()[order, None]
+        return torch.zeros_like(hidden_states).index_add_(0, token, weighted.to(hidden_states.dtype))
+
+
+def _separate_experts(model):
+    """Puts modules in the place of the tensors in which transformers 5 stacks experts, under the names of files."""
+    for block in model.layers:
+        mixture = getattr(block, "block_sparse_moe", None)
+        stacked = getattr(mixture, "experts", None)
+        if mixture is not None and stacked is None:  # they are in another form
+            raise ImportError("the experts of a factored Granite 4 need transformers 5.13 or newer; update it")
+        if stacked is None or isinstance(stacked, nn.ModuleList):
+            continue
+        weight = stacked.gate_up_proj
+        count, inner, width = weight.shape
+        options = {"device": weight.device, "dtype": weight.dtype}
+        mixture.experts = Experts(Expert(width, inner // 2, stacked.act_fn, **options) for _ in range(count))
+
+
 class UnfusedGraniteMoeHybridMambaLayer(GraniteMoeHybridMambaLayer):
     """GraniteMoeHybridMambaLayer that computes in training as it does otherwise.
 
@@ -668,6 +719,8 @@ def _make_adaptable(model):
 
 class _Factored:
     """What the model classes share: the switch to adaptable layers, and the check of what was loaded."""
+
+    _can_compile_fullgraph = False  # how many tokens an expert gets is known by their values alone
 
     def _init_weights(self, module):
         # an adaptable layer passes for an nn.Linear, but has no weight to fill
@@ -950,6 +1003,7 @@ class GraniteMoeHybridSVDModel(_Factored, GraniteMoeHybridModel):
 
     def __init__(self, config):
         super().__init__(config)
+        _separate_experts(self)
         _factor_linears(self, config)
         _never_fused(self)
         self.post_init()  # again, for the initial weights of the factors
@@ -969,9 +1023,9 @@ class GraniteMoeHybridSVDForCausalLM(_Factored, GraniteMoeHybridForCausalLM):
         self.model = GraniteMoeHybridSVDModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.router_aux_loss_coef = config.router_aux_loss_coef
-        self.num_experts_per_tok = config.num_experts_per_tok
         self.logits_scaling = config.logits_scaling
+        self.num_experts, self.num_experts_per_tok = config.num_local_experts, config.num_experts_per_tok
+        self.router_aux_loss_coef = config.router_aux_loss_coef
         self.post_init()
 
 

@@ -166,7 +166,7 @@ def _refuse_others(source: Source) -> None:
             f"{source.where} is a {row.model_type} model, which keeps its matrices transposed: there are no packed "
             "weights to compare ranks with; measure ranks alone with `svdconvert sweep`"
         )
-    if row.experts is not None:
+    if row.has_experts(source.config):
         raise InputError(
             f"{source.where} is a mixture of experts, of which each token uses some: what ranks save of its "
             "multiplications is not counted yet; measure sizes with `svdconvert sweep`"

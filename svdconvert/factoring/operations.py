@@ -274,16 +274,21 @@ def _join(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
 
 
 def _stack(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
-    """The tensors of each expert -> the stack of their matrices, which are transposed, or of their biases.
+    """The tensors of each expert -> the stack of their matrices, or of their biases.
 
-    The options tell for each expert the step that makes its part, and how many of the inputs it takes.
+    The options tell whether matrices are stacked as [in, out], and for each expert the step that makes its part, and
+    how many of the inputs it takes.
     """
     (info,) = step.outputs
     stack = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device=inputs[0].device)
     left = list(inputs)
     for place, part in zip(stack, step.options["parts"], strict=True):
         own, left = left[: part["inputs"]], left[part["inputs"] :]
-        place.copy_(_part(own, part, step, workspace).mT if place.dim() == 2 else own[0])
+        if place.dim() == 1:
+            place.copy_(own[0])
+            continue
+        matrix = _part(own, part, step, workspace)
+        place.copy_(matrix.mT if step.options["transposed"] else matrix)
     return [stack], PlainReport()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 Config = Mapping[str, Any]
 # Names of the linear layers of an expert: the gate, what is gated, and the way back. Two where gate and what is gated
-# are one, whose outputs alternate.
+# are one.
 Names = tuple[str, ...]
 
 
@@ -26,9 +27,12 @@ class Experts:
         router: the linear layer in it that chooses among them; it is never factored.
         biased: whether its layers, and the router, have biases.
         clamped: whether gate and what is gated are clamped, as gpt-oss does it.
+        alternating: whether outputs of gate and of what it gates alternate where they are one; else the gate's lead.
         transposed: whether they are stacked as [experts, in, out], and files have them in no other form.
+        files: names of the mixture's tensors in files -> in memory, where they differ; files then have stacks alone.
         scattered: whether version 4 hands them a weight for every expert, zeros for those that a token does not pass.
         multiplied_out: ways of quantisation in which files may hold them, by their names in config.json.
+        since: the first version of transformers with experts of this form, if the family is older; else empty.
         beside: config -> what else the mixture has, and its shapes: an expert that every token passes.
     """
 
@@ -41,9 +45,12 @@ class Experts:
     router: str = "gate"
     biased: bool = False
     clamped: bool = False
+    alternating: bool = False
     transposed: bool = False
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     scattered: bool = False
     multiplied_out: tuple[str, ...] = ()
+    since: tuple[int, ...] = ()
     beside: Callable[[Config], dict[str, tuple[int, ...]]] = lambda config: {}
 
     @property
@@ -66,6 +73,11 @@ class Experts:
             if self.biased:
                 found[f"{name}.bias"] = shape[:1]
         return found | {f"{self.mixture}.{name}": shape for name, shape in self.beside(config).items()}
+
+    @property
+    def stacked_alone(self) -> bool:
+        """Whether files have no matrices of single experts."""
+        return self.transposed or bool(self.files)
 
     @property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:

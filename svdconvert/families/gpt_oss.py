@@ -19,6 +19,7 @@ _EXPERTS = Experts(
     router="router",
     biased=True,
     clamped=True,
+    alternating=True,
     transposed=True,
     scattered=True,
     multiplied_out=("mxfp4",),

@@ -1,4 +1,4 @@
-"""Granite 4 without experts: Mamba 2 in most blocks, attention in the others, and Granite's factors."""
+"""Granite 4: Mamba 2 in most blocks, attention in the others, Granite's factors, and in some models experts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from svdconvert.families.decoder import PIECES, Linears, decoder, decoder_shapes, separate
+from svdconvert.families.experts import Experts
 from svdconvert.families.hybrid import FULL, LINEAR, kinds_field, mixed_shapes
 from svdconvert.families.mamba import FIELDS, mamba_linears, mamba_state
 from svdconvert.families.rotary import Rotary
-from svdconvert.families.row import Config
+from svdconvert.families.row import Config, Shapes
 from svdconvert.families.values import DIVISOR, FACTOR, SIZE, whole
 from svdconvert.fields import TEXT, optional
 
@@ -51,16 +52,40 @@ def _mamba(config: Config) -> Linears:
     return {**mamba_linears(config, out_bias=bool(config.get("mamba_proj_bias"))), **_mlp(config)}
 
 
-def _with_experts(config: Config) -> str:
-    count = config.get("num_local_experts", 8)
-    return f"and experts (num_local_experts {count}), which is not supported; give one without" if count else ""
+_EXPERTS = Experts(
+    mixture="block_sparse_moe",
+    names=("gate_up_proj", "down_proj"),
+    count=lambda config: int(config.get("num_local_experts", 8) or 0),
+    width=lambda config: int(config["intermediate_size"]),
+    field="num_local_experts",
+    mixture_5="block_sparse_moe",
+    router="router",
+    files={
+        "input_linear.weight": "experts.gate_up_proj",
+        "output_linear.weight": "experts.down_proj",
+        "router.layer.weight": "router.weight",
+    },
+    since=(5, 13),
+)
+
+
+def _mixture(config: Config) -> Shapes:
+    return _EXPERTS.shapes(config) if _EXPERTS.count(config) else {}
+
+
+def _mamba_beside(config: Config) -> Shapes:
+    return mamba_state(config) | _mixture(config)
 
 
 ROW = decoder(
     "granitemoehybrid",
     "GraniteMoeHybrid",
     mixed_shapes(
-        _kinds, {"mamba": decoder_shapes(_mamba, others=mamba_state), "attention": decoder_shapes(_attention)}
+        _kinds,
+        {
+            "mamba": decoder_shapes(_mamba, others=_mamba_beside),
+            "attention": decoder_shapes(_attention, others=_mixture),
+        },
     ),
     targets=(
         "mamba.in_proj",
@@ -71,32 +96,37 @@ ROW = decoder(
         "self_attn.o_proj",
         "shared_mlp.input_linear",
         "shared_mlp.output_linear",
+        *_EXPERTS.targets,
     ),
     kinds={"mamba": LINEAR, "self_attn": FULL},
     old_kinds=_OLD,
-    refused=_with_experts,
+    experts=_EXPERTS,
     mixer="GraniteMoeHybridMambaLayer",
     pieces=replace(PIECES, writers=(), logits="divided by logits_scaling"),
     config_overrides=OldNames(),
     classifies=False,
     labels="",
-    kept=("router_aux_loss_coef", "num_experts_per_tok", "logits_scaling"),
+    kept=("logits_scaling",),
     # transformers 4 cannot build it without weights; what is written loads there
     since=(5, 0),
     title="Granite 4",
     fields={
         **FIELDS,
-        "num_local_experts": optional(whole(0)),
+        "num_local_experts": optional(whole(0, 100_000)),
+        "num_experts_per_tok": optional(whole(0, 100_000)),
         "shared_intermediate_size": SIZE,
         "residual_multiplier": FACTOR,
         "logits_scaling": DIVISOR,
         "position_embedding_type": optional(TEXT),
         "layer_types": kinds_field(*_OLD.values(), *_OLD),
     },
-    models="Granite 4.0 without experts: micro, h-micro, 1b, h-1b, 350m, h-350m",
-    remarks="Mamba 2 in most blocks, gate and up in one, scaled embeddings, residuals and logits",
+    models="Granite 4.0: h-tiny, h-small (from 5.13 on), micro, h-micro, 1b, h-1b, 350m, h-350m",
+    remarks="Mamba 2 in most blocks, gate and up in one, experts beside the MLP in some models, scaled embeddings, "
+    "residuals and logits",
     tiny={
-        "num_local_experts": 0,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 96,
         "layer_types": ["mamba", "attention", "mamba"],
         "shared_intermediate_size": 128,
         "position_embedding_type": "rope",

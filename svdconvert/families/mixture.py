@@ -91,17 +91,25 @@ def unstacked(tensors: Mapping[str, TensorInfo], row: Architecture) -> dict[str,
         rf"(.*\.){mixture}\.experts\.({'|'.join(experts.stacks)}){'(_bias)?' if experts.biased else '()'}"
     )
     router = re.compile(rf"(.*\.){mixture}\.{experts.router}\.(\w+)")
+    in_files = re.compile(rf"(.*\.){mixture}\.({'|'.join(map(re.escape, experts.files))})")
     found: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
+    for stored, info in tensors.items():
+        of_files = in_files.fullmatch(stored) if experts.files else None
+        name = f"{of_files[1]}{experts.mixture_5}.{experts.files[of_files[2]]}" if of_files else stored
         if (match := stack.fullmatch(name)) and len(info.shape) == (2 if match[3] else 3):
             path, parts = f"{match[1]}{experts.mixture}.experts", experts.stacks[match[2]]
             found |= _parts(info, path, parts, transposed=experts.transposed)
         elif experts.mixture != experts.mixture_5 and (match := router.fullmatch(name)):
             own = f"{match[1]}{experts.mixture}.{experts.router}.{match[2]}"
-            found[own] = replace(info, name=own, cut=Cut(name, 0, info.nbytes, info.nbytes))
+            found[own] = _renamed(info, own)
         else:
-            found[name] = info
+            found[name] = info if name == stored else _renamed(info, name)
     return found
+
+
+def _renamed(info: TensorInfo, name: str) -> TensorInfo:
+    """A tensor as a whole, by another name than that in its file."""
+    return replace(info, name=name, cut=Cut(info.name, 0, info.nbytes, info.nbytes))
 
 
 def _parts(info: TensorInfo, path: str, parts: tuple[str, ...], *, transposed: bool) -> dict[str, TensorInfo]:

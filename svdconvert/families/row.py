@@ -281,6 +281,15 @@ class Architecture:
         """Inverse of :meth:`factored_name`."""
         return self.head[0] if name == self.head[1] else name
 
+    def has_experts(self, config: Config) -> bool:
+        """Whether a model of the family has experts; there are families with and without."""
+        return self.experts is not None and self.experts.count(config) > 0
+
+    def needs(self, config: Config) -> tuple[int, ...]:
+        """The first version of transformers that has a model of the family."""
+        own = self.experts.since if self.experts is not None and self.has_experts(config) else ()
+        return max(self.since, own)
+
     def split(self) -> Architecture:
         """The row of the same family with the parts of fused projections as its targets."""
         parts = [

@@ -38,7 +38,7 @@ def check_model(source: Source) -> None:
     """
     factored = is_factored(source)
     row = (factored_architecture if factored else dense_architecture)(source.config, source.where)
-    _check_version(source, row.model_type, row.since)
+    _check_version(source, row.model_type, row.needs(source.config))
     if source.whole is not None:
         _check_version(source, source.whole.tower.model_type, source.whole.tower.since)
     _check_attention(source)
@@ -82,7 +82,7 @@ def check_beside(whole: Whole) -> None:
         )
 
 
-def _check_version(source: Source, model_type: str, since: tuple[int, int]) -> None:
+def _check_version(source: Source, model_type: str, since: tuple[int, ...]) -> None:
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < since:
         needed = ".".join(map(str, since))
         raise InputError(

@@ -30,8 +30,9 @@ from svdconvert.storage.source import LocalSource
 from svdconvert.tensors import Cut, TensorInfo
 
 EXPERTS = {name: row.experts for name, row in ARCHITECTURES.items() if name in FAMILIES and row.experts is not None}
-# what files have in two forms, and what they have stacked alone
-MIXTURES = [name for name, experts in EXPERTS.items() if not experts.transposed]
+# what files have in two forms, what they have stacked alone, and of that what they have as [in, out]
+MIXTURES = [name for name, experts in EXPERTS.items() if not experts.stacked_alone]
+STACKED = [name for name, experts in EXPERTS.items() if experts.stacked_alone]
 TRANSPOSED = [name for name, experts in EXPERTS.items() if experts.transposed]
 
 
@@ -105,7 +106,7 @@ def test_transposed_stacks(
     assert not any(name.endswith(tuple(experts.stacks)) for name in source.tensors)
 
 
-@pytest.mark.parametrize("model_type", TRANSPOSED)
+@pytest.mark.parametrize("model_type", STACKED)
 def test_densified_without_an_expert(model_type: str, checkpoints: Any, tmp_path: Path) -> None:
     """Nothing takes the place of a matrix that is not there."""
     made = checkpoints.pair(model_type).factored

@@ -22,7 +22,7 @@ from svdconvert.models.probe import PROBE, logits_by_block
 from svdconvert.storage.source import LocalSource
 
 IDS = torch.arange(PROBE)[None]
-MIXTURES = [name for name in ("mixtral", "qwen3_moe", "gpt_oss") if name in FAMILIES]
+MIXTURES = [name for name in ("mixtral", "qwen3_moe", "gpt_oss", "granitemoehybrid") if name in FAMILIES]
 SHARED: dict[str, Any] = {"share_layers": 2}
 
 

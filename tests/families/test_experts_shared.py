@@ -22,7 +22,7 @@ from svdconvert.methods.table import METHODS
 from svdconvert.names import expert, kind, layer_number
 from svdconvert.planning.advice import next_steps
 
-MIXTURES = [name for name in ("mixtral", "qwen3_moe", "gpt_oss") if name in FAMILIES]
+MIXTURES = [name for name in ("mixtral", "qwen3_moe", "gpt_oss", "granitemoehybrid") if name in FAMILIES]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.checkpoints import read_config
 from support.families import FAMILIES, full_ranks, stock_model, write_family
+from support.naive_experts import with_naive_experts
 from support.running import MASK, by_block, distance, load, logits
 from transformers import AutoModelForCausalLM
 
@@ -30,8 +31,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "santacoder with all heads": ("gpt_bigcode", {"multi_query": False}),
     "bloom with heads that are no power of two": ("bloom", {"hidden_size": 96, "num_attention_heads": 6}),
     "falcon h1 without norms of its states": ("falcon_h1", {"mamba_rms_norm": False}),
+    "granite 4 without experts": ("granitemoehybrid", {"num_local_experts": 0}),
     "granite 4 without positions": ("granitemoehybrid", {"position_embedding_type": None}),
-    "granite 4 with attention alone": ("granitemoehybrid", {"layer_types": ["attention"] * 3}),
+    "granite 4 with attention alone": ("granitemoehybrid", {"layer_types": ["attention"] * 3, "num_local_experts": 0}),
     "mpt with heads that are no power of two": ("mpt", {"hidden_size": 96, "num_attention_heads": 6}),
 }
 
@@ -41,7 +43,8 @@ def test_full_rank_equals_the_stock_model(form: str, tmp_path: Path) -> None:
     """Its parameters, its logits with and without padding, and those of a block at a time."""
     family, changes = FORMS[form]
     row, dense = ARCHITECTURES[family], write_family(tmp_path / "dense", family, **changes)
-    shapes = {name: tuple(tensor.shape) for name, tensor in stock_model(family, **changes).named_parameters()}
+    expected = with_naive_experts(stock_model(family, **changes), row)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.named_parameters()}
     assert row.parameters(read_config(dense)) == shapes
     convert(dense, tmp_path / "out", rank=full_ranks(row, dense), factor_all=True, device="cpu")
     model, stock = load(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(dense).eval()

@@ -110,14 +110,6 @@ def test_no_fused_kernel_in_training(model_type: str, checkpoints: Any, monkeypa
     assert asked
 
 
-def test_granite_with_experts(checkpoints: Any, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(checkpoints.dense("granitemoehybrid"), tmp_path / "dense"))
-    for count, words in ((64, r"and experts \(num_local_experts 64\), which"), (None, r"num_local_experts 8\)")):
-        rewrite_config(source, num_local_experts=count)
-        with pytest.raises(InputError, match=words):
-            plan(source, keep=0.6)
-
-
 @pytest.mark.skipif("falcon_h1" not in FAMILIES, reason="transformers does not have it yet")
 def test_falcon_without_a_rotary_base(checkpoints: Any, tmp_path: Path) -> None:
     """Of which transformers 4 and 5 think differently."""

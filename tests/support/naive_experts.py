@@ -43,7 +43,7 @@ class NaiveExperts(nn.Module):
         """The inner channels of an expert."""
         (stacked,), outputs = self.stacked, [expert.get_submodule(name)(hidden) for name in self.names[:-1]]
         if not self.clamped:
-            gate, up = outputs
+            gate, up = outputs if len(outputs) == 2 else outputs[0].chunk(2, -1)
             return stacked.act_fn(gate) * up
         gate, up = outputs[0][:, ::2], outputs[0][:, 1::2]
         gate, up = gate.minimum(torch.tensor(stacked.limit)), up.clip(-stacked.limit, stacked.limit)
