@@ -106,7 +106,8 @@ def test_healed_block_by_block(checkpoints: Any, text: Calibration, tmp_path: Pa
     advice = next_steps(METHODS["whiten"], made.plan.settings, tmp_path / "out").marked
     assert "svdconvert heal" in advice
     assert "refit" not in advice
-    healed = heal(tmp_path / "out", dense, text, tmp_path / "healed", how="blocks", epochs=8, lr=1e-3, **how)
+    more = Calibration(text.text, samples=32, length=16)
+    healed = heal(tmp_path / "out", dense, more, tmp_path / "healed", how="blocks", epochs=4, lr=1e-3, **how)
     assert healed.record["healing"]["after"]["kl"] < healed.record["healing"]["before"]["kl"]
     assert not failed(verify(tmp_path / "healed", str(dense)))
 
