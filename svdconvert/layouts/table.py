@@ -44,7 +44,9 @@ def stored_names(config: Mapping[str, Any], prefix: str, module: str) -> tuple[s
 
 def shared_layers(config: Mapping[str, Any]) -> Mapping[str, str]:
     """Layer -> the one whose input-side factor it uses, of a factored checkpoint."""
-    return config.get("svd_shared") or {}
+    found = config.get("svd_shared") or {}
+    # not copied, as there may be thousands; what is no mapping is refused where it is read
+    return found if isinstance(found, Mapping) else dict(found)
 
 
 def layout_of(config: Mapping[str, object]) -> Layout:

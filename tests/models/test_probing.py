@@ -172,4 +172,4 @@ def test_memory_does_not_grow_with_depth(layout: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     shallow, deep = map(int, done.stdout.split())
-    assert deep - shallow < 15_000_000
+    assert deep - shallow < 20_000_000  # a third of what ten blocks are: the allocator keeps 6 to 16 MB
