@@ -45,7 +45,7 @@ def stored_names(config: Mapping[str, Any], prefix: str, module: str) -> tuple[s
 def shared_layers(config: Mapping[str, Any]) -> Mapping[str, str]:
     """Layer -> the one whose input-side factor it uses, of a factored checkpoint."""
     found = config.get("svd_shared") or {}
-    # not copied, as there may be thousands; what is no mapping is refused where it is read
+    # a copy for each of some thousand layers would take long; dict() refuses what is no mapping
     return found if isinstance(found, Mapping) else dict(found)
 
 

@@ -7,7 +7,6 @@ forward (``calls.py``).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
@@ -37,7 +36,7 @@ from svdconvert.models.matrices import differentiable, is_linear, matrix, replac
 from svdconvert.models.piece_weights import Part, PieceWeights
 from svdconvert.models.routing import Routing
 from svdconvert.models.skeleton import is_factored, move_buffers, skeleton
-from svdconvert.names import layer_number, suffix
+from svdconvert.names import expert, layer_number, suffix
 from svdconvert.storage.source import Source
 
 # Bytes of a head that are in memory at a time if it is run in parts; that of a large vocabulary may be larger than
@@ -152,7 +151,7 @@ class ModelBlocks:
         """
         module = self._layers[index]
         move_buffers(module, self.device)
-        parts = self._parts(index, self._expert if by_expert else _together)
+        parts = self._parts(index, expert if by_expert else _together)
         present = self._weights.given(parts.pop(""))
         experts = {module.get_submodule(path): own for path, own in parts.items()}
         with present, self._weights.given_in_turn(experts), fast_products(self.device):
@@ -298,12 +297,6 @@ class ModelBlocks:
         if self._row.is_tied(self._source.config) or own not in self._tensors:
             stored = self._row.embedding
         return head, {key: stored if key == "weight" else own[:-6] + key for key in head.state_dict()}
-
-    def _expert(self, path: str) -> str:
-        """Of a path in a block, the beginning that is the path of an expert; empty outside of experts."""
-        experts = self._row.experts
-        match = None if experts is None else re.match(rf"{re.escape(experts.mixture)}\.experts\.\d+(?=\.)", path)
-        return "" if match is None else match[0]
 
     def _parts(self, index: int, group: Callable[[str], str]) -> dict[str, list[Part]]:
         """What a block consists of, and what it uses of others, in groups.

@@ -51,10 +51,8 @@ def plan_notes(
     if len(dropped) > len(predictors):
         buffers = [name for name in dropped if not row.is_predictor(name)]
         kinds = sorted({suffix(name.split(".", 1)[-1]) for name in buffers})
-        are = "is" if len(buffers) == 1 else "are"
         notes.append(
-            f"{numbered(len(buffers), 'legacy buffer')} {are} dropped ({', '.join(kinds)}); no current model reads "
-            f"{'it' if len(buffers) == 1 else 'them'}"
+            f"dropped: {numbered(len(buffers), 'legacy buffer')} ({', '.join(kinds)}), which no current model reads"
         )
     if copies:
         notes.append(f"{copies[0].name} is dropped: it must be a copy of the embedding, which is stored once")
