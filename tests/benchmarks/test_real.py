@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zipfile
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +108,35 @@ def test_what_is_left_above_chance_and_its_error() -> None:
     found, error = book.above_chance(lines)
     assert found == pytest.approx(share(sides), rel=1e-12)
     assert error == pytest.approx(jackknife, rel=0.05)
+
+
+def test_models_calibrated_on_other_texts_have_lines_of_their_own() -> None:
+    """And what was asked before it was told on which text is of the usual one."""
+    counted = {"both": 5, "dense_alone": 3, "factored_alone": 1, "neither": 1, "chance": 0.25, "task": "all of it"}
+    of = {"subject": "smollm2-135m", "row": "kfac", "keep": 0.8, "calibration_tokens": 4096, "dtype": "bfloat16"}
+    told = book.tasks({"tasks": [{**of, **counted}, {**of, **counted, "text": "mixed", "both": 6, "neither": 0}]})
+    assert told.count("| WikiText-2 |") == told.count("| mixed |") == 2
+    assert '4k tokens of "WikiText-2"' in told
+    assert '4k tokens of "mixed"' in told
+
+
+def test_the_dense_model_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def right(model: Path, options: Namespace) -> dict[str, list[bool]]:
+        asked.append(options.tasks)
+        return {task: [True, False] for task in options.tasks}
+
+    monkeypatch.setattr(answers, "right_answers", right)
+    monkeypatch.setattr(answers, "model", lambda subject, folder: folder / subject.name)
+
+    def options(*tasks: str, rows: int = 600) -> Namespace:
+        return Namespace(folder=tmp_path, tasks=list(tasks), rows=rows, dtype="bfloat16")
+
+    for given in (options("a"), options("a"), options("a", "b"), options("b"), options("b", rows=10)):
+        found = answers.dense_answers("smollm2-135m", given)
+        assert all(found[task] == [True, False] for task in given.tasks)
+    assert asked == [["a"], ["a", "b"], ["b"]]
 
 
 def test_the_page_is_what_the_file_says() -> None:
