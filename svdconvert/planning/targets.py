@@ -103,9 +103,14 @@ def share_experts(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], 
         row: its architecture.
 
     Raises:
-        InputError: of no layer are such matrices of two experts to be factored.
+        InputError: the family has no experts, or of no layer are such matrices of two experts to be factored.
     """
-    inward = () if row.experts is None else row.experts.targets[:-1]
+    if row.experts is None:
+        raise InputError(
+            f"{asked('share_experts', True)} has nothing to share: {row.model_type} models have no experts; leave it "
+            "out"
+        )
+    inward = row.experts.targets[:-1]
     groups: dict[tuple[str, ...], list[Target]] = {}
     for target in targets:
         own = kind(target.module)
@@ -113,8 +118,8 @@ def share_experts(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], 
         groups.setdefault(alike if own in inward else (target.module,), []).append(target)
     if len(groups) == len(targets):
         raise InputError(
-            f"{asked('share_experts', True)} has nothing to share: of no layer are two experts' matrices that read "
-            "hidden states among the targets; leave it out"
+            f"{asked('share_experts', True)} has nothing to share: no layer has two experts whose matrices that "
+            "read hidden states are factored; leave it out, or choose other targets"
         )
     return [_group(group) for group in groups.values()]
 
