@@ -10,7 +10,7 @@ from svdconvert.families.fused import split_layers
 from svdconvert.families.table import Architecture
 from svdconvert.jobs.record import REPORT
 from svdconvert.methods.table import METHODS, calibrated, rough_guess
-from svdconvert.names import kind, suffix
+from svdconvert.names import kind, layer_number, suffix
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.target_kinds import widths_in_words
 from svdconvert.solvers.table import SOLVERS
@@ -90,7 +90,7 @@ def _overview(
         "",
         f"Method `{plan.method}`: {method.summary}.{text} Layout `{plan.settings['layout']}`.{solver}",
         "",
-        *(_SHARED if plan.shared else ()),
+        *_shared(plan.shared),
     ]
 
 
@@ -191,9 +191,7 @@ def usage(source: Source, row: Architecture, ranks: Mapping[str, int], *, packed
         "```",
         "",
         f"To merge such an adapter use `svdconvert fold`{merged}; `svdconvert densify` gives a stock "
-        f"{row.dense_class} for engines without remote code."
-        if source.whole is None
-        else f"`svdconvert densify` gives a stock {source.whole.tower.dense_class} for engines without remote code.",
+        f"{(row if source.whole is None else source.whole.tower).dense_class} for engines without remote code.",
         "",
     ]
 
@@ -232,12 +230,26 @@ def _adaptable(ranks: Mapping[str, int], row: Architecture) -> list[str]:
     return list(dict.fromkeys(name.split(".")[-1] for name in names))
 
 
-_SHARED = (
-    "The input-side factor `down` of some layers is that of an earlier one (`svd_shared` in config.json); it is stored "
-    "and counted once. All layers of a group have to be in one stage of a pipeline; with FSDP, shard each `down` as a "
-    "unit of its own, or the whole model as one.",
-    "",
-)
+def _shared(owners: Mapping[str, str]) -> list[str]:
+    """What has to be known of factors that several layers use.
+
+    Args:
+        owners: module path -> that of the layer whose input-side factor it uses.
+    """
+    if not owners:
+        return []
+    told = (
+        "The input-side factor `down` of some layers is that of an earlier one (`svd_shared` in config.json); it is "
+        "stored and counted once. "
+    )
+    if all(layer_number(module) == layer_number(owner) for module, owner in owners.items()):
+        told += "They are experts of one block: with FSDP, shard a block or more as a unit, not an expert."
+    else:
+        told += (
+            "All layers of a group have to be in one stage of a pipeline; with FSDP, shard each `down` as a unit of "
+            "its own, or the whole model as one."
+        )
+    return [told, ""]
 
 
 def _losses(matrices: Mapping[str, Mapping[str, Any]], guess: str) -> list[str]:

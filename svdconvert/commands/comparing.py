@@ -107,12 +107,13 @@ def compare_tensors(factored: Source, dense: Source, row: Architecture, folder: 
 
 def _beside(dense: Source, ours: WeightReader, theirs: WeightReader, factored: Source) -> list[str]:
     """For every tensor beside the language models of two that see: its name if it differs, else nothing."""
-    if dense.whole is None or factored.whole is None:
+    whole, other = factored.whole, dense.whole
+    if whole is None or other is None:
         return []
-    there = factored.whole.rest
+    there = {whole.beside_in_memory(name): info for name, info in whole.rest.items()}
     return [
-        "" if (own := there.get(name)) is not None and _same(ours, theirs, own, info) else name
-        for name, info in dense.whole.rest.items()
+        "" if (own := there.get(other.beside_in_memory(name))) is not None and _same(ours, theirs, own, info) else name
+        for name, info in other.rest.items()
     ]
 
 

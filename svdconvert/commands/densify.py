@@ -19,6 +19,7 @@ from svdconvert.names import suffix
 from svdconvert.paths import path_or_text
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, in_order
+from svdconvert.planning.whole import whole_steps
 from svdconvert.storage.opening import open_source
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
@@ -58,7 +59,7 @@ def densify(
     source = open_source(path_or_text(model))
     row = factored_architecture(source.config, source.where)
     limit = parse_size(max_shard_size)
-    steps = _dense_steps(source, row)
+    steps = whole_steps(source, _dense_steps(source, row))
     check_model(source)
     config = model_files.dense_config(source.config, row)
     check_stock(config, source.where)

@@ -24,11 +24,16 @@ from svdconvert.names import suffix
 from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step
+from svdconvert.planning.whole import whole_steps
 from svdconvert.sentences import asked
 from svdconvert.storage.packed_config import unpacked_config
 from svdconvert.storage.source import LocalSource, Source
+from svdconvert.storage.whole import Whole
 from svdconvert.tensors import TensorInfo
 from svdconvert.words import listing, parse_size
+
+# Dimensions of a linear layer's weight.
+MATRIX = 2
 
 
 class _WithAdapter(LocalSource):
@@ -83,11 +88,6 @@ def fold(
     lora = Adapter(adapter_folder)
     source = _WithAdapter(folder, lora)
     row = factored_architecture(source.config, source.where)
-    if source.whole is not None:
-        raise InputError(
-            f"{folder} is a model that sees, into which no adapter is folded; keep the adapter beside it, or fold it "
-            "into its language model converted alone"
-        )
     limit = parse_size(max_shard_size)
     folding = _Folding(source, row, lora)
     steps = folding.steps()
@@ -157,7 +157,8 @@ class _Folding:
             )
         self._source, self._row, self._lora = source, row, lora
         self._layout = layout_of(source.config)
-        self._left = dict(lora.pairs)
+        self._paths = {_own_path(source.whole, path): path for path in lora.pairs}
+        self._left = {own: lora.pairs[path] for own, path in self._paths.items()}
         self.ranks: dict[str, int] = dict(source.config["svd_ranks"])
 
     def steps(self) -> list[Step]:
@@ -166,12 +167,12 @@ class _Folding:
         Raises:
             InputError: the adapter names a layer that the model does not have, or one of another shape.
         """
-        steps = [
-            self._merged(step) for step in factored_steps(self._source, self._row, self._extended, lambda name: name)
-        ]
+        steps = factored_steps(self._source, self._row, self._extended, lambda name: name)
+        steps = [self._merged(step) for step in whole_steps(self._source, steps)]
         if self._left:
+            left = sorted(self._paths[own] for own in self._left)
             raise InputError(
-                f"the adapter changes {listing(sorted(self._left))}, which {self._source.where} does not have as "
+                f"the adapter changes {listing(left)}, which {self._source.where} does not have as "
                 "layers of its own; it was trained on another model"
             )
         return steps
@@ -198,7 +199,8 @@ class _Folding:
             )
         self.ranks.update({layer.module: rank for layer in layers})
         dtype = self._source.kept_type(stored[0])
-        weight, scales = layers[0].weight, {i: lora.scales[f"{row.prefix}{layers[i].module}"] for i in adapted}
+        weight = layers[0].weight
+        scales = {i: lora.scales[self._paths[f"{row.prefix}{layers[i].module}"]] for i in adapted}
         inputs = (*stored, *(info for pair in adapted.values() for info in pair))
         if len(layers) == 1:
             outputs = self._layout.tensors(weight, rank, shape, dtype)
@@ -216,12 +218,23 @@ class _Folding:
         if pair is None:
             return step
         info, row = step.inputs[0], self._row
+        if len(info.shape) != MATRIX:
+            raise InputError(
+                f"{self._lora.folder} cannot be folded: {module} of {self._source.where} has a weight of shape "
+                f"{list(info.shape)}, which is no linear layer's; it was trained on another model"
+            )
         # Only the linear layers of blocks are stored the other way round.
         transposed = row.transposed and suffix(module.removeprefix(row.prefix)) in (*row.targets, *row.split().targets)
         rows, columns = info.shape[0], info.shape[1]
         _check_shape(module, (columns, rows) if transposed else (rows, columns), pair)
-        options = {"scale": self._lora.scales[module], "transposed": transposed}
+        options = {"scale": self._lora.scales[self._paths[module]], "transposed": transposed}
         return Step("add", step.key, (info, *pair), step.outputs, options)
+
+
+def _own_path(whole: Whole | None, path: str) -> str:
+    """What steps call a module that an adapter names: that of the language model by its own name, any other one of a
+    model that sees by its name in files."""
+    return path if whole is None else whole.of_memory(f"{path}.weight").removesuffix(".weight")
 
 
 def _check_shape(module: str, shape: tuple[int, int], pair: tuple[TensorInfo, TensorInfo]) -> None:

@@ -156,11 +156,6 @@ def _device(keywords: Mapping[str, Any], fit: str | int | None, context: int | N
 def _refuse_others(source: Source) -> None:
     """Refuse what ranks and bits cannot be compared of."""
     row = dense_architecture(source.config, source.where)
-    if source.whole is not None:
-        raise InputError(
-            f"{source.where} is a model that sees, whose weights are not packed, so there is nothing to compare ranks "
-            "with; measure ranks alone with `svdconvert sweep`"
-        )
     if row.transposed:
         raise InputError(
             f"{source.where} is a {row.model_type} model, which keeps its matrices transposed: there are no packed "

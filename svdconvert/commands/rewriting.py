@@ -18,7 +18,6 @@ from svdconvert.models.index_tensors import refuse_unsound
 from svdconvert.paths import user_path
 from svdconvert.planning.events import Events
 from svdconvert.planning.steps import Step, in_order, shard, with_copies
-from svdconvert.planning.whole import whole_steps
 from svdconvert.settings.options import short_command
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import head_copies
@@ -158,8 +157,7 @@ def rewrite(
     from svdconvert.commands.verify import self_check
 
     source = work.source
-    steps = whole_steps(source, work.steps)
-    outputs = [info for step in steps for info in step.outputs]
+    outputs = [info for step in work.steps for info in step.outputs]
 
     command = short_command(work.arguments, max_shard_bytes)
 
@@ -172,7 +170,7 @@ def rewrite(
         return job
 
     job = Job(
-        steps=steps,
+        steps=work.steps,
         shards=shard(outputs, max_shard_bytes),
         config=model_files.written_config(source, work.config),
         extra=work.extra,

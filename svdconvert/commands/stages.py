@@ -139,7 +139,8 @@ def packed_fields(source: Source, plan: Plan) -> dict[str, Any]:
     if not plan.grids:
         return {}
     outputs = [info for step in plan.steps for info in step.outputs]
-    return {FIELD: quantization_config(plan.grids, outputs, dense_architecture(source.config, source.where))}
+    row = dense_architecture(source.config, source.where)
+    return {FIELD: quantization_config(plan.grids, outputs, row, source.whole)}
 
 
 def measure(work: Work, plan: Plan) -> Mapping[str, float]:
@@ -172,6 +173,7 @@ def measure(work: Work, plan: Plan) -> Mapping[str, float]:
             layout_named(work.request.recipe.layout),
             packed_fields(work.source, plan),
             whole,
+            work.source.whole,
         ),
         work=work.folder / JOB_FOLDER / "measured",
         device=work.device,

@@ -127,14 +127,15 @@ def _as_written(folder: Path) -> list[Check]:
     if told is None:
         return checks
     changed, source = [], LocalSource(folder, as_stored=True)
+    every = dict(source.tensors) if source.whole is None else source.whole.in_files(source.tensors)
     with WeightReader(source) as reader:
-        for name, info in source.tensors.items():
+        for name, info in every.items():
             digest = new_digest()
             for piece in reader.stream(info):
                 digest.update(as_bytes(piece))
             if told.get(name) != digest.hexdigest():
                 changed.append(name)
-    detail = f"{len(source.tensors)} tensors as svdconvert wrote them"
+    detail = f"{len(every)} tensors as svdconvert wrote them"
     return [*checks, Check("data", not changed, f"changed since: {listing(changed)}" if changed else detail)]
 
 

@@ -24,6 +24,7 @@ from svdconvert.storage.packed import Packed, Place, unpacked
 from svdconvert.storage.packed_data import PackedData
 from svdconvert.storage.reader import as_bytes, torch_dtype
 from svdconvert.storage.source import Source
+from svdconvert.storage.whole import Whole
 from svdconvert.tensors import TensorInfo
 
 
@@ -37,6 +38,7 @@ class StoredMatrices:
         layout: Layout,
         config: Mapping[str, Any] = MappingProxyType({}),
         whole: Mapping[str, str] = MappingProxyType({}),
+        model: Whole | None = None,
     ) -> None:
         """Find them.
 
@@ -46,11 +48,12 @@ class StoredMatrices:
             layout: how they are stored.
             config: config.json of the model that the files make up; it says which weights are packed.
             whole: module path -> name of its weight [out, in], of matrices that are no products.
+            model: that sees, of whose language model they are.
         """
         self._layout, self._paths = layout, {path.name: path for path in files}
         self._packed: Mapping[Place, Packed] = {}
         tensors = {info.name: info for path in files for info in read_header(path)}
-        self._tensors, packed = unpacked(tensors, config, "the result", self._pair)
+        self._tensors, packed = unpacked(tensors, config, "the result", self._pair, model)
         self._packed = {one.place: one for one in packed.values()}
         self._modules: dict[int, dict[str, Sequence[str]]] = {}
         for module, names in [*factors.items(), *((module, [name]) for module, name in whole.items())]:

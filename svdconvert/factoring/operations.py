@@ -244,10 +244,11 @@ def matrix_report(step: Step, weight: Tensor, found: Truncation) -> MatrixReport
 def _healed(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
     """Stored tensors -> the same, with what training has left of those that were trained; all else is unchanged."""
     factors = read_tensors(Path(step.options["file"]), step.options["factors"])
-    # copies of the others: the inputs lie in a buffer that the next step's are read into
+    # By the names of what is read: a model that sees has others in files. And copies of what was not trained, since the
+    # inputs lie in a buffer that the next step's are read into.
     outputs = [
         factors[info.name] if info.name in factors else tensor.clone()
-        for info, tensor in zip(step.outputs, inputs, strict=True)
+        for info, tensor in zip(step.inputs, inputs, strict=True)
     ]
     return outputs, PlainReport(rank=step.options.get("rank"))
 

@@ -15,6 +15,8 @@ from svdconvert.errors import InputError
 from svdconvert.families.rotary import Rotary, one_axis, rope_parameters, three_axes
 from svdconvert.families.row import Architecture, Config
 
+# What transformers calls the language model in memory, below the model without its head.
+LANGUAGE_MODEL = "language_model"
 # Fields of the whole that its language model's config may leave to it.
 _INHERITED = ("torch_dtype", "dtype", "tie_word_embeddings", "quantization_config")
 # Fields of a factored language model that are the whole's, where it is a part of one.
@@ -146,13 +148,15 @@ class Tower:
         """
         factored = "svd_ranks" in text
         outer, inner = self._parts(whole)
-        kept = ("auto_map", "_name_or_path", "dtype", "torch_dtype")
+        kept = ("auto_map", "_name_or_path", "dtype", "torch_dtype", "quantization_config")
         found = {name: value for name, value in outer.items() if name not in kept}
         dtype = text.get("torch_dtype") or text.get("dtype")
         code = text.get("auto_map", {})
         own = {name: value for name, value in code.items() if name not in self.text.auto_map}
         own |= self.auto_map if factored else {}
-        language = {name: value for name, value in text.items() if name not in _OUTER}
+        # which weights are packed is said of the whole, whose modules it names
+        packed = text.get("quantization_config")
+        language = {name: value for name, value in text.items() if name not in (*_OUTER, "quantization_config")}
         if self.own:
             language |= three_axes(language, inner or {})
         found |= {
@@ -162,6 +166,7 @@ class Tower:
             "tie_word_embeddings": text["tie_word_embeddings"],
             **({"auto_map": own} if own else {}),
             **({"torch_dtype": dtype} if dtype else {}),
+            **({"quantization_config": packed} if packed else {}),
         }
         return found
 

@@ -15,6 +15,7 @@ from svdconvert.sentences import asked
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.size import WIDTHS, Size
 from svdconvert.storage.headers import file_layout
+from svdconvert.storage.whole import Whole
 from svdconvert.tensors import CODES, TensorInfo
 
 # A width that is no grid: the model's own type. And those that are.
@@ -85,13 +86,16 @@ def types_of(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], reque
     return [tensors[target.weight].dtype if kept else CODES[request.output.dtype] for target in targets]
 
 
-def beside_targets(targets: Sequence[Target], tensors: Mapping[str, TensorInfo], request: Conversion) -> int:
+def beside_targets(
+    targets: Sequence[Target], tensors: Mapping[str, TensorInfo], request: Conversion, whole: Whole | None
+) -> int:
     """Bytes of weight files beside the target weights: all other tensors, and headers at their longest.
 
     Args:
         targets: single matrices.
         tensors: of the model, as the targets name them.
         request: says the type.
+        whole: the model that sees whose language model it is, if it is one.
     """
     weights, dtype = {target.weight for target in targets}, request.output.dtype
     others = [
@@ -106,6 +110,10 @@ def beside_targets(targets: Sequence[Target], tensors: Mapping[str, TensorInfo],
         for info in product_on(target, 1, GRIDS[0]).tensors(target.weight, code)
     ]
     every = [*others, *longest]
+    if whole is not None:
+        beside = whole.rest.values()
+        every = [*(replace(info, name=whole.written(info.name)) for info in every), *beside]
+        others += beside
     header = file_layout(every).size - sum(info.nbytes for info in every)
     return sum(info.nbytes for info in others) + header
 

@@ -7,6 +7,7 @@ the text, are left out, since neither rank nor bits change them.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from svdconvert.families.row import Architecture
@@ -57,6 +58,16 @@ def costs_of(source: Source, row: Architecture, plan: Plan) -> Costs:
     prompt = others + sum(target.params for target in plan.targets)
     head = math.prod(shapes[row.embedding])
     looked_up = tables - ({row.embedding} if row.is_tied(source.config) else set())
-    outputs = [info for step in plan.steps for info in step.outputs]
-    read = sum(info.nbytes for info in outputs if row.full_name(info.name) not in looked_up)
-    return Costs(prompt, prompt + head, read, None if plan.grids else plan.training_bytes[1])
+    return Costs(
+        prompt, prompt + head, _read(source, row, plan, looked_up), None if plan.grids else plan.training_bytes[1]
+    )
+
+
+def _read(source: Source, row: Architecture, plan: Plan, looked_up: Collection[str]) -> int:
+    """Bytes of weights that are read for a token of the answer: none of those that a model sees with."""
+    total = 0
+    for info in (info for step in plan.steps for info in step.outputs):
+        own = info.name if source.whole is None else source.whole.own(info.name)
+        if own is not None and row.full_name(own) not in looked_up:
+            total += info.nbytes
+    return total

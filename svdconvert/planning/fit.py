@@ -100,7 +100,7 @@ def room_of(source: Source, request: Conversion) -> Room:
         sequence = context * _stored(source.tensors, request) * cached_numbers(row, config)
     room = Room(size.fit, int(FREE * size.fit), context, sequence, training)
     if room.weights <= 0:
-        whole = enough(size.fit, _whole(source.tensors, request) - room.weights)
+        whole = enough(size.fit, _whole(source, request) - room.weights)
         what = "activations" if training else "cache"
         raise InputError(
             f"{asked('fit', size.fit)} cannot be met, since {in_words(room.free)} are left free and the {what} of "
@@ -185,14 +185,15 @@ def _stored(tensors: Mapping[str, TensorInfo], request: Conversion) -> int:
     return DTYPES[code][0]
 
 
-def _whole(tensors: Mapping[str, TensorInfo], request: Conversion) -> int:
+def _whole(source: Source, request: Conversion) -> int:
     """Bytes that the model takes as it is, in the type of the result; in training, see the module."""
+    tensors = source.tensors.values()
+    beside = () if source.whole is None else source.whole.rest.values()
     if request.size.fit_for == TRAINING:
-        return TRAINING_BYTES_PER_PARAMETER * sum(info.size for info in tensors.values())
+        return TRAINING_BYTES_PER_PARAMETER * sum(info.size for info in (*tensors, *beside))
     dtype = request.output.dtype
-    return file_layout(
-        [replace(info, dtype=info.dtype if dtype == "keep" else CODES[dtype]) for info in tensors.values()]
-    ).size
+    own = [replace(info, dtype=info.dtype if dtype == "keep" else CODES[dtype]) for info in tensors]
+    return file_layout([*own, *beside]).size
 
 
 def _activations(source: Source) -> int:

@@ -26,7 +26,7 @@ from svdconvert.planning.size_search import LARGEST
 from svdconvert.planning.steps import Step, files_bytes, in_order, shard, with_copies
 from svdconvert.planning.targets import choose_targets, in_parts, share, share_experts
 from svdconvert.planning.text_memory import text_passes
-from svdconvert.planning.whole import bytes_of, refuse_bytes, whole_steps
+from svdconvert.planning.whole import bytes_of, whole_steps
 from svdconvert.sentences import asked
 from svdconvert.settings.conversion import Conversion
 from svdconvert.solvers.table import SOLVERS
@@ -91,7 +91,6 @@ def make_plan(source: Source, request: Conversion) -> Plan:
     cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
     targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
     targets = share_experts(targets, cut, row) if scope.share_experts else share(targets, scope.share_layers, cut)
-    refuse_bytes(source, request)
     if request.size.bytes is not None:
         return _in_bytes(source, request, targets, cut, row)
     if request.size.fit is not None and request.size.params is not None and request.size.params >= model.count:
@@ -154,7 +153,7 @@ def bytes_budget(source: Source, request: Conversion, targets: Sequence[Target])
     """
     params = sum(target.dense_params for target in targets)
     tensors = _Parameters.of(source).kept
-    others = beside_targets(targets, tensors, request)
+    others = beside_targets(targets, tensors, request, source.whole)
     budget = request.size.target_bytes(params, others)
     assert budget is not None
     if budget <= 0:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from svdconvert.errors import InputError
 from svdconvert.planning.steps import Step, in_order
-from svdconvert.sentences import asked
-from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.source import Source
 
 
@@ -26,7 +23,9 @@ def whole_steps(source: Source, steps: Sequence[Step]) -> list[Step]:
         replace(step, outputs=tuple(replace(info, name=whole.written(info.name)) for info in step.outputs))
         for step in steps
     ]
-    beside = [Step("copy", name, (info,), (replace(info, file="", start=-1),)) for name, info in whole.rest.items()]
+    beside = [
+        Step("copy", name, (info,), (replace(info, name=name, file="", start=-1),)) for name, info in whole.rest.items()
+    ]
     return in_order([*named, *beside])
 
 
@@ -34,16 +33,3 @@ def bytes_of(source: Source) -> int:
     """Bytes of all tensors of a checkpoint."""
     beside = () if source.whole is None else source.whole.rest.values()
     return sum(info.nbytes for info in (*source.tensors.values(), *beside))
-
-
-def refuse_bytes(source: Source, request: Conversion) -> None:
-    """Refuse packed weights in a model that sees, whose settings would have to leave out what it sees with.
-
-    Raises:
-        InputError: they are asked for.
-    """
-    if source.whole is not None and request.size.bytes is not None:
-        raise InputError(
-            f"{asked(*request.size.given)} is not for {source.where}, a model that sees, whose weights are not packed; "
-            f"use {asked('keep')} or {asked('params')}"
-        )

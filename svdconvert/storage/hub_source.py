@@ -254,7 +254,7 @@ class HubSource(Source):
         self.tensors, self.stored, note = unwrap(one_by_one(read.tensors, self.config), self.config)
         self.notes = (*filter(None, [note, read.note]), *side_notes(side, listing))
         if self.whole is not None:
-            self.stored = {**self.whole.names, **self.stored}
+            self.stored = {**self.whole.stored, **self.stored}
             self.notes = (self.whole.note(), *self.notes)
 
     def path(self, file: str) -> Path:

@@ -84,9 +84,10 @@ def refuse_other_model(
         what, remedy, by = kinds[0]
         raise InputError(f"{source.where} is {what} ({by}), not a {row.dense_class}; {remedy}")
     if set(expected) - found == {row.head[0]}:
+        whole = (row if source.whole is None else source.whole.tower).dense_class
         raise InputError(
             f"{source.where} is a base model without the head that predicts tokens ({row.head[0]}); save the whole "
-            f"{row.dense_class}, or, if its head is the embedding, say so in config.json (tie_word_embeddings: true)"
+            f"{whole}, or, if its head is the embedding, say so in config.json (tie_word_embeddings: true)"
         )
     if wrappers := wrapped_by(dict.fromkeys(names)):
         _refuse_wrapped(names, wrappers, set(expected), row, source)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from svdconvert.errors import InputError
 from svdconvert.grids import PACKED, SCALE, SHAPE, SUFFIXES, Grid
 from svdconvert.storage.packed_config import FIELD, is_packed, packed_grids
+from svdconvert.storage.whole import Whole
 from svdconvert.tensors import FLOATS, TensorInfo
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def unpacked(
     config: Mapping[str, Any],
     where: str,
     read_shape: Callable[[TensorInfo], tuple[int, int]],
+    whole: Whole | None = None,
 ) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
     """The tensors of a checkpoint, with those that stand for a weight replaced by that weight.
 
@@ -79,6 +81,7 @@ def unpacked(
         config: its config.json.
         where: the model, for messages.
         read_shape: reads the values of a tensor of two int64.
+        whole: the model that sees of which the tensors are the language model, if it is one.
 
     Returns:
         ``(tensors, packed)``: all by name, and what stands for the weights among them that are packed.
@@ -91,7 +94,7 @@ def unpacked(
         return dict(tensors), {}
     if not is_packed(config):
         raise InputError(f"{where} holds packed weights, but its config.json has no {FIELD}; convert the model again")
-    grids = packed_grids(config, [f"{stem}weight" for stem in names], where)
+    grids = packed_grids(config, [f"{stem}weight" for stem in names], where, whole)
     packed = {f"{stem}weight": _packed(stem, grids[f"{stem}weight"], tensors, where, read_shape) for stem in names}
     parts = {stem + suffix for stem in names for suffix in SUFFIXES}
     # transformers saves an unpacked model so, whose weights are not on their grids any more: what is left of those

@@ -13,9 +13,11 @@ from typing import Any
 
 from svdconvert.errors import InputError
 from svdconvert.families.row import Architecture
+from svdconvert.families.tower import LANGUAGE_MODEL
 from svdconvert.fields import COUNT, OBJECT, TEXT, many, optional, problem, record, short, table
 from svdconvert.grids import Grid
 from svdconvert.storage.name_patterns import NamePattern, exactly
+from svdconvert.storage.whole import Whole
 from svdconvert.tensors import TensorInfo
 
 FIELD, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
@@ -26,6 +28,8 @@ NEEDED = "0.18.0"
 
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 _ANYWHERE = r"(.*\.)?"
+# Where the language model of a model that sees is in transformers, and in vLLM, which has a causal model there.
+_WITHIN = rf"{_ANYWHERE}{LANGUAGE_MODEL}\.(model\.)?"
 _WEIGHTS = {"num_bits": COUNT, "strategy": TEXT, "group_size": optional(COUNT)}
 _SCHEME = {"targets": many(TEXT), "weights": record(_WEIGHTS)}
 _SETTINGS = {"config_groups": table(OBJECT), "format": TEXT, "ignore": optional(many(TEXT))}
@@ -44,7 +48,9 @@ def is_packable(weight: str, row: Architecture) -> bool:
     return not row.transposed or weight.endswith((".down.weight", ".up.weight"))
 
 
-def quantization_config(grids: Mapping[str, Grid], tensors: Iterable[TensorInfo], row: Architecture) -> dict[str, Any]:
+def quantization_config(
+    grids: Mapping[str, Grid], tensors: Iterable[TensorInfo], row: Architecture, whole: Whole | None = None
+) -> dict[str, Any]:
     """The field of config.json.
 
     Args:
@@ -52,6 +58,8 @@ def quantization_config(grids: Mapping[str, Grid], tensors: Iterable[TensorInfo]
             :func:`packable <is_packable>`.
         tensors: all of the checkpoint; those that are no matrices do not matter.
         row: its architecture.
+        whole: the model that sees of which it is the language model, by whose names tensors are given; of what it sees
+            with nothing is packed.
     """
     assert all(is_packable(name, row) for name in grids)
     plain = {
@@ -61,7 +69,17 @@ def quantization_config(grids: Mapping[str, Grid], tensors: Iterable[TensorInfo]
     }
     every = {_module(name): grid for name, grid in grids.items()} | dict.fromkeys(sorted(plain | {"lm_head"}))
     patterns: dict[Grid | None, list[str]] = {}
-    for pattern, grid in _patterns({module.removeprefix(row.prefix): grid for module, grid in every.items()}):
+    if whole is None:
+        own, before = {module.removeprefix(row.prefix): grid for module, grid in every.items()}, _ANYWHERE
+    else:
+        own = {
+            _module(whole.in_memory(f"{module}.weight")).removeprefix(f"model.{LANGUAGE_MODEL}."): grid
+            for module, grid in every.items()
+            if f"{module}.weight" not in whole.rest
+        }
+        before = _WITHIN
+        patterns[None] = [rf"re:{_ANYWHERE}{re.escape(name)}\..*" for name in whole.tower.vision]
+    for pattern, grid in _patterns(own, before):
         patterns.setdefault(grid, []).append(pattern)
     ignored = patterns.pop(None, [])
     groups = {
@@ -85,19 +103,24 @@ def quantization_config(grids: Mapping[str, Grid], tensors: Iterable[TensorInfo]
     }
 
 
-def _patterns(modules: Mapping[str, Grid | None]) -> Iterable[tuple[str, Grid | None]]:
-    """A pattern for each kind of module and grid: of all layers, or of those that are listed."""
+def _patterns(modules: Mapping[str, Grid | None], before: str) -> Iterable[tuple[str, Grid | None]]:
+    """A pattern for each kind of module and grid: of all layers, or of those that are listed.
+
+    Args:
+        modules: in the base model of a language model.
+        before: a pattern of what comes before them.
+    """
     kinds: dict[tuple[str, str], dict[Grid | None, list[int]]] = {}
     for module, grid in modules.items():
         match = _LAYER.fullmatch(module)
         if match is None:
-            yield (module if module == "lm_head" else f"re:{_ANYWHERE}{re.escape(module)}$"), grid
+            yield (module if module == "lm_head" else f"re:{before}{re.escape(module)}$"), grid
         else:
             kinds.setdefault((match[1], match[3]), {}).setdefault(grid, []).append(int(match[2]))
-    for (before, after), found in kinds.items():
+    for (blocks, after), found in kinds.items():
         for grid, layers in found.items():
             numbers = r"\d+" if len(found) == 1 else f"({'|'.join(map(str, sorted(layers)))})"
-            yield rf"re:{_ANYWHERE}{re.escape(before)}\.{numbers}\.{re.escape(after)}$", grid
+            yield rf"re:{before}{re.escape(blocks)}\.{numbers}\.{re.escape(after)}$", grid
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
@@ -111,13 +134,16 @@ def unpacked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != FIELD or not is_packed(config)}
 
 
-def packed_grids(config: Mapping[str, Any], weights: Collection[str], where: str) -> dict[str, Grid]:
+def packed_grids(
+    config: Mapping[str, Any], weights: Collection[str], where: str, whole: Whole | None = None
+) -> dict[str, Grid]:
     """The grids of weights that are stored packed: the reverse of :func:`quantization_config`.
 
     Args:
         config: a whole config.json.
         weights: full names of the packed weights, ending in ``weight``.
         where: the model, for messages.
+        whole: see :func:`quantization_config`; names of its language model's own are as good.
 
     Raises:
         InputError: the config is damaged, says another form than this, or not exactly one grid of each weight.
@@ -133,7 +159,7 @@ def packed_grids(config: Mapping[str, Any], weights: Collection[str], where: str
     ignored = [_pattern(target, where) for target in settings.get("ignore") or []]
     found = {}
     for name in weights:
-        module = _module(name)
+        module = _module(name if whole is None else whole.in_memory(name))
         grids = {grid for grid, targets in matchers if any(target.matches(module) for target in targets)}
         told = f"{len(grids) or 'no'} widths" if len(grids) != 1 else ""
         if not told and any(target.matches(module) for target in ignored):

@@ -18,7 +18,7 @@ from typing import Any
 from svdconvert.errors import InputError
 from svdconvert.families.mixture import unstacked
 from svdconvert.families.table import ARCHITECTURES, FACTORED, dense_architecture, dense_shapes
-from svdconvert.families.towers import language_config, tower_of
+from svdconvert.families.towers import language_config
 from svdconvert.storage.documents import fill, open_regular, read_bytes, read_json, reading
 from svdconvert.storage.folders import ModelFolder, cached_repo
 from svdconvert.storage.headers import read_header
@@ -232,12 +232,9 @@ class LocalSource(FileSource):
             headers = {file: read_header(folder / file) for file in self.files}
         self._in_files = merge_headers(headers)
         tensors, packed = dict(self._in_files), dict[str, Packed]()
-        if as_stored and tower_of(raw) is not None:
-            self.tensors = tensors
-            return
         tensors, self.whole = language_tensors(tensors, raw, self.where)
         if not as_stored and "svd_ranks" in self.config:  # a dense model that is quantised was refused
-            tensors, packed = unpacked(tensors, self.config, self.where, self._pair)
+            tensors, packed = unpacked(tensors, self.config, self.where, self._pair, self.whole)
         if packed and self.pickled:
             raise InputError(f"{folder} holds packed weights in pickles; save the model with save_pretrained")
         read = read_mxfp4(tensors, self.config, self.where, pickled=self.pickled)
@@ -245,7 +242,7 @@ class LocalSource(FileSource):
         self.tensors, self.stored, note = unwrap(one_by_one(read.tensors, self.config), self.config)
         self.packed = {own: packed[name] for own in self.tensors if (name := self.stored.get(own, own)) in packed}
         if self.whole is not None:
-            self.stored = {**self.whole.names, **self.stored}
+            self.stored = {**self.whole.stored, **self.stored}
             self.notes = (self.whole.note(), *self.notes)
         self.notes = (*filter(None, [note, read.note]), *self.notes)
 

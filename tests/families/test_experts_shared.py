@@ -52,7 +52,9 @@ def test_who_shares(model_type: str, method: str, checkpoints: Any, text: Calibr
     assert wanted
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert model.num_parameters() == report.plan.params_after
-    assert "--share-experts" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "--share-experts" in card
+    assert "with FSDP, shard a block or more as a unit, not an expert" in card
     record = json.loads((tmp_path / "out" / "svdconvert.json").read_text())
     assert record["settings"]["share_experts"] is True
     assert record["settings"]["share_layers"] == 1

@@ -322,10 +322,8 @@ def test_a_lost_part_of_a_result_is_found(made: MAKE, tmp_path: Path, tower: Tow
 
 
 @kinds
-def test_what_is_refused(made: MAKE, text: Path, tmp_path: Path, tower: Tower) -> None:
+def test_what_is_refused(made: MAKE, tmp_path: Path, tower: Tower) -> None:
     own = made(tower)
-    with pytest.raises(InputError, match="a model that sees, whose weights are not packed"):
-        convert(own.dense, tmp_path / "out", bytes=0.5, calibration=Calibration(text), device="cpu")
     bare = in_memory(own, tmp_path / "bare")
     config = read_config(bare)
     for change, message in (
