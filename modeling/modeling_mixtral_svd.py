@@ -453,6 +453,9 @@ class Experts(nn.ModuleList):
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """[tokens, width], and for each of its choices the number of an expert and its weight [tokens, k]."""
         tokens = hidden_states.shape[0]
+        if tokens == 1 and not torch.is_grad_enabled():  # as answers are written: there is nothing to put in order
+            outputs = torch.cat([self[number](hidden_states) for number in top_k_index[0].tolist()])
+            return (outputs * top_k_weights.t()).sum(0, keepdim=True).to(hidden_states.dtype)
         # ordered by expert, then by choice, then by token: what an expert gets lies together
         choices = top_k_index.t().flatten()
         order = choices.argsort(stable=True)

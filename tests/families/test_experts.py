@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import read_weights
 from support.families import FAMILIES, full_ranks, write_family
-from support.running import TOKENS
+from support.running import TOKENS, distance
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import svdconvert.healing.state
 from svdconvert import Calibration, convert, densify, heal, plan, verify
@@ -148,6 +149,29 @@ class Notes(Events):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+@pytest.mark.parametrize("model_type", [name for name in ("mixtral", "gpt_oss") if name in EXPERTS])
+def test_one_token(model_type: str, checkpoints: Any) -> None:
+    """Goes to its own experts alone, by no other rule than among other tokens."""
+    pair = checkpoints.pair(model_type)
+    model = AutoModelForCausalLM.from_pretrained(pair.factored, trust_remote_code=True).eval()
+    mixtures = [part for part in model.modules() if type(part).__name__ == "Experts"]
+    assert mixtures
+    width, chosen = model.config.hidden_size, torch.tensor([[2, 0], [1, 3]])
+    hidden, weights = torch.randn(2, width, generator=torch.Generator().manual_seed(0)), torch.tensor([[0.7, 0.3]] * 2)
+    called: list[int] = []
+    for number, expert in enumerate(mixtures[0]):
+        expert.register_forward_hook(lambda *_, number=number: called.append(number))
+    with torch.no_grad():
+        both = mixtures[0](hidden, chosen, weights)
+        called.clear()
+        one = mixtures[0](hidden[:1], chosen[:1], weights[:1])
+    assert called == [2, 0]
+    assert one.shape == (1, width)
+    assert distance(one, both[:1]) < 1e-5
+    mixtures[0](hidden[:1].requires_grad_(), chosen[:1], weights[:1]).sum().backward()
+    assert all(weight.grad is not None for weight in mixtures[0].parameters())
 
 
 @pytest.mark.parametrize("gradients", [False, True])
