@@ -47,6 +47,13 @@ MODULES = os.environ["HF_MODULES_CACHE"]
 OWNER = os.getpid()
 
 
+def pytest_collection_finish() -> None:
+    """All test modules are imported, and with them what they use."""
+    from support.settled import settle
+
+    settle()
+
+
 @atexit.register
 def _remove_modules() -> None:
     if os.getpid() == OWNER:
@@ -86,7 +93,7 @@ def calibration(text: Path) -> Calibration:
     """24 sequences of 48 tokens of it."""
     from svdconvert import Calibration
 
-    return Calibration(str(text), samples=24, length=48, batch_size=5)
+    return Calibration(str(text), samples=24, length=48, batch_size=9)
 
 
 @pytest.fixture(scope="session")

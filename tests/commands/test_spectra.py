@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -181,19 +180,12 @@ def test_flat_and_single() -> None:
 # --- the command
 
 
-def process(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "svdconvert", *map(str, args)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=900, check=False
-    )
-
-
-def test_command(dense: Path, tmp_path: Path) -> None:
-    """A real process: table for people, JSON and a picture in a folder, another picture where it is asked for."""
+def test_command(dense: Path, run: Run, tmp_path: Path) -> None:
+    """Table for people, JSON and a picture in a folder, another picture where it is asked for."""
     pytest.importorskip("matplotlib")
     out, picture = tmp_path / "spectra", tmp_path / "picture.svg"
-    done = process("spectrum", dense, "--device", "cpu", "--out", out, "--plot", picture)
-    assert done.returncode == 0, done.stderr
+    done = run("spectrum", dense, "--device", "cpu", "--out", out, "--plot", picture)
+    assert done.code == 0, done.err
     for word in (
         "effective rank",
         "break-even",
@@ -203,8 +195,8 @@ def test_command(dense: Path, tmp_path: Path) -> None:
         "mlp.dense_h_to_4h",
         "95% of the energy",
     ):
-        assert word in done.stdout
-    assert "layers.0" not in done.stdout
+        assert word in done.out
+    assert "layers.0" not in done.out
     assert (out / "spectrum.png").read_bytes().startswith(b"\x89PNG")
     assert picture.read_text().lstrip().startswith("<?xml")
     told = json.loads((out / "spectrum.json").read_text())

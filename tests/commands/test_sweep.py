@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,26 +225,14 @@ def test_foreign_folder_and_missing_out(dense: Path, text: Path, run: Run, tmp_p
     assert "--out is missing" in run("sweep", dense, "--text", text, "--keep", "0.5").err
 
 
-def test_command(dense: Path, text: Path, tmp_path: Path) -> None:
-    """A real process, picture included; the second run has nothing left to do."""
+def test_command(dense: Path, text: Path, run: Run, tmp_path: Path) -> None:
+    """Picture included; the second run has nothing left to do."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "sweep"
-    command = [
-        sys.executable,
-        "-m",
-        "svdconvert",
-        "sweep",
-        dense,
-        "--text",
-        text,
-        "--keep",
-        "0.3,0.6",
-        "--window",
-        "48",
-    ]
+    command = ["sweep", dense, "--text", text, "--keep", "0.3,0.6", "--window", 48]
     command += ["--layout", "balanced", "--layout", "pivoted", "--device", "cpu", "--out", out]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run(*command)
+    assert done.code == 0, done.err
     for words in (
         "dense",
         "svd, uniform, balanced",
@@ -256,12 +241,12 @@ def test_command(dense: Path, text: Path, tmp_path: Path) -> None:
         "60% kept",
         "best at 30% kept",
     ):
-        assert words in done.stdout
+        assert words in done.out
     assert {path.name for path in out.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    again = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, check=False)
-    assert "4 of 4 points were measured by an earlier run" in again.stderr
-    assert len(json.loads(again.stdout)["points"]) == 4
+    again = run(*command, "--json")
+    assert "4 of 4 points were measured by an earlier run" in again.err
+    assert len(json.loads(again.out)["points"]) == 4
 
 
 def test_one_value_may_stand_alone(dense: Path, text: Path, tmp_path: Path) -> None:

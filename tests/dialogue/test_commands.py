@@ -98,13 +98,13 @@ def test_published_files_keep_their_own_sides(tmp_path: Path) -> None:
 def test_from_samples_to_scores_and_tally(prepared: Path, tmp_path: Path) -> None:
     data = prepared / "validation.jsonl"
     options = ("--data", data, "--template", "kodoc2dial-short", "--max-new-tokens", 8, "--device", "cpu")
-    out = from_the_shell("generate", MODEL, *options, "--out", tmp_path / "tiny.jsonl")
+    out = good("generate", MODEL, *options, "--out", tmp_path / "tiny.jsonl")
     assert "9 answers" in out
     samples, _ = read_jsonl(data)
     right = [{"id": sample.id, "prediction": sample.answer} for sample in samples]
     write_lines(tmp_path / "right.jsonl", right)
     files = (tmp_path / "tiny.jsonl", tmp_path / "right.jsonl")
-    shown = from_the_shell("evaluate", *files, "--data", data, "--tokenizer", "char")
+    shown = good("evaluate", *files, "--data", data, "--tokenizer", "char")
     assert "tok:ko-mecab-" in shown
     assert "Total is F1 + METEOR + ROUGE-L + SacreBLEU" in shown
     scores = json.loads(

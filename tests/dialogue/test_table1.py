@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -83,12 +81,6 @@ def write(folder: Path, dense: Path, text: str = HEAD + ROWS) -> Path:
     return path
 
 
-def run(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "examples.dialogue.table1", "--config", str(path), *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
 def in_this_process(words, name, threads):
     """A row's command without a process of its own, which would import everything again."""
     assert threads == 1
@@ -119,8 +111,8 @@ def losses_of(path: Path, name: str, reference: str) -> list[float]:
 def test_the_table(dense, tmp_path, monkeypatch, capsys):
     pytest.importorskip("sacrebleu")
     path = write(tmp_path, dense)
-    first = run(path, "--rows", "m")
-    assert first.returncode == 0, first.stderr[-2000:]
+    table1.main(["--config", str(path), "--rows", "m"], standalone_mode=False)
+    assert "-- m\n" in capsys.readouterr().out
     page = (tmp_path / "page" / "README.md").read_text(encoding="utf-8")
     assert "Not done yet: m-P-S, m-P-S-8bit, m-P-S before, A." in page
     assert "Row A" not in page
@@ -238,13 +230,14 @@ def test_mistakes_are_named(dense, tmp_path, text, message):
     assert message in str(error.value)
 
 
-def test_an_unknown_row_and_a_row_that_cannot_be_done(dense, tmp_path, capsys):
+def test_an_unknown_row_and_a_row_that_cannot_be_done(dense, tmp_path, capfd):
     path = write(tmp_path, dense)
     with pytest.raises(SystemExit, match="2"):
         table1.main(["--config", str(path), "--rows", "x"])
-    assert "there is no row 'x'" in capsys.readouterr().err
+    assert "there is no row 'x'" in capfd.readouterr().err
     (tmp_path / "train.jsonl").write_text("{}\n")
-    broken = run(path, "--rows", "m")
-    assert broken.returncode == 2
-    assert "row m cannot be done, see above" in broken.stderr
-    assert "Traceback" not in broken.stderr
+    with pytest.raises(SystemExit, match="2"):
+        table1.main(["--config", str(path), "--rows", "m"])
+    said = capfd.readouterr().err
+    assert "row m cannot be done, see above" in said
+    assert "Traceback" not in said

@@ -34,7 +34,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def calibration(text: Path) -> Calibration:
-    return Calibration(str(text), samples=48, length=48, batch_size=7)
+    return Calibration(str(text), samples=48, length=48, batch_size=20)
 
 
 def captured(model: torch.nn.Module, ids: torch.Tensor, names: list[str]) -> dict[str, tuple[torch.Tensor, ...]]:

@@ -1,10 +1,14 @@
-"""Checkpoints of every family, made once for all the files of this folder that a process runs."""
+"""Checkpoints of every family, made once for all the files of this folder and all processes that run them."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support.families import FAMILIES, write_family
 from support.pairs import Pair
 
@@ -12,6 +16,18 @@ from svdconvert import convert, densify
 from svdconvert.families.row import Architecture
 from svdconvert.families.table import ARCHITECTURES
 from svdconvert.layouts.table import LAYOUTS
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that the first process to ask for it makes; the others wait, and find it whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 class Checkpoints:
@@ -23,8 +39,7 @@ class Checkpoints:
 
     def dense(self, model_type: str) -> Path:
         """The tiny stock model."""
-        folder = self._folder / model_type / "dense"
-        return folder if folder.exists() else write_family(folder, model_type)
+        return made_once(self._folder / model_type / "dense", lambda folder: write_family(folder, model_type))
 
     def pair(self, model_type: str, layout: str = "balanced") -> Pair:
         """A factored checkpoint with one kind of target left dense, and the same densified."""
@@ -32,16 +47,21 @@ class Checkpoints:
             kinds = [name for name in ARCHITECTURES[model_type].targets if "o_proj" not in name]
             folder = self._folder / model_type
             pair = Pair(factored=folder / f"{layout}-factored", densified=folder / f"{layout}-densified")
-            options = {"targets": kinds, "device": "cpu", "check": False}
-            convert(self.dense(model_type), pair.factored, keep=0.6, layout=layout, **options)
-            densify(pair.factored, pair.densified, device="cpu", check=False)
+            dense = self.dense(model_type)
+
+            def convert_it(out: Path) -> None:
+                convert(dense, out, keep=0.6, layout=layout, targets=kinds, device="cpu", check=False)
+
+            made_once(pair.factored, convert_it)
+            made_once(pair.densified, lambda out: densify(pair.factored, out, device="cpu", check=False))
             self._pairs[model_type, layout] = pair
         return self._pairs[model_type, layout]
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("families"))
+    own = tmp_path_factory.getbasetemp()
+    return Checkpoints((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "families")
 
 
 @pytest.fixture(scope="session", params=FAMILIES)

@@ -41,6 +41,7 @@ def test_full_rank_equals_the_stock_model(row: Architecture, dense: Path, tmp_pa
     assert distance(ours[MASK], theirs[MASK]) < 1e-4
 
 
+@EACH_ONCE
 def test_densified_equals_factored(row: Architecture, dense: Path, pair: Pair) -> None:
     """The stock class takes the result whole, and the numbers do not change; rank 0.6 is a real change."""
     stock, info = AutoModelForCausalLM.from_pretrained(pair.densified, output_loading_info=True)

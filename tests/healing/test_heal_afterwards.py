@@ -17,8 +17,6 @@ import svdconvert.healing.state
 from svdconvert import Calibration, Events, convert, heal, report, verify
 from svdconvert.jobs.own_files import JOB_FOLDER
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
-
 
 def record(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "svdconvert.json").read_text())
@@ -29,19 +27,19 @@ def timeless(matrices: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {key: v for key, v in one.items() if key != "seconds"} for name, one in matrices.items()}
 
 
-def test_the_bundled_model(run: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
+def test_one_command(run: Callable[..., SimpleNamespace], dense: Path, text: Path, tmp_path: Path) -> None:
     """One command makes what two make; what is known without training stands apart; all commands take it."""
-    model, text, out = EXAMPLE / "model", EXAMPLE / "calibration.txt", tmp_path / "out"
-    words = [model, "--keep", 0.6, "--calib", text, "--calib-samples", 8, "--calib-length", 32, "--layout", "pivoted"]
+    out = tmp_path / "out"
+    words = [dense, "--keep", 0.6, "--calib", text, "--calib-samples", 8, "--calib-length", 32, "--layout", "pivoted"]
     done = run(*words, "--heal", "--heal-samples", 24, "--device", "cpu", "--report", "--out", out)
     assert done.code == 0, done.err
     assert "more of disk" in done.out
     assert "the conversion is done; healing it" in done.out
     assert "KL(dense || model)" in done.out
     calibration = Calibration(str(text), samples=8, length=32)
-    converted = convert(model, tmp_path / "one", keep=0.6, calibration=calibration, layout="pivoted", device="cpu")
+    converted = convert(dense, tmp_path / "one", keep=0.6, calibration=calibration, layout="pivoted", device="cpu")
     other = Calibration(str(text), samples=24, length=32)
-    healed = heal(tmp_path / "one", model, other, tmp_path / "two", device="cpu").record
+    healed = heal(tmp_path / "one", dense, other, tmp_path / "two", device="cpu").record
     expected = read_weights(tmp_path / "two")
     found = read_weights(out)
     assert found.keys() == expected.keys()
@@ -66,7 +64,7 @@ def test_the_bundled_model(run: Callable[..., SimpleNamespace], tmp_path: Path) 
     assert f"| after | {told['healing']['after']['kl']:.4f} |" in card
     assert "brought KL(dense ‖ model) from" in (out / "report.html").read_text()
     assert "brought KL(dense ‖ model) from" in report(out, tmp_path / "page.html").read_text()
-    assert [check for check in verify(out, model) if not check.passed] == []
+    assert [check for check in verify(out, dense) if not check.passed] == []
     assert not (out / JOB_FOLDER).exists()
     again = run(*words, "--heal", "--heal-samples", 24, "--device", "cpu", "--json", "--out", out)
     shown = json.loads(again.out)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -542,10 +540,6 @@ def test_from_a_hub_that_keeps_each_layer_elsewhere(
 
 
 def test_command_line(dense: Path, run: Run, tmp_path: Path) -> None:
-    def command(*args: object) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "svdconvert", *map(str, args)]
-        return subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
-
     planned = run("plan", dense, "--keep", 0.5, "--share-layers", 2, "--json")
     assert planned.code == 0, planned.err
     made = json.loads(planned.out)
@@ -553,10 +547,10 @@ def test_command_line(dense: Path, run: Run, tmp_path: Path) -> None:
     assert made["settings"]["share_layers"] == 2
     assert {entry["shared"] for entry in made["groups"]} == {2}
     assert {entry["count"] for entry in made["groups"]} == {3}
-    done = command(dense, "--keep", 0.5, "--share-layers", 2, "--out", tmp_path / "out", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    assert "input-side factors shared by 2 layers" in done.stdout
-    assert "groups of fewer than 2 layers: 1 from layer 2 on" in done.stdout
+    done = run(dense, "--keep", 0.5, "--share-layers", 2, "--out", tmp_path / "out", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "input-side factors shared by 2 layers" in done.out
+    assert "groups of fewer than 2 layers: 1 from layer 2 on" in done.out
     weights = read_weights(tmp_path / "out")
     assert sum(tensor.numel() for tensor in weights.values()) == made["params"]["after"]
     assert read_config(tmp_path / "out")["svd_ranks"] == made["svd_ranks"]

@@ -303,15 +303,6 @@ class TestErrors:
         assert "gpt_neox.layers.1.attention.dense.weight cannot be converted: it has NaN" in sentence
         assert "svdconvert/" not in err, "no traceback of ours"
 
-    def test_under_torchrun(self, model: Path, tmp_path: Path) -> None:
-        line = ["-m", "svdconvert", model, "--rank", 100, "--device", "cpu", "--out", tmp_path / "out"]
-        done = torchrun(2, *line)
-        assert done.code != 0
-        (sentence,) = sentences(done.err)
-        assert "rank 100" in sentence
-        assert not re.search(r'File ".*/svdconvert/', done.err), done.err
-        assert not (tmp_path / "out").exists()
-
     @pytest.mark.parametrize(
         ("options", "expected"),
         [(["--rank", "100"], "rank 100"), (["--rank", "16", "--bad"], "No such option")],

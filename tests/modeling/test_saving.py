@@ -10,6 +10,7 @@ import torch
 from support.tiny_factored import (
     AUTO_MAP,
     GEOMETRY,
+    LAYOUTS,
     MODELING_FILE,
     ONE_LAYOUT,
     ROTARY_V4,
@@ -175,29 +176,39 @@ def test_rope_scaling_in_either_spelling(tmp_path, ids, expected, tiny, spelling
 
 ELSEWHERE = """
 import sys, torch
+from pathlib import Path
 from transformers import AutoModelForCausalLM
-source, target, ids, out = sys.argv[1:]
-model, info = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, output_loading_info=True)
-assert not any(info.values()), info
-with torch.no_grad():
-    torch.save(model(torch.load(ids)).logits, out)
-model.save_pretrained(target)
+for folder in map(Path, sys.argv[2:]):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder / "here", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    with torch.no_grad():
+        torch.save(model(torch.load(sys.argv[1])).logits, folder / "logits.pt")
+    model.save_pretrained(folder / "there")
 """
 
 
 @pytest.mark.skipif(not os.environ.get(OTHER_PYTHON), reason=f"{OTHER_PYTHON}: no interpreter of another environment")
-def test_saved_here_loaded_there_and_back(tiny, model, ids, expected, tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    model.save_pretrained(here)
+def test_saved_here_loaded_there_and_back(ids, tmp_path):
+    """All layouts in one process over there: importing transformers is what takes time."""
     torch.save(ids, tmp_path / "ids.pt")
+    made = {}
+    for layout in LAYOUTS:
+        folder = tmp_path / layout
+        made[folder] = write_checkpoint(folder / "made", layout=layout)
+        load(made[folder].path).save_pretrained(folder / "here")
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env["HF_MODULES_CACHE"] = str(tmp_path / "modules")
-    command = [os.environ[OTHER_PYTHON], "-c", ELSEWHERE, here, there, tmp_path / "ids.pt", tmp_path / "logits.pt"]
+    command = [os.environ[OTHER_PYTHON], "-c", ELSEWHERE, tmp_path / "ids.pt", *made]
     run = subprocess.run([str(part) for part in command], env=env, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert read_config(there)["transformers_version"] != read_config(here)["transformers_version"]
-    assert distance(torch.load(tmp_path / "logits.pt"), expected) < 2e-5
-    assert_sound(there, tiny.tensors)
-    again, info = load(there, output_loading_info=True)
-    assert not any(info.values())
-    assert distance(logits(again, ids), expected) < 2e-5
+    for folder, tiny in made.items():
+        here, there = folder / "here", folder / "there"
+        assert read_config(there)["transformers_version"] != read_config(here)["transformers_version"]
+        expected = logits(stock_model(tiny.product), ids)
+        assert distance(torch.load(folder / "logits.pt"), expected) < 2e-5
+        assert_sound(there, tiny.tensors)
+        again, info = load(there, output_loading_info=True)
+        assert not any(info.values())
+        assert distance(logits(again, ids), expected) < 2e-5

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,15 +160,15 @@ def test_a_sweep_tells_it(dense: Path, text: Path, tmp_path: Path) -> None:
     assert f"| {direct.kl:.4f} |" in (tmp_path / "sweep" / "sweep.md").read_text()
 
 
-def test_command(dense: Path, factored: Path, text: Path) -> None:
-    command = [sys.executable, "-m", "svdconvert", "evaluate", str(factored), "--text", str(text), "--device", "cpu"]
-    command += ["--window", "32", "--protocol", "disjoint", "--against", str(dense)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+def test_command(run: Callable[..., SimpleNamespace], dense: Path, factored: Path, text: Path) -> None:
+    line = ["evaluate", factored, "--text", text, "--device", "cpu"]
+    command = [*line, "--window", 32, "--protocol", "disjoint", "--against", dense]
+    told = run(*command).out
+    found = json.loads(run(*command, "--json").out)
     far = found["divergence"]
     assert f"KL {far['kl']:.4f} nats per token" in told
     assert "disjoint: windows of 32 tokens that do not overlap" in told
     assert found["against"] == str(dense)
-    alone = subprocess.run([*command[:7], "--against-revision", "main"], capture_output=True, text=True)
-    assert alone.returncode == 2
-    assert "--against-revision belongs to --against" in alone.stderr
+    alone = run(*line, "--against-revision", "main")
+    assert alone.code == 2
+    assert "--against-revision belongs to --against" in alone.err

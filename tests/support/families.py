@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import dynamic_module_utils
 
 from support.checkpoints import write_tokenizer
 from svdconvert.families.row import Architecture
@@ -18,20 +17,6 @@ from svdconvert.families.table import ARCHITECTURES
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 VOCAB = 160
-
-_get_imports = dynamic_module_utils.get_imports
-_imports: dict[bytes, list[str]] = {}
-
-
-def _remembered_imports(filename: Any) -> list[str]:
-    content = Path(filename).read_bytes()
-    if content not in _imports:
-        _imports[content] = _get_imports(filename)
-    return _imports[content]
-
-
-# At every load, transformers parses the modeling file for what it imports; all copies of a family's are alike.
-dynamic_module_utils.get_imports = _remembered_imports
 
 # What every decoder has, under the names that most give it. Grouped-query attention where there is such a thing.
 COMMON: Mapping[str, Any] = {

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from support.checkpoints import read_config, read_weights
 from support.families import VERSION
 from support.pairs import Pair
+from support.representatives import REPRESENTATIVES
 from support.running import IDS, MASK, by_block, distance, load, logits
 from svdconvert.families.row import Architecture
 from svdconvert.jobs.model_files import modeling_source
@@ -77,7 +78,7 @@ class LikeStock:
 
     def test_generation(self, row: Architecture, pair: Pair) -> None:
         """With a cache, from a batch padded on the left, as the stock model of the same weights."""
-        options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
+        options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
         mask = MASK.flip(1).long()
         stock, model = pair.stock, pair.model
         with torch.no_grad():
@@ -89,7 +90,7 @@ class LikeStock:
             assert torch.equal(cached, stock.generate(ids, attention_mask=torch.ones_like(ids), **options))
             if VERSION < (4, 57) and row.model_type == "gemma2":
                 return  # its cache of those days forgets more than the window, in the stock model too
-            for _ in range(8):
+            for _ in range(5):
                 ids = torch.cat([ids, logits(model, ids, use_cache=False)[:, -1:].argmax(-1)], 1)
             assert torch.equal(cached, ids)
 
@@ -118,9 +119,11 @@ class LikeStock:
         model.save_pretrained(tmp_path / "one")
         assert_sound(tmp_path / "one", row, pair.factored)
         again = load(tmp_path / "one")
-        again.save_pretrained(tmp_path / "two")
-        assert_sound(tmp_path / "two", row, pair.factored)
-        assert distance(logits(load(tmp_path / "two")), logits(model)) == 0
+        assert distance(logits(again), logits(model)) == 0
+        if row.model_type in REPRESENTATIVES:
+            again.save_pretrained(tmp_path / "two")
+            assert_sound(tmp_path / "two", row, pair.factored)
+            assert distance(logits(load(tmp_path / "two")), logits(model)) == 0
 
     def test_engine_that_replaces_every_linear_layer(self, row: Architecture, pair: Pair) -> None:
         """As vLLM and SGLang do: the base model is built on meta, its nn.Linear are replaced, then come the weights."""

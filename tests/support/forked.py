@@ -34,6 +34,8 @@ if "LD_PRELOAD" not in os.environ:  # where nobody stands before the system's ca
     os.fsync = sync_nothing
 hooks = {"begin": lambda order: None, "end": lambda order: {}}
 exec(sys.argv[1], hooks)
+from support.settled import settle
+settle()
 
 def child(order):
     # As from a terminal, whatever the process that runs the tests does with SIGINT.

@@ -230,6 +230,7 @@ def _warm_up(bases: Path, runs: Sequence[tuple[str, str]], options: Sequence[str
     import torch
 
     import svdconvert
+    from support.settled import settle
     from svdconvert.commands.evaluate import evaluate
 
     for module in pkgutil.walk_packages(svdconvert.__path__, "svdconvert."):
@@ -239,6 +240,7 @@ def _warm_up(bases: Path, runs: Sequence[tuple[str, str]], options: Sequence[str
     scipy.linalg.eigh([[1.0]])
     for _, base in runs:
         evaluate(bases / base / "m", bases / base / "text.txt", window=16, device="cpu")
+    settle()
 
 
 if __name__ == "__main__":

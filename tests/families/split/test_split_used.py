@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +106,13 @@ def test_tensor_parallel_plan(row: Architecture, pairs: Any) -> None:
     assert not [rule for rule in config.base_model_tp_plan if rule.startswith(block)]
 
 
-def test_from_the_command_line(tmp_path: Path) -> None:
-    """Converted and verified in processes of their own."""
+def test_from_the_command_line(run: Any, tmp_path: Path) -> None:
     dense = write_family(tmp_path / "dense", "gpt_neox")
-
-    def call(*args: object) -> str:
-        command = [sys.executable, "-m", "svdconvert", *map(str, args)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    made = ("--keep", 0.6, "--split-fused", "--out", tmp_path / "out", "--device", "cpu")
-    assert "query" in call(dense, *made)
-    call("verify", tmp_path / "out", "--against", dense)
+    done = run(dense, "--keep", 0.6, "--split-fused", "--out", tmp_path / "out", "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "query" in done.out
+    done = run("verify", tmp_path / "out", "--against", dense)
+    assert done.code == 0, done.out + done.err
 
 
 def test_sweep(text: Path, run: Any, tmp_path: Path) -> None:
