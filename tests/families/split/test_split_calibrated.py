@@ -98,6 +98,7 @@ def test_metrics_of_parts_are_blocks_of_the_whole(
     assert compared == 9
 
 
+@pytest.mark.parametrize("row", ["gpt2"], indirect=True)
 def test_every_method(row: Architecture, dense: Path, text: Path, tmp_path: Path) -> None:
     """Fisher information of the parts' own outputs among them."""
     for method, rules in METHODS.items():
