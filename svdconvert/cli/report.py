@@ -116,7 +116,8 @@ def show_result(console: Console, report: Report) -> None:
     if "measured_loss" in figures:
         guess = ""
         if "predicted_loss" in figures:
-            guess = f" ({figures['predicted_loss']:+.4f} predicted; {rough_guess(bits=bool(plan.grids))})"
+            rough = rough_guess(worths=any("worth" in one for one in every.values()))
+            guess = f" ({figures['predicted_loss']:+.4f} predicted; {rough})"
         measured = f"{figures['measured_loss']:+.4f} nats per token on {figures['dense_loss']:.4f}"
         text = "the calibration text" if "tokens" not in settings else f"the {settings['tokens']:,} calibration tokens"
         rows.append(("loss added", f"{measured}, measured on {text}, to which it was fitted{guess}"))

@@ -62,4 +62,4 @@ def with_ranks(targets: Sequence[Target], ranks: Sequence[int | None]) -> list[T
 
 
 def _without_ranks(plan: Plan) -> list[Target]:
-    return [replace(target, rank=None, reason="") for target in plan.targets]
+    return [replace(target, rank=None, reason="", grids=()) for target in plan.targets]

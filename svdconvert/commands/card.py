@@ -138,13 +138,20 @@ def _quality(
     plan: Plan, matrices: Mapping[str, Mapping[str, Any]], losses: Mapping[str, float], budget: str
 ) -> list[str]:
     """What was lost, where anything was factored."""
-    what = "Ranks and bits" if plan.grids else "Ranks"
+    what = "Ranks and bits" if plan.settings.get("bytes") is not None else "Ranks"
     chosen = [f"{what} chosen by measuring: {budget}.", ""] if budget else []
     if not matrices:
         return [*_measured(losses), *chosen]
     train = "heal it or train an adapter beside it" if plan.grids else "fine-tune"
     advice = f"Truncation costs quality; measure it, and {train} before use."
-    return [*_losses(matrices, rough_guess(bits=bool(plan.grids))), "", *_measured(losses), *chosen, advice, ""]
+    return [
+        *_losses(matrices, rough_guess(worths=any("worth" in matrix for matrix in matrices.values()))),
+        "",
+        *_measured(losses),
+        *chosen,
+        advice,
+        "",
+    ]
 
 
 _UNPACKING = (

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from svdconvert.commands import card
 from svdconvert.commands.stages import Prepared, measure, packed_fields
 from svdconvert.commands.work import Work
-from svdconvert.factoring.matrix_report import RoundedReport, matrix_reports
+from svdconvert.factoring.matrix_report import MatrixReport, RoundedReport, matrix_reports
 from svdconvert.families.table import dense_architecture
 from svdconvert.jobs import model_files
 from svdconvert.jobs.job import Job, Reports
@@ -22,6 +22,8 @@ from svdconvert.settings.afterwards import Afterwards
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.text import SELF, Stats, Text
 from svdconvert.tensors import majority_dtype
+
+Priced = TypeVar("Priced", MatrixReport, RoundedReport)
 
 
 def conversion_job(work: Work, prepared: Prepared, settings: Mapping[str, Any]) -> Job:
@@ -76,15 +78,7 @@ class _Results:
             if target.rank is not None
             for module, report in matrix_reports(reports[target.weight], [part.module for part in target.parts]).items()
         }
-        if self.work.request.method.in_loss:  # half of what the second-order estimate sums up to
-            worths = self.prepared.worths
-            found = {
-                name: replace(
-                    matrix, predicted_loss=worths.get(name, 1.0) * (matrix.lost or 0.0) / 2, worth=worths.get(name)
-                )
-                for name, matrix in found.items()
-            }
-        return {name: matrix.to_json() for name, matrix in found.items()}
+        return {name: self._priced(name, matrix).to_json() for name, matrix in found.items()}
 
     def rounded(self, reports: Reports) -> dict[str, dict[str, Any]]:
         """Module path -> what is known of a matrix that stays dense, in few bits."""
@@ -92,11 +86,17 @@ class _Results:
         for target in self.plan.targets:
             if target.rounded and target.rank is None:
                 report = RoundedReport.from_json(reports[target.weight])
-                worth = self.prepared.worths[target.module]
-                found[target.module] = replace(
-                    report, predicted_loss=worth * (report.lost or 0.0) / 2, worth=worth
-                ).to_json()
+                found[target.module] = self._priced(target.module, report).to_json()
         return found
+
+    def _priced(self, module: str, report: Priced) -> Priced:
+        """A report with the loss that is predicted of it, where the metrics say that."""
+        if not self.work.request.method.in_loss:
+            return report
+        worth = self.prepared.worths.get(module)
+        # half of what the second-order estimate sums up to
+        lost = (1.0 if worth is None else worth) * (report.lost or 0.0) / 2
+        return replace(report, predicted_loss=lost, worth=worth)
 
     def predicted(self, reports: Reports) -> dict[str, float]:
         """Loss added by the truncation, in nats per token."""

@@ -248,7 +248,7 @@ def _with_chosen_ranks(work: Work, plan: Plan, outcome: Outcome) -> Plan:
     """The plan with the ranks that an earlier run has chosen, if it chose any."""
     if not work.chooses:
         return plan
-    if work.request.size.bytes is not None:
+    if work.request.size.rounds:
         return plan_for(work.source, work.request, as_recorded(plan.targets, outcome.record))
     matrices = outcome.record["matrices"]
     ranks = [matrices.get(target.module, {}).get("rank") for target in plan.targets]

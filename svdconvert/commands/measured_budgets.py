@@ -46,6 +46,7 @@ class MeasuredBudget:
         share: fraction of the target parameters kept, where that was to be found; None otherwise.
         sizes: what was measured to find it: ``share``, ``kl`` and ``added`` of each, in that order.
         rounds: of a measured allocation, ``kl`` and ``added`` of the global budget and of each correction.
+        rounded_to: bits that all of it was rounded to afterwards, where it was.
         tried: of a budget of bytes, ``name``, ``kl`` and ``added`` of each way to spend it; the least ``kl`` was taken.
     """
 
@@ -57,6 +58,7 @@ class MeasuredBudget:
     sizes: Sequence[Mapping[str, float]] = ()
     rounds: Sequence[Mapping[str, float]] = ()
     tried: Sequence[Mapping[str, Any]] = ()
+    rounded_to: int | None = None
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> MeasuredBudget:
@@ -75,6 +77,7 @@ class MeasuredBudget:
         corrections = f"; KL of the global budget and its corrections: {rounds}" if rounds else ""
         tried = ", ".join(f"{one['name']} {one['kl']:.4f}" for one in self.tried)
         corrections += f"; KL of what was tried: {tried}" if tried else ""
+        corrections += "" if self.rounded_to is None else f"; all before rounding to {self.rounded_to} bits"
         return (
             f"{size}KL {self.kl:.4f}, loss {self.added:+.4f} nats per token on {self.tokens:,} held-out tokens of the "
             f"calibration text (dense {self.dense_loss:.4f}){corrections}"
@@ -258,6 +261,7 @@ def measured_ranks(work: Work, plan: Plan, store: Decompositions) -> tuple[Seque
         share=None if work.request.size.limit is None else chosen.share,
         sizes=tuple(chooser.sizes),
         rounds=tuple(chooser.rounds),
+        rounded_to=work.request.size.width,
     )
     work.events.note(Sentence(str(budget)))
     return chosen.plan.targets, budget

@@ -51,7 +51,8 @@ def plan(
             weight files, a whole number of bytes or ``90MB``. They are spent on ranks and bits together, by what a
             text says; the plan shows the same width for all matrices.
         widths: bits that ``bytes`` may store a weight in, as ``16,8,4`` or numbers; 16 is the model's own type. By
-            default all that there are but 7.
+            default all that there are but 7. With ``rank``, ``keep`` or ``params``: the one width in which every target
+            is stored, as a product or dense.
         fit: instead, the memory of a device, a number of bytes or ``8GB``: as ``bytes`` of what that leaves for
             weights, or for training as ``params``. A tenth is left free. Weights of few bits save memory where an
             engine computes with packed ones.

@@ -16,6 +16,7 @@ from svdconvert.grids import weights_of
 from svdconvert.jobs.own_files import JOB_FOLDER
 from svdconvert.layouts.table import layout_named
 from svdconvert.machine import processes
+from svdconvert.planning.bits import at_one_width
 from svdconvert.planning.make import plan_for
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target
@@ -79,6 +80,7 @@ def prepare(work: Work, plan: Plan, held: ExitStack) -> Prepared:
         targets, budget = measured_ranks(work, plan, store)
     elif work.chooses:
         targets = spend(plan, work.request.size, store)
+    targets = at_one_width(targets, work.request.size)
     plan = plan_for(work.source, work.request, targets, store.files(targets))
     if work.chooses:
         work.events.planned(plan, free_bytes(work.folder))
@@ -101,7 +103,7 @@ def decompose(work: Work, plan: Plan) -> Decompositions:
         work.device,
         work.events,
         work.request.runtime.workers,
-        whole=work.request.size.bytes is not None,
+        whole=work.request.size.rounds,
     )
 
 

@@ -47,7 +47,8 @@ class Work:
     @property
     def must_decompose(self) -> bool:
         """Whether the result is made from whole decompositions, kept or not."""
-        return bool(self.request.method.statistics) or self.chooses or self.request.recipe.refit != "none"
+        request = self.request
+        return bool(request.method.statistics) or self.chooses or request.size.rounds or request.recipe.refit != "none"
 
     @property
     def chooses(self) -> bool:

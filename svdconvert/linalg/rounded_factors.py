@@ -114,10 +114,15 @@ class MatrixRounding:
     def _balanced(self, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> Iterator[RoundedMatrix]:
         values = (apply_metric(self.right, down.T).T * down).sum(dim=1).clamp_min(0)  # singular values
         yield self._product(SINGULAR, *_one_size(up, down), grids)
-        if len(values) > 1 and bool(values.any()):
-            roots = values.clamp_min(float(values.max()) * 1e-12).sqrt()
-            x, y = equalized(values)
-            yield self._product("equalized", *_one_size((up / roots) @ x, y.T @ (down / roots[:, None])), grids)
+        # Mixed with others, components that the metric does not see would leave rows that depend on each other in it,
+        # and the second factor with coefficients that only the metric is content with.
+        seen = values > float(values.max()) * 1e-12
+        if int(seen.sum()) > 1:
+            roots = values[seen].sqrt()
+            x, y = equalized(values[seen])
+            mixed, rows = torch.zeros_like(up), torch.zeros_like(down)
+            mixed[:, seen], rows[seen] = (up[:, seen] / roots) @ x, y.T @ (down[seen] / roots[:, None])
+            yield self._product("equalized", *_one_size(mixed, rows), grids)
 
     def _product(self, way: str, up: Tensor, down: Tensor, grids: tuple[Grid, Grid]) -> RoundedMatrix:
         first = self._inputs_side(down.float(), grids[0])

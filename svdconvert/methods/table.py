@@ -26,13 +26,13 @@ _OF_RANKS = "an estimate for comparing ranks; down to 60% kept, models that were
 _OF_BITS = "an estimate; the KL was 1.0 to 1.2 times as much on SmolLM2-135M, and 1.5 times on Gemma 3 270M"
 
 
-def rough_guess(*, bits: bool) -> str:
+def rough_guess(*, worths: bool) -> str:
     """What a predicted loss is worth.
 
     Args:
-        bits: whether weights were rounded to few bits.
+        worths: whether what single matrices lose was measured token by token, as of a budget of bytes.
     """
-    return _OF_BITS if bits else _OF_RANKS
+    return _OF_BITS if worths else _OF_RANKS
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def next_steps(method: Method, settings: Mapping[str, Any], folder: Path) -> Sen
     measure = f"svdconvert evaluate {shlex.quote(str(folder))} --text FILE --against MODEL"
     if unmeasured(method, settings):
         return Sentence(f"{WITHOUT_A_TEXT.marked}; measure it: {measure}")
-    if settings.get("bytes") is not None or settings.get("fit_for") == INFERENCE:
+    if any(settings.get(name) is not None for name in ("bytes", "widths")) or settings.get("fit_for") == INFERENCE:
         heal = "" if "heal" in settings else "`svdconvert heal`, which trains its scales, or "
         return Sentence(
             f"measure it: {measure}; to load it, install compressed-tensors (`pip install 'svdconvert[packed]'`); "

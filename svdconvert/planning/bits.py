@@ -64,6 +64,23 @@ def product_ways(target: Target, widths: Sequence[int], multiple: int) -> list[T
     return [product_on(target, rank, bits) for bits in widths for rank in ranks_to_try(target, multiple)]
 
 
+def at_one_width(targets: Sequence[Target], size: Size) -> list[Target]:
+    """Targets whose ranks are chosen, all at the width that a size asks for beside them, if it asks for one.
+
+    Those that stay dense are rounded as well.
+
+    Args:
+        targets: single matrices where there is a width.
+        size: what is asked for.
+    """
+    if size.width is None:
+        return list(targets)
+    return [
+        dense_ways(target, [size.width])[0] if target.rank is None else product_on(target, target.rank, size.width)
+        for target in targets
+    ]
+
+
 def as_chosen(target: Target, choice: Choice) -> Target:
     """A target as a choice stores it."""
     reason = "" if choice.rank is not None or choice.grids else WHOLE

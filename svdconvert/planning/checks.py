@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from svdconvert.errors import InputError
 from svdconvert.families.table import Architecture, dense_shapes
 from svdconvert.names import layer_number
+from svdconvert.sentences import asked
+from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.other_models import quantised_part, refuse_other_model
 from svdconvert.storage.source import Source
 from svdconvert.tensors import DTYPES, FLOATS, TensorInfo
@@ -49,6 +51,22 @@ def check_tensors(tensors: Mapping[str, TensorInfo], row: Architecture, source: 
                 f"tensor {name} of {source.where} has shape {list(info.shape)}, but according to config.json it must "
                 f"be {list(shape)}; config and weights are not of one model"
             )
+
+
+def check_packable(source: Source, row: Architecture, request: Conversion) -> None:
+    """Refuse weights of few bits of a model that keeps its matrices transposed.
+
+    Raises:
+        InputError: they are asked for.
+    """
+    if not (request.size.rounds and row.transposed):
+        return
+    words = asked(*request.size.rounded_by)
+    instead = f"use {asked('keep')} or {asked('params')}" + ("" if request.size.in_bytes else " alone")
+    raise InputError(
+        f"{words} cannot be met for {source.where}: {row.model_type} keeps its matrices transposed, for which there are no "
+        f"packed weights; {instead}"
+    )
 
 
 def check_layers(tensors: Mapping[str, TensorInfo], source: Source) -> None:

@@ -13,8 +13,8 @@ from svdconvert.errors import InputError
 from svdconvert.families.fused import split_tensors
 from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.layouts.table import layout_named
-from svdconvert.planning.bits import beside_targets, evenly, least_bytes, types_of
-from svdconvert.planning.checks import check_tensors
+from svdconvert.planning.bits import at_one_width, beside_targets, evenly, least_bytes, types_of
+from svdconvert.planning.checks import check_packable, check_tensors
 from svdconvert.planning.conversion_steps import conversion_steps
 from svdconvert.planning.fit import enough, fit_notes, fits_already, room_of
 from svdconvert.planning.healing_needs import healing_needs
@@ -91,12 +91,13 @@ def make_plan(source: Source, request: Conversion) -> Plan:
     cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
     targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
     targets = share_experts(targets, cut, row) if scope.share_experts else share(targets, scope.share_layers, cut)
+    check_packable(source, row, request)
     if request.size.bytes is not None:
-        return _in_bytes(source, request, targets, cut, row)
+        return _in_bytes(source, request, targets, cut)
     if request.size.fit is not None and request.size.params is not None and request.size.params >= model.count:
         raise fits_already(room_of(source, request), training_bytes(model.count))
     size = request.size if request.size.limit is None else request.size.at(LARGEST)
-    return plan_for(source, request, assign(targets, size, model.beside(targets)))
+    return plan_for(source, request, at_one_width(assign(targets, size, model.beside(targets)), size))
 
 
 def _parameters_after(steps: Iterable[Step], targets: Iterable[Target]) -> int:
@@ -110,7 +111,6 @@ def _in_bytes(
     request: Conversion,
     targets: Sequence[Target],
     tensors: Mapping[str, TensorInfo],
-    row: Architecture,
 ) -> Plan:
     """What can be said of a budget of bytes from headers: the same width for all matrices.
 
@@ -118,14 +118,8 @@ def _in_bytes(
         source, request: see :func:`make_plan`.
         targets: the matrices.
         tensors: of the model.
-        row: its architecture.
     """
     asked_for = asked(*request.size.given)
-    if row.transposed:
-        raise InputError(
-            f"{asked_for} cannot be met for {source.where}: {row.model_type} keeps its matrices transposed, "
-            f"for which there are no packed weights; use {asked('keep')} or {asked('params')}"
-        )
     budget = bytes_budget(source, request, targets)
     plan = plan_for(source, request, evenly(targets, request.size, types_of(targets, tensors, request), budget))
     if not plan.grids and not plan.ranks:

@@ -174,7 +174,11 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
         gradients=bool({"output_gram", "fisher"} & collected),
         input_grams="input_gram" in collected,
         output_grams="output_gram" in collected,
-        decomposes=bool(statistics) or request.allocation != "uniform" or limited or request.recipe.refit != "none",
+        decomposes=bool(statistics)
+        or request.allocation != "uniform"
+        or limited
+        or request.size.rounds
+        or request.recipe.refit != "none",
         compares=request.allocation == "measured" or limited,
         corrects=request.allocation == "measured",
         refits=request.recipe.refit != "none",

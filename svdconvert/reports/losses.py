@@ -98,12 +98,16 @@ def measured_section(facts: Facts) -> Markup | None:
             f"The dense model has a loss of {figures.nats(dense)}, perplexity {figures.perplexity(dense)}, there."
         )
     if predicted is not None:
-        notes.append(f"The prediction is {rough_guess(bits='rounded' in facts.record.results)}.")
+        notes.append(f"The prediction is {rough_guess(worths=_has_worths(facts))}.")
     if measured is None:
         notes.append("The written model was not measured.")
     table = scrolling(caption, simple_table(caption, heads, rows, aligned="ttnn")) if rows else None
     text = element("p", " ".join(notes), class_="note")
     return section("loss", "Measured against predicted", table, text, None if budget is None else _budget(budget))
+
+
+def _has_worths(facts: Facts) -> bool:
+    return any(matrix.worth is not None for matrix in facts.changed.values())
 
 
 def _budget(budget: Mapping[str, Any]) -> Markup:
@@ -113,6 +117,8 @@ def _budget(budget: Mapping[str, Any]) -> Markup:
         f"{figures.signed_nats(budget['added'])} to a loss of {figures.nats(budget['dense_loss'])}; "
         f"KL(dense || model) is {figures.nats(budget['kl'])}."
     )
+    if budget.get("rounded_to") is not None:
+        said += f" All of this is before rounding to {figures.count(budget['rounded_to'])} bits."
     sizes = [(figures.share(size["share"], 1), size) for size in budget.get("sizes") or []]
     names = ("global", *(f"correction {number}" for number in range(1, MOST_ROWS)))
     rounds = list(zip(names, budget.get("rounds") or [], strict=False))

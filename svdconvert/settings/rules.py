@@ -147,6 +147,7 @@ def solver(request: Request) -> None:
         (request.allocation != "uniform", asked("allocation", request.allocation)),
         (request.size.limit is not None, asked(*(request.size.limit or ("max_loss",)))),
         (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
+        (request.size.rounds, asked(*request.size.rounded_by)),
         (request.runtime.keeps, f"{asked('work')} or {asked('keep_work')}"),
     )
     other = next((words for given, words in others if given), None)
@@ -158,21 +159,21 @@ def solver(request: Request) -> None:
 
 
 def bits(request: Request) -> None:
-    """Bytes are spent on single matrices, by the loss that a method estimates, in two plain factors."""
-    if not request.size.in_bytes:
+    """Few bits are for single matrices in two plain factors; bytes are spent by the loss that a method estimates."""
+    if not request.size.rounds:
         return
-    given = asked(*request.size.given)
+    given, in_bytes = asked(*request.size.rounded_by), request.size.in_bytes
     others = (
         (bool(request.scope.shared), request.scope.shared),
         (request.scope.split_fused, asked("split_fused", True)),
         (request.recipe.refit != "none", asked("refit", request.recipe.refit)),
-        (request.recipe.allocation == "uniform", asked("allocation", request.recipe.allocation)),
+        (in_bytes and request.recipe.allocation == "uniform", asked("allocation", request.recipe.allocation)),
         (not layout_named(request.recipe.layout).two_factors, asked("layout", request.recipe.layout)),
     )
     other = next((words for given, words in others if given), None)
     if other is not None:
         raise InputError(f"{given} does not go with {other}; leave one of them out")
-    if not request.method.in_loss:
+    if in_bytes and not request.method.in_loss:
         good = next(row.name for row in METHODS.values() if row.in_loss)
         raise InputError(
             f"{given} compares matrices by the loss that each would add, which "

@@ -17,6 +17,8 @@ from svdconvert.words import byte_count, size_text
 # Bits of a stored weight: the type of the model itself, 16 as a rule, and the integer grids.
 WIDTHS = (16, 8, 7, 6, 5, 4, 3, 2)
 USUAL_WIDTHS = (16, 8, 6, 5, 4, 3, 2)
+# Fields of a size of which, or of a rank in their place, one is given.
+SIZES = ("keep", "params", "bytes", "fit", "max_loss", "max_kl")
 # What a device is to hold: a model that answers, or one that is trained whole.
 INFERENCE, TRAINING = USES = ("inference", "training")
 
@@ -154,7 +156,8 @@ class Size:
         keep: fraction of the target parameters to keep, 0 < keep < 1.
         params: parameters that the whole converted model may have.
         bytes: a fraction of the bytes that the targets take in 16 bits, or, a whole number, those of all weight files.
-        widths: bits that a weight may be stored in where bytes are given; None for :data:`USUAL_WIDTHS`.
+        widths: bits that a weight may be stored in where bytes are given, None for :data:`USUAL_WIDTHS`; beside a rank,
+            a fraction or parameters the one width of every target, None for the model's own type.
         fit: bytes of a device's memory, which the largest result that fits it is to have; ``bytes`` or ``params`` say
             what is left for that once the model is known.
         fit_context: tokens of the sequence that has to fit as well; None for what the model reads, at most 4,096.
@@ -215,7 +218,8 @@ class Size:
     widths: Sequence[int] | None = option(
         None,
         "--widths",
-        "Bits that --bytes may store a weight in; 16 is the model's own type.",
+        "Bits that --bytes may store a weight in; 16 is the model's own type. With --rank, --keep or --params: the one "
+        "width that every target is stored in.",
         keyword="widths",
         group="Size",
         metavar="LIST",
@@ -293,17 +297,9 @@ class Size:
         Raises:
             InputError: not exactly one is given, or a number is impossible.
         """
-        others = {
-            "keep": self.keep,
-            "params": self.params,
-            "bytes": self.bytes,
-            "fit": self.fit,
-            "max_loss": self.max_loss,
-            "max_kl": self.max_kl,
-        }
-        given_sizes = [name for name, value in others.items() if value is not None]
+        given_sizes = [name for name in SIZES if getattr(self, name) is not None]
         if len(given_sizes) + (self.rank is not None or bool(self.patterns)) != 1:
-            *words, last = (asked(name) for name in ("rank", *others))
+            *words, last = (asked(name) for name in ("rank", *SIZES))
             raise InputError(f"give exactly one of {', '.join(words)} and {last}")
         if self.multiple < 1:
             raise InputError(f"{asked('rank_multiple', self.multiple)} is too small; the least is 1")
@@ -344,11 +340,7 @@ class Size:
     def _check_bytes(self) -> None:
         """Refuse bytes that cannot be, and what would have no effect beside or without them."""
         if not self.in_bytes:
-            if self.widths is not None:
-                raise InputError(
-                    f"{asked('widths', self.widths)} has no effect without {asked('bytes')}, or {asked('fit')} for "
-                    f"{INFERENCE}; give one of them as well"
-                )
+            self._check_width()
             return
         if self.bytes is not None and not (0 < self.bytes < 1 if isinstance(self.bytes, float) else self.bytes >= 1000):
             raise InputError(
@@ -360,6 +352,52 @@ class Size:
                 f"{asked('factor_all', True)} does not go with {asked(self.given[0])}, which chooses ranks among those "
                 "that save something; leave one of them out"
             )
+
+    def _check_width(self) -> None:
+        """Refuse widths beside a size that is not in bytes, unless it is one that all can be stored in."""
+        if self.widths is None:
+            return
+        words, (name, value) = asked("widths", self.widths), self._chosen
+        if self.fit is not None:
+            raise InputError(
+                f"{words} does not go with {asked('fit_for', TRAINING)}, since weights of few bits are not trained "
+                "whole; leave one of them out"
+            )
+        if self.limit is not None:
+            raise InputError(
+                f"{words} does not go with {asked(name, value)}, which is kept by what is measured before anything is "
+                f"rounded; give the size that it leads to as {asked('keep')}"
+            )
+        if len(self.widths) > 1:
+            raise InputError(
+                f"{words} leaves a choice, which {asked('bytes')} makes; beside {asked(name, value)} give one width"
+            )
+        if self.width == WIDTHS[0]:
+            raise InputError(
+                f"{words} has no effect beside {asked(name, value)}: it is the model's own type; leave it out"
+            )
+
+    @property
+    def _chosen(self) -> tuple[str, object]:
+        """The one size that is given, and what it says."""
+        if self.rank is not None or self.patterns:
+            return "rank", self.patterns or self.rank
+        return next((name, one) for name in SIZES if (one := getattr(self, name)) is not None)
+
+    @property
+    def width(self) -> int | None:
+        """The one width of all targets, where that is asked for beside their ranks or parameters."""
+        return self.widths[0] if self.widths is not None and not self.in_bytes else None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are stored in few bits."""
+        return self.in_bytes or self.width is not None
+
+    @property
+    def rounded_by(self) -> tuple[str, object]:
+        """The field that few bits come of, and what it says, for messages."""
+        return self.given if self.in_bytes else ("widths", self.widths)
 
     @property
     def in_bytes(self) -> bool:
@@ -398,8 +436,8 @@ class Size:
     def key(self) -> dict[str, object]:
         """The size in JSON types, for the record and for comparing an interrupted job with its continuation.
 
-        What it may lose is left out where it is not limited, and bytes and devices where there are none, as in the
-        records of earlier versions.
+        What it may lose is left out where it is not limited, and bytes, widths and devices where there are none, as in
+        the records of earlier versions.
         """
         return {
             "rank": self.rank,
@@ -409,7 +447,8 @@ class Size:
             "factor_all": self.factor_all,
             "rank_multiple": self.multiple,
             **dict([self.limit] if self.limit is not None else []),
-            **({} if self.bytes is None else {"bytes": self.bytes, "widths": list(self.chosen_widths)}),
+            **({} if self.bytes is None else {"bytes": self.bytes}),
+            **({"widths": list(self.chosen_widths)} if self.bytes is not None or self.width is not None else {}),
             **({} if self.fit is None else {name: getattr(self, name) for name in ("fit", "fit_context", "fit_for")}),
         }
 

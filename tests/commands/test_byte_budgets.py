@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from support.checkpoints import tree, write_checkpoint
 from support.families import write_family
 from support.html_pages import Node, parse
 from support.refusals import assert_refused
+from support.rounded_results import loss, stored
 
 from svdconvert import Calibration, InputError, JobError, calibrate, convert, plan, verify
 from svdconvert.calibration.folder import StatisticsFolder
@@ -37,7 +38,6 @@ from svdconvert.storage.opening import open_source
 from svdconvert.storage.packed_config import NEEDED
 from svdconvert.words import size as in_words
 
-SHRINKAGE = 0.2
 # Of all targets' 16-bit bytes; at the last one there are products of low rank.
 SHARES = (0.5, 0.3, 0.1)
 TARGETS = ("layers.0.*", "layers.1.attention.*")
@@ -64,44 +64,6 @@ def results(dense: Path, stats: Path, work: Path, tmp_path_factory: pytest.TempP
     for share in SHARES:
         convert(dense, folder / str(share), bytes=share, stats=stats, work=work, device="cpu", targets=TARGETS)
     return {share: folder / str(share) for share in SHARES}
-
-
-def integers(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The integers of packed rows, by their binary digits: lowest first, 2^(b-1) added to each."""
-    digits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")[:, : columns * bits]
-    places = digits.reshape(len(words), columns, bits).astype(np.int64)
-    return (places << np.arange(bits)).sum(axis=2) - 2 ** (bits - 1)
-
-
-def values(tensors: Mapping[str, torch.Tensor], stem: str, bits: int) -> np.ndarray:
-    """A weight [m, n] float64, packed or not."""
-    if f"{stem}.weight" in tensors:
-        return tensors[f"{stem}.weight"].double().numpy()
-    rows, columns = tensors[f"{stem}.weight_shape"].tolist()
-    codes = integers(tensors[f"{stem}.weight_packed"].numpy(), bits, columns)
-    scales = tensors[f"{stem}.weight_scale"].double().numpy()
-    return codes.reshape(rows, columns) * np.repeat(scales, columns // scales.shape[1], axis=1)
-
-
-def stored(result: Path, module: str) -> np.ndarray:
-    """The matrix that a result has in the place of a module's, [out, in] float64."""
-    record, tensors = read_record(result).results, load_file(result / "model.safetensors")
-    stem = f"gpt_neox.{module}"
-    if module in record["matrices"]:
-        bits = record["matrices"][module].get("bits", [16, 16])
-        return values(tensors, f"{stem}.up", bits[1]) @ values(tensors, f"{stem}.down", bits[0])
-    return values(tensors, stem, record["rounded"].get(module, {"bits": [16]})["bits"][0])
-
-
-def loss(error: np.ndarray, statistics: Any) -> float:
-    """tr(L E R E^T) / 2 in the shrunk second moments."""
-
-    def metric(gram: torch.Tensor) -> np.ndarray:
-        whole = gram.double().numpy()
-        return (1 - SHRINKAGE) * whole + SHRINKAGE * np.diag(np.diag(whole))
-
-    left, right = metric(statistics.output_gram), metric(statistics.input_gram)
-    return float(np.trace(left @ error @ right @ error.T)) / 2
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -373,7 +335,7 @@ def test_every_worker_that_rounds_takes_the_memory_of_its_metrics(dense: Path) -
         ({"bytes": 0.001, "stats": True}, "give more bytes"),
         ({"bytes": "20kB", "stats": True}, "cannot be met"),
         ({"bytes": 0.5, "keep": 0.5}, "exactly one"),
-        ({"keep": 0.5, "widths": [8, 4]}, "no effect without"),
+        ({"keep": 0.5, "widths": [8, 4]}, "leaves a choice"),
         ({"bytes": 0.5, "widths": "16,9"}, "cannot be stored in"),
         ({"bytes": 0.5, "widths": []}, "cannot be stored in"),
         ({"bytes": 0.5, "widths": [4.7]}, "not a list of widths"),

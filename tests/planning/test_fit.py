@@ -182,7 +182,7 @@ def test_ranks_alone_are_told_to_fit_transformers(run: Callable[..., SimpleNames
         (("--fit", SMALL, "--factor-all"), "--factor-all does not go with --fit"),
         (("--keep", 0.5, "--fit-context", 5), "--fit-context 5 has no effect without --fit"),
         (("--keep", 0.5, "--fit-for", "training"), "--fit-for training has no effect without --fit"),
-        (("--fit", "5MB", "--fit-for", "training", "--widths", 8), "--widths 8 has no effect without --bytes"),
+        (("--fit", "5MB", "--fit-for", "training", "--widths", 8), "--widths 8 does not go with --fit-for training"),
     ],
 )
 def test_what_cannot_be_is_refused(
