@@ -64,8 +64,8 @@ def check_packable(source: Source, row: Architecture, request: Conversion) -> No
     words = asked(*request.size.rounded_by)
     instead = f"use {asked('keep')} or {asked('params')}" + ("" if request.size.in_bytes else " alone")
     raise InputError(
-        f"{words} cannot be met for {source.where}: {row.model_type} keeps its matrices transposed, for which there are no "
-        f"packed weights; {instead}"
+        f"{words} cannot be met for {source.where}: {row.model_type} keeps its matrices transposed, for which there "
+        f"are no packed weights; {instead}"
     )
 
 
