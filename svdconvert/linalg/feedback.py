@@ -18,7 +18,7 @@ RIDGES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2)
 SWEEPS = 3
 
 # Raised when a matrix is rounded otherwise than before, so that prices which were kept are not taken for today's.
-PROCEDURE = 2
+PROCEDURE = 3
 
 
 class Feedback:
