@@ -12,6 +12,9 @@ from svdconvert.settings.healing import RATES
 WARM_UP = 0.05
 # A trial has this part of the steps, and no fewer than so many. There are so many trials.
 TRIAL_PART, TRIAL_STEPS, TRIALS = 0.1, 10, 3
+# A trial flatters low rates: what a high one loses at first it makes good in a course ten times as long. So of those
+# whose gain is at least this part of the best one's, the highest is taken (docs/heal.md has what both came to).
+NEARLY = 0.9
 # Times that a course is judged on its way, the end included; so many times without a gain end it. They are many, as
 # much of the gain comes late, with the low learning rates.
 CHECKS, PATIENCE = 10, 5
@@ -49,15 +52,32 @@ def trial_steps(steps: int) -> int:
     return min(steps, max(TRIAL_STEPS, round(TRIAL_PART * steps)))
 
 
-def next_rate(tried: Mapping[float, float]) -> float | None:
+def next_rate(tried: Mapping[float, float], start: float) -> float | None:
     """The learning rate to be tried next: one of the two in the middle of :data:`RATES`, the other one, and then that
     beside the better of both; None after these.
 
     Args:
-        tried: learning rate -> the divergence that its trial came to, infinite where the model fell apart.
+        tried, start: see :func:`best_rate`.
     """
     lowest, low, high, highest = RATES
-    for rate in (low, high, highest if tried.get(high, math.inf) < tried.get(low, math.inf) else lowest):
+    for rate in (low, high):
         if rate not in tried:
             return rate
-    return None
+    beside = highest if best_rate({low: tried[low], high: tried[high]}, start) == high else lowest
+    return None if beside in tried else beside
+
+
+def best_rate(tried: Mapping[float, float], start: float) -> float | None:
+    """The highest learning rate whose trial gained nearly as much as any; without gains the one of the least loss, and
+    None where the model fell apart at all of them.
+
+    Args:
+        tried: learning rate -> the divergence that its trial came to, infinite where the model fell apart.
+        start: the divergence before.
+    """
+    least = min(tried.values())
+    if math.isinf(least):
+        return None
+    if least >= start:
+        return min(rate for rate, kl in tried.items() if kl == least)
+    return max(rate for rate, kl in tried.items() if start - kl >= NEARLY * (start - least))

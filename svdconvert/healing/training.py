@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svdconvert.healing.objective import Diverged
-from svdconvert.healing.schedule import PATIENCE, TRIALS, Course, next_rate, trial_steps
+from svdconvert.healing.schedule import PATIENCE, TRIALS, Course, best_rate, next_rate, trial_steps
 from svdconvert.healing.sequences import Order
 from svdconvert.healing.state import Factors, State, StateFile
 from svdconvert.healing.trained import Trained
@@ -120,8 +120,8 @@ class Training(Generic[_S]):
         """The learning rate of the course that counts; None if the model falls apart at all of them."""
         if self._rate is not None:
             return self._rate
-        kl, rate = min((kl, rate) for rate, kl in self._tried.items())
-        return rate if kl < math.inf else None
+        assert self.state.start_kl is not None
+        return best_rate(self._tried, self.state.start_kl)
 
     @property
     def _tried(self) -> dict[float, float]:
@@ -147,7 +147,8 @@ class Training(Generic[_S]):
         """The course at work; None when all are done."""
         if self.state.finished:
             return None
-        trial = next_rate(self._tried) if self._rate is None else None
+        assert self.state.start_kl is not None
+        trial = next_rate(self._tried, self.state.start_kl) if self._rate is None else None
         if trial is not None:
             return Course(trial, trial_steps(self._steps), trial=True)
         return None if self.rate is None else Course(self.rate, self._steps, trial=False)

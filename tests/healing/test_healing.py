@@ -229,10 +229,10 @@ def test_command(run: Callable[..., SimpleNamespace], dense: Path, factored: Pat
     told = svdconvert_record(out)
     rates = [trial["lr"] for trial in told["healing"]["trials"]]
     assert rates[:2] == [1e-4, 3e-4]
-    first, second = (trial["kl"] for trial in told["healing"]["trials"][:2])
-    assert rates[2:] == [3e-5 if first < second else 1e-3]
-    best = min(told["healing"]["trials"], key=lambda trial: trial["kl"])
-    assert told["healing"]["lr"] == best["lr"]
+    gains = {trial["lr"]: told["healing"]["before"]["kl"] - trial["kl"] for trial in told["healing"]["trials"]}
+    assert min(gains.values()) > 0
+    assert rates[2:] == [1e-3 if gains[3e-4] >= 0.9 * gains[1e-4] else 3e-5]
+    assert told["healing"]["lr"] == max(rate for rate, gain in gains.items() if gain >= 0.9 * max(gains.values()))
     assert told["repeat"].startswith("svdconvert heal DIR --against MODEL --calib TEXT --calib-samples 24")
     start = svdconvert_record(factored)["repeat"]
     assert told["healing"]["start"] == start
@@ -365,12 +365,24 @@ def test_what_is_not_trained_is_copied(tmp_path: Path) -> None:
 def test_trials_go_to_the_better_side() -> None:
     from svdconvert.healing.schedule import next_rate
 
-    assert [next_rate({}), next_rate({1e-4: 0.5})] == [1e-4, 3e-4]
-    assert next_rate({1e-4: 0.5, 3e-4: 0.4}) == 1e-3
-    assert next_rate({1e-4: 0.5, 3e-4: math.inf}) == 3e-5
-    assert next_rate({1e-4: math.inf, 3e-4: math.inf}) == 3e-5
-    assert next_rate({1e-4: 0.5, 3e-4: 0.6, 3e-5: 0.4}) is None
-    assert next_rate({1e-4: 0.5, 3e-4: 0.4, 1e-3: 0.6}) is None
+    assert [next_rate({}, 1.0), next_rate({1e-4: 0.5}, 1.0)] == [1e-4, 3e-4]
+    assert next_rate({1e-4: 0.5, 3e-4: 0.4}, 1.0) == 1e-3
+    assert next_rate({1e-4: 0.5, 3e-4: 0.54}, 1.0) == 1e-3
+    assert next_rate({1e-4: 0.5, 3e-4: 0.56}, 1.0) == 3e-5
+    assert next_rate({1e-4: 0.5, 3e-4: math.inf}, 1.0) == 3e-5
+    assert next_rate({1e-4: math.inf, 3e-4: math.inf}, 1.0) == 3e-5
+    assert next_rate({1e-4: 0.5, 3e-4: 0.6, 3e-5: 0.4}, 1.0) is None
+    assert next_rate({1e-4: 0.5, 3e-4: 0.4, 1e-3: 0.6}, 1.0) is None
+
+
+def test_of_trials_that_gain_nearly_as_much_the_highest_rate_is_taken() -> None:
+    from svdconvert.healing.schedule import best_rate
+
+    assert best_rate({1e-4: 0.531, 3e-4: 0.706, 3e-5: 0.521}, 0.680) == 1e-4
+    assert best_rate({1e-4: 0.55, 3e-4: 0.706, 3e-5: 0.521}, 0.680) == 3e-5
+    assert best_rate({1e-4: 1.1, 3e-4: 1.3, 3e-5: 1.05}, 1.0) == 3e-5, "none gains: the one of the least loss"
+    assert best_rate({1e-4: 1.0, 3e-4: math.inf, 3e-5: 1.0}, 1.0) == 3e-5
+    assert best_rate({1e-4: math.inf, 3e-4: math.inf, 3e-5: math.inf}, 1.0) is None
 
 
 def test_the_bundled_model_gains_or_is_left_alone(tmp_path: Path) -> None:
