@@ -1,11 +1,12 @@
 """Healing on SmolLM2-135M: its divergence on several texts before and after. An hour on two cores.
 
     python -m tests.benchmarks.real.healed --data data
+    python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 1e-4
     python -m tests.benchmarks.real.healed --data data --bytes 0.18
 
-It is factored as the best row of the table of losses at 60 %, or made as the rows of one budget of bytes are
-(``tests/benchmarks/real/bits.py``), and healed on the parts of English articles and dialogues
-that are there to calibrate on (``tests/benchmarks/real/corpora.py``). It is tested on other articles and dialogues, on
+It is factored as the best row of the table of losses at 60 %, or as another one there, or made as the rows of one
+budget of bytes are (``tests/benchmarks/real/bits.py``), and healed on the parts of English articles and dialogues that
+are there to calibrate on (``tests/benchmarks/real/corpora.py``). It is tested on other articles and dialogues, on
 stories, and on Python source, of which nothing was read before. Prints the lines of the table in docs/heal.md. Folders
 that are there are not made again.
 """
@@ -61,23 +62,29 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of all texts")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="keeps the model and both results")
     parser.add_argument("--bytes", type=float, help="share of the matrices' bytes, in the place of ranks")
+    parser.add_argument("--allocation", choices=("measured", "global"), default="measured", help="of ranks")
+    parser.add_argument("--samples", type=int, help=f"sequences of {LENGTH} tokens that ranks or bits come from")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help=f"of {LENGTH} tokens to heal on")
+    parser.add_argument("--lr", type=float, help="learning rate, without trials")
     options = parser.parse_args()
     dense = model(SUBJECTS["smollm2-135m"], options.folder)
-    work = options.folder / ("healed" if options.bytes is None else f"healed-{options.bytes}")
+    samples = options.samples or (CALIBRATION if options.bytes is None else BITS_CALIBRATION)
+    kind = f"{options.allocation}-{samples}" if options.bytes is None else f"{options.bytes}"
+    work = options.folder / f"healed-{kind}"
     work.mkdir(parents=True, exist_ok=True)
     before, after = work / "before", work / "after"
     valid = work / "wiki.valid.txt"
     valid.write_bytes((options.data / "wikitext2" / "wiki.valid.tokens").read_bytes())
     if not (before / "config.json").is_file():
         bits = {"bytes": options.bytes, "allocation": "global", "dtype": "bfloat16"}
-        how = {"keep": 0.6, "allocation": "measured", "layout": "pivoted"} if options.bytes is None else bits
-        samples = CALIBRATION if options.bytes is None else BITS_CALIBRATION
+        ranks = {"keep": 0.6, "allocation": options.allocation, "layout": "pivoted"}
+        how = ranks if options.bytes is None else bits
         calibration = Calibration(str(valid), samples=samples, length=LENGTH)
         convert(dense, before, **how, calibration=calibration, work=work / "work", device="cpu", check=False)
     if not (after / "config.json").is_file():
         text = healing_text(options.data, work / "text.jsonl")
-        heal(before, dense, Calibration(str(text), samples=options.sequences, length=LENGTH), after, device="cpu")
+        calibration = Calibration(str(text), samples=options.sequences, length=LENGTH)
+        heal(before, dense, calibration, after, lr=options.lr, device="cpu")
     for file, window in tests(options.data, work).items():
         ends = []
         for folder in (before, after):
