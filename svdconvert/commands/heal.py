@@ -74,7 +74,7 @@ def heal(
         epochs: times that the text is gone through; once if neither this nor ``steps`` is given.
         steps: instead, steps of the optimiser.
         batch_size: sequences of a step; by default as many as have 2048 tokens.
-        lr: highest learning rate; by default the best of three, between 3e-5 and 1e-3, in short trials.
+        lr: highest learning rate; by default one between 3e-5 and 1e-3, by three short trials.
         anchor: pull of the factors towards their start: so many times the learning rate of the distance at each step.
         precision: ``float32`` or ``bfloat16``, type of the matrix products in training; ``auto`` for bfloat16 where the
             device computes in it. What is trained, and what decides in the end, is float32.

@@ -32,7 +32,7 @@ class Healing:
         epochs: times that the text is gone through; None for once, or as ``steps`` say.
         steps: steps of the optimiser; None for what ``epochs`` comes to.
         batch_size: sequences of a step; None for as many as have :data:`STEP_TOKENS` tokens.
-        lr: highest learning rate; None for the best of three short trials among :data:`RATES`.
+        lr: highest learning rate; None for one of :data:`RATES`, by three short trials.
         anchor: share of its distance from the start, times the learning rate, by which a factor or a scale goes back at
             each step.
         precision: type of the matrix products, one of :data:`PRECISIONS`.
@@ -72,7 +72,7 @@ class Healing:
         keyword="lr",
         group="Healing",
         kind="number",
-        usual="the best of 3e-5 to 1e-3 in three short trials",
+        usual="one of 3e-5 to 1e-3, by three short trials",
     )
     anchor: float = option(
         0.0,
