@@ -46,6 +46,7 @@ class Tower:
         since: the first supported version of transformers.
         title: its name in the modeling file.
         models: published models, for docs/families.md.
+        processor: class of its processor, if that is not named like its other classes.
         tiny: settings of the language model in tests, on top of those of ``text``.
     """
 
@@ -63,6 +64,7 @@ class Tower:
     flat: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     since: tuple[int, int] = (4, 57)
+    processor: str = ""
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -168,6 +170,8 @@ class Tower:
             **({"torch_dtype": dtype} if dtype else {}),
             **({"quantization_config": packed} if packed else {}),
         }
+        if factored:  # without it AutoProcessor gives a tokenizer, and does not say so
+            found.setdefault("processor_class", self.processor or f"{self.stock}Processor")
         return found
 
     def stock_config(self, config: Config) -> dict[str, Any]:

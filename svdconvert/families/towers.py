@@ -100,6 +100,7 @@ TOWERS: tuple[Tower, ...] = (
     _beside_a_projector(
         model_type="mistral3",
         stock="Mistral3",
+        processor="PixtralProcessor",
         svd_model_type="mistral3_svd",
         text=mistral.ROW,
         defaults=_MISTRAL,
@@ -109,6 +110,7 @@ TOWERS: tuple[Tower, ...] = (
     _beside_a_projector(
         model_type="mistral3",
         stock="Mistral3",
+        processor="PixtralProcessor",
         svd_model_type="mistral3_ministral3_svd",
         text=ministral3.ROW,
         since=ministral3.ROW.since,

@@ -152,11 +152,25 @@ def test_what_is_written(made: MAKE, tower: Tower) -> None:
     assert (own.low / processor).read_bytes() == (own.dense / processor).read_bytes()
     assert (own.low / f"{tower.modeling}.py").read_bytes() == modeling_source(tower)
     config, source = read_config(own.low), read_config(own.dense)
+    known = transformers.models.auto.processing_auto.PROCESSOR_MAPPING_NAMES
+    assert config["processor_class"] == known[tower.model_type]
     assert config["auto_map"] == tower.auto_map
     assert config["vision_config"] == source["vision_config"]
     assert config["text_config"]["svd_ranks"]
     assert LocalSource(own.low).config["model_type"] == tower.text.svd_model_type
     assert all(check.passed for check in verify(own.low, against=own.dense))
+
+
+@pytest.mark.parametrize("tower", SEEN[-1:], ids=lambda tower: tower.svd_model_type)
+def test_a_processor_that_no_file_names(made: MAKE, tmp_path: Path, tower: Tower) -> None:
+    """Is that of the dense model, and not a tokenizer alone."""
+    pytest.importorskip("PIL")
+    own = made(tower)
+    for folder in (own.dense, own.low):
+        place = copy_with(folder, tmp_path / folder.name, {})
+        (place / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor"}))
+        found = transformers.AutoProcessor.from_pretrained(place, trust_remote_code=True)
+        assert type(found).__name__ == "LlavaProcessor"
 
 
 @seen
