@@ -93,7 +93,7 @@ def calibration(text: Path) -> Calibration:
     """24 sequences of 48 tokens of it."""
     from svdconvert import Calibration
 
-    return Calibration(str(text), samples=24, length=48, batch_size=9)
+    return Calibration(str(text), samples=24, length=48, batch_size=5)
 
 
 @pytest.fixture(scope="session")
