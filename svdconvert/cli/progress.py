@@ -185,8 +185,8 @@ class TerminalEvents(Events):
         if not self._verbose:
             return
         parts = [step.key, f"rank {report['rank']}" if "rank" in report else step.kind]
-        if "relative_error" in report:
-            parts += [f"energy kept {report['energy_kept']:.4f}", f"relative error {report['relative_error']:.4f}"]
+        known = {name: report[name] for name in ("energy_kept", "relative_error") if name in report}
+        parts += [f"{name.replace('_', ' ')} {value:.4f}" for name, value in known.items()]
         self._print(", ".join([*parts, f"{report['seconds']:.2f} s"]))
 
     def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:

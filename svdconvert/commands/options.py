@@ -26,11 +26,11 @@ from svdconvert.machine.devices import resolve_device
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.paths import path_or_text, user_path
 from svdconvert.planning.bits import WHOLE, as_chosen
-from svdconvert.planning.choices import alike
+from svdconvert.planning.choices import TooFewBytes, alike
 from svdconvert.planning.costs import costs_of
 from svdconvert.planning.events import Events
-from svdconvert.planning.fit import Room, room_of
-from svdconvert.planning.make import bytes_budget, make_plan, plan_for
+from svdconvert.planning.fit import fitted, room_of
+from svdconvert.planning.make import bytes_budget, make_plan, plan_for, plan_of_matrices
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target
 from svdconvert.sentences import Sentence, asked
@@ -52,7 +52,7 @@ KEPT = (0.8, 0.6)
 SHARES = (0.5, 0.35, 0.25, 0.18)
 # Of rank alone the layout that buys most rank.
 _PIVOTED = "pivoted"
-# What is planned first; any share has the same matrices.
+# What is asked for first, for the matrices and the rules: any share has the same.
 _ANY = 0.5
 
 
@@ -112,8 +112,9 @@ def options(
         device_request = None if fit is None and fit_context is None else _device(keywords, fit, fit_context)
         source = open_source(path_or_text(model), revision, download_folder=place / "source")
         _refuse_others(source)
-        room = None if device_request is None else room_of(source, device_request)
-        plan = make_plan(source, request.settled())
+        fitting = None if device_request is None else fitted(source, device_request)
+        room = None if fitting is None else room_of(source, fitting)
+        plan = plan_of_matrices(source, request.settled())
         from svdconvert.models.preflight import check_model
 
         check_model(source)
@@ -127,7 +128,7 @@ def options(
         if measure is not None:
             bench = OptionBench.of(job, local_folder(path_or_text(model), revision), user_path(measure), window)
         repeated = {**keywords, "work": work, "revision": revision}
-        found = _Ways(job, plan, keywords, partial(_command, path_or_text(model), repeated), room, bench).every()
+        found = _Ways(job, plan, keywords, partial(_command, path_or_text(model), repeated), fitting, bench).every()
         dense = None if bench is None else bench.dense
         shutil.rmtree(job.folder, ignore_errors=True)  # the models are gone, and what they needed meanwhile
     return Options(
@@ -204,7 +205,7 @@ class _Ways:
         plan: Plan,
         keywords: Mapping[str, Any],
         command: Callable[[Conversion], str],
-        room: Room | None,
+        fitting: Conversion | None,
         bench: OptionBench | None,
     ) -> None:
         """Decompose, and price all dense choices.
@@ -214,10 +215,11 @@ class _Ways:
             plan: of it, for its matrices.
             keywords: that all conversions have in common.
             command: the command of a conversion.
-            room: on a device; None without one.
+            fitting: a request for the size of a device; None without one.
             bench: measures ways; None where they are not measured.
         """
-        self._work, self._keywords, self._room, self._bench = work, keywords, room, bench
+        self._work, self._keywords, self._fitting, self._bench = work, keywords, fitting, bench
+        self._room = None if fitting is None else room_of(work.source, fitting)
         self._command = command
         self._row = dense_architecture(work.source.config, work.source.where)
         self._matrices = [replace(target, rank=None, grids=(), reason=WHOLE) for target in plan.targets]
@@ -239,7 +241,9 @@ class _Ways:
                 found.append(make(name))
             except InputError as refusal:
                 self._work.source.refuse_changed()  # then no way can be had
-                self._work.events.note(Sentence(f"left out is {name}: {refusal.sentence.marked}"))
+                # nobody asked for the sizes of the table, so there is nothing to be done about them
+                why = refusal.why if isinstance(refusal, TooFewBytes) else refusal.sentence.marked
+                self._work.events.note(Sentence(f"left out is {name}: {why}"))
         return found
 
     def _budgets(self) -> list[float]:
@@ -274,7 +278,9 @@ class _Ways:
 
     def _in_bytes(self, budget: float, name: str) -> Way:
         request = Conversion.of(**self._keywords, bytes=budget).settled()
-        chosen = self._prices.offers(bytes_budget(self._work.source, request, self._matrices)).choose()
+        fitting = self._fitting
+        asked_for = request if fitting is None or fitting.size.bytes != budget else fitting
+        chosen = self._prices.offers(bytes_budget(self._work.source, asked_for, self._matrices)).choose()
         targets, loss = [one.target for one in chosen], sum(one.loss for one in chosen)
         return self._way(name, BYTES, request, targets, loss, [one.worth for one in chosen])
 

@@ -35,6 +35,20 @@ class Choice:
     loss: float
 
 
+class TooFewBytes(InputError):
+    """A budget is below what the smallest choices take.
+
+    Attributes:
+        why: the sentence without what to do about it.
+    """
+
+    def __init__(self, budget: int, least: int) -> None:
+        self.why = (
+            f"a budget of {budget:,} bytes for the targets is too small, since their smallest choices take {least:,}"
+        )
+        super().__init__(f"{self.why}; give more bytes, or narrower widths")
+
+
 def choose(lists: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
     """One choice of each list, of little total loss within a budget.
 
@@ -43,15 +57,12 @@ def choose(lists: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
         budget: bytes for all matrices together.
 
     Raises:
-        InputError: the smallest choices together are above the budget.
+        TooFewBytes: the smallest choices together are above the budget.
     """
     ladders = [_worthwhile(choices) for choices in lists]
     least = sum(ladder[0].nbytes for ladder in ladders)
     if budget < least:
-        raise InputError(
-            f"a budget of {budget:,} bytes for the targets is too small, since their smallest choices take {least:,}; "
-            "give more bytes, or narrower widths"
-        )
+        raise TooFewBytes(budget, least)
     starts = [_down_the_hulls(ladders, budget), *_even_starts(lists, ladders, budget)]
     return min((_spend(ladders, start, budget) for start in starts), key=_total_loss)
 

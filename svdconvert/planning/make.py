@@ -13,7 +13,7 @@ from svdconvert.errors import InputError
 from svdconvert.families.fused import split_tensors
 from svdconvert.families.table import Architecture, dense_architecture
 from svdconvert.layouts.table import layout_named
-from svdconvert.planning.bits import at_one_width, beside_targets, evenly, least_bytes, types_of
+from svdconvert.planning.bits import WHOLE, at_one_width, beside_targets, evenly, least_bytes, types_of
 from svdconvert.planning.checks import check_packable, check_tensors
 from svdconvert.planning.conversion_steps import conversion_steps
 from svdconvert.planning.fit import enough, fit_notes, fits_already, room_of
@@ -86,18 +86,37 @@ def make_plan(source: Source, request: Conversion) -> Plan:
         InputError: the source is not supported, lacks tensors, or cannot meet the request.
     """
     model = _Parameters.of(source)
-    check_tensors(model.kept, model.row, source)
-    layout, scope = layout_named(request.recipe.layout), request.scope
-    cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
-    targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
-    targets = share_experts(targets, cut, row) if scope.share_experts else share(targets, scope.share_layers, cut)
-    check_packable(source, row, request)
+    targets, cut = _matrices(source, request, model)
     if request.size.bytes is not None:
         return _in_bytes(source, request, targets, cut)
     if request.size.fit is not None and request.size.params is not None and request.size.params >= model.count:
         raise fits_already(room_of(source, request), training_bytes(model.count))
     size = request.size if request.size.limit is None else request.size.at(LARGEST)
     return plan_for(source, request, at_one_width(assign(targets, size, model.beside(targets)), size))
+
+
+def plan_of_matrices(source: Source, request: Conversion) -> Plan:
+    """The plan of a conversion whose matrices all stay as they are, whatever size is asked for.
+
+    Args:
+        source, request: see :func:`make_plan`.
+
+    Raises:
+        InputError: the source is not supported, or lacks tensors.
+    """
+    targets, _ = _matrices(source, request, _Parameters.of(source))
+    return plan_for(source, request, [replace(target, reason=WHOLE) for target in targets])
+
+
+def _matrices(source: Source, request: Conversion, model: _Parameters) -> tuple[list[Target], Mapping[str, TensorInfo]]:
+    """What is to be stored in less, and the tensors as it names them."""
+    check_tensors(model.kept, model.row, source)
+    layout, scope = layout_named(request.recipe.layout), request.scope
+    cut, row = in_parts(model.kept, model.row, source) if scope.split_fused else (model.kept, model.row)
+    targets = [replace(target, layout=layout) for target in choose_targets(cut, row, scope.targets)]
+    targets = share_experts(targets, cut, row) if scope.share_experts else share(targets, scope.share_layers, cut)
+    check_packable(source, row, request)
+    return targets, cut
 
 
 def _parameters_after(steps: Iterable[Step], targets: Iterable[Target]) -> int:

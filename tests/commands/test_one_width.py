@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -299,6 +300,24 @@ def test_what_cannot_be_is_refused(
         convert(dense, tmp_path / "out", **settings, **given, device="cpu")
     assert words in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_verbose_tells_of_products_and_of_what_is_only_rounded(
+    run: Callable[..., SimpleNamespace], dense: Path, tmp_path: Path
+) -> None:
+    line = ("--rank", "attention.dense=20", "--widths", 8, "--method", "svd", "--device", "cpu", "--no-check", "-v")
+    done = run(dense, *line, "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    lines = re.findall(
+        r"gpt_neox\.(layers\S+)\.weight, (rank 20|round), (energy kept 0\.\d{4}, )?relative error (0\.\d{4}), ",
+        done.out,
+    )
+    every = told(tmp_path / "out")
+    assert {name: float(error) for name, _, _, error in lines} == pytest.approx(
+        {name: one["relative_error"] for name, one in every.items()}, abs=1e-4
+    )
+    assert {name for name, way, energy, _ in lines if way == "rank 20" and energy} == ranks(tmp_path / "out").keys()
+    assert len(ranks(tmp_path / "out")) == 3 < len(every)
 
 
 def test_what_the_command_line_refuses_is_in_its_words(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -235,7 +236,28 @@ def test_what_is_left_out_is_named(dense: Path, common: dict[str, Any], monkeypa
     assert "rank and bits, 0.001" not in names
     (note,) = [note for note in notes if note.startswith("left out is")]
     assert note.startswith("left out is rank and bits, 0.001: ")
-    assert "too small" in note
+    assert note.endswith("too small, since their smallest choices take " + note.split()[-1])
+
+
+def test_sizes_that_nobody_gave_are_in_no_sentence(
+    run: Callable[..., SimpleNamespace], text: Path, tmp_path: Path
+) -> None:
+    """Matrices so small that half of their bytes hold none of them, on a device that holds nothing beside them."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = write_family(tmp_path / "toy", "gpt_neox", vocab_size=200, **sizes)
+    line: list[object] = ["--calib", text, "--calib-samples", 2, "--calib-length", 8, "--device", "cpu"]
+    done = run("options", model, *line, "--fit", "15kB", "--fit-context", 1)
+    assert done.code == 0, done.err
+    names = [line.split("  ")[0] for line in done.out.splitlines() if line.startswith(("dense", "rank"))]
+    assert names[:3] == ["dense, 32 bits", "dense, 8 bits", "dense, 4 bits"]
+    notes = dict(re.findall(r"note: left out is (rank and bits, .+?): (.+)", done.out))
+    shares = [f"rank and bits, {share}" for share in (0.5, 0.35, 0.25, 0.18)]
+    assert notes.keys() - {*shares} == {"rank and bits, 13.44 kB"}
+    assert shares[1:] == [name for name in shares if name in notes and name not in names]
+    assert all(notes[name].startswith("a budget of") and ";" not in notes[name] for name in shares[1:])
+    of_device = notes["rank and bits, 13.44 kB"]
+    assert of_device.startswith("--fit 15kB cannot be met, since everything but the targets takes")
+    assert not [why for why in notes.values() if "--bytes" in why]
 
 
 @pytest.mark.parametrize(
