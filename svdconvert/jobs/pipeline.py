@@ -34,6 +34,7 @@ from svdconvert.jobs.source_files import SourceFiles
 from svdconvert.linalg.panels import Workspace
 from svdconvert.machine import interrupts
 from svdconvert.machine.lanes import Transfer, lanes_of
+from svdconvert.machine.memory import give_memory_back
 from svdconvert.machine.threads import shared_cores, start_and_join
 from svdconvert.machine.timing import StageTimes
 from svdconvert.planning.events import Events
@@ -45,6 +46,8 @@ from svdconvert.storage.tying import other_head
 from svdconvert.tensors import TensorInfo
 
 _ALIGN = 64
+# Units of more bytes leave so much memory free that returning it is worth the time: some ms beside a second of work.
+_LARGE = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,8 @@ class Pipeline:
         for step, (outputs, report) in zip(begun.unit, results, strict=True):
             report["seconds"] = round(seconds / len(begun.unit), 4)
             self._crew.put(self._to_write, _Solved(step, outputs, report))
+        if _staging(begun.unit) >= _LARGE:
+            give_memory_back()
 
     def _write_all(self) -> None:
         with WeightReader(self._source) as reader:

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 FLOAT32, FLOAT64 = 4, 8  # bytes
 
-# A Python process with torch and transformers loaded and buffers for copying, measured.
-BASE_BYTES = 440_000_000
+# A Python process with torch and transformers loaded, and gaps between small pieces of memory, measured.
+BASE_BYTES = 450_000_000
 # Results whose weights in float32 and files are below it are loaded whole to be checked (models/probe.py).
 LOADED_BYTES = 500_000_000
 # Of the head of larger ones so many bytes are in memory at a time (models/blocks.py), beside those of the file.
 HEAD_BYTES = 2**25
-# A tensor is read in pieces of so many bytes (storage/reader.py).
-READ_BYTES = 2**24
+# A tensor is copied in pieces of so many bytes, and one that is stored by columns is turned round in such (both
+# storage/reader.py).
+READ_BYTES = TURNED_BYTES = 2**22
 
 # Full fine-tuning with AdamW: weight, gradient and two moments in float32; activations come on top of it.
 TRAINING_BYTES_PER_PARAMETER = 4 * FLOAT32
@@ -28,6 +29,11 @@ TRAINING_BYTES_PER_PARAMETER = 4 * FLOAT32
 SQUARES = 3
 # On the CPU, [k, r] in float32: the smaller factor and its inverse, each with a copy.
 FACTORS = 4
+# On the CPU, [r, r] in float32: overlaps of that factor's columns, and what is made of them.
+OVERLAPS = 3
+# On the CPU, in float32, for so many rows (or columns) of the matrix at a time (linalg/panels.py): these, and so many
+# times the larger factor's (linalg/partner.py).
+PANEL, PANEL_FACTORS = 1024, 3
 # Results that wait to be written, beside the matrix that is read ahead: the queue of `jobs/pipeline.py`.
 WAITING_RESULTS = 2
 # The matrices of a group that shares a factor are stacked in a copy.
@@ -52,6 +58,7 @@ class SolvedMatrix:
 
     Attributes:
         side: the smaller side k.
+        long: the longer side.
         rank: rank r.
         read: bytes of the source's tensors.
         written: bytes of the result's.
@@ -59,24 +66,49 @@ class SolvedMatrix:
     """
 
     side: int
+    long: int
     rank: int
     read: int
     written: int
     stacked: bool = False
 
 
-def host_bytes(matrices: Iterable[SolvedMatrix], workers: int) -> int:
+@dataclass(frozen=True)
+class CopiedTensor:
+    """A tensor that is copied.
+
+    Attributes:
+        read: its bytes in the source.
+        written: its bytes in the result.
+        turned: whether the source has it by columns; it is read as a whole then.
+        converted: whether the result has it in another type.
+    """
+
+    read: int
+    written: int
+    turned: bool
+    converted: bool
+
+
+def host_bytes(matrices: Iterable[SolvedMatrix], workers: int, copied: Iterable[CopiedTensor] = ()) -> int:
     """Estimated peak of host memory when solving on the CPU.
 
     Args:
         matrices: all of a job.
         workers: how many are in work at the same time.
+        copied: what is copied meanwhile, one after the other.
     """
-    return BASE_BYTES + max((_on_host(matrix, workers) for matrix in matrices), default=0)
+    solving = max((_on_host(matrix, workers) for matrix in matrices), default=0)
+    return BASE_BYTES + solving + max(map(_copying, copied), default=0)
 
 
 def device_bytes(matrices: Iterable[SolvedMatrix], workers: int) -> int:
-    """Estimated peak of a GPU's memory when solving on one. Arguments as of :func:`host_bytes`."""
+    """Estimated peak of a GPU's memory when solving on one.
+
+    Args:
+        matrices: all of a job.
+        workers: how many are in work at the same time.
+    """
     return max((_on_device(matrix, workers) for matrix in matrices), default=0)
 
 
@@ -127,8 +159,15 @@ def _on_host(matrix: SolvedMatrix, workers: int) -> int:
     k, r = matrix.side, matrix.rank
     waiting = matrix.read + WAITING_RESULTS * matrix.written
     solved = (STACKED_COPIES if matrix.stacked else 1) * matrix.read + matrix.written
-    solved += SQUARES * FLOAT32 * k * k + FACTORS * FLOAT32 * k * r
+    solved += FLOAT32 * (SQUARES * k * k + FACTORS * k * r + OVERLAPS * r * r)
+    solved += FLOAT32 * min(PANEL, matrix.long) * (k + PANEL_FACTORS * r)
     return waiting + workers * solved
+
+
+def _copying(tensor: CopiedTensor) -> int:
+    share = min(READ_BYTES / max(tensor.read, 1), 1.0)
+    pieces = share * (tensor.read + tensor.converted * tensor.written)
+    return int(pieces) + (tensor.read + TURNED_BYTES if tensor.turned else 0)
 
 
 def _on_device(matrix: SolvedMatrix, workers: int) -> int:

@@ -109,7 +109,8 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        return max(memory.host_bytes(self._solved(), workers), memory.BASE_BYTES + self._rounding_bytes(workers))
+        solving = memory.host_bytes(self._solved(), workers, self._copied())
+        return max(solving, memory.BASE_BYTES + self._rounding_bytes(workers))
 
     @property
     def worker_bytes(self) -> int:
@@ -153,7 +154,17 @@ class Plan:
             if step.key in ranked:
                 target = ranked[step.key]
                 read, written = (sum(info.nbytes for info in infos) for infos in (step.inputs, step.outputs))
-                yield memory.SolvedMatrix(min(target.shape), target.rank or 0, read, written, bool(target.followers))
+                yield memory.SolvedMatrix(
+                    min(target.shape), max(target.shape), target.rank or 0, read, written, bool(target.followers)
+                )
+
+    def _copied(self) -> Iterator[memory.CopiedTensor]:
+        """The tensors that are copied."""
+        for step in self.steps:
+            if step.kind == "copy":
+                one, (other,) = step.inputs[0], step.outputs
+                turned = one.cut is not None and one.cut.turned
+                yield memory.CopiedTensor(one.nbytes, other.nbytes, turned, one.dtype != other.dtype)
 
     def to_json(self) -> dict[str, Any]:
         """The plan in JSON types, for ``--json``."""

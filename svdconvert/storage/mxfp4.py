@@ -63,16 +63,20 @@ class Mxfp4:
     def values(self, rows: Callable[[TensorInfo], Tensor]) -> Tensor:
         """Some rows, [rows, in], bfloat16: the same, to the bit, as transformers makes of them.
 
+        A scale of 255, which stands for no number, gives infinities.
+
         Args:
             rows: reads those of a tensor.
         """
         import torch
 
-        blocks, scales = rows(self.blocks), rows(self.scales)
+        # Both numbers of a byte in one look-up, as one integer of their 32 bits.
         numbers = torch.tensor(_VALUES, dtype=torch.bfloat16)
-        pairs = torch.stack([numbers[(blocks & 15).int()], numbers[(blocks >> 4).int()]], dim=-1)
-        values = pairs.flatten(-2)
-        torch.ldexp(values, scales.int()[..., None] - _BIAS, out=values)
+        pairs = torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], dim=-1).view(torch.int32)[:, 0]
+        powers = torch.pow(2.0, torch.arange(256) - _BIAS).bfloat16()
+        scales = rows(self.scales)
+        values = pairs.index_select(0, rows(self.blocks).flatten().int()).view(torch.bfloat16)
+        values = values.view(*scales.shape, GROUP).mul_(powers[scales.int()][..., None])
         return values.flatten(1)
 
 

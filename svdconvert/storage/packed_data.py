@@ -15,7 +15,7 @@ from svdconvert.storage.tensor_data import PlainData, TensorData
 from svdconvert.tensors import DTYPES, TensorInfo
 
 # Bytes that are multiplied out at a time; some times as much is needed meanwhile.
-PIECE = 4 * 2**20
+PIECE = 2**20
 
 
 class PackedRows(Protocol):

@@ -13,7 +13,8 @@ from svdconvert.storage.source import Source
 from svdconvert.storage.tensor_data import TensorData
 from svdconvert.tensors import DTYPES, TensorInfo
 
-CHUNK = 16 * 2**20
+# Bytes of a tensor that are copied, or put into a module, at a time.
+CHUNK = 4 * 2**20
 # Bytes of a matrix that are turned round at a time.
 PANEL = 4 * 2**20
 
@@ -35,6 +36,8 @@ class WeightReader:
         self._source = source
         self._file = ""
         self._data: TensorData | None = None
+        # Kept, as pieces of memory that come and go leave gaps that the process keeps.
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> WeightReader:
         """No file is open yet."""
@@ -64,7 +67,10 @@ class WeightReader:
         return target.view(torch_dtype(info.dtype)).view(info.shape)
 
     def stream(self, info: TensorInfo) -> Iterator[Tensor]:
-        """The bytes of one tensor in order, as flat uint8 pieces of whole elements; each is valid until the next."""
+        """The bytes of one tensor in order, as flat uint8 pieces of whole elements.
+
+        Each is valid until the next, of this tensor or of another one.
+        """
         if info.cut is not None and info.cut.turned:
             self._turn(info, whole := torch.empty(info.nbytes, dtype=torch.uint8))
             yield from whole.split(CHUNK)
@@ -72,9 +78,10 @@ class WeightReader:
         if self._source.pickled:
             yield from self._pickled_bytes(info).split(CHUNK)
             return
-        buffer = torch.empty(min(CHUNK, info.nbytes), dtype=torch.uint8)
+        if len(self._buffer) < min(CHUNK, info.nbytes):
+            self._buffer = torch.empty(min(CHUNK, info.nbytes), dtype=torch.uint8)
         for done in range(0, info.nbytes, CHUNK):
-            piece = buffer[: min(CHUNK, info.nbytes - done)]
+            piece = self._buffer[: min(CHUNK, info.nbytes - done)]
             self._fill(info, as_bytes(piece), done)
             yield piece
 

@@ -3,12 +3,14 @@
     python -m tests.benchmarks.experts train --text tinystories_sample.txt --out FOLDER
     python -m tests.benchmarks.experts quality --folder FOLDER
     python -m tests.benchmarks.experts memory --out FOLDER --layers 1
+    python -m tests.benchmarks.experts memory --out FOLDER --geometry gpt_oss --count 16 --experts 1
     python -m tests.benchmarks.experts solver
     python -m tests.benchmarks.experts speed
 
 ``train`` makes a tiny mixture that has learned something: 8 experts of which a token passes 2, on TinyStories. Text,
 order and initial weights depend on ``--seed`` alone. ``quality`` converts it by every method and measures held-out
-stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B, and copies the others.
+stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B or gpt-oss-20b, the latter in
+MXFP4, and copies the others.
 ``solver`` times one of them against ``torch.linalg.svd``, and ``speed`` the experts of the modeling file against those
 of transformers.
 """
@@ -68,6 +70,25 @@ QWEN: dict[str, Any] = {
     "torch_dtype": "bfloat16",
     "tie_word_embeddings": False,
 }
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "sliding_window": 128,
+    "attention_bias": True,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+GEOMETRIES = {config["model_type"]: config for config in (QWEN, GPT_OSS)}
 
 
 def train(options: argparse.Namespace) -> None:
@@ -124,18 +145,22 @@ def quality(options: argparse.Namespace) -> None:
 
 
 def memory(options: argparse.Namespace) -> None:
-    """Convert random weights in the geometry of Qwen3-30B-A3B in processes of their own, with the check and without."""
+    """Convert random weights of a geometry in processes of their own, with the check and without."""
     from svdconvert import plan
+    from svdconvert.families.table import ARCHITECTURES
 
-    source = options.out / "source"
+    source, config = options.out / options.geometry, GEOMETRIES[options.geometry]
+    experts = ARCHITECTURES[options.geometry].experts
+    assert experts is not None
     if not (source / "config.json").exists():
-        write_random(source, QWEN | {"num_hidden_layers": options.layers, "vocab_size": options.vocabulary})
+        sizes = {"num_hidden_layers": options.layers, experts.field: options.count or experts.count(config)}
+        write_random(source, config | sizes | ({"vocab_size": options.vocabulary} if options.vocabulary else {}))
     patterns = [f"layers.*.mlp.experts.{number}.*" for number in range(options.experts)]
-    made = plan(source, keep=0.6, targets=patterns)
+    made = plan(source, keep=0.6, targets=patterns, share_experts=options.share_experts)
     chosen = [word for pattern in patterns for word in ("--targets", pattern)]
     arguments = ["svdconvert", str(source), "--keep", "0.6", "--out", str(options.out / "made"), "--overwrite"]
-    arguments += ["--device", "cpu", "--workers", "1", *chosen]
-    print(f"{len(made.targets)} matrices are factored, all others copied")
+    arguments += ["--device", "cpu", "--workers", "1", *chosen, *["--share-experts"] * options.share_experts]
+    print(f"{sum(len(target.parts) for target in made.targets)} matrices are factored, all others copied")
     for more, what, planned in (
         (["--no-check"], "without the check", made.solving_bytes()),
         ([], "with the check that runs tokens through the result", made.peak_bytes()),
@@ -143,7 +168,7 @@ def memory(options: argparse.Namespace) -> None:
         # from a small process, see measure.py
         told = subprocess.check_output([sys.executable, "-c", MEASURE, *arguments, *more], text=True)
         seconds, highest = map(float, told.split()[-2:])
-        print(f"{what}: {seconds:.0f} s, highest memory {highest / 1e9:.2f} GB, planned {planned / 1e9:.2f} GB")
+        print(f"{what}: {seconds:.0f} s, highest memory {highest / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB")
 
 
 def solver(options: argparse.Namespace) -> None:
@@ -264,19 +289,36 @@ def write_random(folder: Path, config: dict[str, Any]) -> None:
     from svdconvert.families.table import ARCHITECTURES
 
     folder.mkdir(parents=True)
+    row, generator = ARCHITECTURES[config["model_type"]], torch.Generator().manual_seed(0)
     files: dict[str, dict[str, torch.Tensor]] = {}
-    weight_map, generator = {}, torch.Generator().manual_seed(0)
-    for name, shape in ARCHITECTURES[config["model_type"]].parameters(config).items():
-        part = name.split(".")[2] if ".layers." in name else "rest"
-        file = f"model-{part}.safetensors"
-        tensor = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
-        files.setdefault(file, {})[name] = tensor.bfloat16()
-        weight_map[name] = file
+    for name, shape in row.parameters(config).items():
+        file = files.setdefault(f"model-{name.split('.')[2] if '.layers.' in name else 'rest'}.safetensors", {})
+        if "quantization_config" in config and ".experts." in name:
+            continue  # stacked below
+        tensor = torch.empty(shape, dtype=torch.bfloat16)
+        file[name] = tensor.normal_(std=0.02, generator=generator) if len(shape) > 1 else tensor.fill_(1)
+    if "quantization_config" in config:
+        for layer in range(config["num_hidden_layers"]):
+            files[f"model-{layer}.safetensors"] |= packed_experts(config, layer, generator)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
     for file, tensors in files.items():
         save_file(tensors, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def packed_experts(config: dict[str, Any], layer: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Random experts of a layer of gpt-oss as its files have them, in MXFP4."""
+    count, hidden, inner = config["num_local_experts"], config["hidden_size"], config["intermediate_size"]
+    found = {}
+    for stack, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        name = f"model.layers.{layer}.mlp.experts.{stack}"
+        groups = (count, rows, columns // 32)
+        found[f"{name}_blocks"] = torch.randint(256, (*groups, 16), dtype=torch.uint8, generator=generator)
+        found[f"{name}_scales"] = torch.randint(119, 122, groups, dtype=torch.uint8, generator=generator)
+        found[f"{name}_bias"] = torch.zeros(count, rows, dtype=torch.bfloat16)
+    return found
 
 
 def main() -> None:
@@ -297,9 +339,12 @@ def main() -> None:
     one.set_defaults(run=quality)
     one = commands.add_parser("memory")
     one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--geometry", choices=GEOMETRIES, default="qwen3_moe")
     one.add_argument("--layers", type=int, default=1)
+    one.add_argument("--count", type=int, help="experts of a layer; as published if it is not given")
     one.add_argument("--experts", type=int, default=10, help="of each layer, that are factored")
-    one.add_argument("--vocabulary", type=int, default=QWEN["vocab_size"])
+    one.add_argument("--vocabulary", type=int, help="tokens; as published if it is not given")
+    one.add_argument("--share-experts", action="store_true")
     one.set_defaults(run=memory)
     one = commands.add_parser("solver")
     one.add_argument("--rounds", type=int, default=9)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdconvert import Calibration, plan
+from svdconvert.linalg import panels
 from svdconvert.models import blocks, loss, probe, writing
 from svdconvert.models.sampling import Sampler
 from svdconvert.planning.make import make_plan
@@ -16,7 +17,10 @@ from svdconvert.planning.memory import (
     BASE_BYTES,
     HEAD_BYTES,
     LOADED_BYTES,
+    PANEL,
     READ_BYTES,
+    TURNED_BYTES,
+    CopiedTensor,
     SolvedMatrix,
     check_bytes,
     decomposition_bytes,
@@ -37,8 +41,8 @@ from svdconvert.storage.source import LocalSource
 IMPORTED_BYTES = 254_000_000
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
 
-SMALL = SolvedMatrix(side=10, rank=2, read=400, written=100)
-LARGE = SolvedMatrix(side=100, rank=2, read=40_000, written=10_000)
+SMALL = SolvedMatrix(side=10, long=20, rank=2, read=400, written=100)
+LARGE = SolvedMatrix(side=100, long=200, rank=2, read=40_000, written=10_000)
 
 
 def test_nothing_to_factor() -> None:
@@ -53,12 +57,21 @@ def test_the_largest_matrix_counts() -> None:
 
 def test_terms_on_the_host() -> None:
     waiting = 400 + 2 * 100
-    # the matrix and its result, three 10 x 10 and four 10 x 2 arrays in float32
-    worker = 400 + 100 + 3 * 4 * 10 * 10 + 4 * 4 * 10 * 2
+    # the matrix and its result; three 10 x 10, four 10 x 2, three 2 x 2, a 20 x 10 and three 20 x 2 in float32
+    worker = 400 + 100 + 4 * (3 * 10 * 10 + 4 * 10 * 2 + 3 * 2 * 2 + 20 * 10 + 3 * 20 * 2)
     assert host_bytes([SMALL], 1) - BASE_BYTES == waiting + worker
     assert host_bytes([SMALL], 3) - host_bytes([SMALL], 1) == 2 * worker
-    stacked = SolvedMatrix(side=10, rank=2, read=400, written=100, stacked=True)
+    stacked = SolvedMatrix(side=10, long=20, rank=2, read=400, written=100, stacked=True)
     assert host_bytes([stacked], 1) - host_bytes([SMALL], 1) == 400
+
+
+def test_terms_of_copying() -> None:
+    """A piece of the one that takes most, in both types; all of one that is stored by columns, and what turns it."""
+    small, large = CopiedTensor(100, 200, False, False), CopiedTensor(10 * READ_BYTES, 10 * READ_BYTES, False, False)
+    assert host_bytes([], 1, [small]) == BASE_BYTES + 100
+    assert host_bytes([], 1, [small, large]) == BASE_BYTES + READ_BYTES
+    assert host_bytes([], 1, [replace(large, converted=True, written=20 * READ_BYTES)]) == BASE_BYTES + 3 * READ_BYTES
+    assert host_bytes([], 1, [replace(large, turned=True)]) == BASE_BYTES + 11 * READ_BYTES + TURNED_BYTES
 
 
 def test_terms_on_a_gpu() -> None:
@@ -77,6 +90,8 @@ def test_constants_of_the_code_that_takes_it() -> None:
     assert LOADED_BYTES == probe.LOADED_BYTES
     assert HEAD_BYTES == blocks.HEAD_BYTES
     assert READ_BYTES == reader.CHUNK
+    assert TURNED_BYTES == reader.PANEL
+    assert PANEL == panels.PANEL
 
 
 def test_a_result_is_loaded_if_it_is_small() -> None:
