@@ -192,7 +192,10 @@ def _share_of_this_process(missing: Sequence[Target], *, by_block: bool) -> list
 
 def _usual_workers(targets: Sequence[Target], device: torch.device, *, calibrated: bool) -> int:
     """As many matrices at a time as cores and memory allow."""
-    sides = [max(target.shape) if calibrated else min(target.shape) for target in targets]
+    sides = [
+        max(target.shape[1], *(part.rows for part in target.parts)) if calibrated else min(target.shape)
+        for target in targets
+    ]
     return usual_workers(
         str(device), partial(decomposition_bytes, sides), partial(decomposition_bytes, sides, on_gpu=True)
     )

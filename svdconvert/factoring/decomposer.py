@@ -18,14 +18,13 @@ from svdconvert.linalg.exact import decompose
 from svdconvert.linalg.metrics import Metric
 from svdconvert.linalg.output_losses import output_losses
 from svdconvert.linalg.panels import Workspace
-from svdconvert.linalg.precision import check_entries
-from svdconvert.linalg.shared import decompose_shared, outer_statistic
+from svdconvert.linalg.shared import decompose_shared, decompose_stack, outer_statistic
 from svdconvert.machine.lanes import Lanes
 from svdconvert.methods.table import Method
 from svdconvert.planning.events import Events
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
-from svdconvert.storage.reader import WeightReader
+from svdconvert.storage.reader import TensorsInTurn, Turned, WeightReader
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
 
@@ -86,13 +85,18 @@ class Decomposer:
         """
         task = self._task
         with self._working_on(target), self._lane:
-            weights = self._weights(target)
-            for part, weight in zip(target.parts, weights, strict=True):
-                with _naming(part.weight):
-                    check_entries(weight)
-            stack = torch.cat(weights) if target.followers else weights[0]
+            infos = [task.tensors[part.weight] for part in target.parts]
+            stored = TensorsInTurn(self._reader, infos, self._device, task.reading)
+            weights = Turned(stored) if target.transposed else stored
+            try:
+                if target.followers:
+                    found = decompose_stack(weights, self._workspace, tall=_is_tall(target))
+                else:
+                    found = decompose(weights[0], self._workspace)
+            except InputError as error:
+                raise _named(target.parts[stored.place].weight, error) from None
             task.source.refuse_changed()
-            task.store.save(target, decompose(stack, self._workspace), None, None, None)
+            task.store.save(target, found, None, None, None)
 
     def matrix(self, target: Target, statistics: ModuleStatistics) -> None:
         """Decompose a matrix in its metrics. Raises as :meth:`plain`, and where a statistic is not finite."""
@@ -194,7 +198,11 @@ def _naming(weight: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"tensor {weight} cannot be converted: {error.sentence.marked}") from None
+        raise _named(weight, error) from None
+
+
+def _named(weight: str, error: InputError) -> InputError:
+    return InputError(f"tensor {weight} cannot be converted: {error.sentence.marked}")
 
 
 def _on(metric: Metric, device: torch.device) -> Metric:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,13 +38,17 @@ from svdconvert.linalg.shared import SharedFactors, plain_shared, truncate_share
 from svdconvert.planning.steps import Step
 from svdconvert.sentences import asked
 from svdconvert.solvers.table import DEFAULT_SOLVER, SOLVERS
-from svdconvert.storage.reader import torch_dtype
+from svdconvert.storage.reader import TensorsInTurn, Turned, torch_dtype
 from svdconvert.storage.tensor_files import read_tensors
 from svdconvert.tensors import DTYPES, FLOATS, TensorInfo
 
 # What an operation gives: the output tensors, and what it has to report.
-Done = tuple[list[Tensor], MatrixReport | RoundedReport | GroupReport | PlainReport]
+Done = tuple[list[Tensor], MatrixReport | RoundedReport | PlainReport]
 Operation = Callable[[Sequence[Tensor], Step, Workspace], Done]
+# What takes output tensors one after the other, and an operation that hands them on as they are made, and asks for its
+# matrices one after the other too.
+Give = Callable[[Tensor], None]
+InTurn = Callable[[Sequence[Tensor], Step, Workspace, Give], GroupReport]
 
 
 def _factorize(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
@@ -125,73 +130,78 @@ def _cut_off(found: Decomposition, file: Path, rank: int) -> dict[str, Any]:
     return told
 
 
-def _factorize_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
+def _factorize_shared(weights: Sequence[Tensor], step: Step, workspace: Workspace, give: Give) -> GroupReport:
     """W of several layers -> one A and a B for each."""
-    inputs = matrices(inputs, step)
-    factors = plain_shared(inputs, None, step.options["rank"], torch_dtype(step.outputs[0].dtype), workspace)
-    return [factors.down, *factors.ups], _group_report(inputs, factors)
+    rank, dtype = step.options["rank"], torch_dtype(step.outputs[0].dtype)
+    return _given(weights, plain_shared(weights, None, rank, dtype, workspace, tall=_is_tall(step)), give)
 
 
-def _truncate_shared(inputs: Sequence[Tensor], step: Step, workspace: Workspace) -> Done:
+def _truncate_shared(weights: Sequence[Tensor], step: Step, workspace: Workspace, give: Give) -> GroupReport:
     """W of several layers and their decomposition, computed beforehand -> one A and a B for each."""
-    inputs = matrices(inputs, step)
-    rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), inputs[0].device
-    path = Path(step.options["decomposition"])
+    rank, dtype, device = step.options["rank"], torch_dtype(step.outputs[0].dtype), weights[0].device
+    path, tall = Path(step.options["decomposition"]), _is_tall(step)
     metrics = [Path(metric) for metric in step.options["metrics"]]
     if not metrics:
-        factors = plain_shared(inputs, load_decomposition(path, device)[0], rank, dtype, workspace)
-        return [factors.down, *factors.ups], _group_report(inputs, factors)
+        found, _, _ = load_decomposition(path, device)
+        return _given(weights, plain_shared(weights, found, rank, dtype, workspace, tall=tall), give)
     group = load_group(path, device)
     loads = [partial(load_metric, metric, device) for metric in metrics]
-    factors = truncate_shared(inputs, group.found, rank, dtype, loads)
-    output_errors = []
-    for weight, up, metric in zip(inputs, factors.ups, metrics, strict=True):
-        gram = load_second_moment(metric, device)
-        output_errors.append(None if gram is None else relative_error(weight, up, factors.down, gram))
-    return [factors.down, *factors.ups], _group_report(inputs, factors, group.captured, output_errors)
+    factors = truncate_shared(weights, group.found, rank, dtype, loads, tall=tall)
+    moments = [partial(load_second_moment, metric, device) for metric in metrics]
+    return _given(weights, factors, give, group.captured, moments)
 
 
-def _group_report(
+def _is_tall(step: Step) -> bool:
+    """Whether the matrices of a group, stacked, have at least as many rows as columns."""
+    down, *ups = step.outputs
+    return sum(up.shape[0] for up in ups) >= down.shape[1]
+
+
+def _given(
     weights: Sequence[Tensor],
     factors: SharedFactors,
+    give: Give,
     captured: Tensor | None = None,
-    output_errors: Sequence[float | None] | None = None,
+    moments: Sequence[Callable[[], Tensor | None]] | None = None,
 ) -> GroupReport:
-    """Report of a group.
+    """Hand on the factors of a group, one after the other, and report of them.
 
     Args:
         weights: of its layers.
         factors: of them.
+        give: takes the factors.
         captured: [layers, k], see :class:`svdconvert.linalg.shared.SharedDecomposition`; None without metrics.
-        output_errors: of each layer, where they are known.
+        moments: load the second moment of each layer's inputs, where there is one.
     """
-    energies = [float(torch.linalg.vector_norm(weight.double())) ** 2 for weight in weights]
-    losses = [energy * error**2 for energy, error in zip(energies, factors.relative_errors, strict=True)]
-    rank = factors.down.shape[0]
-    layers = []
-    for i, (weight, error) in enumerate(zip(weights, factors.relative_errors, strict=True)):
+    down, layers, left, energy = factors.down, [], 0.0, 0.0
+    rank = down.shape[0]
+    give(down)
+    for i, own in enumerate(factors.own):
+        give(own.up)
         # the loss that is known is that of the layer's own metrics; without any, that of the weights
-        lost, whole = losses[i], energies[i]
+        lost, whole = own.loss, own.energy
         if captured is not None:
             lost, whole = float(captured[i, rank:].sum()), float(captured[i].sum())
+        weight, moment = weights[i], None if moments is None else moments[i]()
         layers.append(
             MatrixReport(
                 rank=rank,
                 shape=(weight.shape[0], weight.shape[1]),
-                relative_error=error,
+                relative_error=relative(own.loss, own.energy),
                 optimal_error=relative(lost, whole),
                 precision=factors.precision,
                 lost=lost,
                 whole=whole,
-                output_error=output_errors[i] if output_errors is not None else None,
+                output_error=None if moment is None else relative_error(weight, own.up, down, moment),
             )
         )
-    return GroupReport(relative_error=relative(sum(losses), sum(energies)), layers=tuple(layers))
+        left, energy = left + own.loss, energy + own.energy
+    return GroupReport(relative_error=relative(left, energy), layers=tuple(layers))
 
 
 def matrices(stored: Sequence[Tensor], step: Step) -> Sequence[Tensor]:
     """[out, in] each, whichever way round the dense checkpoint has them; its own inverse."""
-    return [tensor.T for tensor in stored] if step.options.get("transposed") else stored
+    return Turned(stored) if step.options.get("transposed") else stored
 
 
 def grids_of_step(step: Step) -> list[Grid | None]:
@@ -362,8 +372,6 @@ def _refuse_overflow(tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
 OPERATIONS: Mapping[str, Operation] = {
     "factorize": _factorize,
     "truncate": _truncate,
-    "factorize_shared": _factorize_shared,
-    "truncate_shared": _truncate_shared,
     "refit": _refitted,
     "round": _rounded,
     "healed": _healed,
@@ -374,6 +382,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "extend_shared": _extend_shared,
     "add": _add,
 }
+
+# Steps of layers that share a factor. What they have in memory does not depend on how many layers there are.
+IN_TURN: Mapping[str, InTurn] = {"factorize_shared": _factorize_shared, "truncate_shared": _truncate_shared}
 
 
 def run(step: Step, inputs: Sequence[Tensor], workspace: Workspace) -> tuple[list[Tensor], dict[str, Any]]:
@@ -390,14 +401,54 @@ def run(step: Step, inputs: Sequence[Tensor], workspace: Workspace) -> tuple[lis
     Raises:
         InputError: a tensor has NaN or infinite entries, or does not fit its type; the message names it.
     """
+    outputs: list[Tensor] = []
+    if step.kind in IN_TURN:
+        return outputs, run_in_turn(step, inputs, workspace, outputs.append)
+    with _naming(lambda: step.key):
+        made, report = OPERATIONS[step.kind](inputs, step, workspace)
+        for info, tensor in zip(step.outputs, made, strict=True):
+            outputs.append(_checked(step, info, tensor))
+    return outputs, report.to_json()
+
+
+def run_in_turn(step: Step, inputs: Sequence[Tensor], workspace: Workspace, give: Give) -> dict[str, Any]:
+    """Carry out a step of :data:`IN_TURN`.
+
+    Args:
+        step: of layers that share a factor.
+        inputs: its tensors, on the device that is to compute, each valid until the next is asked for.
+        workspace: buffers of the calling thread.
+        give: takes its output tensors in their order, contiguous on the CPU.
+
+    Returns, raises:
+        As :func:`run`.
+    """
+    places = iter(step.outputs)
+
+    def take(made: Tensor) -> None:
+        give(_checked(step, next(places), made))
+
+    def name() -> str:
+        return step.inputs[inputs.place].name if isinstance(inputs, TensorsInTurn) else step.key
+
+    with _naming(name):
+        return IN_TURN[step.kind](matrices(inputs, step), step, workspace, take).to_json()
+
+
+@contextmanager
+def _naming(name: Callable[[], str]) -> Iterator[None]:
+    """Say which tensor an InputError is about."""
     try:
-        outputs, report = OPERATIONS[step.kind](inputs, step, workspace)
-        for info, tensor in zip(step.outputs, outputs, strict=True):
-            assert tuple(tensor.shape) == info.shape, (step.key, info, tensor.shape)
-            refuse_overflow(tensor, info.name, f"choose another {asked('dtype')}")
+        yield
     except InputError as error:
-        raise InputError(f"tensor {step.key} cannot be converted: {error.sentence.marked}") from None
-    return [tensor.contiguous().cpu() for tensor in outputs], report.to_json()
+        raise InputError(f"tensor {name()} cannot be converted: {error.sentence.marked}") from None
+
+
+def _checked(step: Step, info: TensorInfo, tensor: Tensor) -> Tensor:
+    """An output tensor of a step, contiguous on the CPU."""
+    assert tuple(tensor.shape) == info.shape, (step.key, info, tensor.shape)
+    refuse_overflow(tensor, info.name, f"choose another {asked('dtype')}")
+    return tensor.contiguous().cpu()
 
 
 def convert_piece(piece: Tensor, source: TensorInfo, target: TensorInfo) -> Tensor:

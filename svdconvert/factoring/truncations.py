@@ -14,7 +14,7 @@ from svdconvert.models.stream import Weights
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
-from svdconvert.storage.reader import WeightReader
+from svdconvert.storage.reader import TensorsInTurn, WeightReader
 from svdconvert.storage.source import Source
 
 
@@ -67,5 +67,5 @@ class Truncations:
         step = self._steps[target.weight]
         self._source.refuse_changed()
         with WeightReader(self._source) as reader:
-            stored = [reader.read(info, torch.empty(info.nbytes, dtype=torch.uint8)) for info in step.inputs]
-        return run(step, [tensor.to(self._device) for tensor in stored], self._workspace)[0]
+            stored = TensorsInTurn(reader, step.inputs, self._device)
+            return run(step, stored, self._workspace)[0]

@@ -1,7 +1,8 @@
 """Running a job: read ahead, solve, write behind, each in its own thread and each with a bound on memory.
 
 Every step reads from the source, computes, writes its tensors at their places and is recorded. Solvers hold one
-matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind. On a GPU a solver
+matrix each; the reader is at most one matrix ahead of them, the writer at most two results behind. Of layers that share
+a factor a solver reads one matrix after the other itself, and hands on one result after the other. On a GPU a solver
 has begun with its next matrix before it looks at the result of the last one, and small matrices are read and solved
 several at a time (``factoring/stacks.py``, ``machine/lanes.py``). Of several processes each does its share of the
 steps.
@@ -9,7 +10,7 @@ steps.
 The stages' times say which of them is the bottleneck. Wall seconds are of work, without waiting for other stages;
 those of several solvers add up. CPU seconds of reading and writing are of their threads; solving has the rest of what
 the process takes while the pipeline runs, since torch computes in threads of its own. Copied tensors are read by the
-writer and count as writing.
+writer and count as writing; what a solver reads counts as solving.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdconvert.factoring.operations import convert_piece
+from svdconvert.factoring.operations import IN_TURN, convert_piece, run_in_turn
 from svdconvert.factoring.stacks import Finish, begin, in_units
 from svdconvert.jobs.crew import Crew, Stopped
 from svdconvert.jobs.output import OutputFolder
@@ -40,14 +41,14 @@ from svdconvert.machine.timing import StageTimes
 from svdconvert.planning.events import Events
 from svdconvert.planning.partition import split_steps
 from svdconvert.planning.steps import Step
-from svdconvert.storage.reader import WeightReader, as_bytes, same_values
+from svdconvert.storage.reader import TensorsInTurn, WeightReader, as_bytes, same_values
 from svdconvert.storage.source import Source
 from svdconvert.storage.tying import other_head
 from svdconvert.tensors import TensorInfo
 
 _ALIGN = 64
 # Units of more bytes leave so much memory free that returning it is worth the time: some ms beside a second of work.
-_LARGE = 4 * 2**20
+_LARGE = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,19 @@ class _Begun:
 
 
 @dataclass(frozen=True)
+class _Made:
+    """A tensor of a step that hands its outputs on one by one; what solved it follows the last one."""
+
+    info: TensorInfo
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
 class _Solved:
+    """A step with its outputs, or with those that were not handed on before."""
+
     step: Step
-    outputs: list[Tensor]
+    outputs: Sequence[Tensor]
     report: dict[str, Any]
 
 
@@ -112,12 +123,12 @@ class Pipeline:
         self._crew = Crew()
         self._files = SourceFiles(source, self._todo, self._crew, self._times)
         self._units = in_units(self._todo, device)
-        staging = max((_staging(unit) for unit in self._units if unit[0].kind != "copy"), default=0)
+        staging = max(map(_staging, self._units), default=0)
         self._free: queue.Queue[Tensor] = queue.Queue()
         for _ in range(min(workers + 1, max(len(self._units), 1))):
             self._free.put(self._lanes.staging(staging))
-        self._to_solve: queue.Queue[_Read | None] = queue.Queue(maxsize=workers)
-        self._to_write: queue.Queue[Step | _Solved | None] = queue.Queue(maxsize=2)
+        self._to_solve: queue.Queue[Step | _Read | None] = queue.Queue(maxsize=workers)
+        self._to_write: queue.Queue[Step | _Made | _Solved | None] = queue.Queue(maxsize=2)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -177,6 +188,8 @@ class Pipeline:
                     self._files.fetch(step)
                 if unit[0].kind == "copy":
                     self._crew.put(self._to_write, unit[0])
+                elif unit[0].kind in IN_TURN:
+                    self._crew.put(self._to_solve, unit[0])
                 else:
                     self._crew.put(self._to_solve, self._read(reader, unit))
         for _ in range(self._workers):
@@ -203,6 +216,9 @@ class Pipeline:
                 item = self._crew.get(self._to_solve)
                 if item is None:
                     break
+                if isinstance(item, Step):
+                    self._solve_in_turn(item, workspace)
+                    continue
                 begun.append(self._begin(item, workspace))
                 del item  # with the device's memory
             while begun:
@@ -230,9 +246,27 @@ class Pipeline:
         if _staging(begun.unit) >= _LARGE:
             give_memory_back()
 
+    def _solve_in_turn(self, step: Step, workspace: Workspace) -> None:
+        """Solve a step that asks for its tensors and hands on its results one by one."""
+        self._events.solving(step)
+        outputs, start = iter(step.outputs), time.perf_counter()
+        with WeightReader(self._source) as reader:
+            inputs = TensorsInTurn(reader, step.inputs, self._lanes.device)
+            report = run_in_turn(
+                step, inputs, workspace, lambda made: self._crew.put(self._to_write, _Made(next(outputs), made))
+            )
+        seconds = time.perf_counter() - start
+        self._times.add("solve", seconds, 0.0)
+        self._crew.put(self._to_write, _Solved(step, (), {**report, "seconds": round(seconds, 4)}))
+        give_memory_back()
+
     def _write_all(self) -> None:
         with WeightReader(self._source) as reader:
             while (item := self._crew.get(self._to_write)) is not None:
+                if isinstance(item, _Made):
+                    with self._times.measure("write"):
+                        self._writer.write(item.info.name, as_bytes(item.tensor))
+                    continue
                 step = item if isinstance(item, Step) else item.step
                 with self._times.measure("write"):
                     report, finished = self._write(reader, item)
@@ -248,7 +282,7 @@ class Pipeline:
             step, report = item, {}
         else:
             step, report = item.step, item.report
-            for info, tensor in zip(step.outputs, item.outputs, strict=True):
+            for info, tensor in zip(step.outputs, item.outputs, strict=bool(item.outputs)):
                 self._writer.write(info.name, as_bytes(tensor))
         return report, self._writer.finish(step.key, [info.name for info in step.outputs], report)
 
@@ -269,6 +303,9 @@ class Pipeline:
 
 
 def _staging(unit: Sequence[Step]) -> int:
+    """Bytes that are read ahead for a unit."""
+    if unit[0].kind == "copy" or unit[0].kind in IN_TURN:
+        return 0
     return sum(_aligned(info) for step in unit for info in step.inputs)
 
 

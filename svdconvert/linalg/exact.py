@@ -18,7 +18,9 @@ whose range is that of activations with outliers, everything is float64. Where t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -100,14 +102,7 @@ def decompose(
     work = workspace or Workspace()
     if left is None and right is None:
         matrix = Scaled(weight, scale_of(largest_entry(weight)), work)
-        least, greatest = FLOAT32_SCALES
-        for dtype in (torch.float32, torch.float64) if least <= matrix.scale <= greatest else (torch.float64,):
-            values, vectors = eigenvectors(gram_matrix(matrix, None, dtype), work, rank)
-            highest, count = float(values[-1]), rank or len(values)
-            resolved = count == len(values) or float(values[:-count].sum()) >= least_tail(len(values), highest)
-            if resolved and float32_is_enough(highest, float(values[-count])):
-                break
-        return Decomposition(values, vectors, matrix.scale)
+        return decompose_plain(partial(gram_matrix, matrix, None), matrix.scale, work, rank)
     check_entries(weight)  # float64 needs no scaling
     matrix = Scaled(weight, 1.0, work)
     outer, inner = (left, right) if matrix.tall else (right, left)
@@ -116,6 +111,28 @@ def decompose(
         if found is not None:
             return found
     return decompose_gram(gram_matrix(matrix, outer, torch.float64), inner, work)
+
+
+def decompose_plain(
+    gram: Callable[[torch.dtype], Tensor], scale: float, work: Workspace, rank: int | None
+) -> Decomposition:
+    """The same without metrics.
+
+    Args:
+        gram: a type -> lower triangle of W^T W if W is tall, of W W^T if it is wide, in it; overwritten. It is asked
+            for once, or in float32 and then in float64.
+        scale: what W was multiplied with.
+        work: its buffers hold the result until it is used again.
+        rank: see :func:`decompose`.
+    """
+    least, greatest = FLOAT32_SCALES
+    for dtype in (torch.float32, torch.float64) if least <= scale <= greatest else (torch.float64,):
+        values, vectors = eigenvectors(gram(dtype), work, rank)
+        highest, count = float(values[-1]), rank or len(values)
+        resolved = count == len(values) or float(values[:-count].sum()) >= least_tail(len(values), highest)
+        if resolved and float32_is_enough(highest, float(values[-count])):
+            break
+    return Decomposition(values, vectors, scale)
 
 
 def decompose_gram(gram: Tensor, inner: Metric, work: Workspace) -> Decomposition:

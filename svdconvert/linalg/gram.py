@@ -39,6 +39,13 @@ def gram_matrix(matrix: Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
     """
     k = min(matrix.weight.shape)
     gram = matrix.work.take("gram", (k, k), dtype, matrix.weight.device).zero_()
+    add_gram_matrix(gram, matrix, outer)
+    return gram
+
+
+def add_gram_matrix(gram: Tensor, matrix: Scaled, outer: Metric) -> None:
+    """gram += :func:`gram_matrix`, in the lower triangle and in the type of the sum."""
+    dtype = gram.dtype
     if outer is not None and outer.dim() == 2:
         whole = matrix.weight.to(dtype)
         for part, piece in matrix.panels(dtype):
@@ -47,7 +54,7 @@ def gram_matrix(matrix: Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
                 _add_lower(gram, piece.T, product(block, whole))
             else:
                 _add_lower(gram, product(whole, block.T), piece.T)
-        return gram
+        return
     for part, piece in matrix.panels(dtype):
         if outer is not None:
             roots = outer[part].to(dtype).sqrt()
@@ -57,7 +64,6 @@ def gram_matrix(matrix: Scaled, outer: Metric, dtype: torch.dtype) -> Tensor:
             continue
         rows = piece if matrix.tall else piece.T  # [p, k]
         _add_lower(gram, rows.T, rows)
-    return gram
 
 
 def _add_lower(gram: Tensor, one: Tensor, other: Tensor) -> None:

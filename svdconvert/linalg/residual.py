@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from svdconvert.linalg.metrics import Metric, apply_metric
-from svdconvert.linalg.panels import PANEL, Scaled, Workspace
+from svdconvert.linalg.panels import Scaled, Workspace
 from svdconvert.linalg.products import product
+
+# Rows that are compared at a time: in float64, four pieces of so many are there.
+PANEL = 256
 
 
 def relative(squared: float, total: float) -> float:
@@ -25,16 +28,21 @@ def relative_error(weight: Tensor, up: Tensor, down: Tensor, inner: Metric = Non
         weight, up, down: [m, n], [m, r] and [r, n], any floating type.
         inner: R, [n, n] or its diagonal; None for the identity.
     """
+    return relative(*squared_errors(weight, up, down, inner))
+
+
+def squared_errors(weight: Tensor, up: Tensor, down: Tensor, inner: Metric = None) -> tuple[float, float]:
+    """``(||(W - up @ down) R^1/2||^2, ||W R^1/2||^2)``, as of :func:`relative_error`."""
     narrow = down.double()
-    return _relative(weight, lambda part: product(up[part].double(), narrow), inner)
+    return _squared(weight, lambda part: product(up[part].double(), narrow), inner)
 
 
 def relative_difference(weight: Tensor, other: Tensor) -> float:
     """:func:`relative_error` of a product that has been multiplied out: [m, n], any floating type."""
-    return _relative(weight, lambda part: other[part].double(), None)
+    return relative(*_squared(weight, lambda part: other[part].double(), None))
 
 
-def _relative(weight: Tensor, rows: Callable[[slice], Tensor], inner: Metric) -> float:
+def _squared(weight: Tensor, rows: Callable[[slice], Tensor], inner: Metric) -> tuple[float, float]:
     left = energy = 0.0
 
     def square(of: Tensor) -> float:
@@ -45,7 +53,7 @@ def _relative(weight: Tensor, rows: Callable[[slice], Tensor], inner: Metric) ->
         exact = weight[part].double()
         left += square(exact - rows(part))
         energy += square(exact)
-    return relative(left, energy)
+    return left, energy
 
 
 def residual_of(weight: Tensor, down: Tensor, up: Tensor) -> float:

@@ -16,24 +16,30 @@ The Gram matrix on the stack's smaller side decides what has to be known of a la
 [n, n]; a wide one, sum m_i < n, needs L_i itself and the weights. Both need R_i. One layer's matrices are in memory at
 a time, beside the sums: about eight matrices of the smaller side's or the input's size in float64.
 
-Without metrics none of this is needed: the stack is one matrix to ``linalg/exact.py``.
+Without metrics the stack is one matrix to ``linalg/exact.py``. Of a tall one the Gram matrix is summed up layer by
+layer, and with its rows known each B_i needs its own W_i alone. So the stack is never there as a whole, nor are the
+B_i: weights are asked for one after the other, once for the sums and once for the factors, and a layer's factor is made
+when it is asked for. A wide stack is no larger than the Gram matrix of its other side, and is put together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from svdconvert.linalg.exact import decompose, decompose_gram, factorize, truncate
+from svdconvert.linalg.exact import decompose, decompose_gram, decompose_plain, factorize, truncate
+from svdconvert.linalg.gram import add_gram_matrix
 from svdconvert.linalg.metrics import Metric, apply_metric
 from svdconvert.linalg.panels import PANEL, Scaled, Workspace
 from svdconvert.linalg.partner import partner, pseudo_inverse
-from svdconvert.linalg.precision import check_entries, refuse_overflowing_factor
-from svdconvert.linalg.residual import relative_error
+from svdconvert.linalg.precision import check_entries, largest_entry, refuse_overflowing_factor, scale_of
+from svdconvert.linalg.residual import squared_errors
 from svdconvert.linalg.results import Decomposition
 
 # Added to A R_i A^T, which is the identity in the mean over the layers: input directions that the calibration text has
@@ -57,19 +63,31 @@ class SharedDecomposition:
 
 
 @dataclass(frozen=True)
-class SharedFactors:
-    """W_i ~ ups[i] @ down.
+class OwnFactor:
+    """What a layer has for itself, B_i.
 
     Attributes:
-        down: [r, n].
-        ups: one [m_i, r] a layer.
-        relative_errors: ||W_i - ups[i] @ down||_F / ||W_i||_F as they are stored.
+        up: [m_i, r].
+        loss, energy: ||W_i - up @ down||_F^2 as they are stored, and ||W_i||_F^2.
+    """
+
+    up: Tensor
+    loss: float
+    energy: float
+
+
+@dataclass(frozen=True)
+class SharedFactors:
+    """W_i ~ B_i A.
+
+    Attributes:
+        down: A, [r, n].
+        own: B_i of layer after layer, each made when it is asked for.
         precision: ``float32`` or ``float64``, what the eigenproblem was solved in.
     """
 
     down: Tensor
-    ups: list[Tensor]
-    relative_errors: list[float]
+    own: Iterator[OwnFactor]
     precision: str
 
 
@@ -136,7 +154,8 @@ def decompose_shared(
         lengths = _inverse(found.values) if left is not None else _inverse(found.values).sqrt()
         rows = stack.double().T @ apply_metric(left, found.basis) * lengths
         del stack, left
-    del pooled
+    del pooled, found
+    work.clear()  # as much again is needed below
     rows = rows.flip(1)
     captured = torch.stack(
         [
@@ -147,30 +166,59 @@ def decompose_shared(
     return SharedDecomposition(Decomposition(captured.sum(0).flip(0), rows.flip(1)), captured)
 
 
+def decompose_stack(
+    weights: Sequence[Tensor], work: Workspace, *, tall: bool, rank: int | None = None
+) -> Decomposition:
+    """Decomposition of a group without metrics: that of the stack.
+
+    Args:
+        weights: W_i, [m_i, n], each valid until the next is asked for. Those of a tall stack are gone through once;
+            once more where their entries are far from 1, and once more where float32 is not enough.
+        work: its buffers hold the result until it is used again.
+        tall: whether the stack has at least as many rows as columns.
+        rank: see :func:`svdconvert.linalg.exact.decompose`.
+
+    Raises:
+        InputError: a matrix has NaN or infinite entries.
+    """
+    if not tall:
+        return decompose(torch.cat(_checked(weights)), work, rank=rank)
+    first, largest = _plain_gram(weights, 1.0, torch.float32, work)
+    scale = scale_of(largest)
+
+    def gram(dtype: torch.dtype) -> Tensor:
+        return first if scale == 1 and dtype == first.dtype else _plain_gram(weights, scale, dtype, work)[0]
+
+    return decompose_plain(gram, scale, work, rank)
+
+
 def truncate_shared(
     weights: Sequence[Tensor],
     found: Decomposition,
     rank: int,
     dtype: torch.dtype,
     inners: Sequence[Callable[[], Tensor]],
+    *,
+    tall: bool,
 ) -> SharedFactors:
     """The factors of a group at one rank, every component shared evenly between A and the stack of the B_i.
 
     A is rounded to the storage type first; the B_i are fitted to the rounded one.
 
     Args:
-        weights: W_i, [m_i, n].
+        weights: W_i, [m_i, n], each valid until the next is asked for; they are gone through twice.
         found: of :func:`decompose_shared`.
         rank: 1 <= rank <= min(sum m_i, n).
         dtype: storage type.
         inners: loads R_i of each layer; each is loaded twice.
+        tall: whether the stack has at least as many rows as columns.
 
     Raises:
-        InputError: the factors do not fit the storage type.
+        InputError: the factors do not fit the storage type; so does what iterates over those of the layers.
     """
     rows = found.basis[:, -rank:].flip(1)
     if not bool(rows.any()):  # nothing was seen of any of them
-        return plain_shared(weights, None, rank, dtype, Workspace())
+        return plain_shared(weights, None, rank, dtype, Workspace(), tall=tall)
     inners = [partial(_seen, inner, inners) for inner in inners]
     squares = torch.zeros(rank, dtype=rows.dtype, device=rows.device)
     for weight, inner in zip(weights, inners, strict=True):
@@ -180,37 +228,84 @@ def truncate_shared(
     scales = torch.where(lengths > 0, lengths, 1).sqrt()
     small = (rows * scales).to(dtype)
     refuse_overflowing_factor(small)
-    stored = small.to(rows.dtype) / scales
-    ups = []
-    for weight, inner in zip(weights, inners, strict=True):
-        up = (_partner(weight, stored, inner()) / scales).to(dtype)
-        refuse_overflowing_factor(up)
-        ups.append(up)
-    down = small.T.contiguous()
-    errors = [relative_error(weight, up, down) for weight, up in zip(weights, ups, strict=True)]
-    return SharedFactors(down, ups, errors, str(rows.dtype)[6:])
+    stored, down = small.to(rows.dtype) / scales, small.T.contiguous()
+    ups = (
+        (_partner(weight, stored, inner()) / scales).to(dtype) for weight, inner in zip(weights, inners, strict=True)
+    )
+    return SharedFactors(down, _own(weights, ups, down), str(rows.dtype)[6:])
 
 
 def plain_shared(
-    weights: Sequence[Tensor], found: Decomposition | None, rank: int, dtype: torch.dtype, work: Workspace
+    weights: Sequence[Tensor],
+    found: Decomposition | None,
+    rank: int,
+    dtype: torch.dtype,
+    work: Workspace,
+    *,
+    tall: bool,
 ) -> SharedFactors:
     """The factors of a group without metrics: those of the stack.
 
     Args:
-        weights: W_i, [m_i, n].
-        found: decomposition of the stack, or None to compute what is needed of it.
-        rank, dtype, work: see :func:`svdconvert.linalg.exact.factorize`.
+        weights: W_i, [m_i, n], each valid until the next is asked for; they are gone through once, besides what
+            :func:`decompose_stack` does.
+        found: of :func:`decompose_stack`, or None to compute what is needed of it.
+        rank, dtype, work: see :func:`svdconvert.linalg.exact.factorize`; the buffers are in use until the last layer.
+        tall: whether the stack has at least as many rows as columns.
 
     Raises:
-        InputError: a matrix has NaN or infinite entries, or the factors do not fit the storage type.
+        InputError: a matrix has NaN or infinite entries, or the factors do not fit the storage type; so does what
+            iterates over those of the layers.
     """
-    for weight in weights:  # the stack would hide one whose squares are too small
+    if not tall:
+        parts = _checked(weights)
+        stack, heights = torch.cat(parts), [len(part) for part in parts]
+        factors = factorize(stack, rank, dtype, work) if found is None else truncate(stack, found, rank, dtype, work)
+        ups: Iterator[Tensor] = (part.contiguous() for part in factors.up.split(heights))
+        return SharedFactors(factors.down, _own(stack.split(heights), ups, factors.down), factors.precision)
+    found = found or decompose_stack(weights, work, tall=True, rank=rank)
+    kept = min(rank, found.resolved)
+    if not kept:  # they are all zeros
+        down = torch.zeros(rank, found.basis.shape[0], dtype=dtype, device=found.basis.device)
+        ups = (weight.new_zeros(weight.shape[0], rank, dtype=dtype) for weight in weights)
+        return SharedFactors(down, _own(weights, ups, down), found.precision)
+    scale, half = found.scale, math.sqrt(found.scale)  # as in `truncate`
+    basis = found.basis[:, -kept:].flip(1)
+    small = (basis * found.values[-kept:].flip(0).sqrt().to(basis.dtype).sqrt() / half).to(dtype)
+    refuse_overflowing_factor(small)
+    lifted = small.to(basis.dtype) * half
+    solved, more = pseudo_inverse(lifted, lifted) / half, rank - kept
+    ups = (pad(partner(Scaled(weight, scale, work, by_rows=True), solved).to(dtype), (0, more)) for weight in weights)
+    down = pad(small.T.contiguous(), (0, 0, 0, more))
+    return SharedFactors(down, _own(weights, ups, down), found.precision)
+
+
+def _own(weights: Sequence[Tensor], ups: Iterator[Tensor], down: Tensor) -> Iterator[OwnFactor]:
+    """Factors of layer after layer, checked and compared with their weights."""
+    for up, weight in zip(ups, weights, strict=True):
+        refuse_overflowing_factor(up)
+        yield OwnFactor(up, *squared_errors(weight, up, down))
+
+
+def _checked(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of all weights; one whose squares are too small, which the others would hide in the stack, is refused."""
+    kept = []
+    for weight in weights:
         check_entries(weight)
-    stack = torch.cat(list(weights))
-    factors = factorize(stack, rank, dtype, work) if found is None else truncate(stack, found, rank, dtype, work)
-    ups = [part.contiguous() for part in factors.up.split([weight.shape[0] for weight in weights])]
-    errors = [relative_error(weight, up, factors.down) for weight, up in zip(weights, ups, strict=True)]
-    return SharedFactors(factors.down, ups, errors, factors.precision)
+        kept.append(weight.clone())
+    return kept
+
+
+def _plain_gram(weights: Sequence[Tensor], scale: float, dtype: torch.dtype, work: Workspace) -> tuple[Tensor, float]:
+    """Lower triangle of the sum of W_i^T W_i, of the matrices times a scale, and their largest entry without it."""
+    gram, largest = None, 0.0
+    for weight in weights:
+        largest = max(largest, largest_entry(weight))
+        if gram is None:
+            gram = work.take("gram", (weight.shape[1], weight.shape[1]), dtype, weight.device).zero_()
+        add_gram_matrix(gram, Scaled(weight, scale, work, by_rows=True), None)
+    assert gram is not None
+    return gram, largest
 
 
 def _seen(inner: Callable[[], Tensor], others: Sequence[Callable[[], Tensor]]) -> Tensor:
@@ -245,12 +340,17 @@ def _captured(rows: Tensor, inner: Tensor, outer: Metric, weight: Tensor | None)
         whole = (apply_metric(inner, exact.T).T * apply_metric(outer, exact)).sum()
     overlap = rows.T @ seen
     overlap.diagonal().add_(RIDGE)
+    del seen
     root = torch.linalg.cholesky(overlap)
+    del overlap
     half = torch.linalg.solve_triangular(root, gain, upper=False)
+    del gain
     caught = torch.linalg.solve_triangular(root, half.T, upper=False)
+    del half
     identity = torch.eye(len(root), dtype=root.dtype, device=root.device)
     inverse = torch.linalg.solve_triangular(root, identity, upper=False)
-    pairs = caught * (inverse @ inverse.T)
+    del identity, root
+    pairs = (inverse @ inverse.T).mul_(caught)
     gains = caught.diagonal() + RIDGE * (2 * pairs.tril(-1).sum(dim=1) + pairs.diagonal())
     gains = gains.clamp_min(0)
     gains[-1] += (whole - gains.sum()).clamp_min(0)

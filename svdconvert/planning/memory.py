@@ -7,7 +7,7 @@ was measured (docs/measurements.md, which also compares the estimate with the pe
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 FLOAT32, FLOAT64 = 4, 8  # bytes
@@ -36,8 +36,14 @@ OVERLAPS = 3
 PANEL, PANEL_FACTORS = 1024, 3
 # Results that wait to be written, beside the matrix that is read ahead: the queue of `jobs/pipeline.py`.
 WAITING_RESULTS = 2
-# The matrices of a group that shares a factor are stacked in a copy.
-STACKED_COPIES = 2
+# Of layers that share a factor, [n, n] and [n, r] in float64 for n inputs where they have metrics: the decomposition, a
+# layer's metric and what is made of it, and the rows of the shared factor in several forms (linalg/shared.py).
+METERED_SQUARES, METERED_FACTORS = 5, 7
+# In float64, for so many rows of a layer at a time: these are compared with their product (linalg/residual.py). And
+# what pieces of memory that come and go with each layer leave between them, measured.
+COMPARED_ROWS, COMPARED, LAYER_GAPS = 256, 4, 32_000_000
+# The same of a group that is decomposed.
+GROUPED_SQUARES = 9
 
 # On a GPU each worker has one matrix in work and has begun with another: copies of the source's matrix, of results,
 # and [k, k] in float64, which is used where float32 is not enough: Gram matrix, eigenvectors and workspace.
@@ -54,7 +60,7 @@ ROUNDED_INPUTS, ROUNDED_OUTPUTS, ROUNDED_COPIES = 6, 2, 8
 
 @dataclass(frozen=True)
 class SolvedMatrix:
-    """A matrix that is to be factored, or a group of them that is solved as one.
+    """A matrix that is to be factored.
 
     Attributes:
         side: the smaller side k.
@@ -62,7 +68,6 @@ class SolvedMatrix:
         rank: rank r.
         read: bytes of the source's tensors.
         written: bytes of the result's.
-        stacked: whether it is a group.
     """
 
     side: int
@@ -70,7 +75,31 @@ class SolvedMatrix:
     rank: int
     read: int
     written: int
-    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class SolvedGroup:
+    """Matrices that share a factor. Memory does not depend on how many there are, unless all have few rows.
+
+    Attributes:
+        columns: inputs n.
+        rows: of the tallest matrix.
+        stacked: rows of all of them, if they are fewer than there are columns; else 0.
+        rank: rank r.
+        read: bytes of the largest of the source's tensors.
+        written: bytes of the largest factor that a matrix has of its own.
+        shared: bytes of the shared factor.
+        metered: whether they have metrics.
+    """
+
+    columns: int
+    rows: int
+    stacked: int
+    rank: int
+    read: int
+    written: int
+    shared: int
+    metered: bool
 
 
 @dataclass(frozen=True)
@@ -90,26 +119,30 @@ class CopiedTensor:
     converted: bool
 
 
-def host_bytes(matrices: Iterable[SolvedMatrix], workers: int, copied: Iterable[CopiedTensor] = ()) -> int:
+def host_bytes(
+    matrices: Sequence[SolvedMatrix],
+    workers: int,
+    copied: Iterable[CopiedTensor] = (),
+    groups: Iterable[SolvedGroup] = (),
+) -> int:
     """Estimated peak of host memory when solving on the CPU.
 
     Args:
         matrices: all of a job.
         workers: how many are in work at the same time.
         copied: what is copied meanwhile, one after the other.
+        groups: all of the job.
     """
-    solving = max((_on_host(matrix, workers) for matrix in matrices), default=0)
-    return BASE_BYTES + solving + max(map(_copying, copied), default=0)
+    buffers = (workers + 1) * max((matrix.read for matrix in matrices), default=0)
+    solving = [WAITING_RESULTS * matrix.written + workers * _on_host(matrix) for matrix in matrices]
+    solving += [WAITING_RESULTS * group.written + workers * _of_group(group) for group in groups]
+    return BASE_BYTES + buffers + max(solving, default=0) + max(map(_copying, copied), default=0)
 
 
-def device_bytes(matrices: Iterable[SolvedMatrix], workers: int) -> int:
-    """Estimated peak of a GPU's memory when solving on one.
-
-    Args:
-        matrices: all of a job.
-        workers: how many are in work at the same time.
-    """
-    return max((_on_device(matrix, workers) for matrix in matrices), default=0)
+def device_bytes(matrices: Iterable[SolvedMatrix], workers: int, groups: Iterable[SolvedGroup] = ()) -> int:
+    """Estimated peak of a GPU's memory when solving on one. Arguments as of :func:`host_bytes`."""
+    solving = [_on_device(matrix, workers) for matrix in matrices]
+    return max([*solving, *(workers * _of_group(group, GPU_SQUARES * FLOAT64) for group in groups)], default=0)
 
 
 def decomposition_bytes(sides: Iterable[int], workers: int, *, on_gpu: bool = False) -> int:
@@ -122,6 +155,11 @@ def decomposition_bytes(sides: Iterable[int], workers: int, *, on_gpu: bool = Fa
     """
     squares = GPU_DECOMPOSITION_SQUARES if on_gpu else DECOMPOSITION_SQUARES
     return workers * squares * FLOAT64 * max(sides) ** 2
+
+
+def group_decomposition_bytes(columns: int) -> int:
+    """Estimated memory of decomposing matrices with so many columns that share a factor, in their metrics."""
+    return GROUPED_SQUARES * FLOAT64 * columns**2
 
 
 def rounding_bytes(shapes: Iterable[tuple[int, int]], workers: int) -> int:
@@ -155,13 +193,29 @@ def training_bytes(parameters: int) -> int:
     return parameters * TRAINING_BYTES_PER_PARAMETER
 
 
-def _on_host(matrix: SolvedMatrix, workers: int) -> int:
+def _on_host(matrix: SolvedMatrix) -> int:
+    """Of a worker, but for what it reads."""
     k, r = matrix.side, matrix.rank
-    waiting = matrix.read + WAITING_RESULTS * matrix.written
-    solved = (STACKED_COPIES if matrix.stacked else 1) * matrix.read + matrix.written
-    solved += FLOAT32 * (SQUARES * k * k + FACTORS * k * r + OVERLAPS * r * r)
-    solved += FLOAT32 * min(PANEL, matrix.long) * (k + PANEL_FACTORS * r)
-    return waiting + workers * solved
+    numbers = SQUARES * k * k + FACTORS * k * r + OVERLAPS * r * r
+    numbers += min(PANEL, matrix.long) * (k + PANEL_FACTORS * r)
+    return matrix.written + FLOAT32 * numbers
+
+
+def _of_group(group: SolvedGroup, square: int = SQUARES * FLOAT32) -> int:
+    """Of a worker.
+
+    Args:
+        group: in work.
+        square: bytes for each entry of a Gram matrix without metrics.
+    """
+    n, m, r = group.columns, group.rows, group.rank
+    needed = group.read + group.written + group.shared + LAYER_GAPS
+    needed += FLOAT64 * min(COMPARED_ROWS, m) * (COMPARED * n + r)
+    if group.metered:
+        return needed + FLOAT64 * (METERED_SQUARES * n * n + METERED_FACTORS * n * r + OVERLAPS * r * r + m * r)
+    side = group.stacked or n
+    needed += square * side * side + FLOAT32 * (FACTORS * side * r + OVERLAPS * r * r + min(PANEL, m) * n + m * r)
+    return needed + FLOAT64 * n * r + FLOAT32 * 2 * group.stacked * n
 
 
 def _copying(tensor: CopiedTensor) -> int:

@@ -109,7 +109,7 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        solving = memory.host_bytes(self._solved(), workers, self._copied())
+        solving = memory.host_bytes(list(self._solved()), workers, self._copied(), self._solved_groups())
         return max(solving, memory.BASE_BYTES + self._rounding_bytes(workers))
 
     @property
@@ -123,7 +123,7 @@ class Plan:
         Args:
             workers: matrices, or groups of them, in work at the same time.
         """
-        return max(memory.device_bytes(self._solved(), workers), self._rounding_bytes(workers))
+        return max(memory.device_bytes(self._solved(), workers, self._solved_groups()), self._rounding_bytes(workers))
 
     def _rounding_bytes(self, workers: int) -> int:
         return memory.rounding_bytes([target.shape for target in self.targets if target.rounded], workers)
@@ -147,15 +147,35 @@ class Plan:
         apart = {number: [size for (n, part), size in sizes.items() if n == number and part] for number in blocks}
         return max((sizes.get((n, ""), 0) + max(apart[n], default=0) for n in blocks), default=0)
 
-    def _solved(self) -> Iterator[memory.SolvedMatrix]:
+    def _ranked(self) -> Iterator[tuple[Target, int, Step]]:
         """The targets that get a rank."""
         ranked = {target.weight: target for target in self.targets if target.rank}
         for step in self.steps:
-            if step.key in ranked:
-                target = ranked[step.key]
+            target = ranked.get(step.key)
+            if target is not None and target.rank is not None:
+                yield target, target.rank, step
+
+    def _solved(self) -> Iterator[memory.SolvedMatrix]:
+        """The single ones of them."""
+        for target, rank, step in self._ranked():
+            if not target.followers:
                 read, written = (sum(info.nbytes for info in infos) for infos in (step.inputs, step.outputs))
-                yield memory.SolvedMatrix(
-                    min(target.shape), max(target.shape), target.rank or 0, read, written, bool(target.followers)
+                yield memory.SolvedMatrix(min(target.shape), max(target.shape), rank, read, written)
+
+    def _solved_groups(self) -> Iterator[memory.SolvedGroup]:
+        """Those that share a factor."""
+        for target, rank, step in self._ranked():
+            if target.followers:
+                (stacked, columns), (down, *ups) = target.shape, step.outputs
+                yield memory.SolvedGroup(
+                    columns=columns,
+                    rows=max(part.rows for part in target.parts),
+                    stacked=stacked if stacked < columns else 0,
+                    rank=rank,
+                    read=max(info.nbytes for info in step.inputs),
+                    written=max(up.nbytes for up in ups),
+                    shared=down.nbytes,
+                    metered=self.passes is not None,
                 )
 
     def _copied(self) -> Iterator[memory.CopiedTensor]:

@@ -16,7 +16,7 @@ from svdconvert.families.row import Architecture, Config
 from svdconvert.families.table import longest_input
 from svdconvert.models.writing import writing_bytes
 from svdconvert.names import layer_number
-from svdconvert.planning.memory import FLOAT32, FLOAT64, decomposition_bytes
+from svdconvert.planning.memory import FLOAT32, FLOAT64, decomposition_bytes, group_decomposition_bytes
 from svdconvert.planning.ranks import Target
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.text import Stats, Text
@@ -50,6 +50,7 @@ class TextPasses:
         widths: inputs and outputs of its matrices, added up; of experts, as far as tokens meet them.
         inputs, outputs: the same of the factored ones, squared.
         largest: the largest side of a factored matrix.
+        grouped: inputs of matrices that share a factor; 0 where there are none.
         gradients: whether statistics of gradients are collected.
         input_grams, output_grams: whether Gram matrices of inputs are, and of gradients.
         decomposes: whether matrices are decomposed.
@@ -76,6 +77,7 @@ class TextPasses:
     corrects: bool
     refits: bool
     writing: int = 0
+    grouped: int = 0
 
     def peak_bytes(self, workers: int = 1) -> int:
         """Estimated peak.
@@ -86,6 +88,7 @@ class TextPasses:
         pieces = [self._embeddings, self._head, self._block, self.writing]
         if self.decomposes:
             pieces.append(self._grams + decomposition_bytes([self.largest], workers))
+            pieces.append(group_decomposition_bytes(self.grouped))
         if self.compares:
             pieces.append(PLACED * self._weights + self._kept(BACKWARD if self.corrects else FORWARD))
         if self.corrects:
@@ -182,6 +185,7 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
         compares=request.allocation == "measured" or limited,
         corrects=request.allocation == "measured",
         refits=request.recipe.refit != "none",
+        grouped=max((target.shape[1] for target in targets if target.followers), default=0),
         writing=_writing(source, text, vocabulary, 2 * len(layers) * hidden * length) if text.by_model else 0,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,63 @@ class WeightReader:
             return data
         cut, place = info.cut, data.storage_offset() + info.cut.start
         return data.as_strided((info.nbytes // cut.length, cut.length), (cut.stride, 1), place).reshape(-1)
+
+
+class TensorsInTurn(Sequence[Tensor]):
+    """Tensors that are read as they are asked for: each is valid until another one is, and is read once until then."""
+
+    def __init__(
+        self,
+        reader: WeightReader,
+        infos: Sequence[TensorInfo],
+        device: torch.device,
+        reading: AbstractContextManager[object] = nullcontext(),  # noqa: B008 - it has no state
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            reader: of the calling thread.
+            infos: the tensors.
+            device: where they are to be.
+            reading: held while one is read.
+        """
+        self._reader, self._infos, self._device = reader, infos, device
+        self._reading = reading
+        self._buffer = torch.empty(max(info.nbytes for info in infos), dtype=torch.uint8)
+        self._last: tuple[int, Tensor] | None = None
+
+    @property
+    def place(self) -> int:
+        """Which was read last."""
+        return 0 if self._last is None else self._last[0]
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._infos)
+
+    def __getitem__(self, place: Any) -> Any:
+        """One of them, by its number."""
+        if self._last is None or self._last[0] != place:
+            info, self._last = self._infos[place], None
+            with self._reading:
+                self._last = (place, self._reader.read(info, self._buffer).to(self._device))
+        return self._last[1]
+
+
+class Turned(Sequence[Tensor]):
+    """Matrices that are stored the other way round, turned as they are asked for."""
+
+    def __init__(self, stored: Sequence[Tensor]) -> None:
+        """Nothing is turned yet."""
+        self._stored = stored
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._stored)
+
+    def __getitem__(self, place: Any) -> Any:
+        """One of them, by its number."""
+        return self._stored[place].T
 
 
 def same_values(source: Source, first: TensorInfo, second: TensorInfo) -> bool:

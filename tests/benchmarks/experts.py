@@ -9,10 +9,9 @@
 
 ``train`` makes a tiny mixture that has learned something: 8 experts of which a token passes 2, on TinyStories. Text,
 order and initial weights depend on ``--seed`` alone. ``quality`` converts it by every method and measures held-out
-stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B or gpt-oss-20b, the latter in
-MXFP4, and copies the others.
-``solver`` times one of them against ``torch.linalg.svd``, and ``speed`` the experts of the modeling file against those
-of transformers.
+stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B or of gpt-oss-20b, the
+latter in MXFP4, and copies the others. ``solver`` times one of them against ``torch.linalg.svd``, and ``speed`` the
+experts of the modeling file against those of transformers.
 """
 
 from __future__ import annotations

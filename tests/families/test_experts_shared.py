@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from support.checkpoints import read_config, read_weights
 from support.families import FAMILIES, full_ranks
 from support.running import TOKENS
@@ -75,6 +76,19 @@ def test_one_factor_for_the_stack(checkpoints: Any, tmp_path: Path) -> None:
         made = torch.cat([found[f"{path}.{number}.w3.up.weight"] @ down for number in range(4)])
         assert float((made - best).norm()) < 1e-4 * float(best.norm())
         assert sum(".down." in name for name in found if name.startswith(path)) == 1
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_the_expert_that_is_damaged_is_named(allocation: str, checkpoints: Any, tmp_path: Path) -> None:
+    dense = checkpoints.dense("mixtral")
+    (tmp_path / "model").mkdir()
+    weights, name = read_weights(dense), "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    weights[name][5, 7] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "model" / "config.json").write_bytes((dense / "config.json").read_bytes())
+    with pytest.raises(InputError, match=f"tensor {name} cannot be converted: it has NaN"):
+        convert(tmp_path / "model", tmp_path / "out", keep=0.6, share_experts=True, allocation=allocation, device="cpu")
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_densified_folded_and_adapted(checkpoints: Any, tmp_path: Path) -> None:

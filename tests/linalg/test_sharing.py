@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,17 +47,24 @@ Tensors = list[torch.Tensor]
 STACKS = [((24, 24), 24), ((40, 10, 30), 20), ((12, 12, 12), 30), ((20, 9), 48), ((30,), 20), ((20,), 30)]
 
 
+def is_tall(weights: Sequence[torch.Tensor]) -> bool:
+    return sum(weight.shape[0] for weight in weights) >= weights[0].shape[1]
+
+
 def solve(weights: Tensors, lefts: list[Any], rights: Tensors, tokens: list[int] | None = None) -> SharedDecomposition:
-    tall = sum(weight.shape[0] for weight in weights) >= weights[0].shape[1]
+    tall = is_tall(weights)
     outers = [outer_statistic(weight, left, tall=tall) for weight, left in zip(weights, lefts, strict=True)]
     loads = [[partial(lambda value: value, value) for value in values] for values in (outers, rights)]
     return decompose_shared(loads[0], loads[1], tokens or [1] * len(weights), None if tall else weights)
 
 
-def cut(weights: Tensors, found: SharedDecomposition, rank: int, rights: Tensors) -> tuple[torch.Tensor, Tensors]:
+def cut(
+    weights: Sequence[torch.Tensor], found: SharedDecomposition, rank: int, rights: Tensors, tall: bool | None = None
+) -> tuple[torch.Tensor, Tensors]:
     inners = [partial(lambda value: value, value) for value in rights]
-    factors = truncate_shared(weights, found.found, rank, torch.float64, inners)
-    return factors.down, factors.ups
+    tall = is_tall(weights) if tall is None else tall
+    factors = truncate_shared(weights, found.found, rank, torch.float64, inners, tall=tall)
+    return factors.down, [own.up for own in factors.own]
 
 
 def losses(weights: Tensors, down: torch.Tensor, ups: Tensors, lefts: list[Any], rights: Tensors) -> list[float]:
@@ -151,9 +159,11 @@ def test_equal_layers_lose_nothing_by_sharing(copies: int, rows: int, inputs: in
     alone = factorize(weight, rank, torch.float64, right=right)
     weights = [weight] * copies
     if right is None:
-        factors = plain_shared(weights, None, rank, torch.float64, Workspace())
-        down, ups = factors.down, factors.ups
-        assert factors.relative_errors == pytest.approx([alone.relative_error] * copies, rel=1e-4, abs=1e-5)
+        factors = plain_shared(weights, None, rank, torch.float64, Workspace(), tall=is_tall(weights))
+        own = list(factors.own)
+        down, ups = factors.down, [one.up for one in own]
+        errors = [(one.loss / one.energy) ** 0.5 for one in own]
+        assert errors == pytest.approx([alone.relative_error] * copies, rel=1e-4, abs=1e-5)
     else:
         down, ups = cut(weights, solve(weights, [None] * copies, [right] * copies), rank, [right] * copies)
     loss = float((full(right, inputs) @ (weight - alone.up @ alone.down).T * (weight - alone.up @ alone.down).T).sum())
@@ -168,11 +178,71 @@ def test_plain_factors_are_those_of_the_stack(outputs: tuple[int, ...], inputs: 
     stack, rank = torch.cat(weights), min(sum(outputs), inputs) // 2
     spectrum = torch.linalg.svdvals(stack).square()
     for found in (None, decompose(stack)):
-        factors = plain_shared(weights, found, rank, torch.float64, Workspace())
-        left = sum(float((w - up @ factors.down).norm()) ** 2 for w, up in zip(weights, factors.ups, strict=True))
+        factors = plain_shared(weights, found, rank, torch.float64, Workspace(), tall=is_tall(weights))
+        left = 0.0
+        for weight, own in zip(weights, factors.own, strict=True):
+            loss = float((weight - own.up @ factors.down).norm()) ** 2
+            assert own.loss == pytest.approx(loss, rel=1e-9)
+            assert own.energy == pytest.approx(float(weight.norm()) ** 2, rel=1e-9)
+            left += loss
         assert left == pytest.approx(float(spectrum[rank:].sum()), rel=1e-5)
-        for weight, up, error in zip(weights, factors.ups, factors.relative_errors, strict=True):
-            assert error == pytest.approx(float((weight - up @ factors.down).norm() / weight.norm()), rel=1e-9)
+
+
+class OneBuffer(Sequence[torch.Tensor]):
+    """Matrices of which one is there at a time, in memory that the next one is read into."""
+
+    def __init__(self, weights: Tensors) -> None:
+        self.weights, self.reads = weights, 0
+        self.buffer = torch.full((max(weight.numel() for weight in weights),), torch.nan, dtype=torch.float64)
+        self.place = -1
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __getitem__(self, place: Any) -> Any:
+        weight = self.weights[place]
+        if place != self.place:
+            self.place, self.reads = place, self.reads + 1
+            self.buffer.fill_(torch.nan)[: weight.numel()].copy_(weight.reshape(-1))
+        return self.buffer[: weight.numel()].view(weight.shape)
+
+
+@pytest.mark.parametrize("size", [1e-8, 1, 1e8])
+@pytest.mark.parametrize("lowest", [0.1, 1e-5])
+@pytest.mark.parametrize(("outputs", "inputs"), [((24, 24, 30), 24), ((40, 10, 30), 20), ((12, 12, 5), 30)])
+def test_one_plain_matrix_at_a_time(outputs: tuple[int, ...], inputs: int, lowest: float, size: float) -> None:
+    """Against a full SVD of the stack in float64. A tall one is read once to sum up and once for the factors, and once
+    more where it has to be scaled, or for float64."""
+    stack = normal(sum(outputs), inputs, seed=1)
+    u, s, v = torch.linalg.svd(stack, full_matrices=False)
+    s, rank = torch.logspace(0, math.log10(lowest), len(s), dtype=torch.float64), len(s) - 4
+    weights = [part.contiguous() for part in (size * (u * s) @ v).split(outputs)]
+    best = size * (u[:, :rank] * s[:rank]) @ v[:rank]
+    tall, there = is_tall(weights), OneBuffer(weights)
+    factors = plain_shared(there, None, rank, torch.float64, Workspace(), tall=tall)
+    for own, weight, part in zip(factors.own, weights, best.split(outputs), strict=True):
+        assert float((own.up @ factors.down - part).norm()) < 2e-4 * size * float(s[rank])
+        assert own.loss == pytest.approx(float((weight - part).norm()) ** 2, rel=1e-5)
+    assert factors.precision == ("float64" if lowest < 0.01 else "float32")
+    passes = 2 + (size != 1) + (lowest < 0.01) if tall else 1
+    assert there.reads == passes * len(weights)
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), STACKS)
+def test_one_matrix_in_its_metric_at_a_time(outputs: tuple[int, ...], inputs: int) -> None:
+    """Two times, with the same factors to the bit; they are W R A^T (A R A^T)^-1."""
+    weights = matrices(outputs, inputs)
+    rights = [metric("matrix", inputs, 20 + i) for i in range(len(outputs))]
+    found, rank = solve(weights, [None] * len(outputs), rights), max(1, min(sum(outputs), inputs) // 2)
+    there = OneBuffer(weights)
+    down, ups = cut(there, found, rank, rights, tall=is_tall(weights))
+    assert there.reads == (2 if len(weights) > 1 else 1) * len(weights)
+    plain, others = cut(weights, found, rank, rights)
+    assert torch.equal(down, plain)
+    for weight, up, other, right in zip(weights, ups, others, rights, strict=True):
+        assert torch.equal(up, other)
+        exact = weight @ right @ down.T @ torch.linalg.inv(down @ right @ down.T)
+        assert float((up - exact).norm()) < 1e-4 * float(exact.norm())
 
 
 def test_what_one_layer_has_not_seen_is_taken_from_the_others() -> None:
@@ -221,12 +291,12 @@ def test_factors_beyond_float16_are_refused(own: bool) -> None:
     inners: list[Callable[[], torch.Tensor]] = [lambda: torch.eye(64).double()] * 2
     outers = [partial(outer_statistic, weight, None, tall=False) for weight in weights]
     found = decompose_shared(outers, inners, [1, 1], weights).found
-    factors = truncate_shared(weights, found, 1, torch.float32, inners)
+    factors = truncate_shared(weights, found, 1, torch.float32, inners, tall=False)
     most = torch.finfo(torch.float16).max
     assert (float(factors.down.abs().max()) > most) != own
-    assert (float(torch.cat(factors.ups).abs().max()) > most) == own
+    assert (float(torch.cat([one.up for one in factors.own]).abs().max()) > most) == own
     with pytest.raises(InputError, match=r"not finite in float16; choose dtype='bfloat16' or float32"):
-        truncate_shared(weights, found, 1, torch.float16, inners)
+        list(truncate_shared(weights, found, 1, torch.float16, inners, tall=False).own)
 
 
 def test_layers_of_nothing() -> None:

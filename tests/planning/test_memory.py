@@ -9,22 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from svdconvert import Calibration, plan
-from svdconvert.linalg import panels
+from svdconvert.linalg import panels, residual
 from svdconvert.models import blocks, loss, probe, writing
 from svdconvert.models.sampling import Sampler
 from svdconvert.planning.make import make_plan
 from svdconvert.planning.memory import (
     BASE_BYTES,
+    COMPARED_ROWS,
     HEAD_BYTES,
+    LAYER_GAPS,
     LOADED_BYTES,
     PANEL,
     READ_BYTES,
     TURNED_BYTES,
     CopiedTensor,
+    SolvedGroup,
     SolvedMatrix,
     check_bytes,
     decomposition_bytes,
     device_bytes,
+    group_decomposition_bytes,
     host_bytes,
 )
 from svdconvert.planning.text_memory import (
@@ -43,6 +47,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_polyglot"
 
 SMALL = SolvedMatrix(side=10, long=20, rank=2, read=400, written=100)
 LARGE = SolvedMatrix(side=100, long=200, rank=2, read=40_000, written=10_000)
+GROUP = SolvedGroup(columns=10, rows=4, stacked=0, rank=2, read=160, written=80, shared=40, metered=False)
 
 
 def test_nothing_to_factor() -> None:
@@ -61,8 +66,24 @@ def test_terms_on_the_host() -> None:
     worker = 400 + 100 + 4 * (3 * 10 * 10 + 4 * 10 * 2 + 3 * 2 * 2 + 20 * 10 + 3 * 20 * 2)
     assert host_bytes([SMALL], 1) - BASE_BYTES == waiting + worker
     assert host_bytes([SMALL], 3) - host_bytes([SMALL], 1) == 2 * worker
-    stacked = SolvedMatrix(side=10, long=20, rank=2, read=400, written=100, stacked=True)
-    assert host_bytes([stacked], 1) - host_bytes([SMALL], 1) == 400
+    assert host_bytes([SMALL, replace(SMALL, rank=1, read=800)], 3) - host_bytes([SMALL], 3) == 4 * 400
+
+
+def test_terms_of_a_group() -> None:
+    """Buffers for single matrices are there meanwhile; a group adds one of its matrices, and no more of two."""
+    waiting, one = 2 * 80, 160 + 80 + 40 + LAYER_GAPS + 8 * 4 * (4 * 10 + 2)
+    # three 10 x 10, four 10 x 2, three 2 x 2, 4 x 10 and 4 x 2 in float32, 10 x 2 in float64
+    worker = one + 4 * (3 * 10 * 10 + 4 * 10 * 2 + 3 * 2 * 2 + 4 * 10 + 4 * 2) + 8 * 10 * 2
+    assert host_bytes([], 2, (), [GROUP]) == BASE_BYTES + waiting + 2 * worker
+    assert (
+        host_bytes([replace(SMALL, rank=0, written=0)], 2, (), [GROUP]) == BASE_BYTES + 3 * 400 + waiting + 2 * worker
+    )
+    metered = one + 8 * (5 * 10 * 10 + 7 * 10 * 2 + 3 * 2 * 2 + 4 * 2)
+    assert host_bytes([], 1, (), [replace(GROUP, metered=True)]) == BASE_BYTES + waiting + metered
+    # the smaller side is that of the outputs then, and the stack is there twice
+    wide = worker - 4 * (3 * (100 - 64) + 4 * (10 - 8) * 2) + 4 * 2 * 8 * 10
+    assert host_bytes([], 1, (), [replace(GROUP, stacked=8)]) == BASE_BYTES + waiting + wide
+    assert group_decomposition_bytes(10) == 9 * 8 * 10 * 10
 
 
 def test_terms_of_copying() -> None:
@@ -92,6 +113,7 @@ def test_constants_of_the_code_that_takes_it() -> None:
     assert READ_BYTES == reader.CHUNK
     assert TURNED_BYTES == reader.PANEL
     assert PANEL == panels.PANEL
+    assert COMPARED_ROWS == residual.PANEL
 
 
 def test_a_result_is_loaded_if_it_is_small() -> None:
