@@ -52,7 +52,7 @@ class Boundaries:
         """
         self._store = ActivationStore(group.own(folder), key, shape, dtype)
         self._device, self._group = device, group
-        check_room([self._store], copies)
+        check_room({self._store: copies})
 
     @property
     def loss(self) -> Loss | None:

@@ -119,7 +119,7 @@ def measure_losses(
     other = stream("the compressed model", "compressed")
     # Two sets of hidden states at a time, of each.
     streams = [other] if known else [stream("the model", "dense"), other]
-    check_room([each.store for each in streams], 2)
+    check_room({each.store: 2 for each in streams})
     with blocks.embeddings():
         for each in streams:
             each.embed()

@@ -73,7 +73,7 @@ class RefitStreams:
         self.truncated = stream("truncated-held", held_out)
         self._all = [*self.dense, *self.refitted, self.truncated]
         self.tokens = int(tokens.mask[~held_out].sum())
-        check_room([each.store for each in self._all], 2)
+        check_room({each.store: 2 for each in self._all})
 
     def begin(self) -> int:
         """The first block that is still to be done, whose input is there from here on."""

@@ -122,7 +122,7 @@ class Sampled:
     def dense(self) -> Stream:
         """The dense model's last hidden states; the way to them is forgotten."""
         dense = self._stream("dense", self._key, "the model")
-        check_room([dense.store], 2)
+        check_room({dense.store: 2})
         self._pass(dense, lambda index: {}, "the dense model", keep=False)
         return dense
 
@@ -141,7 +141,7 @@ class Sampled:
         """
         blocks = self.bench.blocks
         stream = self._stream("compressed", {**self.key(steps), "keep": keep}, "the compressed model")
-        check_room([stream.store], blocks.count + 3 if keep else 2)
+        check_room({stream.store: blocks.count + 3 if keep else 2})
         self._pass(stream, Truncations(self.bench.source, targets, steps, blocks.device), name, keep=keep)
         return stream
 

@@ -78,7 +78,7 @@ class TokenLosses:
             name="the model",
             batch_size=bench.batch_size,
         )
-        check_room([stream.store], blocks.count + 3)
+        check_room({stream.store: blocks.count + 3})
         if not stream.store.has(f"gradient-{blocks.count}"):
             self._to_the_head(stream)
         stream.forget(blocks.count)

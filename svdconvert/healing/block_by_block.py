@@ -153,7 +153,7 @@ class _Run:
         self.ours_held = stream(self.ours, self._held, "held-out")
         self.start_held = stream(self.ours, self._held, "start-held-out")
         self._streams = (self._dense_train, self._dense_held, self._ours_train, self.ours_held, self.start_held)
-        check_room([one.store for one in self._streams], 2)
+        check_room({one.store: 2 for one in self._streams})
         self.first = min(one.begin() for one in self._streams)
 
     def block(self, index: int) -> Mapping[str, Any]:

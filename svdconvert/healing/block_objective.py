@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from svdconvert.healing.distance import distances
 from svdconvert.healing.objective import Diverged
 from svdconvert.healing.precision import computing
 from svdconvert.healing.trained import Trained
@@ -51,8 +52,6 @@ class BlockStates:
 
 class BlockObjective:
     """What is minimised: the mean over the tokens of ||y - y'||^2 / ||y||^2, of outputs y of the dense model's block.
-
-    Each token counts the same: the states of a few, the first one above all, are far longer than all others.
 
     Attributes:
         student: the block's factors.
@@ -117,8 +116,7 @@ class BlockObjective:
         inputs, targets, mask = known.of(part)
         with computing(inputs.device, precision):
             outputs = self._blocks.run(self._block, inputs, self._mask[part])
-        found, wanted = outputs.float()[mask], targets[mask]
-        errors = (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-30)
+        errors = distances(outputs[mask], targets[mask])
         if not bool(torch.isfinite(errors.detach()).all()):
             raise Diverged
         return errors

@@ -4,7 +4,10 @@ What is minimised is the mean over the predicted tokens of KL(dense || compresse
 temperature 1), which is 0 only where both predict the same. A text's own next tokens play no part: fitted to those, a
 model learns the text by heart and gets a lower perplexity without being a better copy.
 
-The dense model is run once, block by block, and its last hidden states lie in files. The compressed one is in memory,
+Beside it the hidden states at four depths are brought towards the dense model's (``healing/distance.py``), which saves
+tokens. What decides is the divergence alone.
+
+The dense model is run once, block by block, and its hidden states lie in files. The compressed one is in memory,
 in float32, packed integers aside (``healing/grid_weights.py``), with gradients and two moments of all that is trained.
 Every eighth sequence is held out, up to 8,192 tokens (``healing/sequences.py``); what has the least divergence there,
 rounded as it is stored, is the result, and the start is one of the candidates.
@@ -13,7 +16,7 @@ rounded as it is stored, is the result, and the start is one of the candidates.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from svdconvert.errors import InputError
 from svdconvert.healing.block_by_block import heal_blocks
+from svdconvert.healing.distance import NO_HINTS, Hints, compared_blocks
 from svdconvert.healing.matrices import healed_matrices
 from svdconvert.healing.memory import check_memory
 from svdconvert.healing.objective import Diverged, Objective
@@ -80,22 +84,27 @@ def _trained(work: HealingWork) -> tuple[Healed, Mapping[str, Tensor]]:
     others[held_out] = False
     blocks = ModelBlocks(work.dense, device=work.device)
 
-    def teacher(name: str, sequences: Tensor, precision: torch.dtype) -> SharedTeacher:
+    weight = work.request.healing.hints
+    hints = Hints(weight, compared_blocks(blocks.count)) if weight else NO_HINTS
+
+    def teacher(name: str, sequences: Tensor, precision: torch.dtype, behind: Sequence[int] = ()) -> SharedTeacher:
         at_a_time = work.request.calibration.batch_size
 
         def part(numbers: Tensor, file: str) -> Teacher:
             place = work.folder / STATES / file
-            return Teacher(blocks, tokens, numbers, place, work.key, batch_size=at_a_time, precision=precision)
+            return Teacher(
+                blocks, tokens, numbers, place, work.key, batch_size=at_a_time, precision=precision, behind=behind
+            )
 
         return SharedTeacher(sequences, part, work.events, name)
 
     batch = work.batch
-    train = teacher("training", others.nonzero()[:, 0], work.precision)
+    train = teacher("training", others.nonzero()[:, 0], work.precision, hints.blocks)
     judging = teacher("held-out", held_out, torch.float32)
     texts = Texts(train, judging, Order(train.sequences, batch, work.request.calibration.seed))
     student = Student(work.source, work.device, work.precision)
     with teacher_head(blocks, student.head) as head:
-        objective = Objective(student, head, tokens, work.request.calibration.batch_size, work.precision)
+        objective = Objective(student, head, tokens, work.request.calibration.batch_size, work.precision, hints)
         before = _first(work, objective, judging)
         training = Training(
             objective,
@@ -168,6 +177,7 @@ def _told(
         lr=training.rate,
         batch_size=batch,
         anchor=work.request.healing.anchor,
+        hints=work.request.healing.hints,
         precision=str(work.precision).removeprefix("torch."),
         processes=processes.current().size,
         trials=tuple(state.trials),

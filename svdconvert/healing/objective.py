@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.calibration.text import CalibrationTokens
+from svdconvert.healing.distance import NO_HINTS, Hints
 from svdconvert.healing.precision import computing
 from svdconvert.healing.student import Student
 from svdconvert.healing.teacher import States
@@ -36,6 +37,7 @@ class Objective:
         tokens: the text.
         batch_size: sequences at a time.
         precision: of the matrix products of both heads.
+        hints: what is minimised beside it; nothing of it is measured.
         name: of the mean, for people.
     """
 
@@ -45,6 +47,7 @@ class Objective:
     tokens: CalibrationTokens
     batch_size: int
     precision: torch.dtype
+    hints: Hints = NO_HINTS
 
     def measure(self, teacher: States, sequences: Tensor, precision: torch.dtype | None = None) -> HeadDivergence:
         """Sums over the predicted tokens of some sequences.
@@ -70,23 +73,30 @@ class Objective:
         return _of_all(own)
 
     def differentiate(self, teacher: States, sequences: Tensor) -> float:
-        """Add the gradient of the mean over the predicted tokens of some sequences to the factors'.
+        """Add the gradient of the mean over the predicted tokens of some sequences, hints included, to the factors'.
 
         Returns:
-            The mean, nats.
+            The mean divergence, nats.
 
         Raises:
             Diverged: as :meth:`measure`.
         """
-        count = self._predicted(sequences)
+        count, tokens, blocks = self._predicted(sequences), int(self.tokens.mask[sequences].sum()), self.hints.blocks
 
         def own() -> HeadDivergence:
             sums = HeadDivergence()
             for part in self._parts(sequences):
+                mask = self.tokens.mask[part]
                 with torch.enable_grad():
-                    hidden = self.student.hidden(self.tokens.ids[part], self.tokens.mask[part])
+                    hidden, outputs = self.student.hidden_behind(self.tokens.ids[part], mask, blocks)
                 found, slope = self._compare(teacher, part, hidden.detach(), self.precision, gradient=True)
-                torch.autograd.backward(hidden, slope / count)
+                minimised, slopes = [hidden], [slope / count]
+                if blocks:
+                    wanted = [teacher.behind(index, part) for index in blocks]
+                    with torch.enable_grad():
+                        minimised.append(self.hints.sum(outputs, wanted, mask.to(hidden.device)))
+                    slopes.append(torch.tensor(1 / tokens, device=hidden.device))
+                torch.autograd.backward(minimised, slopes)
                 sums += found
             return sums
 

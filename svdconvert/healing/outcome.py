@@ -50,7 +50,7 @@ class Healed:
         best_step: after which of them the factors are those of the result; 0 where they are the start's.
         lr: highest learning rate; None where the model fell apart at all of them.
         batch_size: sequences of a step.
-        anchor: see :class:`svdconvert.settings.healing.Healing`.
+        anchor, hints: see :class:`svdconvert.settings.healing.Healing`.
         precision: of the matrix products in training.
         processes: that shared the sequences of a step.
         blocks: of a healing block by block, steps, learning rate, and error of its outputs before and after, of each.
@@ -72,6 +72,7 @@ class Healed:
     batch_size: int
     anchor: float
     precision: str
+    hints: float = 0.0
     processes: int = 1
     blocks: Sequence[Mapping[str, float | None]] = ()
     trials: Sequence[Mapping[str, float | None]] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from svdconvert.families.table import factored_architecture
 from svdconvert.healing.precision import computing
 from svdconvert.healing.trained import Trained
+from svdconvert.models.calls import block_output
 from svdconvert.models.head import Logits
 from svdconvert.models.loading import load_model
 from svdconvert.storage.source import LocalSource
@@ -47,7 +48,8 @@ class Student(Trained):
         self._base: nn.Module = model.base_model
         self.head = nn.Sequential(model.get_output_embeddings(), Logits(row.pieces.logits, model.config))
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
-        for block in self._base.get_submodule(row.pieces.blocks).children():
+        self._blocks = [*self._base.get_submodule(row.pieces.blocks).children()]
+        for block in self._blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         super().__init__(source, model)
 
@@ -62,6 +64,25 @@ class Student(Trained):
             output = self._base(input_ids=ids, attention_mask=mask, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden.float()
+
+    def hidden_behind(self, ids: Tensor, mask: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """What :meth:`hidden` gives, and the outputs of some blocks by the way, [batch, length, hidden] float32 each.
+
+        Args:
+            ids, mask: as there.
+            indices: of the blocks, in rising order.
+        """
+        found = list[Tensor]()
+
+        def keep(block: nn.Module, inputs: Any, output: Any) -> None:
+            found.append(block_output(output).float())
+
+        hooks = [self._blocks[index].register_forward_hook(keep) for index in indices]
+        try:
+            return self.hidden(ids, mask), found
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def computing_in(self, precision: torch.dtype) -> Iterator[None]:

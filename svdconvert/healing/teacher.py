@@ -1,11 +1,12 @@
-"""The dense model, as its last hidden states: it is run once, block by block, and never in memory beside the other.
+"""The dense model, as its hidden states: it is run once, block by block, and never in memory beside the other.
 
-The states are those behind the final norm, so that the head alone makes predictions of them.
+The last ones are those behind the final norm, so that the head alone makes predictions of them. Those behind some
+of its blocks are kept in bfloat16, as they are compared, and nothing is computed from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ _STATES = "states"
 
 
 class Teacher:
-    """The dense model's last hidden states of some sequences, in a file.
+    """The dense model's hidden states of some sequences, in files.
 
     Attributes:
         sequences: their numbers in the text, int64.
@@ -42,6 +43,7 @@ class Teacher:
         *,
         batch_size: int,
         precision: torch.dtype,
+        behind: Sequence[int] = (),
     ) -> None:
         """Prepare.
 
@@ -53,14 +55,17 @@ class Teacher:
             key: what they depend on beside the sequences, in JSON types.
             batch_size: sequences at a time.
             precision: of the matrix products.
+            behind: blocks whose outputs are kept.
         """
-        self._blocks, self._precision, self.sequences = blocks, precision, sequences
+        self._blocks, self._precision, self.sequences, self._behind = blocks, precision, sequences, behind
         self._places = {int(number): place for place, number in enumerate(sequences)}
         ids, mask = tokens.ids[sequences], tokens.mask[sequences]
         whole = {**key, "numbers": sequences.tolist(), "precision": str(precision)}
         self._stream = Stream(blocks, ids, mask, folder / "way", whole, name="the dense model", batch_size=batch_size)
         whole |= {"batch_size": batch_size, "device": blocks.device.type, "code": [__version__, torch.__version__]}
         self._store = ActivationStore(folder / "last", whole, (*ids.shape, blocks.width), blocks.dtype)
+        whole |= {"behind": [*behind]}
+        self._outputs = ActivationStore(folder / "behind", whole, (*ids.shape, blocks.hidden_size), torch.bfloat16)
 
     def run(self, events: Events, what: str) -> None:
         """Compute the states, or what is left of them.
@@ -74,20 +79,30 @@ class Teacher:
             JobError: reading or writing failed; the same call goes on.
         """
         blocks, stream = self._blocks, self._stream
-        if self._store.has(_STATES):
+        if self._store.has(_STATES) and all(self._outputs.has(_output(index)) for index in self._behind):
             return
-        check_room([stream.store], 2)
+        check_room({stream.store: 2, self._outputs: len(self._behind)})
         with computing(blocks.device, self._precision):
             for index in range(stream.begin(), blocks.count):
+                self._keep_output(index - 1)
                 events.progress("dense model", index, blocks.count, what)
                 with blocks.block(index) as block:
                     stream.step(block, index)
                 stream.forget(index)
+        self._keep_output(blocks.count - 1)
         with blocks.final() as final, self._store.writing(_STATES) as write, torch.no_grad():
             for batch in stream.batches:
                 write(final(stream.read(blocks.count, batch)))
         stream.forget(blocks.count)
         events.progress("dense model", blocks.count, blocks.count, what)
+
+    def _keep_output(self, index: int) -> None:
+        """Keep a block's output, the next one's input, if it is one of those."""
+        if index not in self._behind or self._outputs.has(_output(index)):
+            return
+        with self._outputs.writing(_output(index)) as write:
+            for batch in self._stream.batches:
+                write(self._stream.read(index + 1, batch))
 
     def states(self, sequences: Tensor) -> Tensor:
         """What goes into the head: [n, length, width] on the device.
@@ -95,13 +110,29 @@ class Teacher:
         Args:
             sequences: numbers of n sequences.
         """
+        return self._read(self._store, _STATES, sequences)
+
+    def behind(self, index: int, sequences: Tensor) -> Tensor:
+        """What comes out of a block: [n, length, hidden] bfloat16 on the device.
+
+        Args:
+            index: of the block, one of those that are kept.
+            sequences: numbers of n sequences.
+        """
+        return self._read(self._outputs, _output(index), sequences)
+
+    def _read(self, store: ActivationStore, name: str, sequences: Tensor) -> Tensor:
         places = [self._places[int(number)] for number in sequences]
-        rows = [self._store.read(_STATES, slice(place, place + 1)) for place in places]
-        return torch.cat(rows).to(self._blocks.device)
+        return torch.cat([store.read(name, slice(place, place + 1)) for place in places]).to(self._blocks.device)
+
+
+def _output(index: int) -> str:
+    """Name of a block's output among the files."""
+    return f"block-{index}"
 
 
 class States(Protocol):
-    """The dense model's last hidden states of some sequences.
+    """The dense model's hidden states of some sequences.
 
     Attributes:
         sequences: their numbers in the text, int64.
@@ -111,6 +142,10 @@ class States(Protocol):
 
     def states(self, sequences: Tensor) -> Tensor:
         """What goes into the head: [n, length, width] on the device, of n sequences by their numbers."""
+        ...
+
+    def behind(self, index: int, sequences: Tensor) -> Tensor:
+        """What comes out of a block: [n, length, hidden] on the device, of n sequences by their numbers."""
         ...
 
 
@@ -153,6 +188,10 @@ class SharedTeacher:
     def states(self, sequences: Tensor) -> Tensor:
         """See :meth:`States.states`."""
         return torch.cat([self._owner[int(number)].states(number[None]) for number in sequences])
+
+    def behind(self, index: int, sequences: Tensor) -> Tensor:
+        """See :meth:`States.behind`."""
+        return torch.cat([self._owner[int(number)].behind(index, number[None]) for number in sequences])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -144,18 +144,17 @@ class ActivationStore:
         return self.folder / f"{name}.bin"
 
 
-def check_room(stores: Sequence[ActivationStore], copies: int) -> None:
+def check_room(copies: Mapping[ActivationStore, int]) -> None:
     """Compare the bytes to be written into folders of one disk with its free space.
 
     Args:
-        stores: one for each folder.
-        copies: files that each of them holds at a time.
+        copies: store, one for each folder -> files that it holds at a time.
 
     Raises:
         InputError: it does not fit.
     """
-    folder = stores[0].folder
-    needed = sum(store.missing_bytes(copies) for store in stores)
+    folder = next(iter(copies)).folder
+    needed = sum(store.missing_bytes(count) for store, count in copies.items())
     refuse_full(folder, needed, " for activations", "use fewer or shorter sequences, or free some")
 
 

@@ -30,7 +30,7 @@ from svdconvert.families.table import LONGEST, dense_architecture, factored_arch
 from svdconvert.foreign import CORRECT, foreign_code
 from svdconvert.layouts.table import shared_layers
 from svdconvert.machine.products import fast_products
-from svdconvert.models.calls import BlockCalls, Call
+from svdconvert.models.calls import BlockCalls, Call, block_output
 from svdconvert.models.head import LOGITS, Logits
 from svdconvert.models.matrices import differentiable, is_linear, matrix, replaced
 from svdconvert.models.piece_weights import Part, PieceWeights
@@ -170,8 +170,7 @@ class ModelBlocks:
         """
         call = self._call(self._layers.index(block), hidden, mask)
         output = block(hidden, *call.args, **call.kwargs)
-        # transformers 4 returns a tuple; 5 returns the tensor itself, of which [0] would be the first sample.
-        return output[0] if isinstance(output, tuple) else output
+        return block_output(output)
 
     def rehearse(self) -> None:
         """Run a block of each kind without weights and values: types and shapes alone.

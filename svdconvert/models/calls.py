@@ -33,6 +33,16 @@ class Call:
     kwargs: Mapping[str, Any]
 
 
+def block_output(output: Any) -> Tensor:
+    """The hidden states that a block gives: [batch, length, hidden].
+
+    Args:
+        output: what its forward returns, a tuple in transformers 4 and the tensor itself in 5.
+    """
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
 class BlockCalls:
     """The calls of a base model's blocks, recorded by modules in their place."""
 

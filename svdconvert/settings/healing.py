@@ -20,6 +20,8 @@ WAYS = ("end-to-end", "blocks")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Of these three are tried where no learning rate is given: those in the middle, and that beside the better of both.
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+# Weight of the distance of hidden states (docs/heal.md has what others came to).
+HINTS = 10.0
 # Tokens of a step where no batch size is given.
 STEP_TOKENS = 2048
 
@@ -35,6 +37,7 @@ class Healing:
         lr: highest learning rate; None for one of :data:`RATES`, by three short trials.
         anchor: share of its distance from the start, times the learning rate, by which a factor or a scale goes back at
             each step.
+        hints: weight of the distance of hidden states beside the divergence of predictions, end to end.
         precision: type of the matrix products, one of :data:`PRECISIONS`.
         how: one of :data:`WAYS`.
     """
@@ -82,6 +85,15 @@ class Healing:
         group="Healing",
         kind="number",
     )
+    hints: float = option(
+        HINTS,
+        "--hints",
+        "Weight of the distance to the dense model's hidden states at four depths, relative to their length, beside "
+        "the divergence of predictions; 0: predictions alone.",
+        keyword="hints",
+        group="Healing",
+        kind="number",
+    )
     precision: str = option(
         "auto",
         "--precision",
@@ -117,8 +129,14 @@ class Healing:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{asked(name, value)} must be above 0 and finite")
-        if not 0 <= self.anchor < math.inf:
-            raise InputError(f"{asked('anchor', self.anchor)} must be 0 or above, and finite")
+        for name in ("anchor", "hints"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{asked(name, getattr(self, name))} must be 0 or above, and finite")
+        if self.how == "blocks" and self.hints != HINTS:
+            raise InputError(
+                f"{asked('hints', self.hints)} has no effect with {asked('how', 'blocks')}, which trains on hidden "
+                "states alone; leave it out"
+            )
         for name, words in (("precision", PRECISIONS), ("how", WAYS)):
             if getattr(self, name) not in words:
                 *others, last = words

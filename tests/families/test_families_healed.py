@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from svdconvert import Calibration, heal, verify
 from svdconvert.families.row import Architecture
+from svdconvert.healing.distance import Hints
 from svdconvert.healing.grid_weights import RELATIVE
 from svdconvert.healing.objective import Objective
 from svdconvert.healing.student import Student
@@ -26,16 +27,16 @@ from svdconvert.storage.source import LocalSource
 
 @FEW
 def test_divergence_and_gradient(row: Architecture, dense: Path, checkpoints: Any, tmp_path: Path) -> None:
-    """Padded sequences, some of them at a time; heads that are tied, capped or divided."""
+    """Padded sequences, some of them at a time; heads that are tied, capped or divided; and a block's output."""
     factored = checkpoints.pair(row.model_type, "pivoted").factored
     blocks, exact = ModelBlocks(LocalSource(dense)), torch.float32
     everything = torch.arange(len(TOKENS.ids))
-    teacher = Teacher(blocks, TOKENS, everything, tmp_path, {}, batch_size=2, precision=exact)
+    teacher = Teacher(blocks, TOKENS, everything, tmp_path, {}, batch_size=2, precision=exact, behind=[0])
     teacher.run(Events(), "")
     student = Student(LocalSource(factored), "cpu", exact)
     with teacher_head(blocks, student.head) as head:
         assert head is None, "the head was copied"
-        objective = Objective(student, head, TOKENS, 2, exact)
+        objective = Objective(student, head, TOKENS, 2, exact, Hints(3.0, [0]))
         mean = objective.differentiate(teacher, everything)
         sums = objective.measure(teacher, everything)
 
@@ -46,7 +47,10 @@ def test_divergence_and_gradient(row: Architecture, dense: Path, checkpoints: An
         p = stock(**inputs).logits[:, :-1][predicts].float().log_softmax(-1)
     q = model(**inputs).logits[:, :-1][predicts].float().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean()
-    kl.backward()
+    with torch.no_grad():  # of which the first one is the embedding
+        wanted = stock(**inputs, output_hidden_states=True).hidden_states[1][TOKENS.mask].bfloat16().float()
+    states = model(**inputs, output_hidden_states=True).hidden_states[1][TOKENS.mask]
+    (kl + 3 * ((states - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()).backward()
     kl = kl.detach()
     assert abs(mean - float(kl)) < 1e-5 * float(kl)
     assert abs(sums.kl / sums.tokens - float(kl)) < 1e-5 * float(kl)

@@ -54,8 +54,33 @@ def divergence(teacher: Any, model: Any, ids: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).mean()
 
 
+def behind(model: Any, ids: Tensor) -> list[Tensor]:
+    """The outputs of the blocks at the depths that are compared: of three blocks all."""
+    found = list[Tensor]()
+    blocks = model.gpt_neox.layers
+    assert len(blocks) == 3
+    hooks = [
+        block.register_forward_hook(
+            lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
+        )
+        for block in blocks
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def distance(teacher: Any, model: Any, ids: Tensor) -> Tensor:
+    """Mean ||y - y'||^2 / ||y||^2 over tokens and blocks."""
+    with torch.no_grad():
+        wanted = [output.bfloat16().double() for output in behind(teacher, ids)]
+    pairs = zip(behind(model, ids), wanted, strict=True)
+    return torch.stack([((y - x).square().sum(-1) / y.square().sum(-1)).mean() for x, y in pairs]).mean()
+
+
 def trained(
-    dense: Path, start: Path, ids: Tensor, held_out: Tensor, seed: int
+    dense: Path, start: Path, ids: Tensor, held_out: Tensor, seed: int, hints: float
 ) -> tuple[dict[str, Tensor], list[float]]:
     """The factors after the steps of SHORT, in float64, and the held-out KL before and after them."""
     teacher, model = whole(dense), whole(start)
@@ -72,7 +97,11 @@ def trained(
     kl = [divergence(teacher, model, ids[held_out]).item()]
     steps = SHORT["steps"]
     for step in range(steps):
-        gradients = torch.autograd.grad(divergence(teacher, model, ids[order(step)]), list(factors.values()))
+        own = ids[order(step)]
+        loss = divergence(teacher, model, own)
+        if hints:
+            loss = loss + hints * distance(teacher, model, own)
+        gradients = torch.autograd.grad(loss, list(factors.values()))
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
         # the first of four steps is the warm-up, at its end
         rate = SHORT["lr"] * (1.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (steps - 1))))
@@ -86,11 +115,14 @@ def trained(
     return {name: factor.detach() for name, factor in factors.items()}, kl
 
 
-def test_a_plain_loop_gives_the_same(start: Path, dense: Path, calibration: Calibration, tmp_path: Path) -> None:
-    outcome = heal(start, dense, calibration, tmp_path / "out", **SHORT)
+@pytest.mark.parametrize("hints", [0.0, 10.0])
+def test_a_plain_loop_gives_the_same(
+    start: Path, dense: Path, calibration: Calibration, hints: float, tmp_path: Path
+) -> None:
+    outcome = heal(start, dense, calibration, tmp_path / "out", hints=hints, **SHORT)
     tokens = calibration.tokens(LocalSource(dense))
     held_out = judges(tokens)
-    expected, kl = trained(dense, start, tokens.ids, held_out, calibration.seed)
+    expected, kl = trained(dense, start, tokens.ids, held_out, calibration.seed, hints)
     told = outcome.record["healing"]
     assert told["changed"]
     assert (told["steps"], told["best_step"], told["lr"]) == (4, 4, SHORT["lr"])
@@ -282,6 +314,8 @@ def test_text_of_the_dense_model(dense: Path, factored: Path, tmp_path: Path) ->
         ({"lr": 0.0}, "lr"),
         ({"epochs": -1}, "epochs"),
         ({"anchor": -1.0}, "anchor"),
+        ({"hints": -1.0}, "hints"),
+        ({"how": "blocks", "hints": 0.0}, "hints"),
         ({"steps": 0}, "steps"),
         ({"steps": 4, "epochs": 1.0}, "give one of them"),
         ({"precision": "float16"}, "precision"),
