@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Depths at which states are compared.
-DEPTHS = 4
+from svdconvert.settings.healing import DEPTHS
 
 
 def compared_blocks(count: int) -> tuple[int, ...]:

@@ -20,8 +20,8 @@ WAYS = ("end-to-end", "blocks")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Of these three are tried where no learning rate is given: those in the middle, and that beside the better of both.
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-# Weight of the distance of hidden states (docs/heal.md has what others came to).
-HINTS = 10.0
+# Weight of the distance of hidden states, and depths at which they are compared (docs/heal.md has what others came to).
+HINTS, DEPTHS = 10.0, 4
 # Tokens of a step where no batch size is given.
 STEP_TOKENS = 2048
 

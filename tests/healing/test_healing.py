@@ -168,13 +168,13 @@ class Killed(Exception):
 
 
 class Killer(Events):
-    """Breaks off at one of the steps."""
+    """Breaks off at one of the steps of a phase."""
 
-    def __init__(self, at: int) -> None:
-        self.left = at
+    def __init__(self, at: int, phase: str = "healing") -> None:
+        self.left, self.phase = at, phase
 
     def progress(self, phase: str, done: int, total: int, detail: str = "") -> None:
-        if phase == "healing":
+        if phase == self.phase:
             self.left -= 1
             if not self.left:
                 raise Killed
@@ -183,22 +183,23 @@ class Killer(Events):
 def test_broken_off_and_continued(
     dense: Path, factored: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In trials, between two courses, and on the way: the same bytes, whatever was saved last."""
+    """In the dense model, in trials, between two courses, and on the way: the same bytes, whatever was saved last."""
     how: dict[str, Any] = {"steps": 4, "batch_size": 4, "anchor": 2.0, "precision": "bfloat16", "device": "cpu"}
     heal(factored, dense, calibration, tmp_path / "whole", **how)
     expected = tree(tmp_path / "whole")
     assert expected
-    for at in (1, 6, 8, 14):  # of 3 trials and the course that counts, of 4 steps each
-        out = tmp_path / f"at-{at}"
+    # of 3 blocks, and of 3 trials and the course that counts, of 4 steps each
+    for phase, at in (("dense model", 2), ("dense model", 4), *(("healing", step) for step in (1, 6, 8, 14))):
+        out = tmp_path / f"{phase}-{at}"
         # where it is not saved, it begins again
         monkeypatch.setattr(svdconvert.healing.state, "SAVE_SECONDS", 1e9 if at == 6 else 0.0)
         monkeypatch.setattr(svdconvert.healing.state, "SAVE_FACTOR", 0.0)
         with pytest.raises(Killed):
-            heal(factored, dense, calibration, out, **how, events=Killer(at))
+            heal(factored, dense, calibration, out, **how, events=Killer(at, phase))
         assert not (out / "config.json").exists()
         assert (out / ".svdconvert" / "work" / "heal").is_dir()
         heal(factored, dense, calibration, out, **how)
-        assert tree(out) == expected, at
+        assert tree(out) == expected, (phase, at)
 
 
 def test_an_absurd_learning_rate_changes_nothing(
