@@ -2,8 +2,7 @@
 
 Predictions alone say little about what each block should do. Hidden states by the way say it for each of their channels
 (Romero et al., arXiv:1412.6550; after pruning Muralidharan et al., arXiv:2407.14679), so fewer tokens are needed; the
-compressed model has the same width, so no map between both is to be learned. Few depths serve as well as all of them
-(docs/heal.md), and their states fit on the disk.
+compressed model has the same width, so no map between both is to be learned. A few depths' states fit on the disk.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.real.healed --data data
     python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 1e-4
+    python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 1e-4 --hints 0
     python -m tests.benchmarks.real.healed --data data --bytes 0.18
 
 It is factored as the best row of the table of losses at 60 %, or as another one there, or made as the rows of one
@@ -66,13 +67,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help=f"sequences of {LENGTH} tokens that ranks or bits come from")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help=f"of {LENGTH} tokens to heal on")
     parser.add_argument("--lr", type=float, help="learning rate, without trials")
+    parser.add_argument("--hints", type=float, help="weight of hidden states, another than the usual one")
     options = parser.parse_args()
     dense = model(SUBJECTS["smollm2-135m"], options.folder)
     samples = options.samples or (CALIBRATION if options.bytes is None else BITS_CALIBRATION)
     kind = f"{options.allocation}-{samples}" if options.bytes is None else f"{options.bytes}"
     work = options.folder / f"healed-{kind}"
     work.mkdir(parents=True, exist_ok=True)
-    before, after = work / "before", work / "after"
+    hints = {} if options.hints is None else {"hints": options.hints}
+    before, after = work / "before", work / "-".join(["after", *(f"hints-{weight:g}" for weight in hints.values())])
     valid = work / "wiki.valid.txt"
     valid.write_bytes((options.data / "wikitext2" / "wiki.valid.tokens").read_bytes())
     if not (before / "config.json").is_file():
@@ -84,7 +87,7 @@ def main() -> None:
     if not (after / "config.json").is_file():
         text = healing_text(options.data, work / "text.jsonl")
         calibration = Calibration(str(text), samples=options.sequences, length=LENGTH)
-        heal(before, dense, calibration, after, lr=options.lr, device="cpu")
+        heal(before, dense, calibration, after, lr=options.lr, **hints, device="cpu")
     for file, window in tests(options.data, work).items():
         ends = []
         for folder in (before, after):
