@@ -19,7 +19,7 @@ from svdconvert.planning.conversion_steps import conversion_steps
 from svdconvert.planning.fit import enough, fit_notes, fits_already, room_of
 from svdconvert.planning.healing_needs import healing_needs
 from svdconvert.planning.memory import training_bytes
-from svdconvert.planning.notes import plan_notes, solver_note
+from svdconvert.planning.notes import plan_notes, solver_note, unused_note
 from svdconvert.planning.plan import Plan
 from svdconvert.planning.ranks import Target, assign
 from svdconvert.planning.size_search import LARGEST
@@ -212,8 +212,12 @@ def plan_for(
     outputs = [info for step in steps for info in step.outputs]
     shards = shard(outputs, request.output.max_shard_bytes)
     budget = request.size.budget(sum(target.dense_params for target in targets), model.beside(targets))
-    of_solver = solver_note(steps, SOLVERS[request.recipe.solver])
-    notes = plan_notes(source, model.row, model.dropped, model.copies, targets, request, budget)
+    notes: list[str | None] = [*plan_notes(source, model.row, model.dropped, model.copies, targets, request, budget)]
+    if request.size.bytes is not None:
+        weights = {target.weight for target in targets}
+        stored = sum(info.nbytes for step in steps if step.key in weights for info in step.outputs)
+        notes.append(unused_note(targets, request, stored, bytes_budget(source, request, targets)))
+    notes.append(solver_note(steps, SOLVERS[request.recipe.solver]))
     return Plan(
         source=source.name,
         commit=source.commit,
@@ -226,7 +230,7 @@ def plan_for(
         params_after=_parameters_after(steps, targets),
         bytes_before=bytes_of(source),
         bytes_after=files_bytes(shards),
-        notes=(*fit_notes(source, request), *notes, *([] if of_solver is None else [of_solver])),
+        notes=(*fit_notes(source, request), *(note for note in notes if note is not None)),
         settings=request.planned(),
         opening_bytes=source.opening_bytes,
         passes=text_passes(source, row, targets, request),

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 
 from svdconvert.families.row import Architecture
 from svdconvert.names import layer_number, suffix
+from svdconvert.planning.bits import dense_ways
 from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step
+from svdconvert.sentences import Sentence, asked
 from svdconvert.settings.conversion import Conversion
 from svdconvert.solvers.row import Solver
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
 from svdconvert.words import listing, numbered
+from svdconvert.words import size as size_text
 
 
 def plan_notes(
@@ -68,6 +71,30 @@ def plan_notes(
         stay = "stays" if len(modules) == 1 else "stay"
         notes.append(f"{numbered(len(modules), 'target')} {stay} dense, {reason}: {listing(modules)}")
     return notes
+
+
+# A smaller part of a budget that is left over is no news: widths and groups are steps.
+UNUSED = 0.05
+
+
+def unused_note(targets: Sequence[Target], request: Conversion, stored: int, budget: int) -> Sentence | None:
+    """That the widths which were asked for cannot use a budget of bytes; None where they can.
+
+    Args:
+        targets: all targets, as they are to be stored.
+        request: with a size in bytes.
+        stored: bytes that they take.
+        budget: bytes that they may take.
+    """
+    size = request.size
+    widest = (dense_ways(target, size.chosen_widths)[0] for target in targets)
+    below = any((each.rank, each.grids) != (most.rank, most.grids) for each, most in zip(targets, widest, strict=True))
+    if below or stored >= (1 - UNUSED) * budget:
+        return None
+    return Sentence(
+        f"{asked('widths', size.widths)} cannot use all that {asked(*size.given)} leaves for the targets: they take "
+        f"{size_text(stored)} of {size_text(budget)}; give wider ones to lose less"
+    )
 
 
 def solver_note(steps: Iterable[Step], solver: Solver) -> str | None:

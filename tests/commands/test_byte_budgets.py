@@ -314,6 +314,17 @@ def test_a_plan_shows_the_widest_even_width(dense: Path) -> None:
     assert made.method == "kfac"
 
 
+def test_widths_that_cannot_use_the_bytes_say_so(dense: Path, stats: Path, work: Path, tmp_path: Path) -> None:
+    """Planned and made; not where the bytes are used, nor where a wider way would not fit."""
+    said = "widths=[4] cannot use all that bytes=0.5 leaves for the targets"
+    made = plan(dense, bytes=0.5, widths="4")
+    assert [said in str(note) for note in made.notes].count(True) == 1
+    how = {"bytes": 0.5, "widths": "4", "targets": TARGETS, "stats": stats, "work": work, "device": "cpu"}
+    assert said in str(convert(dense, tmp_path / "out", **how).plan.notes)
+    for share, widths in ((0.29, "4"), (0.35, "8,4"), (0.2, "4")):
+        assert "cannot use" not in str(plan(dense, bytes=share, widths=widths).notes), (share, widths)
+
+
 def test_every_worker_that_rounds_takes_the_memory_of_its_metrics(dense: Path) -> None:
     made = plan(dense, bytes=0.35)
     assert all(target.rank is None for target in made.targets)
