@@ -91,7 +91,8 @@ class Objective:
                     hidden, outputs = self.student.hidden_behind(self.tokens.ids[part], mask, blocks)
                 found, slope = self._compare(teacher, part, hidden.detach(), self.precision, gradient=True)
                 minimised, slopes = [hidden], [slope / count]
-                if blocks:
+                # Outputs that come before all that is trained are what they are.
+                if any(output.requires_grad for output in outputs):
                     wanted = [teacher.behind(index, part) for index in blocks]
                     with torch.enable_grad():
                         minimised.append(self.hints.sum(outputs, wanted, mask.to(hidden.device)))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from support.checkpoints import read_config, read_weights, tree
 from support.refusals import assert_refused
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import svdconvert.healing.state
 from svdconvert import Calibration, Events, InputError, convert, densify, evaluate, heal, report, verify
@@ -395,6 +395,23 @@ def test_what_is_not_trained_is_copied(tmp_path: Path) -> None:
         buffer.fill_(-1)
     assert bool((down == 7).all())
     assert torch.equal(position, torch.arange(5))
+
+
+def test_nothing_is_trained_before_the_last_depth(dense: Path, calibration: Calibration, tmp_path: Path) -> None:
+    """Only the last of eleven blocks is factored: no hidden state that is compared changes, nor does the result."""
+    config = AutoConfig.from_pretrained(dense, num_hidden_layers=11, hidden_size=16, intermediate_size=32)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(tmp_path / "deep")
+    for path in dense.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "deep")
+    how: dict[str, Any] = {"device": "cpu", "check": False}
+    convert(tmp_path / "deep", tmp_path / "start", rank=4, targets=["layers.10.*"], **how)
+    for hints in (10.0, 0.0):
+        out = tmp_path / f"hints{hints:.0f}"
+        heal(tmp_path / "start", tmp_path / "deep", calibration, out, **(SHORT | how), hints=hints)
+    told = svdconvert_record(tmp_path / "hints10")["healing"]
+    assert (told["changed"], told["hints"]) == (True, 10.0)
+    without, weights = read_weights(tmp_path / "hints0"), read_weights(tmp_path / "hints10")
+    assert all(torch.equal(tensor, without[name]) for name, tensor in weights.items())
 
 
 def test_trials_go_to_the_better_side() -> None:
