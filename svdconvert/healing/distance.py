@@ -1,8 +1,8 @@
 """How far hidden states of the compressed model are from the dense model's, and where they are compared.
 
 Predictions alone say little about what each block should do. Hidden states by the way say it for each of their channels
-(Romero et al., arXiv:1412.6550; after pruning Muralidharan et al., arXiv:2407.14679), so fewer tokens are needed; the
-compressed model has the same width, so no map between both is to be learned. A few depths' states fit on the disk.
+(Romero et al., arXiv:1412.6550; after pruning Muralidharan et al., arXiv:2407.14679). The compressed model has the same
+width, so no map between both is to be learned. The states of a few depths fit on the disk.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ What is minimised is the mean over the predicted tokens of KL(dense || compresse
 temperature 1), which is 0 only where both predict the same. A text's own next tokens play no part: fitted to those, a
 model learns the text by heart and gets a lower perplexity without being a better copy.
 
-Beside it the hidden states at four depths are brought towards the dense model's (``healing/distance.py``), which saves
-tokens. What decides is the divergence alone.
+Beside it hidden states at four depths can be brought towards the dense model's (``healing/distance.py``). What decides
+is the divergence alone.
 
 The dense model is run once, block by block, and its hidden states lie in files. The compressed one is in memory,
 in float32, packed integers aside (``healing/grid_weights.py``), with gradients and two moments of all that is trained.

@@ -96,7 +96,7 @@ def healing_needs(
         if step.key in ranked:
             trained += [info for info in step.outputs if info.name.endswith(kinds)]
     numbers, stored = _state_numbers(source, row, healing), sum(info.nbytes for info in trained)
-    hints = HINT * DEPTHS * numbers if healing.healing.hints and healing.healing.how == "end-to-end" else 0
+    hints = HINT * DEPTHS * numbers if healing.healing.hints else 0
     states = STATE * numbers
     # while it is replaced, the training's state lies there twice
     training = hints + states + 2 * (TRAINED * parameters(trained) + stored)

@@ -20,8 +20,8 @@ WAYS = ("end-to-end", "blocks")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Of these three are tried where no learning rate is given: those in the middle, and that beside the better of both.
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-# Weight of the distance of hidden states, and depths at which they are compared (docs/heal.md has what others came to).
-HINTS, DEPTHS = 10.0, 4
+# Depths at which hidden states are compared, where they are.
+DEPTHS = 4
 # Tokens of a step where no batch size is given.
 STEP_TOKENS = 2048
 
@@ -86,10 +86,10 @@ class Healing:
         kind="number",
     )
     hints: float = option(
-        HINTS,
+        0.0,
         "--hints",
         "Weight of the distance to the dense model's hidden states at four depths, relative to their length, beside "
-        "the divergence of predictions; 0: predictions alone.",
+        "the divergence of predictions; 10 weighs both about alike.",
         keyword="hints",
         group="Healing",
         kind="number",
@@ -132,7 +132,7 @@ class Healing:
         for name in ("anchor", "hints"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{asked(name, getattr(self, name))} must be 0 or above, and finite")
-        if self.how == "blocks" and self.hints != HINTS:
+        if self.how == "blocks" and self.hints:
             raise InputError(
                 f"{asked('hints', self.hints)} has no effect with {asked('how', 'blocks')}, which trains on hidden "
                 "states alone; leave it out"

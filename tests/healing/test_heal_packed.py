@@ -129,7 +129,7 @@ def trained(
 def test_a_plain_loop_gives_the_same(
     start: SimpleNamespace, dense: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    outcome = heal(start.packed, dense, calibration, tmp_path / "out", hints=0.0, **SHORT)
+    outcome = heal(start.packed, dense, calibration, tmp_path / "out", **SHORT)
     tokens = calibration.tokens(LocalSource(dense))
     expected, kl = trained(dense, start, tokens.ids, judges(tokens), calibration.seed)
     told = outcome.record["healing"]

@@ -184,7 +184,8 @@ def test_broken_off_and_continued(
     dense: Path, factored: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the dense model, in trials, between two courses, and on the way: the same bytes, whatever was saved last."""
-    how: dict[str, Any] = {"steps": 4, "batch_size": 4, "anchor": 2.0, "precision": "bfloat16", "device": "cpu"}
+    how: dict[str, Any] = {"steps": 4, "batch_size": 4, "anchor": 2.0, "hints": 10.0, "precision": "bfloat16"}
+    how["device"] = "cpu"
     heal(factored, dense, calibration, tmp_path / "whole", **how)
     expected = tree(tmp_path / "whole")
     assert expected
@@ -316,7 +317,7 @@ def test_text_of_the_dense_model(dense: Path, factored: Path, tmp_path: Path) ->
         ({"epochs": -1}, "epochs"),
         ({"anchor": -1.0}, "anchor"),
         ({"hints": -1.0}, "hints"),
-        ({"how": "blocks", "hints": 0.0}, "hints"),
+        ({"how": "blocks", "hints": 3.0}, "hints"),
         ({"steps": 0}, "steps"),
         ({"steps": 4, "epochs": 1.0}, "give one of them"),
         ({"precision": "float16"}, "precision"),

@@ -56,7 +56,7 @@ def told(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("batch", [5, 1])
 def test_as_one_process(batch: int, forked: Forked, dense: Path, factored: Path, text: Path, tmp_path: Path) -> None:
     """Parts of unequal size; a step of one sequence leaves a process without any."""
-    how = ["--batch-size", batch, "--lr", 2e-3]
+    how = ["--batch-size", batch, "--lr", 2e-3, "--hints", 3]
     done = together(forked, 2, *words(factored, dense, text, *how, "--out", tmp_path / "two"))
     assert [ended.status for ended in done] == [0, 0], done
     assert done[1].out == ""
@@ -67,6 +67,7 @@ def test_as_one_process(batch: int, forked: Forked, dense: Path, factored: Path,
         steps=4,
         lr=2e-3,
         batch_size=batch,
+        hints=3.0,
         precision="float32",
         device="cpu",
         check=False,

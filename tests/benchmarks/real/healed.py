@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.real.healed --data data
     python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 1e-4
-    python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 1e-4 --hints 0
+    python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 1e-4 --hints 10
     python -m tests.benchmarks.real.healed --data data --bytes 0.18
 
 It is factored as the best row of the table of losses at 60 %, or as another one there, or made as the rows of one
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help=f"sequences of {LENGTH} tokens that ranks or bits come from")
     parser.add_argument("--sequences", type=int, default=SEQUENCES, help=f"of {LENGTH} tokens to heal on")
     parser.add_argument("--lr", type=float, help="learning rate, without trials")
-    parser.add_argument("--hints", type=float, help="weight of hidden states, another than the usual one")
+    parser.add_argument("--hints", type=float, help="weight of hidden states")
     options = parser.parse_args()
     dense = model(SUBJECTS["smollm2-135m"], options.folder)
     samples = options.samples or (CALIBRATION if options.bytes is None else BITS_CALIBRATION)
