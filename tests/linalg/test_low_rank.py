@@ -118,18 +118,18 @@ def test_in_metrics_that_differ_much(case: tuple[Tensor, int, int], seed: int, l
 def test_shared(method: str, case: tuple[Tensor, int, int], cuts: int) -> None:
     weight, true, rank = case
     layers = [part for part in weight.chunk(cuts) if len(part)]
+    tall = weight.shape[0] >= weight.shape[1]
     if method == "plain":
-        factors = plain_shared(layers, None, rank, weight.dtype, Workspace())
+        factors = plain_shared(layers, None, rank, weight.dtype, Workspace(), tall=tall)
     else:
         eye = torch.eye(weight.shape[1]).double()
-        tall = weight.shape[0] >= weight.shape[1]
         outers = [outer_statistic(layer, None, tall=tall) for layer in layers]
         inners = [lambda: eye] * len(layers)
         found = decompose_shared(
             [lambda outer=outer: outer for outer in outers], inners, [1] * len(layers), None if tall else layers
         )
-        factors = truncate_shared(layers, found.found, rank, weight.dtype, inners)
-    up = torch.cat(factors.ups)
+        factors = truncate_shared(layers, found.found, rank, weight.dtype, inners, tall=tall)
+    up = torch.cat([own.up for own in factors.own])
     assert_sound(weight, true, factors.down, up, ridge=0.0 if method == "plain" else RIDGE)
 
 
@@ -210,8 +210,9 @@ def test_a_shared_layer_that_has_seen_nothing(outputs: int, blind: list[int]) ->
     outers = [outer_statistic(weight, None, tall=tall) for weight in weights]
     loads = [[lambda value=value: value for value in values] for values in (outers, rights)]
     found = decompose_shared(loads[0], loads[1], [1, 1], None if tall else weights)
-    factors = truncate_shared(weights, found.found, 20, torch.float32, loads[1])
-    for weight, up in zip(weights, factors.ups, strict=True):
+    factors = truncate_shared(weights, found.found, 20, torch.float32, loads[1], tall=tall)
+    for weight, own in zip(weights, factors.own, strict=True):
+        up = own.up
         assert torch.isfinite(up).all()
         assert float((weight - up @ factors.down).norm() / weight.norm()) < 1.0
 

@@ -55,7 +55,10 @@ def child(order):
     finally:
         seen = hooks["end"](order)
         sys.stdout.flush(), sys.stderr.flush()
-        Path(order["files"] + ".seen").write_text(json.dumps(seen))
+        # whole or not at all: a process may be killed here, too
+        part = Path(order["files"] + ".seen.part")
+        part.write_text(json.dumps(seen))
+        part.replace(order["files"] + ".seen")
         Path(order["files"] + ".modules").write_text("\n".join(sorted(sys.modules)))
     # As at the end of a process of its own: wait for threads that are not daemons.
     threading._shutdown()
