@@ -78,7 +78,7 @@ def heal(
         lr: highest learning rate; by default one between 3e-5 and 1e-3, by three short trials.
         anchor: pull of the factors towards their start: so many times the learning rate of the distance at each step.
         hints: weight of the distance to the dense model's hidden states at four depths, each token's relative to its
-            length, beside the divergence of predictions; 10 weighs both about alike. It does not go with ``blocks``.
+            length, beside the divergence of predictions, such as 10. It does not go with ``blocks``.
         precision: ``float32`` or ``bfloat16``, type of the matrix products in training; ``auto`` for bfloat16 where the
             device computes in it. What is trained, and what decides in the end, is float32.
         how: ``end-to-end``, the whole model at once, or ``blocks``, one after the other, each to the outputs of the

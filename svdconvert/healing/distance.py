@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdconvert.settings.healing import DEPTHS
+# Depths at which states are compared.
+DEPTHS = 4
 
 
 def compared_blocks(count: int) -> tuple[int, ...]:

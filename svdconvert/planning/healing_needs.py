@@ -13,7 +13,7 @@ from svdconvert.planning.ranks import Target
 from svdconvert.planning.steps import Step, files_bytes
 from svdconvert.planning.text_memory import TEXT_BASE_BYTES
 from svdconvert.settings.conversion import Conversion
-from svdconvert.settings.healing import DEPTHS, HealRequest
+from svdconvert.settings.healing import HealRequest
 from svdconvert.storage.source import Source
 from svdconvert.tensors import FLOATS, TensorInfo, parameters
 
@@ -22,8 +22,8 @@ from svdconvert.tensors import FLOATS, TensorInfo, parameters
 WEIGHT, INTEGER, TRAINED, MOVED = 4, 1, 12, 8
 # Copies of what is trained in the type that it is stored in: the start, the best so far, and those that are judged.
 COPIES = 3
-# Bytes of a number of the dense model's last hidden state, and of one that is a hint.
-STATE, HINT = 4, 2
+# Bytes of a number of a hidden state.
+STATE = 4
 
 
 def training_bytes(
@@ -95,14 +95,12 @@ def healing_needs(
         outputs += step.outputs
         if step.key in ranked:
             trained += [info for info in step.outputs if info.name.endswith(kinds)]
-    numbers, stored = _state_numbers(source, row, healing), sum(info.nbytes for info in trained)
-    hints = HINT * DEPTHS * numbers if healing.healing.hints else 0
-    states = STATE * numbers
+    states, stored = _states_bytes(source, row, healing), sum(info.nbytes for info in trained)
     # while it is replaced, the training's state lies there twice
-    training = hints + states + 2 * (TRAINED * parameters(trained) + stored)
+    training = states + 2 * (TRAINED * parameters(trained) + stored)
     return HealingNeeds(
         TEXT_BASE_BYTES + training_bytes(outputs, trained, packed),
-        files_bytes(shards) + max(hints + 2 * states, training, stored),
+        files_bytes(shards) + max(2 * states, training, stored),
     )
 
 
@@ -112,8 +110,8 @@ def _as_read(target: Target, row: Architecture, step: Step) -> Sequence[TensorIn
     return replace(target, grids=()).tensors(f"{row.prefix}{target.module}.weight", code)
 
 
-def _state_numbers(source: Source, row: Architecture, healing: HealRequest) -> int:
-    """Those of a text's hidden states at one depth; one that is shorter than it was asked for has fewer."""
+def _states_bytes(source: Source, row: Architecture, healing: HealRequest) -> int:
+    """Hidden states of a text; one that is shorter than it was asked for has fewer."""
     text, named = healing.calibration, row.full_names(source.tensors, source.config)
     width = next(info.shape[1] for name, info in source.tensors.items() if named[name] == row.embedding)
-    return width * text.samples * (text.length or min(2048, longest_input(source.config, 2048)))
+    return STATE * width * text.samples * (text.length or min(2048, longest_input(source.config, 2048)))

@@ -20,8 +20,6 @@ WAYS = ("end-to-end", "blocks")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Of these three are tried where no learning rate is given: those in the middle, and that beside the better of both.
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-# Depths at which hidden states are compared, where they are.
-DEPTHS = 4
 # Tokens of a step where no batch size is given.
 STEP_TOKENS = 2048
 
@@ -89,7 +87,7 @@ class Healing:
         0.0,
         "--hints",
         "Weight of the distance to the dense model's hidden states at four depths, relative to their length, beside "
-        "the divergence of predictions; 10 weighs both about alike.",
+        "the divergence of predictions, such as 10.",
         keyword="hints",
         group="Healing",
         kind="number",

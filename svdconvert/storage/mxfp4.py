@@ -63,7 +63,7 @@ class Mxfp4:
     def values(self, rows: Callable[[TensorInfo], Tensor]) -> Tensor:
         """Some rows, [rows, in], bfloat16: the same, to the bit, as transformers makes of them.
 
-        A scale of 255, which stands for no number, gives infinities.
+        A scale of 255, which stands for no number, gives infinities, and NaN of 0.
 
         Args:
             rows: reads those of a tensor.

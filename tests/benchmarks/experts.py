@@ -34,6 +34,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.benchmarks.tinystories import END, VOCABULARY, calibration_text, read_stories, split, train_tokenizer
+from tests.support.packed_experts import packed_experts
 
 LENGTH, ROWS = 128, 16
 TINY: dict[str, Any] = {
@@ -305,19 +306,6 @@ def write_random(folder: Path, config: dict[str, Any]) -> None:
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def packed_experts(config: dict[str, Any], layer: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random experts of a layer of gpt-oss as its files have them, in MXFP4."""
-    count, hidden, inner = config["num_local_experts"], config["hidden_size"], config["intermediate_size"]
-    found = {}
-    for stack, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
-        name = f"model.layers.{layer}.mlp.experts.{stack}"
-        groups = (count, rows, columns // 32)
-        found[f"{name}_blocks"] = torch.randint(256, (*groups, 16), dtype=torch.uint8, generator=generator)
-        found[f"{name}_scales"] = torch.randint(119, 122, groups, dtype=torch.uint8, generator=generator)
-        found[f"{name}_bias"] = torch.zeros(count, rows, dtype=torch.bfloat16)
-    return found
 
 
 def main() -> None:
