@@ -1,20 +1,22 @@
 """Inputs of a model's blocks, and gradients with respect to them, in files while statistics are collected.
 
-Boundary i is the input of block i; the last one is the input of the head. An interrupted run continues from them.
+Boundary i is the input of block i; the last one is the input of the head. An interrupted run continues from them. Of a
+block whose experts are run in groups there are the input of its mixture and the gradient with respect to its output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdconvert.machine.processes import Group
 from svdconvert.models.activations import ActivationStore, Loss, check_room
+from svdconvert.models.calls import block_output
 
 
 class Boundaries:
@@ -34,6 +36,7 @@ class Boundaries:
         device: torch.device,
         copies: int,
         group: Group,
+        more: int = 0,
     ) -> None:
         """Open the files, or start new ones.
 
@@ -45,6 +48,7 @@ class Boundaries:
             device: that they are read to.
             copies: the most files that exist at a time.
             group: the processes.
+            more: bytes of statistics that lie on the same disk.
 
         Raises:
             InputError: the disk is too small.
@@ -52,7 +56,7 @@ class Boundaries:
         """
         self._store = ActivationStore(group.own(folder), key, shape, dtype)
         self._device, self._group = device, group
-        check_room({self._store: copies})
+        check_room({self._store: copies}, more)
 
     @property
     def loss(self) -> Loss | None:
@@ -79,6 +83,47 @@ class Boundaries:
         """The gradient with respect to it, likewise."""
         return self._store.read(f"gradient-{index}", batch).to(self._device)
 
+    def mixture(self, index: int, batch: slice) -> tuple[Tensor, Tensor | None]:
+        """The input of a block's mixture, and the gradient with respect to its output if it was kept, likewise."""
+        given, gradient = (
+            self._store.read(name, batch).to(self._device) if self._store.has(name) else None
+            for name in _of_mixture(index)
+        )
+        assert given is not None
+        return given, gradient
+
+    @contextmanager
+    def keeping_mixture(self, index: int, mixture: nn.Module, *, gradient: bool) -> Iterator[None]:
+        """Context in which what goes into a block's mixture is written, batch by batch, while the block is run.
+
+        Args:
+            index: of the block.
+            mixture: its mixture.
+            gradient: whether the gradient with respect to what comes out is, too.
+        """
+        given, of_output = _of_mixture(index)
+        with self._store.writing(given) as write, self._store.writing(of_output, dry=not gradient) as write_gradient:
+
+            def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+                write(args[0])
+
+            def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                block_output(output).register_hook(write_gradient)
+
+            handles = [mixture.register_forward_pre_hook(before)]
+            if gradient:
+                handles.append(mixture.register_forward_hook(after))
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def drop_mixture(self, index: int) -> None:
+        """Remove both."""
+        for name in _of_mixture(index):
+            self._store.remove(name)
+
     def writing_hidden(self, index: int) -> AbstractContextManager[Callable[[Tensor], None]]:
         """Write a block's input, batch by batch; the file gets its name at the end."""
         return self._store.writing(f"hidden-{index}")
@@ -98,3 +143,8 @@ class Boundaries:
     def clear(self) -> None:
         """Remove all files; the loss stays."""
         self._store.clear()
+
+
+def _of_mixture(index: int) -> tuple[str, str]:
+    """Names of the files of a block's mixture: its input, and the gradient with respect to its output."""
+    return f"mixture-{index}", f"mixture-gradient-{index}"

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svdconvert.calibration.experts import ExpertCollector
+from svdconvert.calibration.experts import Common, ExpertCollector, ExpertSums, expert_statistics
 from svdconvert.calibration.grams import GramSum
 from svdconvert.errors import InputError
 from svdconvert.families.row import Section
@@ -41,7 +41,11 @@ from svdconvert.models.routing import Routing
 
 
 class Collector:
-    """Hooks on the linear layers of one block. Use as a context manager."""
+    """Hooks on the linear layers of one block. Use as a context manager.
+
+    Attributes:
+        starved: experts that saw fewer tokens than they have channels, and how many; known with the result.
+    """
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class Collector:
         self._group = group or Group()
         self._device, self._exact = device or torch.device("cpu"), exact
         self.experts: ExpertCollector | None = None
+        self.starved: dict[str, int] = {}
         if routing is not None:
             paths = {name: path for name, (path, _) in modules.items() if routing.expert(path) is not None}
             if paths:
@@ -123,7 +128,7 @@ class Collector:
         # In the order in which the block calls its layers, which is the same in every process.
         grams = {name: gram.mean(tokens, group) for name, gram in self._input_grams.items()}
         absolutes = {name: group.add(total.cpu()) / tokens for name, total in self._abs.items()}
-        of_experts = {} if self.experts is None else self.experts.result(tokens, samples)
+        of_experts = {} if self.experts is None else self._of_experts(self.experts.sums(), tokens, samples)
 
         def of_all_tokens(name: str) -> ModuleStatistics:
             leader = self._leaders[name]
@@ -141,13 +146,21 @@ class Collector:
         found = {}
         for name in self._modules:
             found[name] = of_experts.pop(name) if name in of_experts else of_all_tokens(name)
-            for kind, tensor in statistic_tensors(found[name]).items():
-                if not is_finite(tensor):
-                    raise InputError(
-                        f"{name} has NaN or infinite {'inputs' if kind.startswith('input') else 'gradients'} on the "
-                        "calibration text; check the source model"
-                    )
+            refuse_nonfinite(name, statistic_tensors(found[name]))
         return found
+
+    def expert_sums(self) -> tuple[ExpertSums, int, int]:
+        """The sums of experts alone, and tokens and samples of all processes; ends the collection."""
+        assert self.experts is not None
+        counts = self._group.add(torch.tensor([self._tokens, self._samples])).tolist()
+        return self.experts.sums(), counts[0], counts[1]
+
+    def _of_experts(self, sums: ExpertSums, tokens: int, samples: int) -> dict[str, ModuleStatistics]:
+        """Of all experts of the block."""
+        common = Common()
+        common.add(sums)
+        self.starved = sums.starved
+        return expert_statistics(sums, common, tokens, samples)
 
     def _hook(self, name: str, section: Section | None) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -217,6 +230,21 @@ def part_statistics(whole: ModuleStatistics, section: Section) -> ModuleStatisti
     assert whole.fisher is None
     gram = whole.output_gram
     return whole if gram is None else replace(whole, output_gram=section.of(section.of(gram), 1).contiguous())
+
+
+def refuse_nonfinite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """InputError if a statistic of a layer has NaN or infinite entries.
+
+    Args:
+        name: of the layer.
+        tensors: by the statistics' names.
+    """
+    for kind, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise InputError(
+                f"{name} has NaN or infinite {'inputs' if kind.startswith('input') else 'gradients'} on the "
+                "calibration text; check the source model"
+            )
 
 
 def statistic_tensors(entry: ModuleStatistics) -> dict[str, Tensor]:

@@ -9,12 +9,14 @@ of the block have in common: as if :data:`PRIOR` tokens for each channel had bee
 write the same hidden states, so of those it is the mean over all of them; inner channels are each expert's own, and all
 that they have in common is their mean energy. An expert without any token counts as one with one.
 
-Memory beside that of ``collector.py``: one more matrix for the common moments.
+Memory beside that of ``collector.py``: one more matrix of each kind for the common moments. The sums of all experts may
+be too many to be in memory together; ``expert_groups.py`` collects them group by group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +32,74 @@ from svdconvert.names import kind
 PRIOR = 0.25
 
 
-class ExpertCollector:
-    """Sums over what goes through the layers of experts. The hooks are set by who runs the block.
+@dataclass(frozen=True)
+class ExpertSums:
+    """Sums over the tokens that some experts see, of all processes.
 
     Attributes:
-        starved: experts that saw fewer tokens than they have channels, and how many; known with the result.
+        input_gram, input_abs: by the first of the layers that read the same; empty where it is not collected.
+        output_gram, fisher: by layer, likewise.
+        counts, channels: tokens, and inputs, by the first of the layers that read the same.
+        leaders: layer -> that first one.
+        own_inputs: layers whose inputs are inner channels; of the others the outputs are.
     """
+
+    input_gram: dict[str, Tensor]
+    output_gram: dict[str, Tensor]
+    input_abs: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+    counts: dict[str, int]
+    channels: dict[str, int]
+    leaders: dict[str, str]
+    own_inputs: frozenset[str]
+
+    @property
+    def starved(self) -> dict[str, int]:
+        """Experts that saw fewer tokens than they have channels, and how many."""
+        return {name.rpartition(".")[0]: n for name, n in self.counts.items() if n < self.channels[name]}
+
+    def moments(self) -> list[tuple[str, str, Tensor, bool]]:
+        """(statistic, layer, sum, whether its channels are an expert's own) of all that is pulled."""
+        found = []
+        for statistic, read in (("input_gram", True), ("input_abs", True), ("output_gram", False)):
+            for name, each in getattr(self, statistic).items():
+                found.append((statistic, name, each, (name in self.own_inputs) == read))
+        return found
+
+
+@dataclass
+class Common:
+    """Sums over all experts of a block, by statistic and kind of layer.
+
+    Attributes:
+        sums: [n, n], or [n] of mean absolute values, and of what is in the diagonal where channels are an expert's own.
+        counts: tokens, each as often as experts have seen it.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, sums: ExpertSums) -> None:
+        """Add those of some experts."""
+        for statistic, name, each, own in sums.moments():
+            key, part = f"{statistic} {kind(name)}", each.diagonal() if own and each.dim() == 2 else each
+            if key not in self.sums:
+                self.sums[key], self.counts[key] = torch.zeros_like(part), 0
+            self.sums[key] += part.to(self.sums[key].device)
+            self.counts[key] += sums.counts[sums.leaders[name]]
+
+    def pull(self, sums: ExpertSums) -> None:
+        """From sums over the tokens that experts have seen to means over them, pulled towards this. In place."""
+        for statistic, name, each, own in sums.moments():
+            key, count = f"{statistic} {kind(name)}", sums.counts[sums.leaders[name]]
+            prior = PRIOR * each.shape[0]
+            mean = self.sums[key].to(each.device) / max(self.counts[key], 1)
+            (each.diagonal() if own and each.dim() == 2 else each).add_(mean.mean() if own else mean, alpha=prior)
+            each.div_(count + prior)
+
+
+class ExpertCollector:
+    """Sums over what goes through the layers of experts. The hooks are set by who runs the block."""
 
     def __init__(
         self,
@@ -59,7 +123,7 @@ class ExpertCollector:
             routing: of the block, watching.
             exact: whether all products of Grams are to be float64 (``grams.py``).
         """
-        self._paths, self._needs, self._device = paths, needs, device
+        self._paths, self._needs = paths, needs
         self._group, self._routing = group, routing
         sizes = {name: block.get_submodule(path) for name, path in paths.items()}
         # layers that read the same: the first one of an expert's
@@ -78,7 +142,6 @@ class ExpertCollector:
         self._fisher = {n: _zeros(ins[n], device) for n in paths} if needs.fisher else {}
         self._mask = torch.zeros(0, 0, dtype=torch.bool)
         self._channels = ins
-        self.starved: dict[str, int] = {}
 
     def has(self, name: str) -> bool:
         """Whether a layer is one of them."""
@@ -121,72 +184,47 @@ class ExpertCollector:
                 slope = gradient[own].to(wide).T @ x[own].to(wide)
                 self._fisher[name] += slope.square_().sum(dim=0, dtype=torch.float64)
 
-    def result(self, tokens: int, samples: int) -> dict[str, ModuleStatistics]:
-        """The statistics of all batches of all processes; ends the collection.
-
-        Args:
-            tokens, samples: of all processes.
-        """
-        group, leaders = self._group, self._leaders
+    def sums(self) -> ExpertSums:
+        """Those of all batches of all processes; ends the collection."""
+        group = self._group
         seen = group.add(torch.tensor(list(self._counts.values()))).tolist()
-        counts = dict(zip(self._counts, map(int, seen), strict=True))
-        inputs = {name: gram.mean(1, group) for name, gram in self._input_grams.items()}
-        absolutes = {name: group.add(total.cpu()) for name, total in self._abs.items()}
-        outputs = {name: gram.mean(1, group) for name, gram in self._output_grams.items()}
+        found = ExpertSums(
+            counts=dict(zip(self._counts, map(int, seen), strict=True)),
+            channels={name: self._channels[name] for name in self._counts},
+            input_gram={name: gram.mean(1, group) for name, gram in self._input_grams.items()},
+            input_abs={name: group.add(total.cpu()) for name, total in self._abs.items()},
+            output_gram={name: gram.mean(1, group) for name, gram in self._output_grams.items()},
+            fisher={name: group.add(total.cpu()) for name, total in self._fisher.items()},
+            leaders=dict(self._leaders),
+            own_inputs=frozenset(name for name, path in self._paths.items() if self._routing.has_own_inputs(path)),
+        )
         self._input_grams, self._output_grams = {}, {}
-        of = {name: counts[leader] for name, leader in leaders.items()}
-        for sums, read in ((inputs, True), (absolutes, True), (outputs, False)):
-            for alike in self._by_kind(sums):
-                own = self._routing.has_own_inputs(self._paths[next(iter(alike))]) == read
-                pull(alike, of, own_channels=own)
-        for name in {**inputs, **absolutes}:
-            share = max(of[name], 1) / tokens
-            for means in (inputs, absolutes):
-                if name in means:
-                    means[name].mul_(share)
-        self.starved = {
-            name.rpartition(".")[0]: count for name, count in counts.items() if count < self._channels[name]
-        }
-        return {
-            name: ModuleStatistics(
-                input_gram=inputs.get(leader),
-                output_gram=outputs.get(name),
-                input_abs=absolutes.get(leader),
-                fisher=group.add(self._fisher[name].cpu()) / samples if self._needs.fisher else None,
-                tokens=tokens,
-                samples=samples,
-            )
-            for name, leader in leaders.items()
-        }
-
-    def _by_kind(self, sums: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The same kind of layer in all experts."""
-        found: dict[str, dict[str, Tensor]] = {}
-        for name, each in sums.items():
-            found.setdefault(kind(name), {})[name] = each
-        return list(found.values())
+        return found
 
 
-def pull(sums: Mapping[str, Tensor], counts: Mapping[str, int], *, own_channels: bool) -> None:
-    """From sums over the tokens that each expert has seen to means over them, pulled towards the common ones. In place.
+def expert_statistics(sums: ExpertSums, common: Common, tokens: int, samples: int) -> dict[str, ModuleStatistics]:
+    """The statistics of some experts' layers.
 
     Args:
-        sums: layer -> sum of x xᵀ, [n, n], or of |x|, [n], of the same kind of layer in all experts of a block.
-        counts: layer -> tokens that it has seen.
-        own_channels: whether the channels are each expert's own.
+        sums: of these experts; they are used up.
+        common: of all experts of the block.
+        tokens, samples: of all processes.
     """
-    total, first = sum(counts[name] for name in sums), next(iter(sums.values()))
-    prior = PRIOR * first.shape[0]
-    common = torch.zeros_like(first)
-    for each in sums.values():
-        common += each
-    common /= max(total, 1)
-    if own_channels:
-        energy = (common.diagonal() if common.dim() == 2 else common).mean()
-        common.zero_()
-        (common.diagonal() if common.dim() == 2 else common).fill_(energy)
-    for name, each in sums.items():
-        each.add_(common, alpha=prior).div_(counts[name] + prior)
+    common.pull(sums)
+    for means in (sums.input_gram, sums.input_abs):
+        for name, mean in means.items():
+            mean.mul_(max(sums.counts[name], 1) / tokens)
+    return {
+        name: ModuleStatistics(
+            input_gram=sums.input_gram.get(leader),
+            output_gram=sums.output_gram.get(name),
+            input_abs=sums.input_abs.get(leader),
+            fisher=sums.fisher[name] / samples if sums.fisher else None,
+            tokens=tokens,
+            samples=samples,
+        )
+        for name, leader in sums.leaders.items()
+    }
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:

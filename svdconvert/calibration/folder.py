@@ -45,9 +45,11 @@ _KEY = {
     "seed": WHOLE,
     "labels": optional(TEXT),
 }
-_MODULE = record({"tokens": NUMBER, "samples": NUMBER, **dict.fromkeys(STATISTICS, optional(TEXT))})
-_FILE = Kind("a block's file", lambda value: re.fullmatch(r"block-\d+\.safetensors", str(value)) is not None)
-_BLOCK = record({"file": _FILE, "modules": table(_MODULE)})
+_FILE = Kind("a block's file", lambda value: re.fullmatch(r"block-\d+(-\d+)?\.safetensors", str(value)) is not None)
+_MODULE = record(
+    {"tokens": NUMBER, "samples": NUMBER, "file": optional(_FILE), **dict.fromkeys(STATISTICS, optional(TEXT))}
+)
+_BLOCK = record({"file": _FILE, "modules": table(_MODULE), "parts": optional(COUNT), "broken_off": optional(FLAG)})
 _STATE = {
     "key": OBJECT,
     "loss": nullable(LOSS),
@@ -105,10 +107,10 @@ def model_key(source: Source) -> str:
 
 
 class StatisticsFolder:
-    """Statistics on disk: ``stats.json`` and a safetensors file per block.
+    """Statistics on disk: ``stats.json`` and a safetensors file per block, or several of a block with many experts.
 
-    A block counts as soon as ``stats.json`` names it, which is after its file is complete. A Gram that several layers
-    share is stored once, and read as one object.
+    A block counts as soon as ``stats.json`` names it whole, which is after its files are complete. A Gram that several
+    layers share is stored once, and read as one object.
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None, *, create: bool = False) -> None:
@@ -157,7 +159,9 @@ class StatisticsFolder:
     def blocks(self) -> frozenset[int]:
         """Blocks that are complete."""
         return frozenset(
-            int(index) for index, entry in self._state["blocks"].items() if (self.folder / entry["file"]).is_file()
+            int(index)
+            for index, entry in self._state["blocks"].items()
+            if not entry.get("broken_off") and all((self.folder / file).is_file() for file in _files(entry))
         )
 
     @property
@@ -171,24 +175,39 @@ class StatisticsFolder:
         self._state["loss"] = asdict(loss)
         self._write()
 
-    def save(self, index: int, statistics: Mapping[str, ModuleStatistics]) -> None:
-        """Store a block's statistics.
+    def save(self, index: int, statistics: Mapping[str, ModuleStatistics], *, whole: Collection[str] = ()) -> None:
+        """Store a block's statistics, or a part of them.
+
+        Args:
+            index: of the block.
+            statistics: by layer; those that are here already are not written again.
+            whole: all layers of the block where it comes in several parts.
 
         Raises:
             JobError: they could not be written.
         """
+        entry = self._state["blocks"].get(str(index))
+        if entry is None or not entry.get("broken_off"):  # nothing yet, or something to be replaced
+            entry = {"file": f"block-{index:05d}.safetensors", "modules": {}}
+        known, parts = entry["modules"], entry.get("parts", 1 if entry["modules"] else 0)
+        files = {known[name].get("file", entry["file"]) for name in statistics if name in known}
+        if statistics.keys() <= known.keys() and all((self.folder / file).is_file() for file in files):
+            return
+        file = f"block-{index:05d}-{parts}.safetensors" if parts else entry["file"]
         tensors: dict[str, Tensor] = {}
         names: dict[int, str] = {}
         modules: dict[str, Any] = {}
-        for module, entry in statistics.items():
-            modules[module] = {"tokens": entry.tokens, "samples": entry.samples}
-            for kind, tensor in statistic_tensors(entry).items():
+        for module, found in statistics.items():
+            modules[module] = {"tokens": found.tokens, "samples": found.samples} | ({"file": file} if parts else {})
+            for kind, tensor in statistic_tensors(found).items():
                 name = names.setdefault(id(tensor), f"{module}.{kind}")
                 tensors[name] = tensor
                 modules[module][kind] = name
-        file = f"block-{index:05d}.safetensors"
         write_tensors(self.folder / file, tensors)
-        self._state["blocks"][str(index)] = {"file": file, "modules": modules}
+        entry = {"file": entry["file"], "modules": {**known, **modules}} | ({"parts": parts + 1} if parts else {})
+        if not set(whole) <= entry["modules"].keys():
+            entry["broken_off"] = True
+        self._state["blocks"][str(index)] = entry
         self._write()
 
     def save_tokens(self, tokens: CalibrationTokens) -> None:
@@ -248,7 +267,7 @@ class StatisticsFolder:
             for kind in STATISTICS if kinds is None else kinds:
                 if kind in record:
                     if record[kind] not in read:
-                        read |= read_tensors(self.folder / entry["file"], (record[kind],))
+                        read |= read_tensors(self.folder / record.get("file", entry["file"]), (record[kind],))
                     values[kind] = read[record[kind]]
             statistics[module] = ModuleStatistics(**values, tokens=record["tokens"], samples=record["samples"])
         return statistics
@@ -256,6 +275,11 @@ class StatisticsFolder:
     def _write(self) -> None:
         with disk_errors(self.folder):
             atomic_write(self.folder / "stats.json", sealed(self._state))
+
+
+def _files(entry: Mapping[str, Any]) -> set[str]:
+    """Those of a block."""
+    return {entry["file"], *(module["file"] for module in entry["modules"].values() if "file" in module)}
 
 
 def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
@@ -268,7 +292,7 @@ def save_statistics(folder: StatisticsFolder, run: StatisticsRun) -> None:
     for index, statistics in run:
         if leader:
             run.refuse_changed()
-            folder.save(index, statistics)
+            folder.save(index, statistics, whole=run.modules(index))
         del statistics  # or two blocks' Grams would be in memory
     if leader and run.loss is not None and folder.loss != run.loss:
         folder.set_loss(run.loss)

@@ -14,7 +14,7 @@ from svdconvert.families.fused import fused_layer, section_of
 from svdconvert.families.table import dense_architecture, longest_input
 from svdconvert.machine.interrupts import temporary_folder
 from svdconvert.methods.table import Method
-from svdconvert.names import layer_number
+from svdconvert.names import expert, layer_number
 from svdconvert.planning.events import Events
 from svdconvert.settings.text import BATCH_SIZE, Stats, Text
 from svdconvert.storage.source import Source
@@ -292,20 +292,22 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
         layers = {name: fused_layer(row, name) or name for name in modules}
 
         def provide(*, skip_blocks: Collection[int]) -> Iterator[tuple[int, Mapping[str, ModuleStatistics]]]:
-            from svdconvert.calibration.collector import part_statistics
-
             blocks: dict[int, list[str]] = {}
             for module in modules:
                 blocks.setdefault(layer_number(module), []).append(module)
             for block, names in blocks.items():
-                if block in skip_blocks:
-                    continue
-                wholes = found.load(list(dict.fromkeys(layers[name] for name in names)), method.statistics)
-                entries = {}
-                for name in names:
-                    section, whole = section_of(row, source.config, name), wholes[layers[name]]
-                    entries[name] = whole if section is None else part_statistics(whole, section)
-                yield block, entries
+                if block not in skip_blocks:
+                    yield from ((block, entries) for entries in _in_parts(names, load))
+
+        def load(names: Sequence[str]) -> dict[str, ModuleStatistics]:
+            from svdconvert.calibration.collector import part_statistics
+
+            wholes = found.load(list(dict.fromkeys(layers[name] for name in names)), method.statistics)
+            entries = {}
+            for name in names:
+                section, whole = section_of(row, source.config, name), wholes[layers[name]]
+                entries[name] = whole if section is None else part_statistics(whole, section)
+            return entries
 
         return provide
 
@@ -320,6 +322,36 @@ def from_folder(source: Source, folder: Path) -> Knowledge:
         collect,
         dense_loss=lambda: found.loss,
     )
+
+
+def _in_parts(
+    names: Sequence[str], load: Callable[[Sequence[str]], dict[str, ModuleStatistics]]
+) -> Iterator[Mapping[str, ModuleStatistics]]:
+    """The statistics of a block's layers, those of many experts in parts that fit into memory.
+
+    Args:
+        names: the layers.
+        load: gives those of some of them.
+    """
+    from svdconvert.calibration.collector import statistic_tensors
+    from svdconvert.planning.expert_groups import ON_CPU
+
+    units: dict[str, list[str]] = {}
+    for name in names:
+        units.setdefault(expert(name), []).append(name)
+    part: dict[str, ModuleStatistics] = {}
+    room = ON_CPU
+    for unit in units.values():
+        more = load(unit)
+        tensors = {id(tensor): tensor for entry in more.values() for tensor in statistic_tensors(entry).values()}
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        if part and needed > room:
+            yield part
+            part, room = {}, ON_CPU
+        part |= more
+        room -= needed
+        del more, tensors
+    yield part
 
 
 def tokenizer_folder(source: Source) -> Path | None:

@@ -10,14 +10,21 @@ logits of :mod:`svdconvert.models.loss`, a few times over. On the host: a batch 
 processes on devices of their own, the block's Grams once more. On disk: N T h numbers for each block if gradients are
 needed, for two blocks if not.
 
+Of a block whose experts' statistics are too many for that (``planning/expert_groups.py``), only those of all else come
+of a pass through it. That pass keeps what goes into the block's mixture and the gradient at what comes out, N T h
+numbers each; then the mixture is run again for some experts after the other, the others left out. So all experts are
+run twice, whatever the number of groups, and the sums are the same to the bit. They wait on disk (``expert_files.py``).
+Where experts are large, the weights of each are in memory only while it is run.
+
 Several processes take a part of the sequences each, and each has files of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from svdconvert.calibration.boundaries import Boundaries
-from svdconvert.calibration.collector import Collector
+from svdconvert.calibration.collector import Collector, refuse_nonfinite
+from svdconvert.calibration.expert_files import ExpertFiles
+from svdconvert.calibration.experts import Common, expert_statistics
+from svdconvert.calibration.grouping import groups_of, reads_by_expert
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.errors import InputError
 from svdconvert.linalg.precision import is_finite
@@ -35,9 +45,10 @@ from svdconvert.machine.products import multiplied_by
 from svdconvert.methods.statistics import ModuleStatistics, Needs
 from svdconvert.models.activations import Loss
 from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.calls import block_output
 from svdconvert.models.loss import next_token_loss
 from svdconvert.models.tokenizer import OWN_TOKENIZER
-from svdconvert.names import layer_number, suffix
+from svdconvert.names import expert, layer_number, suffix
 from svdconvert.planning.events import Events
 from svdconvert.sentences import asked
 from svdconvert.settings.text import LABELS
@@ -50,8 +61,9 @@ _Blocks = Generator[tuple[int, dict[str, ModuleStatistics]], None, None]
 class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     """An iterator over ``(block, {module: ModuleStatistics})``.
 
-    From the first block to the last or, if gradients are needed, from the last to the first. A block's files are
-    removed when the next one is asked for. Release its statistics by then: they are most of the memory.
+    From the first block to the last or, if gradients are needed, from the last to the first. A block with many experts
+    comes in several parts, one after the other. A block's files are removed when the next one is asked for. Release
+    statistics by the time when the next ones are asked for: they are most of the memory.
 
     Activations between blocks are files in a folder, so an interrupted run continues from its last finished block with
     the same bits; files of another model, text or setting are removed. At the end all are removed.
@@ -118,14 +130,19 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         self._batches = [slice(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
         self._modules = _by_block(self._blocks, modules)
         self._todo = sorted(set(self._modules) - set(skip_blocks)) if needs != Needs() else []
+        found = {index: groups_of(self._blocks, index, self._modules[index], needs) for index in self._todo}
+        self._groups = {index: groups for index, groups in found.items() if groups is not None}
+        self._experts_folder = work / "experts"
+        self._content = self._key(tokens.digest, batch_size)
         self._files = Boundaries(
             work / "activations",
-            self._key(tokens.digest, batch_size),
+            self._content,
             (*self._tokens.ids.shape, self._blocks.hidden_size),
             dtype=dtype,
             device=self._blocks.device,
             copies=self._copies(),
             group=self._group,
+            more=max((groups.nbytes for groups in self._groups.values()), default=0),
         )
         self.loss: Loss | None = self._files.loss
         self._starved: dict[str, int] = {}
@@ -133,6 +150,10 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
 
     def __next__(self) -> tuple[int, dict[str, ModuleStatistics]]:
         return next(self._generator)
+
+    def modules(self, index: int) -> Sequence[str]:
+        """The layers whose statistics come of a block, in one part or in several."""
+        return self._modules[index]
 
     def refuse_changed(self) -> None:
         """As :meth:`svdconvert.storage.source.Source.refuse_changed`."""
@@ -145,8 +166,8 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     def _copies(self) -> int:
         """The most files between blocks that exist at a time; none where a run backward has nothing left to do."""
         if not self._needs.gradients:
-            return 2
-        return self._blocks.count + 2 if self._todo else 0
+            return 3 if self._groups else 2
+        return self._blocks.count + (4 if self._groups else 2) if self._todo else 0
 
     def _key(self, tokens: str, batch_size: int) -> dict[str, Any]:
         """All that the files between blocks depend on."""
@@ -195,11 +216,10 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         if not present:
             self._embed()
         for index in range(start, count):
-            # no local name, which would keep a block's Grams alive while those of the next are collected
             if index in self._todo:
-                yield index, self._run_block(index, collect=True)
+                yield from self._collect(index, self._run_block)
             else:
-                self._run_block(index, collect=False)
+                self._run_block(index)
             self._files.drop_hidden(index)
         if self.loss is None:
             self._run_head(gradient=False)
@@ -219,9 +239,9 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         self._files.drop_hidden(count)
         for index in reversed(range(lowest, start)):
             if index in self._todo:
-                yield index, self._differentiate(index, collect=True, pass_on=index > lowest)
+                yield from self._collect(index, partial(self._differentiate, pass_on=index > lowest))
             elif not self._files.has_gradient(index):
-                self._differentiate(index, collect=False, pass_on=True)
+                self._differentiate(index)
             self._files.drop_hidden(index)
             self._files.drop_gradient(index + 1)
         self._tell_starved()
@@ -237,7 +257,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._embed()
                 start = 0
             for i in range(start, index):
-                self._run_block(i, collect=False)
+                self._run_block(i)
                 if i < needed[0]:
                     self._files.drop_hidden(i)
 
@@ -249,14 +269,79 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 write(hidden)
                 self._events.progress("embedding", number, len(self._batches))
 
-    def _run_block(self, index: int, *, collect: bool) -> dict[str, ModuleStatistics]:
-        """Input of a block -> input of the next one; with ``collect``, the block's statistics."""
+    def _collect(self, index: int, run: Callable[..., dict[str, ModuleStatistics]]) -> _Blocks:
+        """The statistics of a block, in one part or in several.
+
+        Args:
+            index: of the block.
+            run: runs it; takes its layers whose statistics are wanted.
+        """
+        # nothing that is collected gets a local name, which would keep it alive while the next is
+        if index not in self._groups:
+            yield index, run(index, self._modules[index])
+            return
+        groups, others = self._groups[index].layers, self._groups[index].others
+        if others:
+            yield index, run(index, others, keep_mixture=True)
+        else:
+            run(index, keep_mixture=True)
+        key = {**self._content, "part": self._group.size, "needs": asdict(self._needs), "exact": self._exact}
+        files = ExpertFiles(self._experts_folder, key, index, groups, self._group)
+        done = files.first_missing()
+        common = files.common(done - 1)
+        for place in range(done, len(groups)):
+            self._run_experts(index, place, files, common)
+        for place in range(len(groups)):
+            yield index, self._of_group(files, place, common)
+        files.clear()
+        self._files.drop_mixture(index)
+
+    def _of_group(self, files: ExpertFiles, place: int, common: Common) -> dict[str, ModuleStatistics]:
+        """The statistics of a group of experts."""
+        sums, tokens, samples = files.read(place)
+        self._starved |= sums.starved
+        return expert_statistics(sums, common, tokens, samples)
+
+    def _run_experts(self, index: int, place: int, files: ExpertFiles, common: Common) -> None:
+        """Run a group of experts on what their mixture was given, and keep their sums."""
+        blocks, masks, gradients = self._blocks, self._tokens.mask, self._needs.gradients
+        groups = self._groups[index].layers
+        names = groups[place]
+        give_memory_back()
+        with (
+            blocks.some_experts(index, {expert(suffix(name)) for name in names}) as block,
+            self._collecting(block, names) as collector,
+            torch.set_grad_enabled(gradients),
+        ):
+            mixture = blocks.mixture(block)
+            for number, batch in enumerate(self._batches):
+                hidden, gradient = self._files.mixture(index, batch)
+                collector.begin(masks[batch])
+                output = block_output(mixture(hidden.requires_grad_(gradients)))
+                if gradients:
+                    torch.autograd.backward(output, gradient)
+                self._events.progress(
+                    "experts",
+                    place * len(self._batches) + number + 1,
+                    len(groups) * len(self._batches),
+                    f"block {index + 1} of {blocks.count}",
+                )
+        sums, tokens, samples = collector.expert_sums()
+        for kind, name, tensor, _ in sums.moments():
+            refuse_nonfinite(name, {kind: tensor})
+        common.add(sums)
+        files.save(place, sums, common, tokens, samples)
+
+    def _run_block(
+        self, index: int, modules: Sequence[str] = (), *, keep_mixture: bool = False
+    ) -> dict[str, ModuleStatistics]:
+        """Input of a block -> input of the next one; the statistics of some of its layers."""
         blocks, masks = self._blocks, self._tokens.mask
         with (
-            blocks.block(index) as block,
+            self._block(index, keep_mixture) as block,
             self._files.writing_hidden(index + 1) as write,
             torch.no_grad(),
-            self._collecting(block, index, collect) as collector,
+            self._collecting(block, modules) as collector,
         ):
             for number, batch in enumerate(self._batches):
                 collector.begin(masks[batch])
@@ -266,14 +351,16 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._tell("forward", index, index * len(self._batches) + number + 1)
         return self._result(collector)
 
-    def _differentiate(self, index: int, *, collect: bool, pass_on: bool) -> dict[str, ModuleStatistics]:
-        """Gradient at a block's output -> gradient at its input; with ``collect``, the block's statistics."""
+    def _differentiate(
+        self, index: int, modules: Sequence[str] = (), *, pass_on: bool = True, keep_mixture: bool = False
+    ) -> dict[str, ModuleStatistics]:
+        """Gradient at a block's output -> gradient at its input; the statistics of some of its layers."""
         blocks, masks = self._blocks, self._tokens.mask
         give_memory_back()
         with (
-            blocks.block(index) as block,
+            self._block(index, keep_mixture) as block,
             self._files.writing_gradient(index, dry=not pass_on) as write,
-            self._collecting(block, index, collect) as collector,
+            self._collecting(block, modules) as collector,
         ):
             for number, batch in enumerate(self._batches):
                 hidden = self._files.hidden(index, batch).requires_grad_()
@@ -290,8 +377,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
     def _result(self, collector: Collector) -> dict[str, ModuleStatistics]:
         """The statistics of a block; which experts they are uncertain of is told at the end."""
         found = collector.result()
-        if collector.experts is not None:
-            self._starved |= collector.experts.starved
+        self._starved |= collector.starved
         return found
 
     def _tell_starved(self) -> None:
@@ -351,8 +437,22 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         self._events.progress(phase, done, count * len(self._batches), f"block {index + 1} of {count}")
 
     @contextmanager
-    def _collecting(self, block: nn.Module, index: int, collect: bool) -> Iterator[Collector]:
-        places = {name: self._blocks.place(suffix(name)) for name in self._modules.get(index, [])} if collect else {}
+    def _block(self, index: int, keep_mixture: bool) -> Iterator[nn.Module]:
+        """A block with its weights, those of large experts one by one.
+
+        Args:
+            index: of the block.
+            keep_mixture: whether what goes through its mixture is kept.
+        """
+        with self._blocks.block(index, by_expert=reads_by_expert(self._blocks, index)) as block, ExitStack() as stack:
+            if keep_mixture:
+                mixture = self._blocks.mixture(block)
+                stack.enter_context(self._files.keeping_mixture(index, mixture, gradient=self._needs.gradients))
+            yield block
+
+    @contextmanager
+    def _collecting(self, block: nn.Module, modules: Sequence[str]) -> Iterator[Collector]:
+        places = {name: self._blocks.place(suffix(name)) for name in modules}
         with (
             self._blocks.routing(block) as routing,
             Collector(

@@ -232,7 +232,12 @@ def _block_by_block(
                 by_block.setdefault(layer_number(part.module), []).append((target, index))
     every = {layer_number(part.module) for target in targets for part in target.parts}
     for block, modules in statistics(skip_blocks=every - by_block.keys()) if by_block else ():
-        layers = [(target, index) for target, index in by_block.get(block, []) if target.module in own]
+        # a block with many experts comes in several parts
+        layers = [
+            (target, index)
+            for target, index in by_block.get(block, [])
+            if target.module in own and target.parts[index].module in modules
+        ]
         # The largest first, so that no one waits for it alone at the end.
         layers.sort(key=lambda layer: -matrix_cost(layer[0].shape))
         jobs = [

@@ -144,18 +144,20 @@ class ActivationStore:
         return self.folder / f"{name}.bin"
 
 
-def check_room(copies: Mapping[ActivationStore, int]) -> None:
+def check_room(copies: Mapping[ActivationStore, int], more: int = 0) -> None:
     """Compare the bytes to be written into folders of one disk with its free space.
 
     Args:
         copies: store, one for each folder -> files that it holds at a time.
+        more: bytes of statistics that wait beside them.
 
     Raises:
         InputError: it does not fit.
     """
     folder = next(iter(copies)).folder
-    needed = sum(store.missing_bytes(count) for store, count in copies.items())
-    refuse_full(folder, needed, " for activations", "use fewer or shorter sequences, or free some")
+    needed = sum(store.missing_bytes(count) for store, count in copies.items()) + more
+    what = " for activations and for statistics of experts" if more else " for activations"
+    refuse_full(folder, needed, what, "use fewer or shorter sequences, or free some")
 
 
 def read_into(tensor: Tensor, path: Path, position: int) -> None:

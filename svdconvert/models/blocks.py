@@ -7,7 +7,7 @@ forward (``calls.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
@@ -57,6 +57,7 @@ class ModelBlocks:
         shapes: of the class's tensors, by their names in it.
         tied: whether the embedding is its head, too.
         width: channels of the head's input; of some OPTs not those of the hidden states.
+        experts: of the family; None if there are none.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class ModelBlocks:
         """
         factored = is_factored(source)
         row = (factored_architecture if factored else dense_architecture)(source.config, source.where)
-        self._source, self._row, self._pieces = source, row, row.pieces
+        self._source, self._row, self._pieces, self.experts = source, row, row.pieces, row.experts
         self._head_name = row.head[factored]
         full = row.full_names(source.tensors, source.config)
         self._tensors = {full[name]: info for name, info in source.tensors.items()}
@@ -135,6 +136,17 @@ class ModelBlocks:
         """Whether a block has a linear layer of this path."""
         return is_linear(dict(self._layers[index].named_modules()).get(path))
 
+    def sides(self, index: int, path: str) -> tuple[int, int]:
+        """(out, in) of a linear layer of a block, by its path, where the layers are PyTorch's own."""
+        layer = self._layers[index].get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        return layer.out_features, layer.in_features
+
+    def expert_bytes(self, index: int) -> int:
+        """What the weights of all experts of a block take."""
+        named = self._layers[index].named_parameters()
+        return self.dtype.itemsize * sum(weight.numel() for name, weight in named if expert(name))
+
     @contextmanager
     def block(self, index: int, *, by_expert: bool = False) -> Iterator[nn.Module]:
         """Have one block's weights on the device.
@@ -143,8 +155,8 @@ class ModelBlocks:
 
         Args:
             index: of the block.
-            by_expert: whether an expert's weights are there only while it is run. All are read, whether or not a token
-                is sent there; so this is for one run.
+            by_expert: whether an expert's weights are there only while it is run, and are read again for a backward
+                pass. All are read, whether or not a token is sent there.
 
         Raises:
             InputError: a weight has NaN or infinite entries; it is named.
@@ -171,6 +183,39 @@ class ModelBlocks:
         call = self._call(self._layers.index(block), hidden, mask)
         output = block(hidden, *call.args, **call.kwargs)
         return block_output(output)
+
+    def mixture(self, block: nn.Module) -> nn.Module:
+        """The part of a block that holds its experts: [batch, length, hidden] -> the same, as a block gives it."""
+        assert self.experts is not None
+        return block.get_submodule(self.experts.mixture)
+
+    @contextmanager
+    def some_experts(self, index: int, experts: Collection[str]) -> Iterator[nn.Module]:
+        """Have a block in which its mixture alone can be run, for what some experts do; others give zeros.
+
+        Args:
+            index: of the block.
+            experts: their paths in the block. The weights of each are there only while it is run.
+
+        Raises:
+            InputError: a weight has NaN or infinite entries; it is named.
+        """
+        assert self.experts is not None
+        block, mixture = self._layers[index], f"{self.experts.mixture}."
+        move_buffers(block, self.device)
+        parts = self._parts(index, lambda path: expert(path) or ("" if path.startswith(mixture) else "elsewhere"))
+        present = self._weights.given(parts.pop(""))
+        parts.pop("elsewhere", None)
+        chosen = {block.get_submodule(path): own for path, own in parts.items() if path in experts}
+        others = [block.get_submodule(path) for path in parts if path not in experts]
+        try:
+            for module in others:
+                module.forward = _zeros
+            with present, self._weights.given_in_turn(chosen, unseen=False), fast_products(self.device):
+                yield block
+        finally:
+            for module in others:
+                module.__dict__.pop("forward", None)
 
     def rehearse(self) -> None:
         """Run a block of each kind without weights and values: types and shapes alone.
@@ -330,6 +375,11 @@ class ModelBlocks:
 def _together(path: str) -> str:
     """The one group of all paths."""
     return ""
+
+
+def _zeros(x: Tensor) -> Tensor:
+    """What an expert gives that is left out; as wide as its input."""
+    return x.new_zeros(()).expand_as(x)
 
 
 def _adds_up(config: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -70,20 +70,22 @@ class PieceWeights:
                 setattr(owner, last, empty)
 
     @contextmanager
-    def given_in_turn(self, modules: Mapping[nn.Module, Sequence[Part]]) -> Iterator[None]:
+    def given_in_turn(self, modules: Mapping[nn.Module, Sequence[Part]], *, unseen: bool = True) -> Iterator[None]:
         """Context in which each of some modules has its weights only while it is called.
 
-        Those of one that nobody has called are read in the end, so that nothing damaged in them goes unseen.
+        A backward pass reads those again that it needs, one by one.
 
         Args:
             modules: what each of them needs to be there.
+            unseen: whether those of one that nobody has called are read in the end, so that nothing damaged in them
+                goes unseen.
         """
         left = dict(modules)
 
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             left.pop(module, None)
             try:
-                with self.given(modules[module]):
+                with self.given(modules[module]), self._not_kept(modules[module]):
                     return type(module).forward(module, *args, **kwargs)
             finally:
                 give_memory_back()  # else it lies in pieces between the next one's
@@ -92,12 +94,41 @@ class PieceWeights:
             for module in modules:
                 module.forward = partial(called, module)
             yield
-            for parts in left.values():
+            for parts in left.values() if unseen else ():
                 with self.given(parts):
                     pass
         finally:
             for module in modules:
                 module.__dict__.pop("forward", None)
+
+    def _not_kept(self, parts: Iterable[Part]) -> AbstractContextManager[object]:
+        """Context whose computations keep no weights of modules for a backward pass, but what to read then."""
+        names: dict[int, tuple[str, Tensor]] = {}
+        for module, own in parts:
+            for key, name in own.items():
+                path, _, last = key.rpartition(".")
+                weight = getattr(module.get_submodule(path), last)
+                names[weight.untyped_storage().data_ptr()] = name, weight.detach().to("meta")
+
+        def keep(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+            found = names.get(tensor.untyped_storage().data_ptr())
+            return tensor if found is None else partial(self._read_again, *found, tensor.detach().to("meta"))
+
+        def take(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else kept()
+
+        return torch.autograd.graph.saved_tensors_hooks(keep, take)
+
+    def _read_again(self, name: str, like: Tensor, view: Tensor) -> Tensor:
+        """A stored tensor, or a view of it.
+
+        Args:
+            name: of the tensor.
+            like: the tensor without values.
+            view: the view without values.
+        """
+        with WeightReader(self._source) as reader:
+            return self.read(reader, name, like).as_strided(view.shape, view.stride(), view.storage_offset())
 
     def begin(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None) -> Tensor:
         """A tensor of which only some rows are read; the memory of the others is never touched."""

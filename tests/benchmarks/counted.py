@@ -39,6 +39,7 @@ PHASES: Mapping[str, Sequence[str]] = {
     "passes": (
         "svdconvert.calibration.run.StatisticsRun._embed",
         "svdconvert.calibration.run.StatisticsRun._run_block",
+        "svdconvert.calibration.run.StatisticsRun._run_experts",
         "svdconvert.calibration.run.StatisticsRun._differentiate",
     ),
     "Grams": ("svdconvert.calibration.grams.GramSum.add", "svdconvert.calibration.grams.GramSum.mean"),
