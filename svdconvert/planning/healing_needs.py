@@ -112,6 +112,7 @@ def _as_read(target: Target, row: Architecture, step: Step) -> Sequence[TensorIn
 
 def _states_bytes(source: Source, row: Architecture, healing: HealRequest) -> int:
     """Hidden states of a text; one that is shorter than it was asked for has fewer."""
-    text, named = healing.calibration, row.full_names(source.tensors, source.config)
-    width = next(info.shape[1] for name, info in source.tensors.items() if named[name] == row.embedding)
+    text, reads = healing.calibration, f".{row.targets[0]}.weight"  # that of an embedding may be of another width
+    shape = next(shape for name, shape in row.parameters(source.config).items() if name.endswith(reads))
+    width = shape[0] if row.transposed else shape[1]
     return STATE * width * text.samples * (text.length or min(2048, longest_input(source.config, 2048)))

@@ -9,19 +9,20 @@ all of it at once. The counts follow the code (``calibration/run.py``, ``calibra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from svdconvert.families.row import Architecture, Config
 from svdconvert.families.table import longest_input
 from svdconvert.models.writing import writing_bytes
-from svdconvert.names import layer_number
+from svdconvert.names import expert, layer_number
+from svdconvert.planning.expert_groups import ON_CPU, WEIGHTS_ON_CPU, in_groups, sums_bytes
 from svdconvert.planning.memory import FLOAT32, FLOAT64, decomposition_bytes, group_decomposition_bytes
 from svdconvert.planning.ranks import Target
 from svdconvert.settings.conversion import Conversion
 from svdconvert.settings.text import Stats, Text
 from svdconvert.storage.source import Source
-from svdconvert.tensors import TensorInfo, majority_dtype
+from svdconvert.tensors import majority_dtype
 
 # A process that has run a model: torch, transformers, and what the allocator keeps between two passes.
 TEXT_BASE_BYTES = 550_000_000
@@ -40,6 +41,19 @@ REFITTED = 2
 
 
 @dataclass(frozen=True)
+class BlockStatistics:
+    """Statistics that are in memory together: of a block, or of some of its layers.
+
+    Attributes:
+        grams: bytes of Gram matrices.
+        largest: the largest side of a matrix that is decomposed meanwhile.
+    """
+
+    grams: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class TextPasses:
     """What is run on a text, and what it is run with.
 
@@ -47,12 +61,13 @@ class TextPasses:
         vocabulary, hidden: of the embeddings.
         batch, length: sequences at a time, and tokens in each.
         weights: parameters of the largest block.
+        present: those of a block that are in memory at a time while statistics are collected.
         widths: inputs and outputs of its matrices, added up; of experts, as far as tokens meet them.
-        inputs, outputs: the same of the factored ones, squared.
+        inputs: inputs of the factored ones, squared.
         largest: the largest side of a factored matrix.
         grouped: inputs of matrices that share a factor; 0 where there are none.
         gradients: whether statistics of gradients are collected.
-        input_grams, output_grams: whether Gram matrices of inputs are, and of gradients.
+        statistics: what is in memory together of them; empty where there are none.
         decomposes: whether matrices are decomposed.
         compares: whether compressed models are compared with the dense one.
         corrects: whether what single directions are worth is measured, too.
@@ -65,13 +80,12 @@ class TextPasses:
     batch: int
     length: int
     weights: int
+    present: int
     widths: int
     inputs: int
-    outputs: int
     largest: int
     gradients: bool
-    input_grams: bool
-    output_grams: bool
+    statistics: tuple[BlockStatistics, ...]
     decomposes: bool
     compares: bool
     corrects: bool
@@ -87,7 +101,8 @@ class TextPasses:
         """
         pieces = [self._embeddings, self._head, self._block, self.writing]
         if self.decomposes:
-            pieces.append(self._grams + decomposition_bytes([self.largest], workers))
+            known = self.statistics or (BlockStatistics(0, self.largest),)
+            pieces += [part.grams + decomposition_bytes([part.largest], workers) for part in known]
             pieces.append(group_decomposition_bytes(self.grouped))
         if self.compares:
             pieces.append(PLACED * self._weights + self._kept(BACKWARD if self.corrects else FORWARD))
@@ -106,11 +121,6 @@ class TextPasses:
         return FLOAT32 * self.weights
 
     @property
-    def _grams(self) -> int:
-        """Statistics of a block."""
-        return FLOAT64 * (self.input_grams * self.inputs + self.output_grams * self.outputs)
-
-    @property
     def _states(self) -> int:
         """A batch between two blocks, and the one that becomes of it."""
         return 2 * FLOAT32 * self._tokens * self.hidden
@@ -127,7 +137,8 @@ class TextPasses:
 
     @property
     def _block(self) -> int:
-        return self._weights + self._grams + self._kept(BACKWARD if self.gradients else FORWARD)
+        grams = max((part.grams for part in self.statistics), default=0)
+        return FLOAT32 * self.present + grams + self._kept(BACKWARD if self.gradients else FORWARD)
 
     def _kept(self, share: float) -> int:
         """Activations of a batch in a block, and the mask of its attention."""
@@ -152,31 +163,32 @@ def text_passes(source: Source, row: Architecture, targets: Sequence[Target], re
     text = given if isinstance(given, Text) else Text("any.txt")
     collected = set() if isinstance(given, Stats) else set(statistics)
     named = row.full_names(source.tensors, source.config)
-    blocks: dict[int, list[TensorInfo]] = {}
+    blocks: dict[int, dict[str, int]] = {}
     widths: dict[int, float] = {}
     for name, info in source.tensors.items():
         if not row.is_dropped(name):
-            block = layer_number(named[name])
-            blocks.setdefault(block, []).append(info)
+            block, part = layer_number(named[name]), expert(named[name])
+            sizes = blocks.setdefault(block, {"": 0})
+            sizes[part] = sizes.get(part, 0) + info.size
             if len(info.shape) == 2:
                 widths[block] = widths.get(block, 0) + _met(row, source.config, named[name]) * sum(info.shape)
     vocabulary, hidden = next(info.shape for name, info in source.tensors.items() if named[name] == row.embedding)
-    layers = [infos for block, infos in blocks.items() if block >= 0]
+    layers = [sizes for block, sizes in blocks.items() if block >= 0]
     matrices = _shapes(targets)
+    every = [shape for shapes in matrices.values() for shape in shapes.values()]
     limited, length = request.size.limit is not None, text.length or min(2048, longest_input(source.config, 2048))
     return TextPasses(
         vocabulary=vocabulary,
         hidden=hidden,
         batch=min(text.batch_size, text.samples),
         length=length,
-        weights=max(sum(info.size for info in infos) for infos in layers),
+        weights=max(sum(sizes.values()) for sizes in layers),
+        present=max(map(_present, layers)),
         widths=int(max(width for block, width in widths.items() if block >= 0)),
-        inputs=max(sum(columns**2 for _, columns in shapes) for shapes in matrices.values()),
-        outputs=max(sum(rows**2 for rows, _ in shapes) for shapes in matrices.values()),
-        largest=max(max(shape) for shapes in matrices.values() for shape in shapes),
+        inputs=max(sum(columns**2 for _, columns in shapes.values()) for shapes in matrices.values()),
+        largest=max(map(max, every)),
         gradients=bool({"output_gram", "fisher"} & collected),
-        input_grams="input_gram" in collected,
-        output_grams="output_gram" in collected,
+        statistics=tuple(part for shapes in matrices.values() for part in _statistics(row, shapes, statistics)),
         decomposes=bool(statistics)
         or request.allocation != "uniform"
         or limited
@@ -215,10 +227,53 @@ def _writing(source: Source, text: Text, vocabulary: int, kept: int) -> int:
     return writing_bytes(weights, width * kept, vocabulary, text.samples)
 
 
-def _shapes(targets: Sequence[Target]) -> dict[int, list[tuple[int, int]]]:
-    """Block -> (outputs, inputs) of its layers that may be factored."""
-    found: dict[int, list[tuple[int, int]]] = {}
+def _shapes(targets: Sequence[Target]) -> dict[int, dict[str, tuple[int, int]]]:
+    """Block -> layer -> (outputs, inputs), of those that may be factored."""
+    found: dict[int, dict[str, tuple[int, int]]] = {}
     for target in targets:
         for part in target.parts:
-            found.setdefault(layer_number(part.module), []).append((part.rows, target.shape[1]))
+            found.setdefault(layer_number(part.module), {})[part.module] = part.rows, target.shape[1]
     return found
+
+
+def _present(sizes: Mapping[str, int]) -> int:
+    """Parameters of a block that are in memory at a time.
+
+    Args:
+        sizes: parameters of each expert, and of all else under an empty name.
+    """
+    rest, experts = sizes[""], [size for part, size in sizes.items() if part]
+    return rest + (max(experts) if FLOAT32 * sum(experts) > WEIGHTS_ON_CPU else sum(experts))
+
+
+def _statistics(
+    row: Architecture, shapes: Mapping[str, tuple[int, int]], kinds: Collection[str]
+) -> Iterator[BlockStatistics]:
+    """What is in memory together of a block's statistics.
+
+    Args:
+        row: the architecture.
+        shapes: layer -> (outputs, inputs), of those whose statistics are needed.
+        kinds: names of the statistics.
+    """
+    grams = {"input_grams": "input_gram" in kinds, "output_grams": "output_gram" in kinds}
+    if not any(grams.values()):
+        return
+    layers: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        layers.setdefault(expert(name), {})[name] = shape
+    largest = {part: max(map(max, own.values())) for part, own in layers.items()}
+    others = layers.pop("", {})
+    rest = FLOAT64 * sum(i**2 * grams["input_grams"] + o**2 * grams["output_grams"] for o, i in others.values())
+    own_inputs = "" if row.experts is None else row.experts.names[-1]
+    sizes = {part: sums_bytes(own, own_inputs, **grams) for part, own in layers.items()}
+    common = max(sizes.values(), default=0)  # somewhat less, as of inner channels only the diagonal is kept
+    if sum(sizes.values()) <= ON_CPU:
+        yield BlockStatistics(rest + sum(sizes.values()) + common, max(largest.values()))
+        return
+    if others:
+        yield BlockStatistics(rest, largest[""])
+    names = list(sizes)
+    for group in in_groups(sizes.values(), ON_CPU):
+        together = [names[place] for place in group]
+        yield BlockStatistics(sum(sizes[n] for n in together) + common, max(largest[n] for n in together))

@@ -4,14 +4,15 @@
     python -m tests.benchmarks.experts quality --folder FOLDER
     python -m tests.benchmarks.experts memory --out FOLDER --layers 1
     python -m tests.benchmarks.experts memory --out FOLDER --geometry gpt_oss --count 16 --experts 1
+    python -m tests.benchmarks.experts memory --out FOLDER --experts 128 --method kfac
     python -m tests.benchmarks.experts solver
     python -m tests.benchmarks.experts speed
 
 ``train`` makes a tiny mixture that has learned something: 8 experts of which a token passes 2, on TinyStories. Text,
 order and initial weights depend on ``--seed`` alone. ``quality`` converts it by every method and measures held-out
 stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B or of gpt-oss-20b, the
-latter in MXFP4, and copies the others. ``solver`` times one of them against ``torch.linalg.svd``, and ``speed`` the
-experts of the modeling file against those of transformers.
+latter in MXFP4, and copies the others; with ``--method`` it is given a text of random words. ``solver`` times one of
+them against ``torch.linalg.svd``, and ``speed`` the experts of the modeling file against those of transformers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import copy
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.benchmarks.tinystories import END, VOCABULARY, calibration_text, read_stories, split, train_tokenizer
@@ -146,8 +149,9 @@ def quality(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Convert random weights of a geometry in processes of their own, with the check and without."""
-    from svdconvert import plan
+    from svdconvert.commands.plan import plan_conversion
     from svdconvert.families.table import ARCHITECTURES
+    from svdconvert.settings.conversion import Conversion
 
     source, config = options.out / options.geometry, GEOMETRIES[options.geometry]
     experts = ARCHITECTURES[options.geometry].experts
@@ -156,19 +160,59 @@ def memory(options: argparse.Namespace) -> None:
         sizes = {"num_hidden_layers": options.layers, experts.field: options.count or experts.count(config)}
         write_random(source, config | sizes | ({"vocab_size": options.vocabulary} if options.vocabulary else {}))
     patterns = [f"layers.*.mlp.experts.{number}.*" for number in range(options.experts)]
-    made = plan(source, keep=0.6, targets=patterns, share_experts=options.share_experts)
+    text = {} if options.method is None else calibrated_on(source, options)
+    made = plan_conversion(
+        source, Conversion.of(keep=0.6, targets=patterns, share_experts=options.share_experts, **text)
+    )
     chosen = [word for pattern in patterns for word in ("--targets", pattern)]
     arguments = ["svdconvert", str(source), "--keep", "0.6", "--out", str(options.out / "made"), "--overwrite"]
     arguments += ["--device", "cpu", "--workers", "1", *chosen, *["--share-experts"] * options.share_experts]
-    print(f"{sum(len(target.parts) for target in made.targets)} matrices are factored, all others copied")
-    for more, what, planned in (
+    ways = [
         (["--no-check"], "without the check", made.solving_bytes()),
         ([], "with the check that runs tokens through the result", made.peak_bytes()),
-    ):
+    ]
+    if text:
+        known = text["calibration"]
+        arguments += ["--method", options.method, "--calib", known.text, "--calib-batch-size", str(known.batch_size)]
+        arguments += ["--calib-samples", str(known.samples), "--calib-length", str(known.length)]
+        ways = [([], f"{options.method} on {known.samples * known.length:,} tokens", made.peak_bytes())]
+    print(f"{sum(len(target.parts) for target in made.targets)} matrices are factored, all others copied")
+    for more, what, planned in ways:
         # from a small process, see measure.py
         told = subprocess.check_output([sys.executable, "-c", MEASURE, *arguments, *more], text=True)
-        seconds, highest = map(float, told.split()[-2:])
-        print(f"{what}: {seconds:.0f} s, highest memory {highest / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB")
+        seconds, cpu, highest = map(float, told.split()[-3:])
+        figures = f"highest memory {highest / 1e9:.3f} GB, planned {planned / 1e9:.3f} GB"
+        print(f"{what}: {seconds:.0f} s, {cpu:.0f} of CPU, {figures}", flush=True)
+
+
+def calibrated_on(source: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A text of random words, and the method; the model gets a tokenizer of the published size, made up as well."""
+    from svdconvert import Calibration
+
+    draw, vocabulary = random.Random(0), json.loads((source / "config.json").read_text())["vocab_size"]
+    if not (source / "tokenizer.json").exists():
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokens, merges = dict(zip(alphabet, range(len(alphabet)), strict=True)), []
+        letters, known = [symbol for symbol in alphabet if symbol.isalpha()], list(alphabet)
+        while len(tokens) < vocabulary - 1:
+            pair = draw.choice(known), draw.choice(letters)
+            if "".join(pair) not in tokens:
+                tokens["".join(pair)] = len(tokens)
+                known.append("".join(pair))
+                merges.append(pair)
+        tokens["<|endoftext|>"] = len(tokens)
+        tokenizer = Tokenizer(models.BPE(tokens, merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.save(str(source / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5000)]
+    lines = [" ".join(draw.choices(words, k=300)) for _ in range(max(20, options.samples * options.length // 100))]
+    (options.out / "text.txt").write_text("\n\n".join(lines))
+    text = Calibration(
+        str(options.out / "text.txt"), samples=options.samples, length=options.length, batch_size=options.batch_size
+    )
+    return {"calibration": text, "method": options.method}
 
 
 def solver(options: argparse.Namespace) -> None:
@@ -214,7 +258,7 @@ MEASURE = """
 import sys
 from tests.benchmarks.measure import run
 found = run(sys.argv[1:])
-print(found.wall, found.peak_bytes)
+print(found.wall, found.cpu, found.peak_bytes)
 """
 
 
@@ -332,6 +376,10 @@ def main() -> None:
     one.add_argument("--experts", type=int, default=10, help="of each layer, that are factored")
     one.add_argument("--vocabulary", type=int, help="tokens; as published if it is not given")
     one.add_argument("--share-experts", action="store_true")
+    one.add_argument("--method", choices=("whiten", "kfac"), help="calibrate; none by default")
+    one.add_argument("--samples", type=int, default=8, help="sequences of the text")
+    one.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    one.add_argument("--batch-size", type=int, default=1, help="sequences at a time")
     one.set_defaults(run=memory)
     one = commands.add_parser("solver")
     one.add_argument("--rounds", type=int, default=9)

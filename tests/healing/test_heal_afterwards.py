@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import read_config, read_weights, tree
+from support.families import write_family
 from support.refusals import assert_refused
 
 import svdconvert.healing.state
 from svdconvert import Calibration, Events, convert, heal, report, verify
 from svdconvert.jobs.own_files import JOB_FOLDER
+from svdconvert.models.blocks import ModelBlocks
+from svdconvert.planning.make import make_plan
+from svdconvert.settings.conversion import Conversion
+from svdconvert.storage.source import LocalSource
 
 
 def record(folder: Path) -> dict[str, Any]:
@@ -174,3 +179,17 @@ def test_too_little_room(
         patch.setattr(disk, "free_bytes", lambda folder: needs["disk_bytes"] - 1)
         assert_refused(run(*words, "--out", out), "to heal what it converts", "leave out --heal")
     assert not out.exists()
+
+
+def test_hidden_states_that_are_not_as_wide_as_the_embedding(text: Path, tmp_path: Path) -> None:
+    """Of the tiny OPT, whose embedding is projected; what the plan counts is what the states take."""
+    source = LocalSource(write_family(tmp_path / "opt", "opt"))
+    blocks, how = ModelBlocks(source), {"calibration": Calibration(str(text), samples=4, length=16), "heal": True}
+    assert blocks.width != blocks.hidden_size
+    disk = []
+    for samples in (40_000, 60_000):
+        needs = make_plan(source, Conversion.of(rank=8, heal_samples=samples, **how)).healing
+        assert needs is not None
+        disk.append(needs.disk_bytes)
+    # twice, for the dense model's and those between two blocks
+    assert disk[1] - disk[0] == 2 * 20_000 * 16 * 4 * blocks.hidden_size

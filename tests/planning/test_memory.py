@@ -8,10 +8,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from svdconvert import Calibration, plan
+from svdconvert.families.table import ARCHITECTURES
 from svdconvert.linalg import panels, residual
 from svdconvert.models import blocks, loss, probe, writing
 from svdconvert.models.sampling import Sampler
+from svdconvert.planning import text_memory
 from svdconvert.planning.make import make_plan
 from svdconvert.planning.memory import (
     BASE_BYTES,
@@ -35,6 +39,7 @@ from svdconvert.planning.text_memory import (
     LOGIT_BYTES,
     TEXT_BASE_BYTES,
     TOKEN_BYTES,
+    BlockStatistics,
     TextPasses,
 )
 from svdconvert.settings.conversion import Conversion
@@ -122,8 +127,8 @@ def test_a_result_is_loaded_if_it_is_small() -> None:
 
 
 PASSES = TextPasses(
-    vocabulary=1000, hidden=64, batch=4, length=512, weights=50_000, widths=1600, inputs=64**2 * 3 + 256**2,
-    outputs=192**2 + 64**2 * 2 + 256**2, largest=256, gradients=True, input_grams=True, output_grams=True,
+    vocabulary=1000, hidden=64, batch=4, length=512, weights=50_000, present=40_000, widths=1600, inputs=64**2 * 3,
+    largest=256, gradients=True, statistics=(BlockStatistics(2_000_000, 256), BlockStatistics(2_500_000, 128)),
     decomposes=True, compares=False, corrects=False, refits=False,
 )  # fmt: skip
 
@@ -133,16 +138,37 @@ def test_terms_of_a_text() -> None:
     base, states = TEXT_BASE_BYTES + TOKEN_BYTES * 1000, 2 * 4 * 2048 * 64
     assert PASSES.peak_bytes() - base == 4 * 1000 * 64 + states + 6 * 4 * 2048 * 1000
     few = replace(PASSES, vocabulary=10)
-    grams = 8 * (PASSES.inputs + PASSES.outputs)
     assert few.peak_bytes() - TEXT_BASE_BYTES - TOKEN_BYTES * 10 == (
-        4 * 50_000 + grams + states + 4 * 4 * 512**2 + int(2.5 * 4 * 2048 * 1600)
+        4 * 40_000 + 2_500_000 + states + 4 * 4 * 512**2 + int(2.5 * 4 * 2048 * 1600)
     )
     short = replace(few, length=2)
-    assert short.peak_bytes(3) - TEXT_BASE_BYTES - TOKEN_BYTES * 10 == grams + 3 * 3 * 8 * 256**2
-    plain = replace(PASSES, length=1, batch=1, gradients=False, input_grams=False, output_grams=False, decomposes=False)
+    assert short.peak_bytes(3) - TEXT_BASE_BYTES - TOKEN_BYTES * 10 == 2_000_000 + 3 * 3 * 8 * 256**2
+    plain = replace(PASSES, length=1, batch=1, gradients=False, statistics=(), decomposes=False)
     assert plain.peak_bytes() - base == 4 * 1000 * 64 + 2 * 4 * 64 + 3 * 4 * 1000
     for more in ({"compares": True}, {"compares": True, "corrects": True}):
         assert replace(PASSES, **more).peak_bytes() - base == 4 * 1000 * 64 + states + 7 * 4 * 2048 * 1000
+
+
+def test_statistics_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together as long as they fit, then in groups; layers of an expert that read the same have their inputs once."""
+    row, inner, outer = ARCHITECTURES["qwen3_moe"], 10, 20
+    shapes = {"layers.0.self_attn.q_proj": (30, outer)}
+    for number in range(4):
+        path = f"layers.0.mlp.experts.{number}"
+        shapes |= {f"{path}.{name}": (inner, outer) for name in ("gate_proj", "up_proj")}
+        shapes[f"{path}.down_proj"] = outer, inner
+    one = 8 * (outer**2 + inner**2 + 2 * inner**2 + outer**2)
+    kinds = ("input_gram", "output_gram")
+    rest = 8 * (outer**2 + 30**2)
+    assert list(text_memory._statistics(row, shapes, kinds)) == [BlockStatistics(rest + 5 * one, 30)]
+    monkeypatch.setattr(text_memory, "ON_CPU", 3 * one)
+    parts = [BlockStatistics(rest, 30), BlockStatistics(4 * one, outer), BlockStatistics(2 * one, outer)]
+    assert list(text_memory._statistics(row, shapes, kinds)) == parts
+    assert list(text_memory._statistics(row, shapes, ("fisher",))) == []
+    sizes = {"": 5, "layers.0.mlp.experts.0": 7, "layers.0.mlp.experts.1": 8}
+    assert text_memory._present(sizes) == 20
+    monkeypatch.setattr(text_memory, "WEIGHTS_ON_CPU", 59)
+    assert text_memory._present(sizes) == 13
 
 
 def test_what_is_run_on_a_text_is_counted() -> None:
