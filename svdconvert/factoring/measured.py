@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from svdconvert.calibration.grouping import reads_by_expert
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.layouts.row import Layout
 from svdconvert.machine.memory import give_memory_back
@@ -61,8 +62,8 @@ class StoredMatrices:
         self._whole = frozenset(whole.values())
 
     def __call__(self, index: int) -> Weights:
-        """The matrices of one block, float64."""
-        return {path: self._matrix(names) for path, names in self._modules.get(index, {}).items()}
+        """The matrices of one block, float64; each is read when it is asked for."""
+        return _ReadWhenAsked(self._modules.get(index, {}), self._matrix)
 
     def _matrix(self, names: Sequence[str]) -> Tensor:
         stored = [self._read(self._tensors[name]) for name in names]
@@ -82,6 +83,26 @@ class StoredMatrices:
         return tensor
 
 
+class _ReadWhenAsked(Mapping[str, Tensor]):
+    """Matrices by their paths, none of them kept."""
+
+    def __init__(self, names: Mapping[str, Sequence[str]], read: Callable[[Sequence[str]], Tensor]) -> None:
+        """Read nothing yet."""
+        self._names, self._read = names, read
+
+    def __getitem__(self, path: str) -> Tensor:
+        """One of them."""
+        return self._read(self._names[path])
+
+    def __iter__(self) -> Iterator[str]:
+        """Their paths."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._names)
+
+
 def measure_losses(
     source: Source,
     tokens: CalibrationTokens,
@@ -93,7 +114,8 @@ def measure_losses(
     events: Events,
     known: Loss | None = None,
 ) -> tuple[Loss, Loss]:
-    """Loss of a model as it is, and with some of its matrices replaced; one block is in memory at a time.
+    """Loss of a model as it is, and with some of its matrices replaced; one block is in memory at a time, and of large
+    experts one with its matrices, which are then asked for in every batch.
 
     Args:
         source: the dense model.
@@ -125,7 +147,7 @@ def measure_losses(
             each.embed()
     for index in range(blocks.count):
         events.progress("measuring", index, blocks.count)
-        with blocks.block(index) as block:
+        with blocks.block(index, by_expert=reads_by_expert(blocks, index)) as block:
             for each in streams:
                 with blocks.replaced(block, matrices(index) if each is other else {}):
                     each.step(block, index)

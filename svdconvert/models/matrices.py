@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn, zeros_like
@@ -30,22 +31,70 @@ def matrix(block: nn.Module, path: str, places: Places) -> Tensor:
 
 @contextmanager
 def replaced(block: nn.Module, matrices: Mapping[str, Tensor], places: Places) -> Iterator[None]:
-    """Context with other weights [out, in] in some linear layers of a block, or parts of them, by path."""
-    layers = [places(path)[0] for path in matrices]
-    dense: dict[str, Any] = {layer: block.get_submodule(layer).weight for layer in layers}
-    try:
-        for path, other in matrices.items():
-            name, section = places(path)
+    """Context with other weights [out, in] in some linear layers of a block, or parts of them, by path.
+
+    They are asked for one by one. A layer that has no weight yet, as it is read only while its expert is run, gets the
+    other one whenever it is called.
+    """
+    layers: dict[str, list[tuple[str, Section | None]]] = {}
+    for path in matrices:
+        name, section = places(path)
+        layers.setdefault(name, []).append((path, section))
+    dense: dict[str, Any] = {}
+    with ExitStack() as stack:
+        stack.callback(_put_back, block, dense)
+        for name, parts in layers.items():
             layer = block.get_submodule(name)
-            weight = other.to(_matrix(layer))
-            if section is not None:
-                part, weight = weight, _matrix(layer).clone()
-                section.put(part, weight)
-            layer.weight = nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.T, requires_grad=False)
+            if layer.weight.is_meta:
+                stack.enter_context(_while_called(layer, partial(_other, layer, matrices, parts)))
+            else:
+                dense[name] = layer.weight
+                layer.weight = _other(layer, matrices, parts)
+        yield
+
+
+def _other(layer: nn.Module, matrices: Mapping[str, Tensor], parts: Sequence[tuple[str, Section | None]]) -> Tensor:
+    """A layer's weight, as it stores it, with other matrices in its place.
+
+    Args:
+        layer: with the weight that is there.
+        matrices: by path.
+        parts: paths, and the section of the layer that each is.
+    """
+    weight = _matrix(layer)
+    for path, section in parts:
+        other = matrices[path].to(weight)
+        if section is None:
+            weight = other
+            continue
+        weight = weight.clone()
+        section.put(other, weight)
+    return nn.Parameter(weight if isinstance(layer, nn.Linear) else weight.T, requires_grad=False)
+
+
+@contextmanager
+def _while_called(layer: nn.Module, other: Callable[[], Tensor]) -> Iterator[None]:
+    """Context in which a layer has another weight whenever it is called."""
+    own: list[Any] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        own.append(module.weight)
+        module.weight = other()
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        module.weight = own.pop()
+
+    handles = [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
+    try:
         yield
     finally:
-        for name, weight in dense.items():
-            block.get_submodule(name).weight = weight
+        for handle in handles:
+            handle.remove()
+
+
+def _put_back(block: nn.Module, weights: Mapping[str, Any]) -> None:
+    for name, weight in weights.items():
+        block.get_submodule(name).weight = weight
 
 
 @contextmanager

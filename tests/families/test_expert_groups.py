@@ -202,11 +202,14 @@ def test_the_same_result(
     """From a text, and from statistics in a folder."""
     dense, how = checkpoints.dense("qwen3_moe" if "qwen3_moe" in FAMILIES else "mixtral"), {"device": "cpu", **options}
     small = half(dense, KFAC if method == "kfac" else Needs(input_gram=True), tmp_path / "work")
+    losses = []
     for name, sums, weights in (("whole", None, None), ("parts", small, 0)):
         bounds(sums, weights)
-        convert(dense, tmp_path / name, keep=0.6, method=method, calibration=text, check=False, **how)
+        report = convert(dense, tmp_path / name, keep=0.6, method=method, calibration=text, **how)
+        losses.append(report.outcome.record["measured_loss"])  # an expert at a time, too
         calibrate(dense, text, stats := tmp_path / f"{name}-stats", methods=[method], device="cpu")
         convert(dense, tmp_path / f"{name}-kept", keep=0.6, method=method, stats=stats, check=False, **how)
+    assert losses[0] == losses[1] != 0
     for name in ("", "-kept"):  # they are sums of another precision
         wanted, found = (read_weights(tmp_path / f"{first}{name}") for first in ("whole", "parts"))
         assert found.keys() == wanted.keys()
