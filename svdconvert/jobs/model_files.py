@@ -13,14 +13,12 @@ from svdconvert.families.tower import Tower
 from svdconvert.jobs.output import OutputFolder
 from svdconvert.jobs.record import RECORD
 from svdconvert.planning.steps import index_json
-from svdconvert.storage.documents import json_bytes, json_or_none, read_bytes
+from svdconvert.storage.documents import json_bytes, read_bytes
 from svdconvert.storage.packed_config import unpacked_config
 from svdconvert.storage.side_files import code_classes
 from svdconvert.storage.source import SAFE_INDEX, Source
-from svdconvert.storage.tokenizer_class import named_class, read_whole
+from svdconvert.storage.tokenizer_class import SETTINGS, whole_settings
 from svdconvert.tensors import TensorInfo
-
-_SPECIAL = "special_tokens_map.json"
 
 
 def modeling_source(row: Architecture | Tower) -> bytes:
@@ -112,13 +110,9 @@ def write_model_files(
 def _side_file(source: Source, name: str) -> bytes:
     """A file beside the weights as it is, but for the class of a tokenizer that would not be read as the source's."""
     data = read_bytes(source.path(name), f"{name} of {source.name} is missing")
-    if name != "tokenizer_config.json" or "tokenizer.json" not in source.side_files:
+    if name != SETTINGS:
         return data
-    settings = json_or_none(source.path(name)) or {}
-    if named_class(settings) is None or (tokenizer := json_or_none(source.path("tokenizer.json"))) is None:
-        return data
-    special = json_or_none(source.path(_SPECIAL)) if _SPECIAL in source.side_files else None
-    changed = read_whole(settings, tokenizer, special or {})
+    changed = whole_settings(lambda file: source.path(file) if file in source.side_files else None)
     return data if changed is None else json_bytes(changed)
 
 

@@ -11,6 +11,7 @@ from svdconvert.families.table import FACTORED
 from svdconvert.families.towers import FACTORED_TOWERS
 from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.storage.documents import read_json
+from svdconvert.storage.tokenizer_class import SETTINGS, WHOLE, whole_settings
 
 # Files that hold a tokenizer's vocabulary, for any class of tokenizer.
 _VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
@@ -26,12 +27,12 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
+    """The tokenizer of a model folder, which splits as its tokenizer.json says, where it has one.
 
     Raises:
         InputError: it has none; no other is used in its place.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
     # transformers 5 makes up an empty tokenizer where there is none.
     if not has_tokenizer(folder):
@@ -53,7 +54,22 @@ def load_tokenizer(folder: Path) -> Any:
         foreign_code(f"{folder} has no usable tokenizer", "install what it asks for, or fetch its files again"),
         quiet_transformers(),
     ):
+        if (added := _read_whole(folder)) is not None:
+            return PreTrainedTokenizerFast.from_pretrained(folder, **added)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def _read_whole(folder: Path) -> dict[str, Any] | None:
+    """What to read tokenizer.json with, if transformers 5 might split otherwise than it says; None: it does not.
+
+    It does by the class in the settings, and for some model types, Qwen 2 among them, by theirs in its place.
+    """
+    files = {name: folder / name for name in _TOKENIZER_DOCUMENTS if (folder / name).is_file()}
+    stored = read_json(files[SETTINGS], "") if SETTINGS in files else {}
+    if (whole := whole_settings(files.get)) is not None:
+        return {name: value for name, value in whole.items() if name not in stored}
+    plain = stored.get("tokenizer_class") == WHOLE and "tokenizer.json" in files and not stored.get("auto_map")
+    return {} if plain else None
 
 
 def opening_token(tokenizer: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""The class that reads a result's tokenizer as ``tokenizer.json`` says.
+"""The class that reads a tokenizer as ``tokenizer.json`` says.
 
 The tokenizers of transformers 5 take the vocabulary from ``tokenizer.json`` and build the normaliser and the
 pre-tokeniser themselves, unless the model type is in a table of theirs, for which the file is read whole. A factored
@@ -9,10 +9,14 @@ in every version; what the class adds to the file is written down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from svdconvert.storage.documents import json_or_none
+
+SETTINGS = "tokenizer_config.json"
 WHOLE = "PreTrainedTokenizerFast"
 _INPUTS = ["input_ids", "attention_mask"]
 
@@ -52,6 +56,23 @@ _CLASSES = {
         first=True,
     ),
 }
+
+
+def whole_settings(find: Callable[[str], Path | None]) -> dict[str, Any] | None:
+    """:func:`read_whole` of a tokenizer's files; None also where one is missing or damaged.
+
+    Args:
+        find: name of a file -> its path, if it is there.
+    """
+
+    def read(name: str) -> dict[str, Any] | None:
+        path = find(name)
+        return None if path is None else json_or_none(path)
+
+    settings = read(SETTINGS)
+    if settings is None or named_class(settings) is None or (tokenizer := read("tokenizer.json")) is None:
+        return None
+    return read_whole(settings, tokenizer, read("special_tokens_map.json") or {})
 
 
 def named_class(settings: Mapping[str, Any]) -> str | None:

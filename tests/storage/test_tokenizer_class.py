@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from support.checkpoints import read_config, write_checkpoint
+from support.refusals import edit_json
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from svdconvert import convert, densify
+from svdconvert.models.tokenizer import load_tokenizer, opening_token
 from svdconvert.storage.tokenizer_class import _QWEN2, named_class, read_whole
 
 DIGITS = r"\p{N}{1,3}|[^\p{N}]+"
@@ -62,6 +64,8 @@ CASES = {
     "LLaMA, opened": (by_pieces(opened=True), {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
 }
 
+ENDS = {"GPT-2": "<|endoftext|>", "LLaMA": "</s>", "LLaMA, opened": "</s>"}
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_result_splits_as_its_file_says(case: str, tmp_path: Path) -> None:
@@ -72,9 +76,30 @@ def test_a_result_splits_as_its_file_says(case: str, tmp_path: Path) -> None:
     for folder in (tmp_path / "out", tmp_path / "densified"):
         read = AutoTokenizer.from_pretrained(folder)
         assert [read(text)["input_ids"] for text in TEXTS] == [tokenizer.encode(text).ids for text in TEXTS]
-        end = "<|endoftext|>" if case == "GPT-2" else "</s>"
-        assert (read.eos_token, set(read("a"))) == (end, {"input_ids", "attention_mask"})
+        assert (read.eos_token, set(read("a"))) == (ENDS[case], {"input_ids", "attention_mask"})
     assert read_config(tmp_path / "out")["model_type"] == "polyglot_svd"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["gpt_neox", "qwen2"])
+def test_a_dense_model_is_calibrated_with_the_tokens_of_its_file(case: str, kind: str, tmp_path: Path) -> None:
+    """transformers 5 reads it by its class, or by that of Qwen 2, whatever its file says."""
+    tokenizer, settings = CASES[case]
+    source = write(tmp_path / "source", tokenizer, **settings)
+    edit_json(source / "config.json", model_type=kind)
+    read = load_tokenizer(source)
+    assert [read(text)["input_ids"] for text in TEXTS] == [tokenizer.encode(text).ids for text in TEXTS]
+    assert (read.eos_token, set(read("a"))) == (ENDS[case], {"input_ids", "attention_mask"})
+    assert opening_token(read) == (1 if case == "LLaMA, opened" else None)
+
+
+def test_a_dense_model_whose_file_is_read_whole(tmp_path: Path) -> None:
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    source = write(tmp_path / "source", by_bytes(), **settings)
+    edit_json(source / "config.json", model_type="qwen2")
+    read = load_tokenizer(source)
+    assert [read(text)["input_ids"] for text in TEXTS] == [by_bytes().encode(text).ids for text in TEXTS]
+    assert (read.eos_token, read.bos_token) == ("<|endoftext|>", None)
 
 
 def test_a_class_that_makes_what_the_file_says_stays(tmp_path: Path) -> None:
