@@ -21,6 +21,7 @@ Several processes take a part of the sequences each, and each has files of its o
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -42,7 +43,7 @@ from svdconvert.linalg.precision import is_finite
 from svdconvert.machine.memory import give_memory_back
 from svdconvert.machine.processes import current
 from svdconvert.machine.products import multiplied_by
-from svdconvert.methods.statistics import ModuleStatistics, Needs
+from svdconvert.methods.statistics import STATISTICS, ModuleStatistics, Needs
 from svdconvert.models.activations import Loss
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.calls import block_output
@@ -223,8 +224,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             self._files.drop_hidden(index)
         if self.loss is None:
             self._run_head(gradient=False)
-        self._tell_starved()
-        self._files.clear()
+        self._finish()
 
     def _backward(self) -> _Blocks:
         """A pass forward that keeps every block's input, the head, and a pass backward."""
@@ -244,8 +244,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                 self._differentiate(index)
             self._files.drop_hidden(index)
             self._files.drop_gradient(index + 1)
-        self._tell_starved()
-        self._files.clear()
+        self._finish()
 
     def _keep_hidden(self, needed: Sequence[int]) -> None:
         """Compute the inputs of these blocks that are not on disk yet."""
@@ -309,7 +308,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         names = groups[place]
         give_memory_back()
         with (
-            blocks.some_experts(index, {expert(suffix(name)) for name in names}) as block,
+            blocks.some_experts(index, {expert(suffix(n)) for n in names}, reads_by_expert(blocks, index)) as block,
             self._collecting(block, names) as collector,
             torch.set_grad_enabled(gradients),
         ):
@@ -327,8 +326,9 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                     f"block {index + 1} of {blocks.count}",
                 )
         sums, tokens, samples = collector.expert_sums()
-        for kind, name, tensor, _ in sums.moments():
-            refuse_nonfinite(name, {kind: tensor})
+        for kind in STATISTICS:
+            for name, tensor in getattr(sums, kind).items():
+                refuse_nonfinite(name, {kind: tensor})
         common.add(sums)
         files.save(place, sums, common, tokens, samples)
 
@@ -379,6 +379,13 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         found = collector.result()
         self._starved |= collector.starved
         return found
+
+    def _finish(self) -> None:
+        """Say what has to be said, and remove all files."""
+        self._tell_starved()
+        self._files.clear()
+        if self._group.leader:  # what waited of a block that was taken whole before the next was asked for
+            shutil.rmtree(self._experts_folder, ignore_errors=True)
 
     def _tell_starved(self) -> None:
         """Say which experts saw few tokens, and what is done about it."""

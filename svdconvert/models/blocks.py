@@ -190,12 +190,13 @@ class ModelBlocks:
         return block.get_submodule(self.experts.mixture)
 
     @contextmanager
-    def some_experts(self, index: int, experts: Collection[str]) -> Iterator[nn.Module]:
+    def some_experts(self, index: int, experts: Collection[str], by_expert: bool = False) -> Iterator[nn.Module]:
         """Have a block in which its mixture alone can be run, for what some experts do; others give zeros.
 
         Args:
             index: of the block.
-            experts: their paths in the block. The weights of each are there only while it is run.
+            experts: their paths in the block.
+            by_expert: whether the weights of each are there only while it is run, as in :meth:`block`.
 
         Raises:
             InputError: a weight has NaN or infinite entries; it is named.
@@ -211,7 +212,9 @@ class ModelBlocks:
         try:
             for module in others:
                 module.forward = _zeros
-            with present, self._weights.given_in_turn(chosen, unseen=False), fast_products(self.device):
+            together = [] if by_expert else [part for own in chosen.values() for part in own]
+            in_turn = self._weights.given_in_turn(chosen if by_expert else {}, unseen=False)
+            with present, self._weights.given(together), in_turn, fast_products(self.device):
                 yield block
         finally:
             for module in others:

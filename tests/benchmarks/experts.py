@@ -5,14 +5,16 @@
     python -m tests.benchmarks.experts memory --out FOLDER --layers 1
     python -m tests.benchmarks.experts memory --out FOLDER --geometry gpt_oss --count 16 --experts 1
     python -m tests.benchmarks.experts memory --out FOLDER --experts 128 --method kfac
+    python -m tests.benchmarks.experts groups --out FOLDER
     python -m tests.benchmarks.experts solver
     python -m tests.benchmarks.experts speed
 
 ``train`` makes a tiny mixture that has learned something: 8 experts of which a token passes 2, on TinyStories. Text,
 order and initial weights depend on ``--seed`` alone. ``quality`` converts it by every method and measures held-out
 stories. ``memory`` converts some experts of random weights in the geometry of Qwen3-30B-A3B or of gpt-oss-20b, the
-latter in MXFP4, and copies the others; with ``--method`` it is given a text of random words. ``solver`` times one of
-them against ``torch.linalg.svd``, and ``speed`` the experts of the modeling file against those of transformers.
+latter in MXFP4, and copies the others; with ``--method`` it is given a text of random words. ``groups`` times
+statistics that are collected at once and in groups, ``solver`` one of them against ``torch.linalg.svd``, and ``speed``
+the experts of the modeling file against those of transformers.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import copy
 import json
 import math
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -215,6 +218,38 @@ def calibrated_on(source: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"calibration": text, "method": options.method}
 
 
+def groups(options: argparse.Namespace) -> None:
+    """Time the statistics of a small mixture: all at once, in groups, and with one expert's weights in memory."""
+    from svdconvert.calibration.run import StatisticsRun
+    from svdconvert.calibration.text import CalibrationTokens
+    from svdconvert.methods.statistics import Needs
+    from svdconvert.planning import expert_groups
+    from svdconvert.storage.source import LocalSource
+
+    torch.set_num_threads(1)
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 384, "num_experts": 32, "num_hidden_layers": 1}
+    source = options.out / "small"
+    if not (source / "config.json").exists():
+        write_random(source, QWEN | sizes | {"num_attention_heads": 16, "vocab_size": 4096})
+    model = LocalSource(source)
+    modules = [name[6:-7] for name in model.tensors if name.endswith("_proj.weight")]
+    ids = torch.randint(4096, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
+    text = CalibrationTokens(ids, torch.ones_like(ids, dtype=torch.bool), 0, ids.numel())
+    ways = {"at once": (2**40, 2**40), "in groups": (2**26, 2**40), "in groups, experts one by one": (2**26, 0)}
+    for method, needs in (("whiten", Needs(True)), ("kfac", Needs(True, True))):
+
+        def run(bounds: tuple[int, int], needs: Needs = needs, exact: bool = method == "whiten") -> None:
+            expert_groups.ON_CPU, expert_groups.WEIGHTS_ON_CPU = bounds
+            work = options.out / "work"
+            shutil.rmtree(work, ignore_errors=True)
+            for _ in StatisticsRun(model, text, needs, modules, work=work, batch_size=4, exact=exact):
+                pass
+
+        found = in_turn({name: partial(run, bounds) for name, bounds in ways.items()}, options.rounds)
+        told = "; ".join(f"{name} {seconds:.1f} s" for name, seconds in found.items())
+        print(f"{method}, CPU time, {ids.numel():,} tokens: {told}", flush=True)
+
+
 def solver(options: argparse.Namespace) -> None:
     """Time the three matrices of one expert beside ``torch.linalg.svd``."""
     from svdconvert.factoring.operations import OPERATIONS
@@ -381,6 +416,12 @@ def main() -> None:
     one.add_argument("--length", type=int, default=512, help="tokens of a sequence")
     one.add_argument("--batch-size", type=int, default=1, help="sequences at a time")
     one.set_defaults(run=memory)
+    one = commands.add_parser("groups")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--samples", type=int, default=16, help="sequences of the text")
+    one.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    one.add_argument("--rounds", type=int, default=3)
+    one.set_defaults(run=groups)
     one = commands.add_parser("solver")
     one.add_argument("--rounds", type=int, default=9)
     one.set_defaults(run=solver)
