@@ -78,7 +78,8 @@ from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.source import LocalSource
 source, text, work = LocalSource(Path(sys.argv[2])), Calibration(sys.argv[3], samples=2, length=16), Path(sys.argv[4])
 expert_groups.ON_CPU = expert_groups.WEIGHTS_ON_CPU = text_memory.ON_CPU = text_memory.WEIGHTS_ON_CPU = 20_000_000
-for method, needs in ("whiten", Needs(True)), ("kfac", Needs(True, True)):
+# the first one loads what a process keeps; the last one of a name counts
+for method, needs in ("whiten", Needs(True)), ("whiten", Needs(True)), ("kfac", Needs(True, True)):
     made = make_plan(source, Conversion.of(keep=0.6, targets=["experts.*"], method=method, calibration=text))
     modules = [target.module for target in made.targets if ".experts." in target.module]
     run = StatisticsRun(source, text.tokens(source), needs, modules, work=work, batch_size=2)
