@@ -55,6 +55,7 @@ class BlockObjective:
 
     Attributes:
         student: the block's factors.
+        precision: of the matrix products.
     """
 
     name: ClassVar[str] = "error"
@@ -79,7 +80,7 @@ class BlockObjective:
             precision: of the matrix products.
         """
         self._blocks, self._block, self.student, self._mask = blocks, block, student, mask
-        self._batch_size, self._precision = batch_size, precision
+        self._batch_size, self.precision = batch_size, precision
 
     def measure(self, known: BlockStates, sequences: Tensor, precision: torch.dtype | None = None) -> HeadDivergence:
         """The sum of errors, as ``kl``, and the number of tokens of some sequences.
@@ -90,7 +91,7 @@ class BlockObjective:
         total, count = 0.0, 0
         with torch.no_grad():
             for part in sequences.split(self._batch_size):
-                errors = self._errors(known, part, precision or self._precision)
+                errors = self._errors(known, part, precision or self.precision)
                 total, count = total + float(errors.sum()), count + errors.numel()
         return HeadDivergence(kl=total, tokens=count)
 
@@ -106,7 +107,7 @@ class BlockObjective:
         count, total = int(self._mask[sequences].sum()), 0.0
         for part in sequences.split(self._batch_size):
             with torch.enable_grad():
-                errors = self._errors(known, part, self._precision)
+                errors = self._errors(known, part, self.precision)
                 torch.autograd.backward(errors.sum() / count)
             total += float(errors.detach().sum())
         return total / count

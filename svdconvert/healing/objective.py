@@ -110,10 +110,8 @@ class Objective:
         group = processes.current()
         if group.size == 1:
             return
-        for factor in self.student.factors.values():
-            if factor.grad is None:  # no sequence of the step was this process's
-                factor.grad = torch.zeros_like(factor)
-            group.add(factor.grad)
+        for gradient in self.student.gradients():
+            group.add(gradient)
 
     def _parts(self, sequences: Tensor) -> Sequence[Tensor]:
         """The sequences of this process, as many at a time as may be."""

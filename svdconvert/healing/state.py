@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from svdconvert.storage.disk import disk_errors
@@ -101,39 +100,3 @@ class StateFile:
         write_tensors(self._path, tensors, json.dumps({"key": self._key, "state": asdict(state)}))
         self._saved = time.monotonic()
         self._took = self._saved - begun
-
-
-class Factors:
-    """The parameters with their optimiser, as tensors to be saved and given back."""
-
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        """Prepare; :meth:`begin` or :meth:`restore` comes first."""
-        self._parameters = parameters
-        self.optimiser = self._new()
-
-    def _new(self) -> torch.optim.AdamW:
-        # no decay: a product does not change where one factor shrinks and the other one grows
-        return torch.optim.AdamW(self._parameters.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def begin(self) -> None:
-        """Forget the past."""
-        self.optimiser = self._new()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and moments."""
-        found = {}
-        for name, parameter in self._parameters.items():
-            state = self.optimiser.state[parameter]
-            found[f"factor/{name}"] = parameter.detach()
-            for part in ("exp_avg", "exp_avg_sq"):
-                found[f"{part}/{name}"] = state[part]
-        return found
-
-    @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor], steps: int) -> None:
-        """Take up what :meth:`tensors` gave after so many steps."""
-        self.begin()
-        for name, parameter in self._parameters.items():
-            parameter.copy_(tensors[f"factor/{name}"])
-            moments = {part: tensors[f"{part}/{name}"].to(parameter.device) for part in ("exp_avg", "exp_avg_sq")}
-            self.optimiser.state[parameter] = {"step": torch.tensor(float(steps)), **moments}

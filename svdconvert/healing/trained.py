@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -78,6 +78,20 @@ class Trained:
         """Take the tensors a share of the way back to their start."""
         for name, factor in self.factors.items():
             factor.lerp_(torch.zeros_like(factor) if name in self._grids else self.start[name].float(), share)
+
+    @property
+    def scales(self) -> Collection[str]:
+        """Names of those that are scales."""
+        return self._grids.keys()
+
+    def gradients(self) -> list[Tensor]:
+        """Those of all tensors; zeros where there was none, as of experts that got no token."""
+        found = []
+        for factor in self.factors.values():
+            if factor.grad is None:
+                factor.grad = torch.zeros_like(factor)
+            found.append(factor.grad)
+        return found
 
     @contextmanager
     def having(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:

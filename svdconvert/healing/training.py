@@ -1,4 +1,4 @@
-"""Training of factors with AdamW, judged by the held-out divergence; it can be killed and goes on.
+"""Training of factors and scales, judged by the held-out divergence; it can be killed and goes on.
 
 Several processes have the same factors and the same state, since all they decide on are sums over all of them.
 """
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from svdconvert.healing.objective import Diverged
+from svdconvert.healing.optimiser import Optimiser
 from svdconvert.healing.schedule import PATIENCE, TRIALS, Course, best_rate, next_rate, trial_steps
 from svdconvert.healing.sequences import Order
-from svdconvert.healing.state import Factors, State, StateFile
+from svdconvert.healing.state import State, StateFile
 from svdconvert.healing.trained import Trained
 from svdconvert.machine import interrupts, processes
 from svdconvert.models.head_divergence import HeadDivergence
@@ -47,6 +48,9 @@ class Minimised(Protocol[_Known]):
 
     @property
     def student(self) -> Trained: ...
+
+    @property
+    def precision(self) -> torch.dtype: ...
 
     def measure(self, known: _Known, sequences: Tensor, precision: torch.dtype | None = None, /) -> HeadDivergence: ...
 
@@ -99,7 +103,7 @@ class Training(Generic[_S]):
         """
         self._objective, self._texts, self._file, self._events = objective, texts, file, events
         self._rate, self._steps, self._anchor = rate, steps, anchor
-        self._factors = Factors(self._student.factors)
+        self._optimiser = Optimiser(self._student.factors, self._student.scales, objective.precision)
         self.state = State()
         self.best: dict[str, Tensor] | None = None
         found = file.load()
@@ -109,7 +113,7 @@ class Training(Generic[_S]):
             best = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             self.best = best or None
             if self.state.done:
-                self._factors.restore(tensors, self.state.done)
+                self._optimiser.restore(tensors, self.state.done)
 
     @property
     def _student(self) -> Trained:
@@ -158,8 +162,8 @@ class Training(Generic[_S]):
         state = self.state
         if not state.done:
             self._student.put(self._student.start)
-            self._factors.begin()
-        self._factors.optimiser.zero_grad(set_to_none=True)  # of a course that fell apart
+            self._optimiser.begin()
+        self._optimiser.forget_gradients()  # of a course that fell apart
         try:
             while state.done < course.steps and state.stale < PATIENCE:
                 self._step(course)
@@ -180,16 +184,14 @@ class Training(Generic[_S]):
         Raises:
             Diverged: the predictions or the gradient are not finite.
         """
-        state, optimiser = self.state, self._factors.optimiser
+        state = self.state
         state.train_kl += self._objective.differentiate(self._texts.train, self._texts.order(state.done))
+        self._student.gradients()  # so that all have one
         norm = torch.nn.utils.clip_grad_norm_(self._student.factors.values(), CLIP)
         if not bool(torch.isfinite(norm)):
             raise Diverged
         rate = course.rate_at(state.done)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)  # a check takes as much memory
+        self._optimiser.step(rate)  # which frees the gradients: a check takes as much memory
         if self._anchor:
             self._student.pull(min(1.0, rate * self._anchor))
         state.done, state.train_steps = state.done + 1, state.train_steps + 1
@@ -235,4 +237,4 @@ class Training(Generic[_S]):
         if not processes.current().leader:
             return  # all have the same state
         best = {f"best/{name}": tensor for name, tensor in (self.best or {}).items()}
-        self._file.save(self.state, {**(self._factors.tensors() if self.state.done else {}), **best})
+        self._file.save(self.state, {**(self._optimiser.tensors() if self.state.done else {}), **best})
