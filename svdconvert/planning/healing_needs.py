@@ -18,8 +18,9 @@ from svdconvert.storage.source import Source
 from svdconvert.tensors import FLOATS, TensorInfo, parameters
 
 # Bytes of each parameter in float32, and of each integer. Of each number that is trained, its gradient or a copy, and
-# two moments. Of each scale, what it was in float32, and what moves it.
-WEIGHT, INTEGER, TRAINED, MOVED = 4, 1, 12, 8
+# what is kept of the gradients before: of a factor a mean, of a scale two moments. Of each scale besides, what it was
+# in float32, and what moves it.
+WEIGHT, INTEGER, FACTOR, MOMENTS, MOVED = 4, 1, 8, 12, 8
 # Copies of what is trained in the type that it is stored in: the start, the best so far, and those that are judged.
 COPIES = 3
 # Bytes of a number of a hidden state.
@@ -38,11 +39,20 @@ def training_bytes(
     """
     every = list(tensors)
     loaded, integers = parameters(every), sum(info.size for info in every if info.name in packed)
-    scales = parameters(info for info in trained if info.name.endswith(f".{SCALE}"))
-    weights = WEIGHT * (loaded - integers) + INTEGER * integers + MOVED * scales
+    weights = WEIGHT * (loaded - integers) + INTEGER * integers + MOVED * parameters(filter(_is_scale, trained))
     stored = sum(info.nbytes for info in trained)
     # it is loaded in float32 before its integers take the place of packed weights
-    return max(WEIGHT * loaded, weights + TRAINED * parameters(trained) + COPIES * stored)
+    return max(WEIGHT * loaded, weights + _kept_bytes(trained) + COPIES * stored)
+
+
+def _kept_bytes(trained: Sequence[TensorInfo]) -> int:
+    """Of what is trained, gradients and what is kept of them; or copies and that, as the state in a file."""
+    scales = parameters(filter(_is_scale, trained))
+    return MOMENTS * scales + FACTOR * (parameters(trained) - scales)
+
+
+def _is_scale(info: TensorInfo) -> bool:
+    return info.name.endswith(f".{SCALE}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def healing_needs(
             trained += [info for info in step.outputs if info.name.endswith(kinds)]
     states, stored = _states_bytes(source, row, healing), sum(info.nbytes for info in trained)
     # while it is replaced, the training's state lies there twice
-    training = states + 2 * (TRAINED * parameters(trained) + stored)
+    training = states + 2 * (_kept_bytes(trained) + stored)
     return HealingNeeds(
         TEXT_BASE_BYTES + training_bytes(outputs, trained, packed),
         files_bytes(shards) + max(2 * states, training, stored),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import read_config, read_weights, tree
+from support.orthogonal import orthogonalised
 from support.refusals import assert_refused
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -92,8 +93,7 @@ def trained(
     }
     train = torch.tensor([i for i in range(len(ids)) if i not in held_out.tolist()])
     order = Order(train, SHORT["batch_size"], seed)
-    first = {name: torch.zeros_like(factor) for name, factor in factors.items()}
-    second = {name: torch.zeros_like(factor) for name, factor in factors.items()}
+    means = {name: torch.zeros_like(factor) for name, factor in factors.items()}
     kl = [divergence(teacher, model, ids[held_out]).item()]
     steps = SHORT["steps"]
     for step in range(steps):
@@ -107,10 +107,8 @@ def trained(
         rate = SHORT["lr"] * (1.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (steps - 1))))
         for (name, factor), gradient in zip(factors.items(), gradients, strict=True):
             g = gradient * min(1.0, 1.0 / norm)
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.95 * second[name] + 0.05 * g * g
-            m, v = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
-            factor.data -= rate * m / (v.sqrt() + 1e-8)
+            means[name] = 0.95 * means[name] + 0.05 * g
+            factor.data -= rate * 0.2 * math.sqrt(max(g.shape)) * orthogonalised(0.05 * g + 0.95 * means[name])
     kl.append(divergence(teacher, model, ids[held_out]).item())
     return {name: factor.detach() for name, factor in factors.items()}, kl
 
@@ -462,12 +460,12 @@ def test_the_bundled_model_gains_or_is_left_alone(tmp_path: Path) -> None:
 def test_too_little_memory(
     dense: Path, factored: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused before anything is run: 4 bytes of each weight, 12 and three copies of each factor."""
+    """Refused before anything is run: 4 bytes of each weight, 8 and three copies of each factor."""
     from svdconvert.healing import memory
 
     weights = read_weights(factored)
     factors = [tensor for name, tensor in weights.items() if name.endswith(("down.weight", "up.weight"))]
-    needed = sum(4 * t.numel() for t in weights.values()) + sum((12 + 3 * t.itemsize) * t.numel() for t in factors)
+    needed = sum(4 * t.numel() for t in weights.values()) + sum((8 + 3 * t.itemsize) * t.numel() for t in factors)
     monkeypatch.setattr(memory, "available_memory_bytes", lambda: needed - 1)
     with pytest.raises(InputError, match="of memory"):
         heal(factored, dense, calibration, tmp_path / "out", **SHORT)
