@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.checkpoints import read_weights, tree
 from support.refusals import assert_refused
+from support.textbook_muon import muon_step
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -70,7 +71,7 @@ def train_block(teacher: Any, model: Any, ids: Tensor, held_out: Tensor, seed: i
         for name, parameter in model.named_parameters()
         if name.startswith(place) and name.endswith(("down.weight", "up.weight"))
     ]
-    first, second = ([torch.zeros_like(factor) for factor in factors] for _ in range(2))
+    means = [torch.zeros_like(factor) for factor in factors]
     found = [(error(teacher, model, ids[held_out], index).item(), [factor.detach().clone() for factor in factors])]
     for step in range(STEPS):
         gradients = torch.autograd.grad(error(teacher, model, ids[order(step)], index), factors)
@@ -78,10 +79,8 @@ def train_block(teacher: Any, model: Any, ids: Tensor, held_out: Tensor, seed: i
         rate = RATE * (1.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1))))
         for i, (factor, gradient) in enumerate(zip(factors, gradients, strict=True)):
             g = gradient * min(1.0, 1.0 / norm)
-            first[i] = 0.9 * first[i] + 0.1 * g
-            second[i] = 0.95 * second[i] + 0.05 * g * g
-            m, v = first[i] / (1 - 0.9 ** (step + 1)), second[i] / (1 - 0.95 ** (step + 1))
-            factor.data -= rate * m / (v.sqrt() + 1e-8)
+            means[i], taken = muon_step(means[i], g, rate)
+            factor.data -= taken
         found.append((error(teacher, model, ids[held_out], index).item(), [f.detach().clone() for f in factors]))
     best, values = min(found, key=lambda one: one[0])
     for factor, value in zip(factors, values, strict=True):
@@ -114,7 +113,7 @@ def test_a_plain_loop_gives_the_same(kind: str, dense: Path, calibration: Calibr
             assert torch.equal(tensor, before[name]), name
             continue
         moved = float((healed[name] - before[name]).norm())
-        # Adam makes as long a step where the gradient is hardly more than an error of rounding
+        # Muon makes as long a step in directions of which the gradient has hardly more than errors of rounding
         assert float((tensor - healed[name]).norm()) < 0.03 * moved, name
     with torch.no_grad():
         p, q = (one(tokens.ids[held_out]).logits[:, :-1].log_softmax(-1) for one in (teacher, model))

@@ -15,6 +15,7 @@ import torch
 from support.checkpoints import read_config, read_weights, tree
 from support.packed import as_floats, mixed, pack_folder
 from support.refusals import assert_refused
+from support.textbook_muon import muon_step
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -117,6 +118,11 @@ def trained(
         for (name, t), gradient in zip(free.items(), gradients, strict=True):
             g = gradient * min(1.0, 1.0 / norm)
             first, second = moments[name]
+            if name not in begin:
+                mean, taken = muon_step(first, g, rate)
+                first.copy_(mean)
+                free[name] = t.detach() - taken
+                continue
             first.mul_(0.9).add_(g, alpha=0.1)
             second.mul_(0.95).add_(g * g, alpha=0.05)
             m, v = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.95 ** (step + 1))

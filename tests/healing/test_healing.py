@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import read_config, read_weights, tree
-from support.orthogonal import orthogonalised
 from support.refusals import assert_refused
+from support.textbook_muon import muon_step
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -107,8 +107,8 @@ def trained(
         rate = SHORT["lr"] * (1.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / (steps - 1))))
         for (name, factor), gradient in zip(factors.items(), gradients, strict=True):
             g = gradient * min(1.0, 1.0 / norm)
-            means[name] = 0.95 * means[name] + 0.05 * g
-            factor.data -= rate * 0.2 * math.sqrt(max(g.shape)) * orthogonalised(0.05 * g + 0.95 * means[name])
+            means[name], taken = muon_step(means[name], g, rate)
+            factor.data -= taken
     kl.append(divergence(teacher, model, ids[held_out]).item())
     return {name: factor.detach() for name, factor in factors.items()}, kl
 

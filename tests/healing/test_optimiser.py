@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.orthogonal import orthogonalised
+from support.textbook_muon import orthogonalised
 from torch import Tensor, nn
 
 from svdconvert.healing.optimiser import Optimiser, orthogonal

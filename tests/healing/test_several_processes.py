@@ -84,7 +84,7 @@ def test_as_one_process(batch: int, forked: Forked, dense: Path, factored: Path,
     start, expected = read_weights(factored), read_weights(tmp_path / "one")
     for name, tensor in read_weights(tmp_path / "two").items():
         moved = float((expected[name].double() - start[name].double()).norm())
-        # where the gradient is hardly more than rounding, Adam makes steps of full length
+        # directions of which the gradient has hardly more than rounding get steps of full length
         assert float((tensor.double() - expected[name].double()).norm()) <= 0.02 * moved, name
         assert (moved > 0) == name.endswith(("down.weight", "up.weight"))
 

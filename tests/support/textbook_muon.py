@@ -1,6 +1,8 @@
-"""Muon's orthogonalisation written out on singular values."""
+"""Muon written out on singular values, in float64."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -13,3 +15,9 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     return (u * s) @ vt
+
+
+def muon_step(mean: Tensor, gradient: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """The running mean, and what is to be taken from the matrix."""
+    mean = 0.95 * mean + 0.05 * gradient
+    return mean, rate * 0.2 * math.sqrt(max(mean.shape)) * orthogonalised(0.05 * gradient + 0.95 * mean)
