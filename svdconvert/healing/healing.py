@@ -8,7 +8,8 @@ Beside it hidden states at four depths can be brought towards the dense model's 
 is the divergence alone.
 
 The dense model is run once, block by block, and its hidden states lie in files. The compressed one is in memory,
-in float32, packed integers aside (``healing/grid_weights.py``), with gradients and two moments of all that is trained.
+in float32, packed integers aside (``healing/grid_weights.py``), with gradients of all that is trained and what
+is kept of earlier ones (``healing/optimiser.py``).
 Every eighth sequence is held out, up to 8,192 tokens (``healing/sequences.py``); what has the least divergence there,
 rounded as it is stored, is the result, and the start is one of the candidates.
 """

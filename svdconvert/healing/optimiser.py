@@ -1,9 +1,9 @@
 """What moves the factors and scales in training.
 
 Factors are matrices, and move by Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): a step is the
-running mean of the gradients with all its singular values brought near to 1, so that all directions move alike,
-also those of which single entries tell little. On a real model that wins in half the tokens what AdamW wins
-(docs/heal.md). Scales of weights in few bits are many numbers of their own, and move by AdamW.
+running mean of the gradients with all its singular values brought near to 1, so that all directions move alike.
+docs/heal.md tells what that is worth against AdamW. Scales of weights in few bits are many numbers of their own, and
+move by AdamW.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+# A training's state says what moved the numbers in it.
+NAME = "Muon"
 # Of the running mean.
 MOMENTUM = 0.95
 # Root mean square of a step's entries at learning rate 1, about that of AdamW's steps (arXiv:2502.16982, equation 4).

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from svdconvert.healing.optimiser import NAME
 from svdconvert.storage.disk import disk_errors
 from svdconvert.storage.tensor_files import read_note, read_tensors, write_tensors
 
@@ -67,7 +68,7 @@ class StateFile:
             path: the file.
             key: what the state depends on, in JSON types; a file of another key is passed over.
         """
-        self._path, self._key = path, json.loads(json.dumps(key))
+        self._path, self._key = path, json.loads(json.dumps({**key, "optimiser": NAME}))
         self._saved, self._took = time.monotonic(), 0.0
 
     def load(self) -> tuple[State, dict[str, Tensor]] | None:
