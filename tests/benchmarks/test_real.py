@@ -115,7 +115,7 @@ def test_models_calibrated_on_other_texts_have_lines_of_their_own() -> None:
     counted = {"both": 5, "dense_alone": 3, "factored_alone": 1, "neither": 1, "chance": 0.25, "task": "all of it"}
     of = {"subject": "smollm2-135m", "row": "kfac", "keep": 0.8, "calibration_tokens": 4096, "dtype": "bfloat16"}
     told = book.tasks({"tasks": [{**of, **counted}, {**of, **counted, "text": "mixed", "both": 6, "neither": 0}]})
-    assert told.count("| WikiText-2 |") == told.count("| mixed |") == 2
+    assert told.count("| WikiText-2, 4k |") == told.count("| mixed, 4k |") == 2
     assert '4k tokens of "WikiText-2"' in told
     assert '4k tokens of "mixed"' in told
 

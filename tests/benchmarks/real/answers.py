@@ -8,7 +8,8 @@ The factored model is that of one row and budget of the table of losses, by defa
 calibration text, one of ``texts.py``. Both are asked the same questions (what the dense one answers is kept in the
 folder), and it is kept how many each of them answers alone, from which comes the error of what is left of the
 dense model's accuracy above chance: far smaller than from the two accuracies by themselves. They compute in bfloat16,
-as models are used.
+as models are used, and are scored in float32: the harness would add up log-likelihoods in bfloat16, in which choices
+tie (findings/harness_ties_in_half.sh).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .subjects import SUBJECTS, model
 from .texts import TRIALS, Library, Reader
 
 HERE = Path(__file__).parent / "harness"
+SCORED = "float32"
 
 
 def right_answers(model: Path, options: argparse.Namespace) -> dict[str, list[bool]]:
@@ -46,7 +48,8 @@ def right_answers(model: Path, options: argparse.Namespace) -> dict[str, list[bo
             [
                 sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu",
                 "--batch_size", str(options.batch),
-                "--model_args", f"pretrained={model.resolve()},trust_remote_code=True,dtype={options.dtype}",
+                "--model_args", f"pretrained={model.resolve()},trust_remote_code=True,dtype={options.dtype}"
+                f",softmax_dtype={SCORED}",
                 "--include_path", str(HERE), "--tasks", names, "--log_samples", "--output_path", str(folder / "it"),
             ],
             cwd=folder,
@@ -80,10 +83,10 @@ def ask(options: argparse.Namespace) -> None:
             factored = right_answers(out, options)
         of = {
             "subject": name, "row": row.name, "keep": options.at, "calibration_tokens": samples * LENGTH,
-            "text": options.calibrated_on,
+            "text": options.calibrated_on, "dtype": options.dtype, "scored": SCORED,
         }  # fmt: skip
         found = [
-            {**of, "dtype": options.dtype, "task": task, "chance": chance[task], **counts(dense[task], factored[task])}
+            {**of, "task": task, "chance": chance[task], **counts(dense[task], factored[task])}
             for task in options.tasks
         ]
         whole = book.read(options.out)
@@ -93,7 +96,7 @@ def ask(options: argparse.Namespace) -> None:
 
 def dense_answers(name: str, options: argparse.Namespace) -> dict[str, list[bool]]:
     """Those of a subject as it is, asked once for all calibrations."""
-    kept = options.folder / f"{name}.work" / f"answers-{options.dtype}-{options.rows}.json"
+    kept = options.folder / f"{name}.work" / f"answers-{options.dtype}-{SCORED}-{options.rows}.json"
     known: dict[str, list[bool]] = json.loads(kept.read_text()) if kept.exists() else {}
     if not known.keys() >= set(options.tasks):
         known |= right_answers(model(SUBJECTS[name], options.folder), options)

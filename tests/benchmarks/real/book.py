@@ -150,7 +150,7 @@ def _perplexity(found: Line, added: float = 0.0) -> float:
 def tasks(whole: Mapping[str, Any]) -> str:
     """Accuracies, and what is left of them above chance."""
     heads = (
-        "subject", "calibrated on", "questions of", "number", "chance", "dense", "factored", "dense alone",
+        "subject", "row", "calibrated on", "questions of", "number", "chance", "dense", "factored", "dense alone",
         "factored alone",
     )  # fmt: skip
     rows, left = [], []
@@ -158,14 +158,14 @@ def tasks(whole: Mapping[str, Any]) -> str:
         lines = [line for line in whole["tasks"] if group(line) == one]
         total = {answer: sum(line[answer] for line in lines) for answer in ANSWERS}
         total["chance"] = sum(line["chance"] * asked(line) for line in lines) / asked(total)
-        text = lines[0].get("text") or "WikiText-2"
-        rows += [_answered(title(lines[0]), text, line["task"], line) for line in lines]
-        rows.append(_answered(title(lines[0]), text, "all", total))
+        text, tokens = lines[0].get("text") or "WikiText-2", f"{lines[0]['calibration_tokens'] // 1024}k"
+        made = (title(lines[0]), lines[0]["row"], f"{text}, {tokens}")
+        rows += [_answered(made, line["task"], line) for line in lines]
+        rows.append(_answered(made, "all", total))
         share, error = above_chance(lines)
-        tokens = f"{lines[0]['calibration_tokens'] // 1024}k tokens"
         left.append(
             f"* {title(lines[0])} keeps {share:.0%} ± {error:.0%} of its accuracy above chance ({lines[0]['row']}, "
-            f'{lines[0]["keep"]:.0%} kept, {tokens} of "{text}", {lines[0]["dtype"]}).'
+            f'{lines[0]["keep"]:.0%} kept, {tokens} tokens of "{text}", {lines[0]["dtype"]}).'
         )
     return "\n\n".join([markdown_table(heads, rows), "\n".join(left)])
 
@@ -198,11 +198,11 @@ def above_chance(lines: Sequence[Line]) -> tuple[float, float]:
     return share, math.sqrt(variance / count) / dense
 
 
-def _answered(subject: str, text: str, task: str, line: Line) -> tuple[str, ...]:
+def _answered(made: Sequence[str], task: str, line: Line) -> tuple[str, ...]:
     number = asked(line)
     sides = (line["both"] + line["dense_alone"], line["both"] + line["factored_alone"])
     return (
-        subject, text, task, f"{number}", f"{line['chance']:.1%}", *(f"{side / number:.1%}" for side in sides),
+        *made, task, f"{number}", f"{line['chance']:.1%}", *(f"{side / number:.1%}" for side in sides),
         f"{line['dense_alone']}", f"{line['factored_alone']}",
     )  # fmt: skip
 
