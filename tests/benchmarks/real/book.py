@@ -165,7 +165,8 @@ def tasks(whole: Mapping[str, Any]) -> str:
         share, error = above_chance(lines)
         left.append(
             f"* {title(lines[0])} keeps {share:.0%} ± {error:.0%} of its accuracy above chance ({lines[0]['row']}, "
-            f'{lines[0]["keep"]:.0%} kept, {tokens} tokens of "{text}", {lines[0]["dtype"]}).'
+            f'{lines[0]["keep"]:.0%} kept, {tokens} tokens of "{text}", {lines[0]["dtype"]}, '
+            f"scored in {lines[0].get('scored', 'bfloat16')})."
         )
     return "\n\n".join([markdown_table(heads, rows), "\n".join(left)])
 
