@@ -30,12 +30,14 @@ def orthogonal(matrix: Tensor, precision: torch.dtype) -> Tensor:
     """About U V^T of a matrix U S V^T, [m, n] float32: every singular value but the smallest is 0.7 to 1.2.
 
     Args:
-        matrix: [m, n], not all 0.
+        matrix: [m, n], of any size; 0 gives 0.
         precision: of the products.
     """
     a, b, c = QUINTIC
     x = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-    x = (x / torch.linalg.vector_norm(x)).to(precision)
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / torch.linalg.vector_norm(x, math.inf).clamp_min(tiny)  # or squares of small entries would be 0
+    x = (x / torch.linalg.vector_norm(x).clamp_min(tiny)).to(precision)
     for _ in range(TIMES):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

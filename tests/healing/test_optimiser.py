@@ -27,6 +27,19 @@ def test_orthogonal(shape: tuple[int, int]) -> None:
     assert (singular > 0.65).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("size", [1e-24, 1e-30, 1e-44])
+def test_the_smallest_gradients_move_factors_to_numbers(size: float) -> None:
+    """Those of an expert that was sent one token, with next to no weight: their squares are 0 in float32."""
+    own = parameter(8, 40)
+    own.grad = size * parameter(8, 40, seed=1).detach()
+    assert own.grad.any()
+    Optimiser({"a": own}, (), torch.float32).step(0.1)
+    assert torch.isfinite(own).all()
+    if size > 1e-40:
+        expected = orthogonal(parameter(8, 40, seed=1).detach(), torch.float32) * -0.1 * 0.2 * 40**0.5
+        torch.testing.assert_close(own - parameter(8, 40), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_orthogonal_of_low_rank() -> None:
     """Directions that a gradient does not have are not made up."""
     matrix = parameter(32, 2).detach() @ parameter(2, 24, seed=1).detach()
