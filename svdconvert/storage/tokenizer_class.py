@@ -93,19 +93,32 @@ def read_whole(
         special: its ``special_tokens_map.json``.
     """
     row = _CLASSES[str(named_class(settings))]
-    if _is_built(row, tokenizer) or not _opens_as_written(row, settings, tokenizer):
+    if _is_built(row, settings, tokenizer) or not _opens_as_written(row, settings, tokenizer):
         return None
+    if "added_tokens_decoder" in settings:  # transformers reads no map of special tokens then
+        special = {}
     defaults = {name: value for name, value in row.defaults.items() if name not in special}
     return {"model_input_names": _INPUTS, **defaults, **settings, "tokenizer_class": WHOLE}
 
 
-def _is_built(row: _Class, tokenizer: Mapping[str, Any]) -> bool:
+def _is_built(row: _Class, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bool:
     """Whether the class makes the normaliser and the pre-tokeniser that the file has."""
     normalizer, split = _part(tokenizer, "normalizer"), _part(tokenizer, "pre_tokenizer")
     if normalizer.get("type", "") != row.normalizer or split.get("type") not in row.splits:
         return False
+    if split.get("type") == "Metaspace" and not _starts_as_built(settings, split):
+        return False
     first = _list(split, "pretokenizers")[:1]
     return not row.expression or [_part(part, "pattern").get("Regex") for part in first] == [row.expression]
+
+
+def _starts_as_built(settings: Mapping[str, Any], split: Mapping[str, Any]) -> bool:
+    """Whether the class puts a space before the pieces of a text that the file puts one before, and joins words."""
+    before = "never"
+    if settings.get("add_prefix_space") in (None, True):
+        before = "always" if settings.get("legacy") else "first"
+    written = split.get("prepend_scheme", "always" if split.get("add_prefix_space", True) else "never")
+    return (written, split.get("split", True)) == (before, False)
 
 
 def _opens_as_written(row: _Class, settings: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> bool:

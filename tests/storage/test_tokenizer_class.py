@@ -21,6 +21,7 @@ TEXTS = ("won 1200", "<|user|>no way", "1998 12", "서울 12")
 SPLIT = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": DIGITS}}, {"type": "ByteLevel"}]}
 QWEN = {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": {"Regex": _QWEN2}}, {"type": "ByteLevel"}]}
 NFC, PREPEND = {"type": "NFC"}, {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}
+SPACED = {"type": "Metaspace", "prepend_scheme": "first", "split": False}
 OPENING = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
 
 
@@ -58,13 +59,22 @@ def write(folder: Path, tokenizer: Tokenizer, **settings: Any) -> Path:
     return source
 
 
+def unspaced() -> Tokenizer:
+    """One that puts no space before a text."""
+    tokenizer = by_pieces()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    return tokenizer
+
+
 CASES = {
     "GPT-2": (by_bytes(), {"tokenizer_class": "GPT2Tokenizer"}),
     "LLaMA": (by_pieces(), {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}),
+    "LLaMA, no space": (unspaced(), {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}),
     "LLaMA, opened": (by_pieces(opened=True), {"tokenizer_class": "LlamaTokenizer", "legacy": False}),
 }
 
-ENDS = {"GPT-2": "<|endoftext|>", "LLaMA": "</s>", "LLaMA, opened": "</s>"}
+ENDS = {"GPT-2": "<|endoftext|>", "LLaMA": "</s>", "LLaMA, no space": "</s>", "LLaMA, opened": "</s>"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,7 +128,11 @@ def test_a_class_that_makes_what_the_file_says_stays(tmp_path: Path) -> None:
         ("Qwen2Tokenizer", False, {}, {"normalizer": NFC, "pre_tokenizer": QWEN}),
         ("Qwen2Tokenizer", True, {}, {"normalizer": None, "pre_tokenizer": QWEN}),
         ("Qwen2Tokenizer", True, {}, {"normalizer": NFC, "pre_tokenizer": SPLIT}),
-        ("LlamaTokenizer", False, {}, {"pre_tokenizer": {"type": "Metaspace"}}),
+        ("LlamaTokenizer", False, {}, {"pre_tokenizer": SPACED, "post_processor": OPENING}),
+        ("LlamaTokenizer", True, {"legacy": True}, {"pre_tokenizer": SPACED, "post_processor": OPENING}),
+        ("LlamaTokenizer", True, {"add_prefix_space": False}, {"pre_tokenizer": SPACED, "post_processor": OPENING}),
+        ("LlamaTokenizer", True, {}, {"pre_tokenizer": {"type": "Metaspace"}, "post_processor": OPENING}),
+        ("LlamaTokenizer", False, {}, {"pre_tokenizer": SPLIT, "post_processor": {"type": "ByteLevel"}}),
         ("LlamaTokenizer", True, {}, {"normalizer": PREPEND, "post_processor": OPENING}),
         ("LlamaTokenizer", True, {"add_bos_token": False}, {"normalizer": PREPEND}),
         # transformers 4 puts the class' token before a text, whatever the file says
@@ -138,6 +152,14 @@ def test_what_the_files_say_is_kept() -> None:
     settings |= {"model_input_names": ["ids"]}
     found = read_whole(settings, {"pre_tokenizer": SPLIT}, {"bos_token": "<bos>"})
     assert found == settings | {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<|endoftext|>"}
+
+
+def test_a_map_of_special_tokens_that_transformers_does_not_read() -> None:
+    """It reads none where tokenizer_config.json has the added tokens."""
+    settings: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {}}
+    found = read_whole(settings, {"pre_tokenizer": SPLIT}, {"eos_token": "<eos>"})
+    assert found is not None
+    assert found["eos_token"] == "<|endoftext|>"
 
 
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "GemmaTokenizer", "", None, 3])
