@@ -122,7 +122,9 @@ def _as_read(target: Target, row: Architecture, step: Step) -> Sequence[TensorIn
 
 def _states_bytes(source: Source, row: Architecture, healing: HealRequest) -> int:
     """Hidden states of a text; one that is shorter than it was asked for has fewer."""
-    text, reads = healing.calibration, f".{row.targets[0]}.weight"  # that of an embedding may be of another width
-    shape = next(shape for name, shape in row.parameters(source.config).items() if name.endswith(reads))
+    text, shapes = healing.calibration, row.parameters(source.config)
+    # the first matrix of a block that a model has; an embedding may be of another width
+    ends = [f".{target}.weight" for target in row.targets]
+    shape = next(shape for end in ends for name, shape in shapes.items() if name.endswith(end))
     width = shape[0] if row.transposed else shape[1]
     return STATE * width * text.samples * (text.length or min(2048, longest_input(source.config, 2048)))

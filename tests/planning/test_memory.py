@@ -15,7 +15,7 @@ from svdconvert.families.table import ARCHITECTURES
 from svdconvert.linalg import panels, residual
 from svdconvert.models import blocks, loss, probe, writing
 from svdconvert.models.sampling import Sampler
-from svdconvert.planning import text_memory
+from svdconvert.planning import healing_needs, text_memory
 from svdconvert.planning.make import make_plan
 from svdconvert.planning.memory import (
     BASE_BYTES,
@@ -43,6 +43,7 @@ from svdconvert.planning.text_memory import (
     TextPasses,
 )
 from svdconvert.settings.conversion import Conversion
+from svdconvert.settings.healing import HealRequest
 from svdconvert.storage import reader
 from svdconvert.storage.source import LocalSource
 
@@ -98,6 +99,17 @@ def test_terms_of_copying() -> None:
     assert host_bytes([], 1, [small, large]) == BASE_BYTES + READ_BYTES
     assert host_bytes([], 1, [replace(large, converted=True, written=20 * READ_BYTES)]) == BASE_BYTES + 3 * READ_BYTES
     assert host_bytes([], 1, [replace(large, turned=True)]) == BASE_BYTES + 11 * READ_BYTES + TURNED_BYTES
+
+
+@pytest.mark.parametrize("kinds", [["conv", "full_attention"], ["full_attention"] * 2])
+def test_hidden_states_of_a_model_with_one_kind_of_block(kinds: list[str]) -> None:
+    """The first kind of matrix that a family has may be in none of a model's blocks."""
+    row, sizes = ARCHITECTURES["lfm2"], {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    source = LocalSource.__new__(LocalSource)
+    object.__setattr__(source, "config", {**row.tiny, **sizes, **heads, "layer_types": kinds})
+    request = HealRequest(calibration=Calibration("any.txt", samples=2, length=8))
+    assert healing_needs._states_bytes(source, row, request) == 4 * 64 * 2 * 8
 
 
 def test_terms_on_a_gpu() -> None:
