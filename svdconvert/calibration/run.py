@@ -134,6 +134,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
         found = {index: groups_of(self._blocks, index, self._modules[index], needs) for index in self._todo}
         self._groups = {index: groups for index, groups in found.items() if groups is not None}
         self._experts_folder = work / "experts"
+        kept = sum(path.stat().st_size for path in self._experts_folder.glob("*.safetensors"))  # by an interrupted run
         self._content = self._key(tokens.digest, batch_size)
         self._files = Boundaries(
             work / "activations",
@@ -143,7 +144,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             device=self._blocks.device,
             copies=self._copies(),
             group=self._group,
-            more=max((groups.nbytes for groups in self._groups.values()), default=0),
+            more=max(0, max((groups.nbytes for groups in self._groups.values()), default=0) - kept),
         )
         self.loss: Loss | None = self._files.loss
         self._starved: dict[str, int] = {}

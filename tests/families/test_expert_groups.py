@@ -19,6 +19,7 @@ from support.running import TOKENS
 from torch import Tensor
 
 from svdconvert import Calibration, calibrate, convert
+from svdconvert.calibration import boundaries
 from svdconvert.calibration.collector import statistic_tensors
 from svdconvert.calibration.folder import StatisticsFolder, save_statistics, statistics_key
 from svdconvert.calibration.run import StatisticsRun
@@ -164,6 +165,32 @@ def test_broken_off_anywhere(
             next(run)
         run.close()
         assert_same(joined(started(dense, needs, tmp_path / "cut")), wanted)
+
+
+def test_what_lies_there_already_needs_no_room(
+    checkpoints: Any, tmp_path: Path, bounds: Bounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on asks for the disk of what is missing."""
+    asked: list[int] = []
+    monkeypatch.setattr(boundaries, "check_room", lambda copies, more=0: asked.append(more))
+    dense = checkpoints.dense("mixtral")
+    bounds(half(dense, INPUTS, tmp_path), None)
+    asked.clear()
+    groups, calls = ModelBlocks.some_experts, list[int]()
+
+    def stumbling(*args: Any) -> Any:
+        calls.append(args[1])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return groups(*args)
+
+    monkeypatch.setattr(ModelBlocks, "some_experts", stumbling)
+    with pytest.raises(KeyboardInterrupt):
+        joined(started(dense, INPUTS, tmp_path))
+    kept = sum(path.stat().st_size for path in tmp_path.rglob("experts/*.safetensors"))
+    started(dense, INPUTS, tmp_path)
+    assert kept > 0
+    assert asked == [asked[0], max(0, asked[0] - kept)]
 
 
 def test_files_of_something_else_are_not_used(checkpoints: Any, tmp_path: Path, bounds: Bounds) -> None:

@@ -1,8 +1,8 @@
 """Healing on SmolLM2-135M: its divergence on several texts before and after. An hour on two cores.
 
     python -m tests.benchmarks.real.healed --data data
-    python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 1e-4
-    python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 1e-4 --hints 10
+    python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 3e-4
+    python -m tests.benchmarks.real.healed --data data --allocation global --samples 48 --lr 3e-4 --hints 10
     python -m tests.benchmarks.real.healed --data data --bytes 0.18
 
 It is factored as the best row of the table of losses at 60 %, or as another one there, or made as the rows of one
