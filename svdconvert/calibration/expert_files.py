@@ -14,11 +14,11 @@ from typing import Any
 
 from svdconvert.calibration.experts import Common, ExpertSums
 from svdconvert.machine.processes import Group
+from svdconvert.methods.statistics import STATISTICS
 from svdconvert.storage.disk import disk_errors
 from svdconvert.storage.documents import in_json_types
 from svdconvert.storage.tensor_files import names_in, read_note, read_tensors, write_tensors
 
-_SUMS = ("input_gram", "output_gram", "input_abs", "fisher")
 _COMMON = "common"
 
 
@@ -70,7 +70,7 @@ class ExpertFiles:
             JobError: they could not be written.
         """
         if self._group.leader:
-            tensors = {f"{kind} {name}": each for kind in _SUMS for name, each in getattr(sums, kind).items()}
+            tensors = {f"{kind} {name}": each for kind in STATISTICS for name, each in getattr(sums, kind).items()}
             tensors |= {f"{_COMMON} {name}": each for name, each in common.sums.items()}
             told = {
                 "counts": sums.counts,
@@ -89,8 +89,8 @@ class ExpertFiles:
         Raises:
             InputError: the file is damaged.
         """
-        told, tensors = self._read(place, _SUMS)
-        found: dict[str, dict[str, Any]] = {kind: {} for kind in _SUMS}
+        told, tensors = self._read(place, STATISTICS)
+        found: dict[str, dict[str, Any]] = {kind: {} for kind in STATISTICS}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(" ")
             found[kind][name] = tensor

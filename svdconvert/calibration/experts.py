@@ -10,7 +10,7 @@ write the same hidden states, so of those it is the mean over all of them; inner
 that they have in common is their mean energy. An expert without any token counts as one with one.
 
 Memory beside that of ``collector.py``: one more matrix of each kind for the common moments. The sums of all experts may
-be too many to be in memory together; ``expert_groups.py`` collects them group by group.
+be too many to be in memory together; then ``run.py`` collects them group by group.
 """
 
 from __future__ import annotations

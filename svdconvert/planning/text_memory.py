@@ -26,6 +26,9 @@ from svdconvert.tensors import majority_dtype
 
 # A process that has run a model: torch, transformers, and what the allocator keeps between two passes.
 TEXT_BASE_BYTES = 550_000_000
+# What such a process keeps besides of a pass, forward or backward, in which experts are read one at a time: gaps
+# between them, and oneDNN's kernels, one for every number of tokens that an expert gets.
+IN_TURN_BYTES = 175_000_000
 # A tokenizer, for each token of its vocabulary.
 TOKEN_BYTES = 1_000
 # Logits are computed in pieces of at most so many bytes (models/loss.py). So many pieces are alive at a time: for a
@@ -133,7 +136,8 @@ class TextPasses:
     def _head(self) -> int:
         pieces = COMPARED if self.compares else SLOPE if self.gradients else LOSS
         logits = min(LOGIT_BYTES, FLOAT32 * self._tokens * self.vocabulary)
-        return FLOAT32 * self.vocabulary * self.hidden + self._states + pieces * logits
+        passes = 0 if self.present == self.weights else 2 if self.gradients else 1
+        return FLOAT32 * self.vocabulary * self.hidden + self._states + pieces * logits + passes * IN_TURN_BYTES
 
     @property
     def _block(self) -> int:

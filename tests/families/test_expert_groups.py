@@ -73,6 +73,20 @@ def half(dense: Path, needs: Needs, work: Path) -> int:
     return max(each.nbytes for each in groups.values()) // 2
 
 
+def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Break the run of one group of experts off; gives the blocks whose groups were run."""
+    groups, calls = ModelBlocks.some_experts, list[int]()
+
+    def stumbling(*args: Any) -> Any:
+        calls.append(args[1])
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return groups(*args)
+
+    monkeypatch.setattr(ModelBlocks, "some_experts", stumbling)
+    return calls
+
+
 def joined(run: StatisticsRun) -> dict[str, ModuleStatistics]:
     return {name: entry for _, part in run for name, entry in part.items()}
 
@@ -137,15 +151,8 @@ def test_broken_off_anywhere(
     wanted = joined(started(dense, needs, tmp_path / "whole"))
     bounds(half(dense, needs, tmp_path / "whole"), None)
     for step in (1, 2, 5, 6):
-        calls: list[int] = []
-
-        def stumbling(*args: Any, calls: list[int] = calls, step: int = step) -> Any:
-            calls.append(args[1])
-            if len(calls) == step:
-                raise KeyboardInterrupt
-            return groups(*args)
-
-        monkeypatch.setattr(ModelBlocks, "some_experts", stumbling)
+        monkeypatch.setattr(ModelBlocks, "some_experts", groups)
+        calls = interrupted_at(step, monkeypatch)
         found: dict[str, ModuleStatistics] = {}
         done: set[int] = set()
         for _ in range(2):
@@ -176,15 +183,7 @@ def test_what_lies_there_already_needs_no_room(
     dense = checkpoints.dense("mixtral")
     bounds(half(dense, INPUTS, tmp_path), None)
     asked.clear()
-    groups, calls = ModelBlocks.some_experts, list[int]()
-
-    def stumbling(*args: Any) -> Any:
-        calls.append(args[1])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return groups(*args)
-
-    monkeypatch.setattr(ModelBlocks, "some_experts", stumbling)
+    interrupted_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         joined(started(dense, INPUTS, tmp_path))
     kept = sum(path.stat().st_size for path in tmp_path.rglob("experts/*.safetensors"))

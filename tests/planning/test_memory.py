@@ -36,6 +36,7 @@ from svdconvert.planning.memory import (
     host_bytes,
 )
 from svdconvert.planning.text_memory import (
+    IN_TURN_BYTES,
     LOGIT_BYTES,
     TEXT_BASE_BYTES,
     TOKEN_BYTES,
@@ -139,7 +140,7 @@ def test_a_result_is_loaded_if_it_is_small() -> None:
 
 
 PASSES = TextPasses(
-    vocabulary=1000, hidden=64, batch=4, length=512, weights=50_000, present=40_000, widths=1600, inputs=64**2 * 3,
+    vocabulary=1000, hidden=64, batch=4, length=512, weights=50_000, present=50_000, widths=1600, inputs=64**2 * 3,
     largest=256, gradients=True, statistics=(BlockStatistics(2_000_000, 256), BlockStatistics(2_500_000, 128)),
     decomposes=True, compares=False, corrects=False, refits=False,
 )  # fmt: skip
@@ -149,14 +150,16 @@ def test_terms_of_a_text() -> None:
     """The largest piece counts: here the head, the block, the decompositions and the embeddings in turn."""
     base, states = TEXT_BASE_BYTES + TOKEN_BYTES * 1000, 2 * 4 * 2048 * 64
     assert PASSES.peak_bytes() - base == 4 * 1000 * 64 + states + 6 * 4 * 2048 * 1000
+    assert replace(PASSES, present=40_000).peak_bytes() == PASSES.peak_bytes() + 2 * IN_TURN_BYTES
     few = replace(PASSES, vocabulary=10)
     assert few.peak_bytes() - TEXT_BASE_BYTES - TOKEN_BYTES * 10 == (
-        4 * 40_000 + 2_500_000 + states + 4 * 4 * 512**2 + int(2.5 * 4 * 2048 * 1600)
+        4 * 50_000 + 2_500_000 + states + 4 * 4 * 512**2 + int(2.5 * 4 * 2048 * 1600)
     )
     short = replace(few, length=2)
     assert short.peak_bytes(3) - TEXT_BASE_BYTES - TOKEN_BYTES * 10 == 2_000_000 + 3 * 3 * 8 * 256**2
     plain = replace(PASSES, length=1, batch=1, gradients=False, statistics=(), decomposes=False)
     assert plain.peak_bytes() - base == 4 * 1000 * 64 + 2 * 4 * 64 + 3 * 4 * 1000
+    assert replace(plain, present=40_000).peak_bytes() == plain.peak_bytes() + IN_TURN_BYTES
     for more in ({"compares": True}, {"compares": True, "corrects": True}):
         assert replace(PASSES, **more).peak_bytes() - base == 4 * 1000 * 64 + states + 7 * 4 * 2048 * 1000
 

@@ -78,6 +78,7 @@ from svdconvert.settings.conversion import Conversion
 from svdconvert.storage.source import LocalSource
 source, text, work = LocalSource(Path(sys.argv[2])), Calibration(sys.argv[3], samples=2, length=16), Path(sys.argv[4])
 expert_groups.ON_CPU = expert_groups.WEIGHTS_ON_CPU = text_memory.ON_CPU = text_memory.WEIGHTS_ON_CPU = 20_000_000
+text_memory.IN_TURN_BYTES = 0  # measured of large experts, and too much for small ones
 # the first one loads what a process keeps; the last one of a name counts
 for method, needs in ("whiten", Needs(True)), ("whiten", Needs(True)), ("kfac", Needs(True, True)):
     made = make_plan(source, Conversion.of(keep=0.6, targets=["experts.*"], method=method, calibration=text))
