@@ -17,6 +17,7 @@ from svdconvert.storage.tokenizer_class import SETTINGS, WHOLE, whole_settings
 _VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
 # Files that are read with it; refused by name if they are no JSON, or JSON that would crash a parser.
 _TOKENIZER_DOCUMENTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_PIECES = "tokenizer.model"
 
 OWN_TOKENIZER = "put the model's own in its place, or enlarge its embedding (resize_token_embeddings)"
 
@@ -32,7 +33,7 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         InputError: it has none; no other is used in its place.
     """
-    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+    import transformers
 
     # transformers 5 makes up an empty tokenizer where there is none.
     if not has_tokenizer(folder):
@@ -49,27 +50,30 @@ def load_tokenizer(folder: Path) -> Any:
     if (tower := FACTORED_TOWERS.get(str(config.get("model_type")))) is not None:
         found = tower.text
     # Without a config, transformers 5 reads config.json as a generic one, which fails on some rotary scalings.
-    options = {"config": AutoConfig.for_model(found.model_type)} if found else {}
+    options = {"config": transformers.AutoConfig.for_model(found.model_type)} if found else {}
     with (
         foreign_code(f"{folder} has no usable tokenizer", "install what it asks for, or fetch its files again"),
         quiet_transformers(),
     ):
-        if (added := _read_whole(folder)) is not None:
-            return PreTrainedTokenizerFast.from_pretrained(folder, **added)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        if (written := _written(folder)) is not None:
+            kind, added = written
+            return getattr(transformers, kind).from_pretrained(folder, **added)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
 
 
-def _read_whole(folder: Path) -> dict[str, Any] | None:
-    """What to read tokenizer.json with, if transformers 5 might split otherwise than it says; None: it does not.
+def _written(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Class that splits as the files say, and what to read them with, if transformers 5 might not; None: it does.
 
-    It does by the class in the settings, and for some model types, Qwen 2 among them, by theirs in its place.
+    It goes by the class in the settings, and for some model types, Qwen 2 and Mistral among them, by theirs in its
+    place.
     """
-    files = {name: folder / name for name in _TOKENIZER_DOCUMENTS if (folder / name).is_file()}
+    files = {name: folder / name for name in (*_TOKENIZER_DOCUMENTS, _PIECES) if (folder / name).is_file()}
     stored = read_json(files[SETTINGS], "") if SETTINGS in files else {}
-    if (whole := whole_settings(files.get)) is not None:
-        return {name: value for name, value in whole.items() if name not in stored}
+    if (settings := whole_settings(files.get)) is not None:
+        kind = str(settings["tokenizer_class"]).removesuffix("Fast")
+        return f"{kind}Fast", {name: value for name, value in settings.items() if name not in stored}
     plain = stored.get("tokenizer_class") == WHOLE and "tokenizer.json" in files and not stored.get("auto_map")
-    return {} if plain else None
+    return (WHOLE, {}) if plain else None
 
 
 def opening_token(tokenizer: Any) -> int | None:

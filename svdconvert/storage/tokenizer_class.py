@@ -5,11 +5,15 @@ pre-tokeniser themselves, unless the model type is in a table of theirs, for whi
 model has a type of its own, so the class in ``tokenizer_config.json`` would decide, and where the file says otherwise
 than the class the same text would become other tokens. Then the class is replaced by the one that reads the file whole
 in every version; what the class adds to the file is written down.
+
+Where there is ``tokenizer.model`` alone, a SentencePiece model, transformers 5 opens no text with a token unless the
+settings say so, and for some model types, Mistral's among them, takes another class than they name. Then the named
+class reads it, and its settings get what they meant before when they said nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,10 +60,15 @@ _CLASSES = {
         first=True,
     ),
 }
+# What settings that leave it out have meant to classes that read a SentencePiece model.
+_PIECES: Mapping[str, Mapping[str, Any]] = {
+    "LlamaTokenizer": {"add_bos_token": True, "legacy": True},
+    "GemmaTokenizer": {"add_bos_token": True},
+}
 
 
 def whole_settings(find: Callable[[str], Path | None]) -> dict[str, Any] | None:
-    """:func:`read_whole` of a tokenizer's files; None also where one is missing or damaged.
+    """``tokenizer_config.json`` of a result, or None where the source's is right, missing or damaged.
 
     Args:
         find: name of a file -> its path, if it is there.
@@ -69,17 +78,26 @@ def whole_settings(find: Callable[[str], Path | None]) -> dict[str, Any] | None:
         path = find(name)
         return None if path is None else json_or_none(path)
 
-    settings = read(SETTINGS)
-    if settings is None or named_class(settings) is None or (tokenizer := read("tokenizer.json")) is None:
+    if (settings := read(SETTINGS)) is None:
+        return None
+    if find("tokenizer.json") is None:
+        return None if find("tokenizer.model") is None else piece_settings(settings)
+    if named_class(settings) is None or (tokenizer := read("tokenizer.json")) is None:
         return None
     return read_whole(settings, tokenizer, read("special_tokens_map.json") or {})
 
 
-def named_class(settings: Mapping[str, Any]) -> str | None:
-    """The class in ``tokenizer_config.json``, where it is one that may have to be replaced."""
+def named_class(settings: Mapping[str, Any], known: Collection[str] = _CLASSES.keys()) -> str | None:
+    """The class in ``tokenizer_config.json``, where it is a known one; by default: one that may have to be replaced."""
     name = settings.get("tokenizer_class")
     name = name.removesuffix("Fast") if isinstance(name, str) else None
-    return name if name in _CLASSES and not settings.get("auto_map") else None
+    return name if name in known and not settings.get("auto_map") else None
+
+
+def piece_settings(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``tokenizer_config.json`` beside ``tokenizer.model`` alone, or None for a class of which nothing is known."""
+    name = named_class(settings, _PIECES)
+    return None if name is None else {**_PIECES[name], **settings}
 
 
 def read_whole(
