@@ -56,6 +56,8 @@ _QUOTED = re.compile(r"\{([^{}.]+)\.(\w+)\}")
 ADAPTERS = "adapters"
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 _PLOT, _CURVES = "total.png", "evaluation_loss.png"
+# Beyond that ratio of sizes an axis is logarithmic; share of the axes that a point's name takes, across and up.
+_WIDE, _NAME = 8, (0.35, 0.035)
 
 
 def write_page(experiment: Experiment, results: Results, folder: Path, command: str) -> None:
@@ -383,13 +385,27 @@ def _plot(rows: Sequence[Row], results: Results, path: Path) -> None:
     bars.set_xlabel("Total = F1 + METEOR + ROUGE-L + SacreBLEU")
     bars.legend(fontsize="small")
     points.scatter(weights, totals)
-    for name, x, y in zip(names, weights, totals, strict=True):
-        points.annotate(name, (x, y), fontsize="x-small", xytext=(3, 2), textcoords="offset points")
-    points.set_xscale("log")
+    points.margins(x=_NAME[0])
+    if max(weights) > _WIDE * min(weights):
+        points.set_xscale("log")
+    for name, x, y, height in zip(names, weights, totals, _apart(weights, totals), strict=True):
+        points.annotate(
+            name, (x, y), xytext=(6, height), textcoords=("offset points", "data"), fontsize="x-small", va="center"
+        )
     points.set_xlabel("weights in memory when answering (MB)")
     points.set_ylabel("Total")
     points.grid(alpha=0.3)
     FigureCanvasAgg(figure).print_png(path)
+
+
+def _apart(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
+    """A height for the name of each point, at its own or above, so that no two names lie on each other."""
+    wide, high = (share * (max(values) - min(values)) for share, values in zip(_NAME, (xs, ys), strict=True))
+    found: dict[int, float] = {}
+    for i in sorted(range(len(ys)), key=ys.__getitem__):
+        below = [height + high for j, height in found.items() if abs(xs[i] - xs[j]) <= wide]
+        found[i] = max([ys[i], *below])
+    return [found[i] for i in range(len(ys))]
 
 
 def _plot_curves(rows: Sequence[Row], results: Results, path: Path) -> None:

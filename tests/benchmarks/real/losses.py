@@ -72,20 +72,21 @@ class Remembered(nn.Module):
         return Readout(self.dense.get_output_embeddings()(load_file(file)["hidden"]))
 
 
-def opened(ids: Tensor, opening: int | None, windows: int) -> Tensor:
+def opened(ids: Tensor, opening: int | None, windows: int, window: int = WINDOW) -> Tensor:
     """The first windows of a text, each with the token that opens it; models that are used to it are lost without.
 
     Args:
         ids: [N], as the tokenizer gives them.
         opening: that token, or None.
         windows: how many.
+        window: tokens of each.
 
     Returns:
-        [windows * WINDOW].
+        [windows * window].
     """
     if opening is None or int(ids[0]) != opening:  # the tokenizer puts none there
-        return ids[: windows * WINDOW]
-    each = ids[1 : 1 + windows * (WINDOW - 1)].view(windows, WINDOW - 1)
+        return ids[: windows * window]
+    each = ids[1 : 1 + windows * (window - 1)].view(windows, window - 1)
     return torch.cat([torch.full((windows, 1), opening), each], 1).flatten()
 
 
