@@ -260,6 +260,21 @@ def _onednn(x, weight, bias=None):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _onednn_by_few_shapes(x, weight, bias):
+    """The product of `x` [..., n] and `weight` by oneDNN, of one of 31 numbers of rows at a time.
+
+    oneDNN keeps half a megabyte of code for each shape that it has multiplied, and a part of it for ever: prompts of
+    many lengths would let a process grow. So more than 16 rows are filled up to a multiple of 16, in pieces of 256.
+    """
+    rows = x.numel() // x.shape[-1]
+    missing = -rows % 16 if rows > 16 else 0
+    if rows <= 256 and not missing:
+        return _onednn(x, weight, bias)
+    filled = nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, missing))
+    y = torch.cat([_onednn(piece, weight, bias) for piece in filled.split(256)])
+    return y[:rows].view(*x.shape[:-1], -1)
+
+
 def _has_onednn_product(linear, x):
     """Whether `linear(x)` is a product and no more, without a gradient, on a CPU in float32, where oneDNN is faster.
 
@@ -291,7 +306,7 @@ def _has_onednn_product(linear, x):
 
 def _apply(linear, x):
     """linear(x); where nobody can tell the difference, by the faster one of two routines."""
-    return _onednn(x, linear.weight, linear.bias) if _has_onednn_product(linear, x) else linear(x)
+    return _onednn_by_few_shapes(x, linear.weight, linear.bias) if _has_onednn_product(linear, x) else linear(x)
 
 
 class FactoredLinear(nn.Module):

@@ -62,6 +62,26 @@ def test_generation(tiny, model, products, module, monkeypatch, ids):
     assert len(products) == 6 * len(factors(model, tiny))
 
 
+def test_few_shapes(module, products, monkeypatch):
+    """However long prompts are: oneDNN keeps code for every number of rows."""
+    rows, multiply = [], module._onednn
+
+    def counted(x, *others):
+        rows.append(x.numel() // x.shape[-1])
+        return multiply(x, *others)
+
+    monkeypatch.setattr(module, "_onednn", counted)
+    linear, generator = nn.Linear(24, 40), torch.Generator().manual_seed(0)
+    for shape in ((1, 1), (1, 16), (1, 17), (3, 33), (1, 256), (2, 150), (1, 601), (529,)):
+        x = torch.randn(*shape, 24, generator=generator)
+        with torch.no_grad():
+            found, expected = module._apply(linear, x), linear(x)
+        assert found.shape == expected.shape
+        assert distance(found, expected) < 1e-6
+    assert len(products) == len(rows)
+    assert rows == [1, 16, 32, 112, 256, 256, 48, 256, 256, 96, 256, 256, 32]
+
+
 @ONE_LAYOUT
 def test_chosen_by_size(module, model, products, monkeypatch, ids):
     """One routine may be the faster one for a token and the slower one for a prompt, with so many threads."""
