@@ -5,10 +5,10 @@ block's output, and the blocks are run again from last to first, each with the g
 one forward pass is enough.
 
 Memory, with B sequences of T tokens in a batch, N in all, and hidden size h. On the device: the weights of one block,
-or of the embeddings, or of the head, in the computing type; the statistics of one block (``collector.py``); and the
-logits of :mod:`svdconvert.models.loss`, a few times over. On the host: a batch of activations and, with several
-processes on devices of their own, the block's Grams once more. On disk: N T h numbers for each block if gradients are
-needed, for two blocks if not.
+or of the embeddings of a batch's tokens, or of the head, a large one in parts, in the computing type; the statistics of
+one block (``collector.py``); and the logits of :mod:`svdconvert.models.loss`, a few times over. On the host: a batch of
+activations and, with several processes on devices of their own, the block's Grams once more. On disk: N T h numbers for
+each block if gradients are needed, for two blocks if not.
 
 Of a block whose experts' statistics are too many for that (``planning/expert_groups.py``), only those of all else come
 of a pass through it. That pass keeps what goes into the block's mixture and the gradient at what comes out, N T h
@@ -47,7 +47,8 @@ from svdconvert.methods.statistics import STATISTICS, ModuleStatistics, Needs
 from svdconvert.models.activations import Loss
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.calls import block_output
-from svdconvert.models.loss import next_token_loss
+from svdconvert.models.head import Head
+from svdconvert.models.loss import next_token_loss, worth_reading
 from svdconvert.models.tokenizer import OWN_TOKENIZER
 from svdconvert.names import expert, layer_number, suffix
 from svdconvert.planning.events import Events
@@ -262,7 +263,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
                     self._files.drop_hidden(i)
 
     def _embed(self) -> None:
-        with self._blocks.embeddings(), self._files.writing_hidden(0) as write, torch.no_grad():
+        with self._files.writing_hidden(0) as write, torch.no_grad():
             for number, batch in enumerate(self._batches, 1):
                 hidden = self._blocks.embed(self._tokens.ids[batch], self._tokens.mask[batch])
                 self._check(hidden, "the embeddings give", batch)
@@ -407,13 +408,14 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             self._blocks.head() as head,
             self._files.writing_gradient(self._blocks.count, dry=not gradient) as write,
         ):
-            for number, batch in enumerate(self._batches, 1):
+            batches = worth_reading(self._batches, self._tokens.ids.shape[1], head)
+            for number, batch in enumerate(batches, 1):
                 hidden = self._files.hidden(self._blocks.count, batch)
                 nll, predicted, slope = self._head_batch(head, hidden, batch, gradient)
                 total, count = total + nll, count + predicted
                 self._check(slope, "the head gives", batch, "gradients")
                 write(slope)
-                self._events.progress("head", number, len(self._batches))
+                self._events.progress("head", number, len(batches))
             sums = self._group.add(torch.tensor([total, count], dtype=torch.float64))
             self.loss = Loss(float(sums[0]), int(sums[1]))
             self._files.keep_loss(self.loss)
@@ -422,14 +424,13 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             f"({self.loss.tokens:,} tokens predicted)"
         )
 
-    def _head_batch(self, head: nn.Module, hidden: Tensor, batch: slice, gradient: bool) -> tuple[float, int, Tensor]:
+    def _head_batch(self, head: Head, hidden: Tensor, batch: slice, gradient: bool) -> tuple[float, int, Tensor]:
         """``(sum of -log p, tokens predicted, gradient with respect to hidden)`` of one batch."""
         return next_token_loss(
             head,
             hidden,
             self._tokens.ids[batch],
             self._tokens.mask[batch],
-            vocabulary=self._blocks.vocabulary,
             check=lambda logits: self._check(logits, "the head gives", batch),
             draws=self._draws(batch) if self._labels == "sampled" else None,
             gradient=gradient,

@@ -166,7 +166,7 @@ def _outcome(factored: Source, dense: Source, row: Architecture) -> Check:
 def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator[tuple[str, float]]:
     """The relative difference of what each piece of both models gives, by what it is called."""
     ids = torch.arange(PROBE).remainder(int(dense.config["vocab_size"]))[None]
-    mask, highest = torch.ones_like(ids, dtype=torch.bool), int(ids.max())
+    mask = torch.ones_like(ids, dtype=torch.bool)
     types = {name: torch_dtype(info.dtype) for name, info in factored.tensors.items()}
     stored_as = {
         full: types[copied]
@@ -186,9 +186,8 @@ def _differences(factored: Source, dense: Source, row: Architecture) -> Iterator
         return layout_of(factored.config).product([_whole(reader, factored.tensors[name]) for name in names])
 
     with WeightReader(factored) as reader, torch.no_grad():
-        with ours.embeddings(highest), theirs.embeddings(highest):
-            hidden = ours.embed(ids, mask)
-            yield "the embeddings", _difference(hidden, theirs.embed(ids, mask), hidden)
+        hidden = ours.embed(ids, mask)
+        yield "the embeddings", _difference(hidden, theirs.embed(ids, mask), hidden)
         for index in range(ours.count):
             own = [module for module in (*ranks, *whole) if layer_number(module) == index]
             products = {suffix(module): product(module) for module in own}

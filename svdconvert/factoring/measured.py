@@ -142,9 +142,8 @@ def measure_losses(
     # Two sets of hidden states at a time, of each.
     streams = [other] if known else [stream("the model", "dense"), other]
     check_room({each.store: 2 for each in streams})
-    with blocks.embeddings():
-        for each in streams:
-            each.embed()
+    for each in streams:
+        each.embed()
     for index in range(blocks.count):
         events.progress("measuring", index, blocks.count)
         with blocks.block(index, by_expert=reads_by_expert(blocks, index)) as block:

@@ -80,9 +80,8 @@ class RefitStreams:
         ready = [index for index in range(self._blocks.count + 1) if all(each.has(index) for each in self._all)]
         if ready:
             return ready[-1]
-        with self._blocks.embeddings():
-            for each in self._all:
-                each.embed()
+        for each in self._all:
+            each.embed()
         return 0
 
     def forget(self, index: int) -> None:

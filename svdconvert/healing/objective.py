@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.healing.distance import NO_HINTS, Hints
@@ -19,6 +19,7 @@ from svdconvert.healing.precision import computing
 from svdconvert.healing.student import Student
 from svdconvert.healing.teacher import States
 from svdconvert.machine import processes
+from svdconvert.models.head import Head
 from svdconvert.models.head_divergence import HeadDivergence, head_divergence
 from svdconvert.models.loss import predicted_tokens
 
@@ -43,7 +44,7 @@ class Objective:
 
     name: ClassVar[str] = "KL"
     student: Student
-    teacher_head: nn.Module | None
+    teacher_head: Head | None
     tokens: CalibrationTokens
     batch_size: int
     precision: torch.dtype
@@ -131,7 +132,6 @@ class Objective:
                 hidden,
                 self.tokens.ids[part],
                 self.tokens.mask[part],
-                vocabulary=self.student.vocabulary,
                 check=require_finite,
                 gradient=gradient,
                 reference_head=self.teacher_head,

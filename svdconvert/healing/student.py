@@ -15,7 +15,7 @@ from svdconvert.families.table import factored_architecture
 from svdconvert.healing.precision import computing
 from svdconvert.healing.trained import Trained
 from svdconvert.models.calls import block_output
-from svdconvert.models.head import Logits
+from svdconvert.models.head import Logits, whole_head
 from svdconvert.models.loading import load_model
 from svdconvert.storage.source import LocalSource
 
@@ -26,8 +26,7 @@ class Student(Trained):
     Its blocks keep their inputs alone for the backward pass, and are run again in it.
 
     Attributes:
-        head: [n, width] -> logits [n, vocabulary].
-        vocabulary: size of a row of logits.
+        head: what makes predictions of :meth:`hidden`.
     """
 
     def __init__(self, source: LocalSource, device: str, precision: torch.dtype) -> None:
@@ -46,8 +45,8 @@ class Student(Trained):
         model.requires_grad_(False)
         self.device, self._precision = torch.device(device), precision
         self._base: nn.Module = model.base_model
-        self.head = nn.Sequential(model.get_output_embeddings(), Logits(row.pieces.logits, model.config))
-        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        output = model.get_output_embeddings()
+        self.head = whole_head(nn.Sequential(output, Logits(row.pieces.logits, model.config)), output.weight.shape[0])
         self._blocks = [*self._base.get_submodule(row.pieces.blocks).children()]
         for block in self._blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

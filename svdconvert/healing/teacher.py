@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from svdconvert.calibration.text import CalibrationTokens
 from svdconvert.healing.precision import computing
 from svdconvert.machine import processes
 from svdconvert.models.activations import ActivationStore, check_room
 from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.head import Head, whole_head
 from svdconvert.models.stream import Stream
 from svdconvert.planning.events import Events
 from svdconvert.version import __version__
@@ -195,17 +196,17 @@ class SharedTeacher:
 
 
 @contextmanager
-def teacher_head(blocks: ModelBlocks, head: nn.Sequential) -> Iterator[nn.Module | None]:
+def teacher_head(blocks: ModelBlocks, head: Head) -> Iterator[Head | None]:
     """Have the dense model's head on the device, if it is another one than the compressed model's; gives None else.
 
     Args:
         blocks: the dense model.
-        head: the compressed model's, which :meth:`ModelBlocks.output` resembles.
+        head: the compressed model's, whole.
     """
-    with blocks.output() as output:
-        theirs, ours = output.state_dict(), head.state_dict()
+    with blocks.output() as output, head.part(0) as own:
+        theirs, ours = output.state_dict(), own.state_dict()
         same = theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
         if not same:
-            yield output
+            yield whole_head(output, blocks.vocabulary)
             return
     yield None

@@ -8,7 +8,7 @@ forward (``calls.py``).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -31,17 +31,14 @@ from svdconvert.foreign import CORRECT, foreign_code
 from svdconvert.layouts.table import shared_layers
 from svdconvert.machine.products import fast_products
 from svdconvert.models.calls import BlockCalls, Call, block_output
-from svdconvert.models.head import LOGITS, Logits
+from svdconvert.models.head import Head, Logits, whole_head
+from svdconvert.models.head_sizes import HEAD_BYTES, head_sizes
 from svdconvert.models.matrices import differentiable, is_linear, matrix, replaced
 from svdconvert.models.piece_weights import Part, PieceWeights
 from svdconvert.models.routing import Routing
 from svdconvert.models.skeleton import is_factored, move_buffers, skeleton
 from svdconvert.names import expert, layer_number, suffix
 from svdconvert.storage.source import Source
-
-# Bytes of a head that are in memory at a time if it is run in parts; that of a large vocabulary may be larger than
-# everything else.
-HEAD_BYTES = 2**25
 
 # These end a rehearsal: what follows depends on the values of tensors.
 _NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
@@ -105,23 +102,8 @@ class ModelBlocks:
         longest = (getattr(self._model.config, name, None) for name in LONGEST)
         self.longest: int | None = next((length for length in longest if length is not None), None)
 
-    @contextmanager
-    def embeddings(self, highest: int | None = None) -> Iterator[None]:
-        """Have the embeddings' weights on the device; :meth:`embed` works inside.
-
-        Args:
-            highest: the highest token id that will be embedded; rows of higher ones are not read.
-        """
-        tokens, *others = self._present(self._pieces.embeddings).items()
-        rows = None if highest is None else slice(0, highest + 1)
-        with (
-            self._weights.given([self._part(*tokens)], partial(self._weights.begin, rows=rows)),
-            self._weights.given(self._part(*other) for other in others),
-        ):
-            yield
-
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The first block's input.
+        """The first block's input; of the embeddings, these tokens' alone are read.
 
         Args:
             ids: [batch, length], int64.
@@ -129,8 +111,17 @@ class ModelBlocks:
 
         Returns:
             [batch, length, hidden] on the device.
+
+        Raises:
+            InputError: a weight has NaN or infinite entries; it is named.
         """
-        return self._calls.record({"input_ids": ids.to(self.device)}, mask)[0].hidden
+        tokens, *others = self._present(self._pieces.embeddings).items()
+        rows, places = torch.unique(ids, return_inverse=True)
+        with (
+            self._weights.given([self._part(*tokens)], partial(self._weights.chosen, rows=rows.tolist())),
+            self._weights.given(self._part(*other) for other in others),
+        ):
+            return self._calls.record({"input_ids": places.to(self.device)}, mask)[0].hidden
 
     def is_linear(self, index: int, path: str) -> bool:
         """Whether a block has a linear layer of this path."""
@@ -248,14 +239,19 @@ class ModelBlocks:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
 
     @contextmanager
-    def head(self) -> Iterator[nn.Module]:
-        """Have the final norm's and the head's weights on the device.
+    def head(self) -> Iterator[Head]:
+        """Have the final norm's weights on the device, and the head's; those of a large one part by part, as asked for.
 
-        Yields:
-            [..., hidden] -> logits [..., vocabulary], each position by itself.
+        Raises:
+            InputError: a weight has NaN or infinite entries; it is named. Of parts, when one is asked for.
         """
-        with self.final() as final, self.output() as output:
-            yield nn.Sequential(*final, *output)
+        sizes = head_sizes(self.device.type)
+        parts = self._head_parts(sizes.at_a_time(self.vocabulary, self._token_bytes))
+        with self.final() as final, ExitStack() as stack:
+            if len(parts) == 1:
+                yield whole_head(stack.enter_context(self.output()), self.vocabulary, final)
+            else:
+                yield Head(final, parts, sizes.positions, lambda number: self._head_part(parts[number]))
 
     @contextmanager
     def final(self) -> Iterator[nn.Sequential]:
@@ -291,15 +287,29 @@ class ModelBlocks:
         Raises:
             InputError: a weight has NaN or infinite entries; it is named.
         """
-        head, names = self._head()
         with self.final() as final:
             hidden = final(hidden)
-        step = max(1, HEAD_BYTES // (hidden.shape[-1] * self.dtype.itemsize))
-        for begin in range(0, self.vocabulary, step):
-            rows = slice(begin, min(begin + step, self.vocabulary))
-            with self._weights.given([(head, names)], partial(self._weights.read, rows=rows)):
-                part = LOGITS[self._pieces.logits](self._model.config, head(hidden))
-            yield part
+        for tokens in self._head_parts(max(1, HEAD_BYTES // self._token_bytes)):
+            with self._head_part(tokens) as part:
+                found = part(hidden)
+            yield found
+
+    @property
+    def _token_bytes(self) -> int:
+        """Bytes of one token's weights in the head."""
+        return self.width * self.dtype.itemsize
+
+    def _head_parts(self, step: int) -> list[slice]:
+        """The vocabulary, so many tokens at a time."""
+        starts = range(0, self.vocabulary, step)
+        return [slice(start, min(start + step, self.vocabulary)) for start in starts]
+
+    @contextmanager
+    def _head_part(self, tokens: slice) -> Iterator[nn.Sequential]:
+        """Have a part of the head on the device: [..., width] -> logits of its tokens."""
+        head = self._head()
+        with self._weights.given([head], partial(self._weights.read, rows=tokens)), fast_products(self.device):
+            yield nn.Sequential(head[0], Logits(self._pieces.logits, self._model.config))
 
     def place(self, path: str) -> tuple[str, Section | None]:
         """The linear layer of a block that a path names, and which of its outputs; None for all.

@@ -1,12 +1,16 @@
-"""What families do with the output of their heads before it is called logits."""
+"""The end of a model: the head, whole or in parts, and what families do with its output before it is called logits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from svdconvert.models.head_sizes import positions_of_whole
 
 
 def _as_they_are(config: Any, logits: Tensor) -> Tensor:
@@ -48,3 +52,33 @@ class Logits(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:
         return self._function(self._config, logits)
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does with the last block's output, with the weights there of one part of its vocabulary at a time.
+
+    Attributes:
+        final: [n, hidden] -> [n, width], what goes into every part: the final norm as a rule.
+        parts: the tokens of each part, in order; a head that is there whole has one.
+        positions: of a text that are run at a time.
+        part: the number of a part -> context in which it is there, [n, width] -> logits of its tokens: a linear layer,
+            and what follows it element by element.
+    """
+
+    final: nn.Module
+    parts: Sequence[slice]
+    positions: int
+    part: Callable[[int], AbstractContextManager[nn.Sequential]]
+
+
+def whole_head(output: nn.Sequential, vocabulary: int, final: nn.Module | None = None) -> Head:
+    """A head whose weights are there.
+
+    Args:
+        output: [n, width] -> logits [n, vocabulary].
+        vocabulary: size of a row of logits.
+        final: what comes before it; nothing by default.
+    """
+    positions = positions_of_whole(vocabulary)
+    return Head(final or nn.Identity(), [slice(0, vocabulary)], positions, lambda number: nullcontext(output))

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from svdconvert.errors import InputError
 from svdconvert.machine.memory import give_memory_back
-from svdconvert.storage.reader import WeightReader, torch_dtype
+from svdconvert.storage.reader import CHUNK, WeightReader, torch_dtype
 from svdconvert.storage.source import Source
 from svdconvert.tensors import TensorInfo
+
+# Bytes between two rows that are wanted which are read rather than skipped: as fast as to read again.
+_NEAR = 2**16
 
 # a module of the model, and the names of its tensors: its own -> the checkpoint's
 Part = tuple[nn.Module, Mapping[str, str]]
@@ -130,17 +133,36 @@ class PieceWeights:
         with WeightReader(self._source) as reader:
             return self.read(reader, name, like).as_strided(view.shape, view.stride(), view.storage_offset())
 
-    def begin(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None) -> Tensor:
-        """A tensor of which only some rows are read; the memory of the others is never touched."""
-        stored = self.read(reader, name, like, rows)
-        if len(stored) == len(like):
-            return stored
-        whole = stored.new_empty(like.shape)
-        whole[: len(stored)] = stored
-        return whole
+    def chosen(self, reader: WeightReader, name: str, like: Tensor, rows: Sequence[int]) -> Tensor:
+        """A tensor whose first rows are some of a stored one's; the memory of the others is never touched.
+
+        Args:
+            reader: of the calling thread.
+            name: of the tensor.
+            like: the tensor without values.
+            rows: numbers of the rows, rising.
+        """
+        info = self._info(name, like)
+        weight = torch.empty(like.shape, dtype=self._computed(like), device=self._device)
+        self._convert(name, info.dtype, _rows(reader, info, rows).view(-1).split(CHUNK), weight[: len(rows)])
+        return weight
 
     def read(self, reader: WeightReader, name: str, like: Tensor, rows: slice | None = None) -> Tensor:
         """A stored tensor, or some of its rows."""
+        info = self._info(name, like)
+        if rows is not None:
+            info = info.rows(rows.start, rows.stop)
+        weight = torch.empty(info.shape, dtype=self._computed(like), device=self._device)
+        # In pieces, so that a large one is never in memory in both types.
+        self._convert(name, info.dtype, reader.stream(info), weight)
+        return weight
+
+    def _info(self, name: str, like: Tensor) -> TensorInfo:
+        """Where a tensor is stored, if it is what the model needs.
+
+        Raises:
+            InputError: it is missing, or misshapen.
+        """
         info = self._tensors.get(name)
         if info is None:
             raise InputError(f"{self._source.where} lacks {name}; the checkpoint is incomplete, fetch it again")
@@ -150,20 +172,51 @@ class PieceWeights:
                 "must be "
                 f"{list(like.shape)}; config and weights are not of one model"
             )
-        if rows is not None:
-            info = info.rows(rows.start, rows.stop)
-        dtype = self._dtype if like.is_floating_point() else like.dtype
-        weight = torch.empty(info.shape, dtype=dtype, device=self._device)
+        return info
+
+    def _computed(self, like: Tensor) -> torch.dtype:
+        """The type that a tensor is read into."""
+        return self._dtype if like.is_floating_point() else like.dtype
+
+    def _convert(self, name: str, code: str, pieces: Iterable[Tensor], weight: Tensor) -> None:
+        """Fill a tensor with stored numbers.
+
+        Args:
+            name: of the tensor.
+            code: type that is stored.
+            pieces: the bytes in order, flat uint8.
+            weight: gets the numbers, rounded first to what they are to be stored as.
+
+        Raises:
+            InputError: one is NaN or infinite, or becomes so.
+        """
         flat, done = weight.view(-1), 0
-        # In pieces, so that a large one is never in memory in both types.
-        for data in reader.stream(info):
-            stored = data.view(torch_dtype(info.dtype))
+        for data in pieces:
+            stored = data.view(torch_dtype(code))
             piece = flat[done : done + len(stored)].copy_(stored)
             done += len(stored)
             # instead of isfinite() of all, which takes memory: minimum and maximum are NaN if any entry is
             if all(bool(torch.isfinite(end)) for end in torch.aminmax(piece)):
+                if name in self._stored_as:
+                    piece.copy_(piece.to(self._stored_as[name]))
                 continue
             if not bool(torch.isfinite(stored).all()):
                 raise InputError(f"tensor {name} has NaN or infinite entries; repair the checkpoint")
-            raise InputError(f"tensor {name} exceeds the range of {dtype}; compute in another type")
-        return weight.to(self._stored_as.get(name, dtype)).to(dtype)
+            raise InputError(f"tensor {name} exceeds the range of {weight.dtype}; compute in another type")
+
+
+def _rows(reader: WeightReader, info: TensorInfo, rows: Sequence[int]) -> Tensor:
+    """Some rows of a stored tensor, [rows, bytes of one] uint8; what lies between two that are near is read, too."""
+    unit = info.nbytes // info.shape[0]
+    reach, near = max(1, CHUNK // unit), max(1, _NEAR // unit)
+    found = torch.empty(len(rows), unit, dtype=torch.uint8)
+    buffer, begin = torch.empty(min(reach, info.shape[0]) * unit, dtype=torch.uint8), 0
+    for end in range(1, len(rows) + 1):
+        first = rows[begin]
+        if end < len(rows) and rows[end] - rows[end - 1] <= near and rows[end] - first < reach:
+            continue
+        some = info.rows(first, rows[end - 1] + 1)
+        stored = reader.read(some, buffer).view(-1).view(torch.uint8).view(some.shape[0], unit)
+        found[begin:end] = stored[torch.tensor(rows[begin:end]) - first]
+        begin = end
+    return found

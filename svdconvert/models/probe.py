@@ -72,8 +72,7 @@ def logits_by_block(source: Source, ids: Tensor) -> Iterator[Tensor]:
     """
     blocks, mask = ModelBlocks(source), torch.ones_like(ids, dtype=torch.bool)
     give_memory_back()  # what the work before has left
-    with blocks.embeddings(highest=int(ids.max())):
-        hidden = blocks.embed(ids, mask)
+    hidden = blocks.embed(ids, mask)
     _check(hidden, "the embeddings give")
     for index in range(blocks.count):
         with blocks.block(index, by_expert=True) as block:

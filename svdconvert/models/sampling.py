@@ -21,8 +21,9 @@ from svdconvert.foreign import foreign_code, quiet_transformers
 from svdconvert.machine.devices import has_bfloat16
 from svdconvert.machine.memory import available_memory_bytes
 from svdconvert.models.loading import load_source
-from svdconvert.models.loss import draw, wide
+from svdconvert.models.loss import wide
 from svdconvert.models.skeleton import skeleton
+from svdconvert.models.softmax import draw
 from svdconvert.models.writing import sequences_at_a_time, writing_bytes
 from svdconvert.sentences import asked
 from svdconvert.storage.gguf_source import GgufSource

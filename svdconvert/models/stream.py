@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from svdconvert.linalg.precision import is_finite
 from svdconvert.machine.products import multiplied_by
 from svdconvert.models.activations import ActivationStore, Loss
 from svdconvert.models.blocks import ModelBlocks
+from svdconvert.models.head import Head
 from svdconvert.models.head_divergence import HeadDivergence, head_divergence
-from svdconvert.models.loss import next_token_loss
+from svdconvert.models.loss import next_token_loss, worth_reading
 from svdconvert.version import __version__
 
 # path within a block -> its matrix [out, in], of any floating type
@@ -71,7 +72,7 @@ class Stream:
         return self.store.read(f"hidden-{index}", batch).to(self._blocks.device)
 
     def embed(self) -> None:
-        """Make the first block's input; the embeddings' weights have to be there."""
+        """Make the first block's input."""
         with self.store.writing("hidden-0") as write, torch.no_grad():
             for batch in self.batches:
                 hidden = self._blocks.embed(self._ids[batch], self._mask[batch])
@@ -83,8 +84,7 @@ class Stream:
         ready = [index for index in range(self._blocks.count + 1) if self.has(index)]
         if ready:
             return ready[-1]
-        with self._blocks.embeddings():
-            self.embed()
+        self.embed()
         return 0
 
     def run(self, block: nn.Module, index: int, batch: slice) -> Tensor:
@@ -128,23 +128,22 @@ class Stream:
         kept = self._mask[batch].reshape(-1).to(tokens.device)[tokens[order]]
         return order[kept], tokens[order][kept]
 
-    def loss(self, head: nn.Module) -> Loss:
+    def loss(self, head: Head) -> Loss:
         """Loss of the sequences, from the last block's output."""
         total, count = 0.0, 0
         with torch.no_grad():
-            for batch in self.batches:
+            for batch in self._for(head):
                 nll, predicted, _ = next_token_loss(
                     head,
                     self.read(self._blocks.count, batch),
                     self._ids[batch],
                     self._mask[batch],
-                    vocabulary=self._blocks.vocabulary,
                     check=lambda logits: self._check(logits, f"the head of {self._name} gives"),
                 )
                 total, count = total + nll, count + predicted
         return Loss(total, count)
 
-    def slopes(self, head: nn.Module, draws: Tensor, write: Callable[[Tensor], None]) -> None:
+    def slopes(self, head: Head, draws: Tensor, write: Callable[[Tensor], None]) -> None:
         """The gradient of the loss of labels that are drawn from the model, with respect to the last block's outputs.
 
         Args:
@@ -152,13 +151,12 @@ class Stream:
             draws: [N, length] uniform numbers, float64.
             write: takes the gradient of the sum over all tokens, batch by batch.
         """
-        for batch in self.batches:
+        for batch in self._for(head):
             _, _, slope = next_token_loss(
                 head,
                 self.read(self._blocks.count, batch),
                 self._ids[batch],
                 self._mask[batch],
-                vocabulary=self._blocks.vocabulary,
                 check=lambda logits: self._check(logits, f"the head of {self._name} gives"),
                 draws=draws[batch],
                 gradient=True,
@@ -166,7 +164,7 @@ class Stream:
             write(slope)
 
     def divergence(
-        self, head: nn.Module, reference: Stream, write: Callable[[Tensor], None] | None = None
+        self, head: Head, reference: Stream, write: Callable[[Tensor], None] | None = None
     ) -> HeadDivergence:
         """How far the predictions are from those of another model, from the last block's outputs of both.
 
@@ -176,14 +174,13 @@ class Stream:
             write: takes the gradient of the sum of KL with respect to these hidden states, batch by batch.
         """
         sums, count = HeadDivergence(), self._blocks.count
-        for batch in self.batches:
+        for batch in self._for(head):
             found, slope = head_divergence(
                 head,
                 reference.read(count, batch),
                 self.read(count, batch),
                 self._ids[batch],
                 self._mask[batch],
-                vocabulary=self._blocks.vocabulary,
                 check=lambda logits: self._check(logits, f"the head of {self._name} gives"),
                 gradient=write is not None,
             )
@@ -191,6 +188,10 @@ class Stream:
             if write is not None:
                 write(slope)
         return sums
+
+    def _for(self, head: Head) -> Sequence[slice]:
+        """The sequences that its head is run on at a time."""
+        return worth_reading(self.batches, self._ids.shape[1], head)
 
     def _check(self, values: Tensor, what: str, kind: str = "activations") -> None:
         if not is_finite(values):

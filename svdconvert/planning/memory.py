@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from svdconvert.models.head_sizes import HEAD_BYTES
+
 FLOAT32, FLOAT64 = 4, 8  # bytes
 
 # A Python process with torch and transformers loaded, and gaps between small pieces of memory, measured.
 BASE_BYTES = 450_000_000
 # Results whose weights in float32 and files are below it are loaded whole to be checked (models/probe.py).
 LOADED_BYTES = 500_000_000
-# Of the head of larger ones so many bytes are in memory at a time (models/blocks.py), beside those of the file.
-HEAD_BYTES = 2**25
 # A tensor is copied in pieces of so many bytes, and one that is stored by columns is turned round in such (both
 # storage/reader.py).
 READ_BYTES = TURNED_BYTES = 2**22

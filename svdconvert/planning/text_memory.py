@@ -1,10 +1,10 @@
 """How much host memory a conversion takes where it runs the model on a text, estimated from shapes alone.
 
-The model is run block by block, so the peak is that of one piece: the embeddings, a block with its statistics, the
-matrices of a block as they are decomposed, or the head with some of its logits. Only a text that the model writes takes
-all of it at once. The counts follow the code (``calibration/run.py``, ``calibration/collector.py``, ``models/loss.py``,
-``models/head_divergence.py``, ``factoring/edges.py``); what stands beside them was measured
-(docs/measurements.md).
+The model is run block by block, so the peak is that of one piece: the embeddings of a batch's tokens, a block with its
+statistics, the matrices of a block as they are decomposed, or the head, a large one in parts, with some of its logits.
+Only a text that the model writes takes all of it at once. The counts follow the code (``calibration/run.py``,
+``calibration/collector.py``, ``models/loss.py``, ``models/head_divergence.py``, ``factoring/edges.py``); what stands
+beside them was measured (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from svdconvert.families.row import Architecture, Config
 from svdconvert.families.table import longest_input
+from svdconvert.models import head_sizes
 from svdconvert.models.writing import writing_bytes
 from svdconvert.names import expert, layer_number
 from svdconvert.planning.expert_groups import ON_CPU, WEIGHTS_ON_CPU, in_groups, sums_bytes
@@ -31,10 +32,11 @@ TEXT_BASE_BYTES = 550_000_000
 IN_TURN_BYTES = 175_000_000
 # A tokenizer, for each token of its vocabulary.
 TOKEN_BYTES = 1_000
-# Logits are computed in pieces of at most so many bytes (models/loss.py). So many pieces are alive at a time: for a
-# loss, for a loss and its gradient, and where two models are compared.
-LOGIT_BYTES = 2**26
+# Logits are computed in pieces (models/head_sizes.py), of which so many are alive at a time: for a loss, for a loss and
+# its gradient, and where two models are compared.
 LOSS, SLOPE, COMPARED = 3, 6, 7
+# Of a head in parts, so many copies of the hidden states that it is run on: without and with a gradient.
+STATES, DIFFERENTIATED_STATES = 4, 8
 # Numbers that a block keeps for each number that goes into or out of one of its matrices: without and with a gradient.
 FORWARD, BACKWARD = 1.0, 2.5
 # Copies of a block's matrices where compressed ones are put into it, and where their gradients are taken.
@@ -130,14 +132,23 @@ class TextPasses:
 
     @property
     def _embeddings(self) -> int:
-        return FLOAT32 * self.vocabulary * self.hidden + self._states
+        """Rows of a batch's tokens, as they are stored and in float32."""
+        return 2 * FLOAT32 * min(self.vocabulary, self._tokens) * self.hidden + self._states
 
     @property
     def _head(self) -> int:
         pieces = COMPARED if self.compares else SLOPE if self.gradients else LOSS
-        logits = min(LOGIT_BYTES, FLOAT32 * self._tokens * self.vocabulary)
         passes = 0 if self.present == self.weights else 2 if self.gradients else 1
-        return FLOAT32 * self.vocabulary * self.hidden + self._states + pieces * logits + passes * IN_TURN_BYTES
+        part = head_sizes.ON_CPU.at_a_time(self.vocabulary, FLOAT32 * self.hidden)
+        needed = FLOAT32 * part * self.hidden + passes * IN_TURN_BYTES
+        if part == self.vocabulary:
+            positions = min(head_sizes.positions_of_whole(self.vocabulary), self._tokens)
+            return needed + self._states + pieces * FLOAT32 * positions * self.vocabulary
+        positions, copies = (
+            head_sizes.ON_CPU.positions,
+            DIFFERENTIATED_STATES if self.gradients or self.compares else STATES,
+        )
+        return needed + self._states + FLOAT32 * positions * (pieces * part + copies * self.hidden)
 
     @property
     def _block(self) -> int:

@@ -453,13 +453,11 @@ class TestBlocks:
         blocks = ModelBlocks(source)
         with torch.no_grad():
             wanted = whole(input_ids=tokens.ids, attention_mask=tokens.mask.long()).logits
-            with blocks.embeddings():
-                hidden = blocks.embed(tokens.ids, tokens.mask)
+            hidden = blocks.embed(tokens.ids, tokens.mask)
             for index in range(blocks.count):
                 with blocks.block(index) as block:
                     hidden = blocks.run(block, hidden, tokens.mask)
-            with blocks.head() as head:
-                found = head(hidden)
+            found = torch.cat(list(blocks.logits(hidden)), -1)
         assert float((found - wanted)[tokens.mask].abs().max()) < 1e-5
 
     def test_one_piece_at_a_time(self, source: LocalSource) -> None:
@@ -475,8 +473,6 @@ class TestBlocks:
             with blocks.block(index):
                 sizes.append(real())
         assert sizes == [3 * 64 * 65 + 64 * 65 + 256 * 65 + 64 * 257 + 4 * 64] * LAYERS
-        with blocks.embeddings():
-            assert real() == VOCAB * 64
         with blocks.head():
             assert real() == VOCAB * 64 + 128
         assert real() == 0

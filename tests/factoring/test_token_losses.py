@@ -15,7 +15,7 @@ from svdconvert.factoring.sampled import Bench
 from svdconvert.factoring.token_losses import TokenLosses
 from svdconvert.families.fused import fused_layer, section_of
 from svdconvert.families.table import dense_architecture
-from svdconvert.models.loss import draw
+from svdconvert.models.softmax import draw
 from svdconvert.models.stream import Stream
 from svdconvert.names import layer_number, suffix
 from svdconvert.planning.events import Events

@@ -13,14 +13,13 @@ import pytest
 from svdconvert import Calibration, plan
 from svdconvert.families.table import ARCHITECTURES
 from svdconvert.linalg import panels, residual
-from svdconvert.models import blocks, loss, probe, writing
+from svdconvert.models import head_sizes, probe, writing
 from svdconvert.models.sampling import Sampler
 from svdconvert.planning import healing_needs, text_memory
 from svdconvert.planning.make import make_plan
 from svdconvert.planning.memory import (
     BASE_BYTES,
     COMPARED_ROWS,
-    HEAD_BYTES,
     LAYER_GAPS,
     LOADED_BYTES,
     PANEL,
@@ -37,7 +36,6 @@ from svdconvert.planning.memory import (
 )
 from svdconvert.planning.text_memory import (
     IN_TURN_BYTES,
-    LOGIT_BYTES,
     TEXT_BASE_BYTES,
     TOKEN_BYTES,
     BlockStatistics,
@@ -125,9 +123,7 @@ def test_decompositions_are_in_float64() -> None:
 
 
 def test_constants_of_the_code_that_takes_it() -> None:
-    assert LOGIT_BYTES == loss.LOGIT_BYTES
     assert LOADED_BYTES == probe.LOADED_BYTES
-    assert HEAD_BYTES == blocks.HEAD_BYTES
     assert READ_BYTES == reader.CHUNK
     assert TURNED_BYTES == reader.PANEL
     assert PANEL == panels.PANEL
@@ -136,7 +132,7 @@ def test_constants_of_the_code_that_takes_it() -> None:
 
 def test_a_result_is_loaded_if_it_is_small() -> None:
     assert check_bytes(1000, 2000, 10) == BASE_BYTES + 6000
-    assert check_bytes(LOADED_BYTES // 4, 1, 10) == BASE_BYTES + 2 * HEAD_BYTES + READ_BYTES + 40
+    assert check_bytes(LOADED_BYTES // 4, 1, 10) == BASE_BYTES + 2 * head_sizes.HEAD_BYTES + READ_BYTES + 40
 
 
 PASSES = TextPasses(
