@@ -275,18 +275,19 @@ def _onednn(x, weight, bias=None):
 
 
 def _onednn_by_few_shapes(x, weight, bias):
-    """The product of `x` [..., n] and `weight` by oneDNN, of one of 31 numbers of rows at a time.
+    """The product of `x` [..., n] and `weight` by oneDNN, of one of 24 numbers of rows at a time.
 
     oneDNN keeps half a megabyte of code for each shape that it has multiplied, and a part of it for ever: prompts of
-    many lengths would let a process grow. So more than 16 rows are filled up to a multiple of 16, in pieces of 256.
+    many lengths would let a process grow. So rows are parted into powers of two, up to 4,096, and fewer than 16.
     """
     rows = x.numel() // x.shape[-1]
-    missing = -rows % 16 if rows > 16 else 0
-    if rows <= 256 and not missing:
+    most, power = divmod(rows, 4096)
+    parts = [4096] * most + [1 << bit for bit in range(11, 3, -1) if power >> bit & 1]
+    parts += [rows % 16] if rows % 16 else []
+    if len(parts) < 2:
         return _onednn(x, weight, bias)
-    filled = nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, missing))
-    y = torch.cat([_onednn(piece, weight, bias) for piece in filled.split(256)])
-    return y[:rows].view(*x.shape[:-1], -1)
+    y = torch.cat([_onednn(part, weight, bias) for part in x.reshape(rows, -1).split(parts)])
+    return y.view(*x.shape[:-1], -1)
 
 
 def _has_onednn_product(linear, x):

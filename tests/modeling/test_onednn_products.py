@@ -25,15 +25,15 @@ def module(model):
 @pytest.fixture
 def products(module, monkeypatch):
     """The weights that were multiplied by oneDNN, in order."""
-    found, multiply = [], module._onednn
+    found, multiply = [], module._onednn_by_few_shapes
 
-    def counted(x, weight, bias=None):
+    def counted(x, weight, bias):
         found.append(weight)
         return multiply(x, weight, bias)
 
     monkeypatch.setattr(module, "LARGE", 0)
     monkeypatch.setattr(module, "_onednn_is_faster", lambda *_: True)
-    monkeypatch.setattr(module, "_onednn", counted)
+    monkeypatch.setattr(module, "_onednn_by_few_shapes", counted)
     return found
 
 
@@ -72,14 +72,25 @@ def test_few_shapes(module, products, monkeypatch):
 
     monkeypatch.setattr(module, "_onednn", counted)
     linear, generator = nn.Linear(24, 40), torch.Generator().manual_seed(0)
-    for shape in ((1, 1), (1, 16), (1, 17), (3, 33), (1, 256), (2, 150), (1, 601), (529,)):
+    for shape in ((1, 1), (1, 16), (1, 17), (3, 33), (1, 256), (2, 150), (1, 601), (529,), (4, 2117)):
         x = torch.randn(*shape, 24, generator=generator)
         with torch.no_grad():
             found, expected = module._apply(linear, x), linear(x)
         assert found.shape == expected.shape
         assert distance(found, expected) < 1e-6
-    assert len(products) == len(rows)
-    assert rows == [1, 16, 32, 112, 256, 256, 48, 256, 256, 96, 256, 256, 32]
+    assert len(products) == 9
+    parts = (
+        [1],
+        [16],
+        [16, 1],
+        [64, 32, 3],
+        [256],
+        [256, 32, 12],
+        [512, 64, 16, 9],
+        [512, 16, 1],
+        [4096, 4096, 256, 16, 4],
+    )
+    assert rows == [part for together in parts for part in together]
 
 
 @ONE_LAYOUT
