@@ -144,11 +144,9 @@ class TextPasses:
         if part == self.vocabulary:
             positions = min(head_sizes.positions_of_whole(self.vocabulary), self._tokens)
             return needed + self._states + pieces * FLOAT32 * positions * self.vocabulary
-        positions, copies = (
-            head_sizes.ON_CPU.positions,
-            DIFFERENTIATED_STATES if self.gradients or self.compares else STATES,
-        )
-        return needed + self._states + FLOAT32 * positions * (pieces * part + copies * self.hidden)
+        copies = DIFFERENTIATED_STATES if self.gradients or self.compares else STATES
+        together = pieces * part + copies * self.hidden
+        return needed + self._states + FLOAT32 * head_sizes.ON_CPU.positions * together
 
     @property
     def _block(self) -> int:

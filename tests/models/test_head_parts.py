@@ -137,7 +137,7 @@ def test_where_the_label_has_nearly_all_the_probability() -> None:
 
     @contextmanager
     def part(number: int) -> Iterator[nn.Sequential]:
-        some = nn.Linear(32, 0).requires_grad_(False)
+        some = nn.Linear(32, 1).requires_grad_(False)
         tokens = slice(10 * number, 10 * number + 10)
         some.weight, some.bias = nn.Parameter(linear.weight[tokens]), nn.Parameter(linear.bias[tokens])
         yield nn.Sequential(some.requires_grad_(False), to_logits)

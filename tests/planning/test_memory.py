@@ -156,6 +156,11 @@ def test_terms_of_a_text() -> None:
     plain = replace(PASSES, length=1, batch=1, gradients=False, statistics=(), decomposes=False)
     assert plain.peak_bytes() - base == 4 * 1000 * 64 + 2 * 4 * 64 + 3 * 4 * 1000
     assert replace(plain, present=40_000).peak_bytes() == plain.peak_bytes() + IN_TURN_BYTES
+    large = replace(plain, vocabulary=2**17, hidden=2048)
+    part, copy = 4 * 2**12 * 2048 + 2 * 4 * 2048, 4 * 2048 * 2048
+    assert large.peak_bytes() - TEXT_BASE_BYTES - TOKEN_BYTES * 2**17 == part + 3 * 4 * 2048 * 2**12 + 4 * copy
+    large = replace(large, gradients=True)
+    assert large.peak_bytes() - TEXT_BASE_BYTES - TOKEN_BYTES * 2**17 == part + 6 * 4 * 2048 * 2**12 + 8 * copy
     for more in ({"compares": True}, {"compares": True, "corrects": True}):
         assert replace(PASSES, **more).peak_bytes() - base == 4 * 1000 * 64 + states + 7 * 4 * 2048 * 1000
 
