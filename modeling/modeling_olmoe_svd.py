@@ -467,8 +467,9 @@ class Experts(nn.ModuleList):
         tokens = hidden_states.shape[0]
         if getattr(torch.compiler, "is_exporting", bool)():  # a graph runs all: it cannot depend on what is chosen
             weights = top_k_weights.new_zeros(tokens, len(self)).scatter_(1, top_k_index, top_k_weights)
-            outputs = torch.stack([expert(hidden_states) for expert in self], 1)
-            return (outputs * weights[..., None]).sum(1).to(hidden_states.dtype)
+            outputs = torch.stack([expert(hidden_states) for expert in self], 1) * weights[..., None]
+            # what is not chosen may overflow in float16, and 0 times infinity is no number
+            return outputs.masked_fill(weights[..., None] == 0, 0).sum(1).to(hidden_states.dtype)
         if tokens == 1 and not torch.is_grad_enabled():  # as answers are written: there is nothing to put in order
             outputs = torch.cat([self[number](hidden_states) for number in top_k_index[0].tolist()])
             return (outputs * top_k_weights.t()).sum(0, keepdim=True).to(hidden_states.dtype)

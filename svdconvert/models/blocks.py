@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
+from svdconvert.errors import InputError
 from svdconvert.families.fused import fused_layer, section_of
 from svdconvert.families.row import Section
 from svdconvert.families.table import LONGEST, dense_architecture, factored_architecture
@@ -37,6 +38,7 @@ from svdconvert.models.matrices import differentiable, is_linear, matrix, replac
 from svdconvert.models.piece_weights import Part, PieceWeights
 from svdconvert.models.routing import Routing
 from svdconvert.models.skeleton import is_factored, move_buffers, skeleton
+from svdconvert.models.tokenizer import OWN_TOKENIZER
 from svdconvert.names import expert, layer_number, suffix
 from svdconvert.storage.source import Source
 
@@ -113,10 +115,16 @@ class ModelBlocks:
             [batch, length, hidden] on the device.
 
         Raises:
-            InputError: a weight has NaN or infinite entries; it is named.
+            InputError: a weight has NaN or infinite entries; it is named. Or a token is none of the model's.
         """
         tokens, *others = self._present(self._pieces.embeddings).items()
         rows, places = torch.unique(ids, return_inverse=True)
+        known = self._model.get_input_embeddings().weight.shape[0]
+        if not 0 <= int(rows[0]) <= int(rows[-1]) < known:  # else other tensors' bytes would be read
+            raise InputError(
+                f"the text has the token {int(rows[-1])}, but {self._source.where} knows {known:,}; the tokenizer "
+                f"belongs to another model, so {OWN_TOKENIZER}"
+            )
         with (
             self._weights.given([self._part(*tokens)], partial(self._weights.chosen, rows=rows.tolist())),
             self._weights.given(self._part(*other) for other in others),

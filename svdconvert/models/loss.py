@@ -67,8 +67,9 @@ def _loss(
 ) -> tuple[float, Tensor | None]:
     """The cross-entropy of some positions, and its gradient.
 
-    The gradient is that of the logits under the model's probabilities, less that of the label's logit. Probabilities
-    are known with the last part, so what earlier parts add is brought to each new sum, as in an online softmax.
+    The gradient is that of the other tokens' logits under the model's probabilities, less that of the label's logit
+    by as much: where the label has nearly all the probability, both are small. Probabilities are known with the last
+    part, so what earlier parts add is brought to each new sum, as in an online softmax.
 
     Args:
         head: of the model.
@@ -85,6 +86,7 @@ def _loss(
     sums = RunningSums(wide(states.detach()))
     of_labels, slope = torch.empty_like(sums.sums), torch.zeros((), device=states.device)
     pull = torch.empty_like(states, dtype=sums.sums.dtype) if differentiates and not alone else slope
+    others = torch.zeros_like(sums.sums)
     for number in range(len(head.parts)):
         with head.part(number) as part:
             with torch.set_grad_enabled(differentiates):
@@ -103,12 +105,14 @@ def _loss(
                 push[rows, places] -= 1
                 (slope,) = torch.autograd.grad(logits, states, push)
             else:
+                push[rows, places] = 0
+                others = others * sums.scaled + push.sum(-1, keepdim=True)
                 slope = slope * sums.scaled + torch.autograd.grad(logits, states, push)[0]
                 pull[rows] = _gradient(part, states, rows, places)
     loss = float((sums.sums.log() + (sums.highest - of_labels)).double().sum())
     if not differentiates:
         return loss, None
-    return loss, slope if alone else slope.div_(sums.sums).sub_(pull).to(states.dtype)
+    return loss, slope if alone else slope.addcmul_(pull, others, value=-1).div_(sums.sums).to(states.dtype)
 
 
 def _gradient(part: nn.Sequential, states: Tensor, rows: Tensor, places: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _written(folder: Path) -> tuple[str, dict[str, Any]] | None:
     stored = read_json(files[SETTINGS], "") if SETTINGS in files else {}
     if (settings := whole_settings(files.get)) is not None:
         kind = str(settings["tokenizer_class"]).removesuffix("Fast")
-        return f"{kind}Fast", {name: value for name, value in settings.items() if name not in stored}
+        return f"{kind}Fast", {name: value for name, value in settings.items() if stored.get(name) is None}
     plain = stored.get("tokenizer_class") == WHOLE and "tokenizer.json" in files and not stored.get("auto_map")
     return (WHOLE, {}) if plain else None
 

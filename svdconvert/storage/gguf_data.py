@@ -110,8 +110,8 @@ class GgufData(TensorData):
         """
         self._path, self._places = path, places
         self._file = OpenFile(path, file)
-        # the piece that was multiplied out last: (tensor, its first row), its bytes
-        self._key: tuple[str, int] = ("", 0)
+        # the piece that was multiplied out last: (tensor, its first row, rows), its bytes
+        self._key: tuple[str, int, int] = ("", 0, 0)
         self._piece = memoryview(b"")
 
     def fill(self, info: TensorInfo, view: memoryview, place: int) -> None:
@@ -119,8 +119,11 @@ class GgufData(TensorData):
         if where.is_plain:
             self._file.read(view, where.tensor.start + place, info.name)
             return
+        of_row = info.nbytes // _matrix(where.tensor.shape)[0]
         rows = _rows_at_a_time(where, info)
-        length = info.nbytes // _matrix(where.tensor.shape)[0] * rows
+        if _in_order(where):  # of an embedding, few rows are asked for
+            rows = min(rows, -(-len(view) // of_row))
+        length = of_row * rows
         done = 0
         while done < len(view):
             number, inside = divmod(place + done, length)
@@ -131,12 +134,12 @@ class GgufData(TensorData):
 
     def close(self) -> None:
         self._file.close()
-        self._key, self._piece = ("", 0), memoryview(b"")
+        self._key, self._piece = ("", 0, 0), memoryview(b"")
 
     def _decoded(self, info: TensorInfo, place: GgufPlace, begin: int, rows: int) -> memoryview:
         """The piece of a tensor that begins with a row, in the type and order in which the checkpoint has it."""
-        if self._key != (info.name, begin):
-            self._key, self._piece = ("", 0), memoryview(b"")  # not two at a time
+        if self._key != (info.name, begin, rows):
+            self._key, self._piece = ("", 0, 0), memoryview(b"")  # not two at a time
             tensor = place.tensor
             height, width = _matrix(tensor.shape)
             values = self._rows(tensor, begin, min(begin + rows, height), width, info.name)
@@ -149,7 +152,7 @@ class GgufData(TensorData):
             if place.transposed:
                 values = values.T
             self._piece = _bytes(np.ascontiguousarray(values))
-            self._key = (info.name, begin)
+            self._key = (info.name, begin, rows)
         return self._piece
 
     def _rows(self, tensor: GgufTensor, begin: int, end: int, width: int, name: str) -> np.ndarray[Any, Any]:
@@ -180,6 +183,11 @@ def _rows_at_a_time(place: GgufPlace, info: TensorInfo) -> int:
         of_head = height // place.heads
         return max(1, rows // of_head) * of_head
     return min(rows, height)
+
+
+def _in_order(place: GgufPlace) -> bool:
+    """Whether each row of the file's tensor is one of the checkpoint's, in the same place."""
+    return not place.heads and not place.transposed and _matrix(place.tensor.shape)[0] > 1
 
 
 def _bytes(array: Any) -> memoryview:

@@ -96,8 +96,11 @@ def named_class(settings: Mapping[str, Any], known: Collection[str] = _CLASSES.k
 
 def piece_settings(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """``tokenizer_config.json`` beside ``tokenizer.model`` alone, or None for a class of which nothing is known."""
-    name = named_class(settings, _PIECES)
-    return None if name is None else {**_PIECES[name], **settings}
+    if (name := named_class(settings, _PIECES)) is None:
+        return None
+    # transformers 4 takes a `legacy` that is null for one that is left out, and writes it so
+    said = {key: value for key, value in settings.items() if key != "legacy" or value is not None}
+    return {**_PIECES[name], **said}
 
 
 def read_whole(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from support.checkpoints import read_weights
 from support.families import FAMILIES, full_ranks, write_family
 from support.running import TOKENS, distance
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import svdconvert.healing.state
@@ -24,7 +25,7 @@ from svdconvert.errors import InputError
 from svdconvert.families.table import ARCHITECTURES
 from svdconvert.methods.statistics import Needs
 from svdconvert.models.blocks import ModelBlocks
-from svdconvert.models.loading import load_model
+from svdconvert.models.loading import factored_classes, load_model
 from svdconvert.planning.events import Events
 from svdconvert.storage.reader import WeightReader
 from svdconvert.storage.source import LocalSource
@@ -228,3 +229,27 @@ def test_bytes_are_spent_on_experts_too(checkpoints: Any, tmp_path: Path, monkey
         told = heal(out, dense, short, healed, how=how, steps=2, lr=1e-3, batch_size=1, device="cpu").record
         assert told["rounded"].keys() == record["rounded"].keys()
         assert not failed(verify(healed, against=str(dense)))
+
+
+class _Mixture(nn.Module):
+    """Experts as a model's only part, for an export."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        found: Tensor = self.experts(hidden, chosen, weights)
+        return found
+
+
+@pytest.mark.skipif("mixtral" not in EXPERTS, reason="the experts of this version are modules of its own")
+def test_what_is_not_chosen_may_overflow_in_a_graph() -> None:
+    _, model_class = factored_classes(ARCHITECTURES["mixtral"])
+    experts = sys.modules[model_class.__module__].Experts(nn.Linear(8, 8, bias=False) for _ in range(3))
+    mixture = _Mixture(experts).half().requires_grad_(False)
+    experts[2].weight.fill_(60_000)
+    given = (torch.ones(3, 8).half(), torch.tensor([[0, 1], [1, 0], [0, 1]]), torch.rand(3, 2).half())
+    wanted = mixture(*given)
+    assert wanted.isfinite().all()
+    assert torch.equal(torch.export.export(mixture, given).module()(*given), wanted)

@@ -119,7 +119,7 @@ def test_as_exact_as_the_whole_head(family: str, in_parts: Callable[[int], None]
 
 
 def test_where_the_label_has_nearly_all_the_probability() -> None:
-    """The gradient is small then: a difference of large numbers, with a head in parts as with one that is there."""
+    """The gradient is small then; of a head in parts it is no difference of large numbers."""
     generator = torch.Generator().manual_seed(4)
     hidden = torch.randn(1, 9, 32, generator=generator)
     linear = nn.Linear(32, 100).requires_grad_(False)
@@ -154,7 +154,7 @@ def test_where_the_label_has_nearly_all_the_probability() -> None:
         assert nll == pytest.approx(float(loss.detach()), abs=1e-6)
         row = (slope.double() - wanted)[0, :-1].norm(dim=-1) / wanted[0, :-1].norm(dim=-1)
         errors.append(float(row.max()))
-    assert errors[1] < 2 * errors[0] + 1e-6
+    assert errors[1] < 1e-5
     assert errors[0] < 1e-2
 
 
@@ -276,3 +276,10 @@ def test_an_embedding_that_is_none(tmp_path: Path) -> None:
     assert blocks.embed(torch.tensor([[6, 8]]), mask).isfinite().all()
     with pytest.raises(InputError, match=r"tensor model\.embed_tokens\.weight has NaN"):
         blocks.embed(torch.tensor([[6, 7]]), mask)
+
+
+def test_a_token_that_the_model_does_not_know(tmp_path: Path) -> None:
+    """The bytes behind the embedding are another tensor's."""
+    blocks = ModelBlocks(LocalSource(write_family(tmp_path / "dense", "llama")))
+    with pytest.raises(InputError, match=rf"has the token {VOCAB}, but .* knows {VOCAB}"):
+        blocks.embed(torch.tensor([[6, VOCAB]]), torch.ones(1, 2, dtype=torch.bool))

@@ -192,6 +192,25 @@ def test_blocks_are_multiplied_out_in_pieces(kind: str, tmp_path: Path, monkeypa
         assert np.array_equal(found[f"{layer}{own}.weight"].numpy(), values[rows], equal_nan=True)
 
 
+def test_few_rows_are_multiplied_out_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of an embedding, of which each batch has some tokens."""
+    source = open_source(str(write_gguf(tmp_path / "model.gguf", tiny("llama"), kind="Q8_0", tokenizer=False)))
+    info = source.tensors["model.embed_tokens.weight"]
+    table, plain, done = weights(source)[info.name], gguf.dequantize, list[int]()
+
+    def watched(raw: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+        done.append(len(raw))
+        return plain(raw, kind)
+
+    monkeypatch.setattr(gguf, "dequantize", watched)
+    with WeightReader(source) as reader:
+        for begin, end in ((3, 4), (100, 103), (3, 5), (101, 102)):
+            found = reader.read(info.rows(begin, end), torch.empty(info.nbytes, dtype=torch.uint8))
+            assert torch.equal(found, table[begin:end])
+    # aligned to as many as are asked for
+    assert done == [1, 3, 3, 2, 2, 1]
+
+
 def test_a_piece_is_read_again_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svdconvert.storage.gguf_data.PIECE", 2_000)
     path = write_gguf(tmp_path / "model.gguf", tiny("llama"), kind="Q8_0", tokenizer=False)

@@ -65,6 +65,13 @@ def test_a_result_opens_texts_as_its_source_did(name: str, opened: bool | None, 
     assert written == {"add_bos_token": True, "legacy": True} | settings
 
 
+def test_a_setting_that_is_null_is_as_one_that_is_left_out(pieces: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "source", pieces, "llama", {"tokenizer_class": "LlamaTokenizer", "legacy": None})
+    reference = SentencePieceProcessor(str(pieces))
+    wanted = [1, *reference.encode("won"), 2, *reference.encode("no")]
+    assert load_tokenizer(source)("won</s>no")["input_ids"] == wanted
+
+
 def test_gemmas_opens_them_too(pieces: Path, tmp_path: Path) -> None:
     settings = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     source = write(tmp_path / "source", pieces, "gpt_neox", settings)
