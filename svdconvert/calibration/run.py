@@ -5,10 +5,10 @@ block's output, and the blocks are run again from last to first, each with the g
 one forward pass is enough.
 
 Memory, with B sequences of T tokens in a batch, N in all, and hidden size h. On the device: the weights of one block,
-or of the embeddings of a batch's tokens, or of the head, a large one in parts, in the computing type; the statistics of
-one block (``collector.py``); and the logits of :mod:`svdconvert.models.loss`, a few times over. On the host: a batch of
-activations and, with several processes on devices of their own, the block's Grams once more. On disk: N T h numbers for
-each block if gradients are needed, for two blocks if not.
+or of the embeddings (on the CPU of a batch's tokens alone), or of the head, a large one in parts, in the computing
+type; the statistics of one block (``collector.py``); and the logits of :mod:`svdconvert.models.loss`, a few times over.
+On the host: a batch of activations and, with several processes on devices of their own, the block's Grams once more. On
+disk: N T h numbers for each block if gradients are needed, for two blocks if not.
 
 Of a block whose experts' statistics are too many for that (``planning/expert_groups.py``), only those of all else come
 of a pass through it. That pass keeps what goes into the block's mixture and the gradient at what comes out, N T h

@@ -19,7 +19,7 @@ class HeadSizes:
         part: bytes of a part of a larger one, at most.
         tokens: of the vocabulary in a part, at most.
         positions: of the text that a part is multiplied with at a time. All parts are read again for the next ones,
-            which for 2,048 takes a twentieth of the time of the products, or less.
+            which for 2,048 takes a twentieth of the time of the products, or less, unless they are quantised.
     """
 
     whole: int

@@ -134,7 +134,7 @@ class PieceWeights:
             return self.read(reader, name, like).as_strided(view.shape, view.stride(), view.storage_offset())
 
     def chosen(self, reader: WeightReader, name: str, like: Tensor, rows: Sequence[int]) -> Tensor:
-        """A tensor whose first rows are some of a stored one's; the memory of the others is never touched.
+        """A tensor whose first rows are some of a stored one's; the others have no values.
 
         Args:
             reader: of the calling thread.

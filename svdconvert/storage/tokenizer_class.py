@@ -63,6 +63,7 @@ _CLASSES = {
 # What settings that leave it out have meant to classes that read a SentencePiece model.
 _PIECES: Mapping[str, Mapping[str, Any]] = {
     "LlamaTokenizer": {"add_bos_token": True, "legacy": True},
+    "CodeLlamaTokenizer": {"add_bos_token": True},
     "GemmaTokenizer": {"add_bos_token": True},
 }
 

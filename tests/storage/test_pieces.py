@@ -41,13 +41,15 @@ def write(folder: Path, pieces: Path, kind: str, settings: dict[str, Any]) -> Pa
     return source
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "CodeLlamaTokenizer"])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "phi3"])
-def test_a_dense_model_is_calibrated_with_its_tokens(kind: str, pieces: Path, tmp_path: Path) -> None:
+def test_a_dense_model_is_calibrated_with_its_tokens(kind: str, name: str, pieces: Path, tmp_path: Path) -> None:
     """transformers 5 gives these no opening token, and the latter two no space before a text."""
-    source = write(tmp_path / "source", pieces, kind, {"tokenizer_class": "LlamaTokenizer"})
+    source = write(tmp_path / "source", pieces, kind, {"tokenizer_class": name})
     read, reference = load_tokenizer(source), SentencePieceProcessor(str(pieces))
     assert [read(text)["input_ids"] for text in TEXTS] == [[1, *reference.encode(text)] for text in TEXTS]
-    assert read("won</s>no")["input_ids"] == [1, *reference.encode("won"), 2, *reference.encode("no")]
+    if name == "LlamaTokenizer":  # transformers 5 has the other one put no space behind a special token
+        assert read("won</s>no")["input_ids"] == [1, *reference.encode("won"), 2, *reference.encode("no")]
     assert opening_token(read) == 1
 
 
