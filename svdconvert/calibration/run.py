@@ -48,7 +48,7 @@ from svdconvert.models.activations import Loss
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.calls import block_output
 from svdconvert.models.head import Head
-from svdconvert.models.loss import next_token_loss, worth_reading
+from svdconvert.models.loss import head_batches, next_token_loss
 from svdconvert.models.tokenizer import OWN_TOKENIZER
 from svdconvert.names import expert, layer_number, suffix
 from svdconvert.planning.events import Events
@@ -408,7 +408,7 @@ class StatisticsRun(Iterator[tuple[int, dict[str, ModuleStatistics]]]):
             self._blocks.head() as head,
             self._files.writing_gradient(self._blocks.count, dry=not gradient) as write,
         ):
-            batches = worth_reading(self._batches, self._tokens.ids.shape[1], head)
+            batches = head_batches(self._batches, self._tokens.ids.shape[1], head)
             for number, batch in enumerate(batches, 1):
                 hidden = self._files.hidden(self._blocks.count, batch)
                 nll, predicted, slope = self._head_batch(head, hidden, batch, gradient)

@@ -35,7 +35,7 @@ from svdconvert.machine import processes
 from svdconvert.models.activations import check_room
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.head_divergence import HeadDivergence, head_divergence
-from svdconvert.models.loss import worth_reading
+from svdconvert.models.loss import head_batches
 from svdconvert.models.stream import Stream
 from svdconvert.names import layer_number
 from svdconvert.planning.events import Events
@@ -200,7 +200,7 @@ class _Run:
         ids, mask = tokens.ids[self._held], tokens.mask[self._held]
         try:
             with self.ours.head() as head, self._dense.head() as reference_head:
-                for batch in worth_reading(stream.batches, ids.shape[1], head):
+                for batch in head_batches(stream.batches, ids.shape[1], head):
                     found, _ = head_divergence(
                         *(head, self._dense_held.read(count, batch), stream.read(count, batch)),
                         *(ids[batch], mask[batch]),

@@ -100,7 +100,7 @@ def _loss(
                 continue
             rows, places = wanted.within(number, scores)
             if alone:
-                # The model's probabilities, less 1 at the label.
+                # The model's probabilities, less 1 at the label; they are known at once, so no label is left out.
                 push.div_(sums.sums)
                 push[rows, places] -= 1
                 (slope,) = torch.autograd.grad(logits, states, push)
@@ -147,7 +147,7 @@ def _draws(head: Head, states: Tensor, uniform: Tensor, check: Callable[[Tensor]
     return Draws(uniform, torch.stack(masses, -1) if masses else uniform.new_zeros(len(uniform), 1))
 
 
-def worth_reading(batches: Sequence[slice], length: int, head: Head) -> Sequence[slice]:
+def head_batches(batches: Sequence[slice], length: int, head: Head) -> Sequence[slice]:
     """Batches of sequences for the head: larger ones where it is read part by part, again for each of them.
 
     Args:

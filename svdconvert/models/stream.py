@@ -16,7 +16,7 @@ from svdconvert.models.activations import ActivationStore, Loss
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.head import Head
 from svdconvert.models.head_divergence import HeadDivergence, head_divergence
-from svdconvert.models.loss import next_token_loss, worth_reading
+from svdconvert.models.loss import head_batches, next_token_loss
 from svdconvert.version import __version__
 
 # path within a block -> its matrix [out, in], of any floating type
@@ -191,7 +191,7 @@ class Stream:
 
     def _for(self, head: Head) -> Sequence[slice]:
         """The sequences that its head is run on at a time."""
-        return worth_reading(self.batches, self._ids.shape[1], head)
+        return head_batches(self.batches, self._ids.shape[1], head)
 
     def _check(self, values: Tensor, what: str, kind: str = "activations") -> None:
         if not is_finite(values):

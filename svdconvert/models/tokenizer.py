@@ -17,7 +17,7 @@ from svdconvert.storage.tokenizer_class import SETTINGS, WHOLE, whole_settings
 _VOCABULARY = re.compile(r"(tokenizer|tekken)\.json|.*vocab.*\.\w+|.*\.(model|tiktoken|codes|tokenizer)|dict\.txt")
 # Files that are read with it; refused by name if they are no JSON, or JSON that would crash a parser.
 _TOKENIZER_DOCUMENTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_PIECES = "tokenizer.model"
+_SENTENCEPIECE = "tokenizer.model"
 
 OWN_TOKENIZER = "put the model's own in its place, or enlarge its embedding (resize_token_embeddings)"
 
@@ -67,7 +67,7 @@ def _written(folder: Path) -> tuple[str, dict[str, Any]] | None:
     It goes by the class in the settings, and for some model types, Qwen 2 and Mistral among them, by theirs in its
     place.
     """
-    files = {name: folder / name for name in (*_TOKENIZER_DOCUMENTS, _PIECES) if (folder / name).is_file()}
+    files = {name: folder / name for name in (*_TOKENIZER_DOCUMENTS, _SENTENCEPIECE) if (folder / name).is_file()}
     stored = read_json(files[SETTINGS], "") if SETTINGS in files else {}
     if (settings := whole_settings(files.get)) is not None:
         kind = str(settings["tokenizer_class"]).removesuffix("Fast")

@@ -25,7 +25,7 @@ from svdconvert.models import head_sizes
 from svdconvert.models.blocks import ModelBlocks
 from svdconvert.models.head import Head, Logits, whole_head
 from svdconvert.models.head_divergence import head_divergence
-from svdconvert.models.loss import next_token_loss, worth_reading
+from svdconvert.models.loss import head_batches, next_token_loss
 from svdconvert.models.softmax import draw
 from svdconvert.models.stream import Stream
 from svdconvert.storage.reader import WeightReader
@@ -197,11 +197,11 @@ def test_small_batches_are_put_together(in_parts: Callable[..., None], tmp_path:
     blocks = ModelBlocks(LocalSource(write_family(tmp_path / "dense", "llama")))
     batches = [slice(place, min(place + 2, 9)) for place in range(0, 9, 2)]
     with blocks.head() as head:
-        assert worth_reading(batches, 14, head) is batches
+        assert head_batches(batches, 14, head) is batches
     in_parts(50, positions=60)
     with blocks.head() as head:
-        assert worth_reading(batches, 14, head) == [slice(0, 4), slice(4, 8), slice(8, 9)]
-        assert worth_reading(batches, 100, head) == batches
+        assert head_batches(batches, 14, head) == [slice(0, 4), slice(4, 8), slice(8, 9)]
+        assert head_batches(batches, 100, head) == batches
 
 
 @pytest.mark.parametrize("labels", ["empirical", "sampled"])
