@@ -138,13 +138,14 @@ def _draws(head: Head, states: Tensor, uniform: Tensor, check: Callable[[Tensor]
         uniform: [n] in [0, 1), float64.
         check: see :func:`next_token_loss`.
     """
-    masses = list[Tensor]()
+    # Made before the first part is read: something small that stays behind each part keeps its memory from the next.
+    masses = torch.zeros(len(uniform), len(head.parts), dtype=torch.float64, device=states.device)
     for number in range(len(head.parts) if len(head.parts) > 1 else 0):
         with head.part(number) as part, torch.no_grad():
             logits = wide(part(states))
         check(logits)
-        masses.append(torch.logsumexp(logits.double(), -1))
-    return Draws(uniform, torch.stack(masses, -1) if masses else uniform.new_zeros(len(uniform), 1))
+        masses[:, number] = torch.logsumexp(logits.double(), -1)
+    return Draws(uniform, masses)
 
 
 def head_batches(batches: Sequence[slice], length: int, head: Head) -> Sequence[slice]:
